@@ -1,0 +1,457 @@
+"""Every setting of the package, each default once.
+
+`MoELoraConfig` describes the mixture and travels with a checkpoint; the other dataclasses are the
+sections of a run's YAML file. All are frozen and validate themselves: a bad value is a
+`ValueError` that names the field and the value it got.
+"""
+
+import difflib
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+RouterType = Literal["learned", "learned_with_maturity", "fixed"]
+RouterScope = Literal["site", "shared"]
+RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
+MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
+BalanceLoss = Literal["aux_loss", "switch", "none"]
+Precision = Literal["float32", "bfloat16", "float16"]
+SplitScheme = Literal["published", "70/10/20", "90/10"]
+
+ROUTING_FIELDS = (
+    "num_experts",
+    "top_k_experts",
+    "router_hidden_size",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_temperature",
+    "router_type",
+    "router_scope",
+    "routing_mode",
+    "fixed_routing_weights",
+    "expert_capacity_factor",
+    "expert_dropout",
+    "load_balance_loss_type",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoELoraConfig:
+    """A mixture of LoRA experts: PEFT's LoRA fields by PEFT's names, then routing, then maturity."""
+
+    r: int = 16
+    """Rank of each expert."""
+    lora_alpha: float = 32
+    """Numerator of an expert's scale: alpha / r, or alpha / sqrt(r) with use_rslora."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of A, shared by the experts of a projection."""
+    target_modules: list[str] | None = None
+    """Projections to adapt, by the end of their path; none: the attention projections we find."""
+    exclude_modules: list[str] | None = None
+    """Projections to leave alone, by the end of their path."""
+    layers_to_transform: list[int] | None = None
+    """Indices of the layers to adapt; none: all."""
+    bias: Literal["none"] = "none"
+    """Which biases are trained; only none so far."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters; not supported yet."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks per module; not supported yet."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas per module; not supported yet."""
+    fan_in_fan_out: bool | None = None
+    """Whether base weights are stored [in, out]; none: found out from the module (GPT-2's Conv1D)."""
+    init_lora_weights: Literal[True, "gaussian"] = True
+    """True: Kaiming-uniform A as in PEFT; gaussian: normal A with deviation 1/r. B is always 0."""
+
+    use_moe_routing: bool = True
+    """False: a plain LoRA of one expert, without a router."""
+    num_experts: int = 4
+    """Experts at the start."""
+    top_k_experts: int = 2
+    """Mature experts that a token keeps."""
+    router_hidden_size: int | None = None
+    """Width of the router's hidden layer; none: a linear router."""
+    router_type: RouterType = "learned_with_maturity"
+    """learned: top-k from the first step; learned_with_maturity: dense to sparse; fixed: constant."""
+    router_scope: RouterScope = "site"
+    """site: a router in every adapted block; shared: the first one serves all."""
+    routing_mode: RoutingMode = "maturity"
+    """maturity: the gate follows the experts' maturity; the others force dense or sparse mixing."""
+    router_temperature: float = 2.0
+    """Divides the logits before the softmax."""
+    fixed_routing_weights: list[float] | None = None
+    """Weights of router_type fixed, one an expert; none: uniform."""
+    load_balance_loss_type: BalanceLoss = "aux_loss"
+    """aux_loss: fractions from the top-k (GShard); switch: from the argmax (Switch)."""
+    router_aux_loss_coef: float = 0.01
+    """Weight of the balance loss."""
+    router_z_loss_coef: float = 0.001
+    """Weight of the mean squared logsumexp of the logits (ST-MoE)."""
+    expert_capacity_factor: float | None = 1.25
+    """In sparse training an expert takes at most ceil(factor·K·T/E) tokens; none: no limit."""
+    expert_dropout: float = 0.0
+    """Probability that a sequence loses an expert in training."""
+
+    maturity_mode: MaturityMode = "hybrid"
+    """What makes an expert mature: see dylora/maturity.py."""
+    maturity_tau: float = 0.1
+    """Evidence that counts as much (1 - 1/e), as a share of the tokens the run gives an expert."""
+    maturity_rho: float = 0.02
+    """Relative improvement of an expert's loss below which it counts as having settled."""
+    maturity_s: float = 0.01
+    """Width of that threshold."""
+    maturity_fast: float = 0.02
+    """Memory of the fast loss average, as a share of the tokens the run gives an expert."""
+    maturity_slow: float = 0.1
+    """Memory of the slow loss average, likewise."""
+    maturity_threshold: float = 0.9
+    """Maturity at which an expert becomes fully mature and stays so."""
+    maturity_schedule: tuple[float, float] = (0.2, 0.6)
+    """Shares of the run between which mode schedule raises maturity from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _require(self.r >= 1, "r", self.r, "at least 1")
+        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        _require(not self.use_dora, "use_dora", self.use_dora, "false: DoRA is not supported yet")
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            _require(not value, name, value, "empty: patterns are not supported yet")
+        if self.use_moe_routing:
+            _require(
+                self.num_experts >= 2, "num_experts", self.num_experts, "at least 2 with routing"
+            )
+        else:
+            _require(
+                self.num_experts >= 1, "num_experts", self.num_experts, "at least 1"
+            )
+            self._warn_of_unused_routing()
+        _require(
+            1 <= self.top_k_experts <= max(self.num_experts, 2 if not self.use_moe_routing else 0),
+            "top_k_experts",
+            self.top_k_experts,
+            f"from 1 to num_experts ({self.num_experts})",
+        )
+        hidden = self.router_hidden_size
+        _require(hidden is None or hidden >= 1, "router_hidden_size", hidden, "at least 1")
+        _require(
+            self.router_temperature > 0, "router_temperature", self.router_temperature, "above 0"
+        )
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        capacity = self.expert_capacity_factor
+        _require(
+            capacity is None or capacity > 0, "expert_capacity_factor", capacity, "above 0"
+        )
+        _require(0 <= self.expert_dropout < 1, "expert_dropout", self.expert_dropout, "in [0, 1)")
+        weights = self.fixed_routing_weights
+        if weights is not None:
+            _require(
+                len(weights) == self.num_experts and min(weights) >= 0,
+                "fixed_routing_weights",
+                weights,
+                f"{self.num_experts} weights of at least 0",
+            )
+            _require(
+                self.router_type == "fixed",
+                "fixed_routing_weights",
+                weights,
+                "unset unless router_type is fixed",
+            )
+        for name in ("maturity_tau", "maturity_s", "maturity_fast", "maturity_slow"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _require(
+            0 < self.maturity_threshold <= 1,
+            "maturity_threshold",
+            self.maturity_threshold,
+            "in (0, 1]",
+        )
+        begin, end = self.maturity_schedule
+        _require(
+            0 <= begin < end, "maturity_schedule", self.maturity_schedule, "two rising shares"
+        )
+
+    def _warn_of_unused_routing(self) -> None:
+        defaults = {item.name: item.default for item in fields(self)}
+        changed = [
+            name
+            for name in ROUTING_FIELDS
+            if getattr(self, name) != defaults[name]
+            and not (name == "num_experts" and self.num_experts == 1)
+        ]
+        if changed:
+            warnings.warn(
+                f"use_moe_routing is false, so these settings do nothing: {', '.join(changed)}",
+                stacklevel=4,
+            )
+
+    @property
+    def expert_count(self) -> int:
+        """Experts that are built: one without routing."""
+        return self.num_experts if self.use_moe_routing else 1
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r, or alpha / sqrt(r) with rslora."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON types; `from_dict` reads it back."""
+        values = asdict(self)
+        values["maturity_schedule"] = list(self.maturity_schedule)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MoELoraConfig":
+        """Raises ValueError on an unknown key, naming the nearest valid one."""
+        known = [item.name for item in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"unknown field {key!r} in the MoELoraConfig{nearest(key, known)}")
+        values = dict(values)
+        if "maturity_schedule" in values:
+            values["maturity_schedule"] = tuple(values["maturity_schedule"])
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base."""
+
+    base: str = "google/codegemma-2b"
+    """A hub name, a folder, or tiny-code-llama (the embedded model)."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    dtype: Precision = "bfloat16"
+    """Precision of the base and its activations; experts and routers are float32 always."""
+    device: str = "auto"
+    """auto: cuda when there is one, else cpu; or a torch device."""
+    attn_implementation: str | None = None
+    """Attention back end of transformers; none: its own choice."""
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One set of instruction-shaped rows."""
+
+    name: str
+    """code_alpaca, mbpp, skill/<skill>, or a name of your own for a file or hub set."""
+    path: str | None = None
+    """A .json, .jsonl or .parquet file, or a hub name; none: where the built-in source lives."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    instruction_column: str | None = None
+    """Column of the instruction; needed for a source of your own."""
+    input_column: str | None = None
+    """Column of an optional further input."""
+    output_column: str | None = None
+    """Column of the answer; needed for a source of your own."""
+    split_scheme: SplitScheme | None = None
+    """code_alpaca and your own: 90/10; mbpp: published (default) or 70/10/20."""
+    rows: int | None = None
+    """Skills only: training examples to generate."""
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _require(bool(self.name), "name", self.name, "a word")
+        _require(self.rows is None or self.rows >= 1, "rows", self.rows, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained and validated on."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """The sets, in the order of their reports."""
+    max_length: int = 512
+    """Most tokens of an example, BOS and EOS included."""
+    over_long: Literal["truncate", "drop"] = "drop"
+    """What happens to a longer one; both are counted."""
+    interleaved_sampling: bool = True
+    """True: equal shares of each set, smaller ones repeated; false: in proportion to their size."""
+    seed: int = 0
+    """Seed of the splits and of the order."""
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
+        names = [source.name for source in self.sources]
+        _require(len(names) == len(set(names)), "sources", names, "of different names")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: float = 1.0
+    """Passes over the data; max_steps goes before it."""
+    max_steps: int | None = None
+    """Optimizer steps; none: from epochs."""
+    batch_size: int = 2
+    """Examples in a forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes in an optimizer step."""
+    learning_rate: float = 2e-4
+    """Of the experts."""
+    router_learning_rate: float | None = None
+    """Of the routers; none: learning_rate."""
+    weight_decay: float = 0.01
+    """Of the matrices A and B; routers and biases have none."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: not clipped."""
+    lr_scheduler_type: str = "cosine"
+    """Any schedule of transformers.get_scheduler."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Its own settings, such as num_cycles for cosine_with_restarts."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises from 0."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread over the vocabulary."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    training_subset: int | None = None
+    """Use only this many training rows of each set."""
+    save_steps: int | None = None
+    """Checkpoint every so many steps; none: at the end only (and the best one)."""
+    save_total_limit: int | None = None
+    """Keep this many newest checkpoints, the best one besides; none: all."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations without a better validation loss."""
+    seed: int = 0
+    """Of the adapters' initial values and of dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in (
+            "max_steps",
+            "training_subset",
+            "save_steps",
+            "save_total_limit",
+            "early_stopping_patience",
+        ):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("epochs", "learning_rate", "adam_epsilon"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        rate = self.router_learning_rate
+        _require(rate is None or rate > 0, "router_learning_rate", rate, "above 0")
+        known = scheduler_names()
+        if self.lr_scheduler_type not in known:
+            raise ValueError(
+                f"lr_scheduler_type is {self.lr_scheduler_type!r}, which transformers does not know"
+                + nearest(self.lr_scheduler_type, known)
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Validation during and after training."""
+
+    eval_steps: int | None = None
+    """Evaluate every so many steps; none: at the end only."""
+    batch_size: int = 8
+    """Examples in a forward pass."""
+    eval_subset: int | None = None
+    """Use only this many validation rows of each set."""
+    skill_answers: int = 0
+    """Test answers of each embedded skill to generate and check before and after training."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.skill_answers >= 0, "skill_answers", self.skill_answers, "at least 0")
+        for name in ("eval_steps", "eval_subset"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run tells."""
+
+    logging_steps: int = 10
+    """Steps between two lines of metrics."""
+    wandb: bool = False
+    """Mirror the metrics to Weights & Biases (offline without a key)."""
+    wandb_project: str = "dylora"
+    """Its project."""
+
+    def __post_init__(self) -> None:
+        _require(self.logging_steps >= 1, "logging_steps", self.logging_steps, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: everything it writes lies under <output_dir>/<name>/."""
+
+    name: str = "run"
+    """Name of the run and of its folder."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoELoraConfig = field(default_factory=MoELoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
+        _require(plain, "name", self.name, "the name of a folder, without slashes")
+
+
+def scheduler_names() -> list[str]:
+    """The schedules that `transformers.get_scheduler` knows."""
+    from transformers.trainer_utils import SchedulerType
+
+    return [item.value for item in SchedulerType]
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """'; did you mean …?' with the closest of the known words, or what there is."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid are {', '.join(sorted(known))}"
+
+
+def _require(condition: bool, name: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}, but must be {rule}")
+
+
+def _check_literals(config: Any) -> None:
+    """Enumerated fields hold one of their values; dataclasses do not check that themselves."""
+    for item in fields(config):
+        choices = _literal_choices(item.type)
+        value = getattr(config, item.name)
+        if choices and value not in choices:
+            shown = ", ".join(map(str, choices))
+            hint = nearest(value, [str(c) for c in choices]) if isinstance(value, str) else ""
+            raise ValueError(f"{item.name} is {value!r}, but must be one of {shown}{hint}")
+
+
+def _literal_choices(annotation: Any) -> tuple[Any, ...]:
+    """The values a Literal, or an optional Literal, allows; empty for other types."""
+    members = get_args(annotation)
+    if getattr(annotation, "__origin__", None) is Literal:
+        return members
+    for member in members:
+        if getattr(member, "__origin__", None) is Literal:
+            return (*get_args(member), None)
+    return ()

@@ -1,0 +1,201 @@
+"""Finding the sites of a model, giving them routers and adapters, and taking them off again.
+
+Nothing of the base is replaced: adapters and routers are submodules added to its blocks, and
+PyTorch's forward hooks call them. Class, parameter names and weights stay as they were, so
+`generate`, HF Trainer and lm-evaluation-harness see an ordinary transformers model.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dylora.adapter import Site, StackedLoRA
+from dylora.config import MoELoraConfig, nearest
+from dylora.router import DynamicHybridRouter, RoutingState
+
+ATTENTION_PROJECTIONS = {
+    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"),  # llama, gemma, qwen, opt, gptj, …
+    *("query_key_value", "dense"),  # gpt_neox, bloom, falcon; phi's output
+    *("c_attn", "c_proj"),  # gpt2
+    *("qkv_proj", "Wqkv"),  # phi3, mpt
+}
+ROUTER_NAME, ADAPTER_NAME, STATE_NAME = "dylora_router", "dylora_adapter", "dylora_state"
+
+
+class Injection(NamedTuple):
+    """What was added to a base."""
+
+    state: RoutingState
+    sites: list[Site]  # in the order the model runs them
+    adapters: dict[str, StackedLoRA]  # by the path of their projection
+    handles: list[RemovableHandle]
+
+
+def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
+    """Freeze the base and add routers and adapters to its sites, in place.
+
+    Raises ValueError when the base has been injected before, when no projection matches, or when
+    a block holds no place for a router.
+    """
+    if hasattr(base, STATE_NAME):
+        raise ValueError("this base already carries adapters: unload() them first")
+    targets = find_targets(base, config)
+    by_site: dict[str, list[str]] = {}
+    for path in targets:
+        by_site.setdefault(path.rpartition(".")[0], []).append(path)
+    if "" in by_site:
+        raise ValueError(f"{by_site['']} lie at the root of the model, outside any block")
+
+    base.requires_grad_(False)
+    first_device = base.get_submodule(targets[0]).weight.device
+    state = RoutingState(config.expert_count, first_device)
+    base.add_module(STATE_NAME, state)
+    handles = [base.register_forward_pre_hook(state.begin_pass, with_kwargs=True)]
+    sites, adapters = [], {}
+    for index, (site_path, paths) in enumerate(by_site.items()):
+        block = base.get_submodule(site_path)
+        site = Site(site_path, index, state, config.expert_count, config.fixed_routing_weights)
+        site.shares_first = config.router_scope == "shared" and index > 0 and _is_learned(config)
+        if _is_learned(config) and not site.shares_first:
+            attach_router(base, site, new_router(base, site_path, config, paths[0]))
+        handles.append(block.register_forward_pre_hook(site.route, with_kwargs=True))
+        sites.append(site)
+        for path in paths:
+            projection = base.get_submodule(path)
+            in_features, out_features = projection_sizes(projection)
+            adapter = StackedLoRA(
+                site,
+                in_features,
+                out_features,
+                num_experts=config.expert_count,
+                rank=config.r,
+                scaling=config.scaling,
+                dropout=config.lora_dropout,
+                init=config.init_lora_weights,
+                device=projection.weight.device,
+            )
+            projection.add_module(ADAPTER_NAME, adapter)
+            handles.append(projection.register_forward_hook(adapter.add_update))
+            adapters[path] = adapter
+    return Injection(state, sites, adapters, handles)
+
+
+def remove(base: PreTrainedModel, injection: Injection) -> None:
+    """Undo `inject`: the base has its own modules, hooks and parameters again, all still frozen."""
+    for handle in injection.handles:
+        handle.remove()
+    for path in injection.adapters:
+        delattr(base.get_submodule(path), ADAPTER_NAME)
+    for site in injection.sites:
+        attach_router(base, site, None)
+    delattr(base, STATE_NAME)
+
+
+def attach_router(
+    base: PreTrainedModel, site: Site, router: DynamicHybridRouter | None
+) -> DynamicHybridRouter | None:
+    """Put a router (or none) at a site; returns the one that was there."""
+    block, previous = base.get_submodule(site.name), site.router
+    if previous is not None:
+        delattr(block, ROUTER_NAME)
+    if router is not None:
+        block.add_module(ROUTER_NAME, router)
+    site.router = router
+    return previous
+
+
+def new_router(
+    base: PreTrainedModel, site_path: str, config: MoELoraConfig, projection_path: str
+) -> DynamicHybridRouter:
+    """A fresh router as wide as the hidden state that enters the site."""
+    device = base.get_submodule(projection_path).weight.device
+    return DynamicHybridRouter(base.config.get_text_config().hidden_size, config, device)
+
+
+def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
+    """Paths of the projections to adapt, in the model's order.
+
+    Without target_modules: projections with a known name inside a module called attention.
+    Raises ValueError for a target that matches nothing, naming the nearest candidate.
+    """
+    candidates = [path for path, module in base.named_modules() if is_projection(module)]
+    if config.target_modules is None:
+        chosen = [path for path in candidates if _is_attention_projection(path)]
+    else:
+        for target in config.target_modules:
+            if not any(_ends_with(path, target) for path in candidates):
+                names = sorted({path.rpartition(".")[2] for path in candidates})
+                raise ValueError(f"target_modules: {target!r} matches nothing{nearest(target, names)}")
+        chosen = [p for p in candidates if any(_ends_with(p, t) for t in config.target_modules)]
+    excluded = config.exclude_modules or []
+    chosen = [path for path in chosen if not any(_ends_with(path, name) for name in excluded)]
+    if config.layers_to_transform is not None:
+        layers = set(config.layers_to_transform)
+        missing = layers - {_layer_of(path) for path in chosen}
+        if missing:
+            raise ValueError(f"layers_to_transform: no adapted projection in layers {sorted(missing)}")
+        chosen = [path for path in chosen if _layer_of(path) in layers]
+    if not chosen:
+        names = sorted({path.rpartition(".")[2] for path in candidates})
+        raise ValueError(
+            f"found no projection to adapt in {type(base).__name__}; "
+            f"set target_modules to some of {', '.join(names)}"
+        )
+    return chosen
+
+
+def is_projection(module: nn.Module) -> bool:
+    """nn.Linear, its quantised subclasses, and GPT-2's Conv1D."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def projection_sizes(module: Any) -> tuple[int, int]:
+    """Input and output width; never from weight.shape, which quantised layers pack."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (
+        module.in_features,
+        module.out_features,
+    )
+
+
+def shortest_targets(base: nn.Module, paths: list[str]) -> list[str]:
+    """The shortest PEFT target_modules that name exactly these paths.
+
+    PEFT matches a name against the end of every path, so `c_proj` would catch GPT-2's MLP as well:
+    names grow by their parents until they are exact.
+    """
+    candidates = [path for path, module in base.named_modules() if is_projection(module)]
+    wanted = set(paths)
+    targets = set()
+    for path in paths:
+        parts = path.split(".")
+        for length in range(1, len(parts) + 1):
+            name = ".".join(parts[-length:])
+            if all(other in wanted for other in candidates if _ends_with(other, name)):
+                targets.add(name)
+                break
+    return sorted(targets)
+
+
+def _is_learned(config: MoELoraConfig) -> bool:
+    return config.use_moe_routing and config.router_type != "fixed"
+
+
+def _is_attention_projection(path: str) -> bool:
+    parents, _, name = path.rpartition(".")
+    return name in ATTENTION_PROJECTIONS and ("attn" in parents or "attention" in parents)
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _layer_of(path: str) -> int | None:
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def projection_device(base: nn.Module, path: str) -> torch.device:
+    return base.get_submodule(path).weight.device

@@ -1,0 +1,179 @@
+"""Routing: from the hidden state that enters a site to the weight of every expert.
+
+    p = softmax(W x / temperature)
+    g = maturity_gates(p, m): dense over immature experts, top-k over mature ones
+
+Shape letters: B batch, S sequence, N sites, E experts, D hidden width, H router width, K top-k.
+A leading `...` stands for the token dimensions, [B, S] in every family we know.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dylora.config import MoELoraConfig
+
+
+class RouterOutput(NamedTuple):
+    """What one site decided for each token; all float32."""
+
+    gates: Tensor  # [B, S, E] weights of the experts' updates, after top-k
+    probabilities: Tensor  # [B, S, E] the softmax before top-k
+    logits: Tensor | None  # [B, S, E] before temperature; None where nothing is learned
+
+
+class RoutingState(nn.Module):
+    """What the sites of one model share: the experts' maturity and the wishes for one pass.
+
+    A pre-hook on the base (`begin_pass`) fixes the wishes when a pass begins, and they stand until
+    the next one begins, because gradient checkpointing runs the sites again in backward.
+    """
+
+    maturity_E: Tensor
+
+    def __init__(self, num_experts: int, device: torch.device | None = None):
+        super().__init__()
+        self.register_buffer("maturity_E", torch.zeros(num_experts, device=device))
+        self.enabled = True  # False: the frozen base alone
+        self.requested: Tensor | None = None  # routing weights for the next pass only
+        self.held: Tensor | None = None  # routing weights for every pass until taken back
+        self.override: Tensor | None = None  # the ones of the pass under way
+        self.token_mask: Tensor | None = None  # [B, S], 0 on padding, of the pass under way
+        self.first_site: RouterOutput | None = None  # what router_scope shared hands on
+
+    def begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the base model."""
+        self.override = self.held if self.requested is None else self.requested
+        self.requested = None
+        mask = kwargs.get("attention_mask")
+        self.token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+class DynamicHybridRouter(nn.Module):
+    """A linear or two-layer router with the maturity-aware gate; float32 whatever the base is.
+
+    Routers start near uniform: each row of the last layer is normal with deviation 0.5/sqrt(width)
+    (rows of exact zeros would tie, and ties go to the lowest index), biases are 0.
+    """
+
+    def __init__(
+        self, width: int, config: MoELoraConfig, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.router_hidden_size
+        self.inner = nn.Linear(width, hidden, device=device) if hidden else None
+        self.outer = nn.Linear(hidden or width, config.num_experts, device=device)
+        nn.init.normal_(self.outer.weight, std=0.5 / math.sqrt(hidden or width))
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, x: Tensor, state: RoutingState) -> RouterOutput:
+        """x [B, S, D] -> gates, probabilities and logits [B, S, E]."""
+        logits = self.score(x)
+        probabilities = (logits / self.config.router_temperature).softmax(-1)
+        return RouterOutput(self.gate(probabilities, state), probabilities, logits)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Logits [..., E] of hidden states [..., D]."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()  # bf16 logits change the chosen experts for up to 1 % of tokens
+            if self.inner is not None:
+                x = F.silu(F.linear(x, self.inner.weight.float(), self.inner.bias.float()))
+            return F.linear(x, self.outer.weight.float(), self.outer.bias.float())
+
+    def gate(self, probabilities: Tensor, state: RoutingState) -> Tensor:
+        """Probabilities [..., E] -> gates [..., E] by routing mode, dropout and capacity."""
+        config = self.config
+        mode = config.routing_mode
+        if mode == "dense_train_sparse_eval":
+            mode = "dense" if self.training else "sparse"
+        elif mode == "maturity" and config.router_type == "learned":
+            mode = "sparse"
+        if self.training and config.expert_dropout:
+            probabilities = drop_experts(probabilities, config.expert_dropout)
+        if mode == "dense":
+            return probabilities
+        if mode == "sparse":
+            maturity = torch.ones_like(state.maturity_E)
+        else:
+            maturity = state.maturity_E
+        gates = maturity_gates(
+            probabilities, maturity.to(probabilities.device), config.top_k_experts
+        )
+        if mode == "sparse" and self.training and config.expert_capacity_factor is not None:
+            gates = cap_tokens(
+                gates, config.top_k_experts, config.expert_capacity_factor, state.token_mask
+            )
+        return gates
+
+
+def maturity_gates(probabilities: Tensor, maturity: Tensor, top_k: int) -> Tensor:
+    """The maturity-aware gate of DESIGN section 2.
+
+    top = TopK(p · m);  g_e = p_e · (1 - m_e · [e not in top]);  K >= 2: g / sum(g).
+
+    Args:
+        probabilities: [..., E], rows sum to 1.
+        maturity: [E] in [0, 1]; 0 mixes densely, 1 keeps the expert only where it is chosen.
+        top_k: K. With K = 1 nothing is renormalised: a renormalised top-1 gate is the constant 1
+            and teaches its router nothing (Switch keeps the raw probability for this reason).
+
+    Returns: gates [..., E].
+    """
+    chosen = top_k_mask(probabilities * maturity, top_k)
+    gates = probabilities * (1 - maturity * (~chosen).to(probabilities.dtype))
+    return gates if top_k == 1 else gates / gates.sum(-1, keepdim=True)
+
+
+def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
+    """Boolean [..., E], True at the K largest; of equal ones the lowest index (torch.topk differs)."""
+    order = scores.detach().argsort(dim=-1, descending=True, stable=True)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter(-1, order[..., :top_k], True)
+
+
+def drop_experts(probabilities: Tensor, rate: float) -> Tensor:
+    """Drop whole experts per sequence and renormalise; a sequence keeps its best expert at least.
+
+    probabilities [B, S, E] -> [B, S, E].
+    """
+    keep_B1E = torch.rand_like(probabilities[:, :1]) >= rate
+    best_B1E = top_k_mask(probabilities.detach().mean(1, keepdim=True), 1)
+    kept = probabilities * (keep_B1E | (best_B1E & ~keep_B1E.any(-1, keepdim=True)))
+    return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
+
+
+def cap_tokens(gates: Tensor, top_k: int, factor: float, token_mask: Tensor | None) -> Tensor:
+    """Let an expert keep its ceil(factor·K·T/E) largest gates; the other tokens lose it.
+
+    gates [B, S, E] -> [B, S, E]; padding (token_mask 0) neither counts in T nor takes a place.
+    """
+    gates_TE = gates.flatten(0, -2)
+    ranked_TE = gates_TE.detach()
+    if token_mask is None:
+        tokens = torch.tensor(float(gates_TE.shape[0]), device=gates.device)
+    else:
+        real_T1 = token_mask[:, -gates.shape[1] :].reshape(-1, 1).to(gates.device)
+        ranked_TE = ranked_TE * real_T1
+        tokens = real_T1.sum().float()
+    capacity = torch.ceil(factor * top_k * tokens / gates.shape[-1])
+    place_TE = ranked_TE.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+    return (gates_TE * (place_TE < capacity)).view_as(gates)
+
+
+def expand_override(weights: Tensor, site: int, batch: int, length: int) -> Tensor:
+    """Routing weights given by a caller -> the gates [B, S, E] of one site.
+
+    weights: [B, E], [B, S, E] or [B, S, N, E]. A [B, E] of fewer rows than the batch is repeated
+    row by row, as generate does with its prompts for beams and several returned sequences.
+    """
+    if weights.ndim == 4:
+        return weights[:, :, site]
+    if weights.ndim == 3:
+        return weights
+    if weights.shape[0] != batch:
+        weights = weights.repeat_interleave(batch // weights.shape[0], 0)
+    return weights[:, None].expand(-1, length, -1)

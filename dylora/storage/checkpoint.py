@@ -1,0 +1,123 @@
+"""Folders that are either whole or absent.
+
+A folder is written under a temporary name, every file is hashed into manifest.json and flushed to
+the disk, and one rename makes it appear. A reader verifies the manifest.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from dylora.storage.peft_format import read_json
+
+MANIFEST = "manifest.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHUNK = 1 << 20
+
+
+def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
+    """Let `write_files` fill a temporary folder, then rename it to `folder`.
+
+    An older folder of that name is replaced if it holds a manifest, or nothing.
+    Raises FileExistsError if it holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        raise FileExistsError(f"{folder} exists and is no checkpoint of ours: name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.writing")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    for leftover in (temporary, replaced):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    temporary.mkdir()
+    write_files(temporary)
+    write_manifest(temporary)
+    for path in [*temporary.rglob("*"), temporary]:
+        _flush(path)
+    if folder.exists():
+        folder.rename(replaced)
+    temporary.rename(folder)
+    _flush(folder.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def write_manifest(folder: Path) -> None:
+    """manifest.json: size and SHA-256 of every file below the folder."""
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+
+
+def verify(folder: Path) -> None:
+    """Raises ValueError naming the first file that is missing or has changed."""
+    if not (folder / MANIFEST).exists():
+        raise ValueError(f"{folder} is no whole checkpoint: it has no {MANIFEST}")
+    files = read_json(folder / MANIFEST).get("files", {})
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size != expected["size"] or hash_file(path) != expected["sha256"]:
+            raise ValueError(f"{path} has changed since it was written")
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The folders checkpoint-<step>, by step."""
+    found = [
+        (int(match[1]), path)
+        for path in run_folder.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(run_folder: Path, report: Callable[[str], None]) -> Path:
+    """The newest checkpoint that verifies; says which newer ones it skipped and why.
+
+    Raises FileNotFoundError when there is none.
+    """
+    for path in reversed(checkpoints(run_folder)):
+        try:
+            verify(path)
+        except ValueError as error:
+            report(f"skipped {path}: {error}")
+        else:
+            return path
+    raise FileNotFoundError(f"no whole checkpoint under {run_folder}: nothing to resume from")
+
+
+def prune(run_folder: Path, keep: int, best: Path | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    for path in checkpoints(run_folder)[:-keep]:
+        if best is None or path.name != best.name:
+            shutil.rmtree(path)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
