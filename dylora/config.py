@@ -37,7 +37,7 @@ ROUTING_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class MoELoraConfig:
-    """A mixture of LoRA experts: PEFT's LoRA fields by PEFT's names, then routing, then maturity."""
+    """A mixture of LoRA experts: LoRA fields by PEFT's names, then routing, then maturity."""
 
     r: int = 16
     """Rank of each expert."""
@@ -62,7 +62,7 @@ class MoELoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas per module; not supported yet."""
     fan_in_fan_out: bool | None = None
-    """Whether base weights are stored [in, out]; none: found out from the module (GPT-2's Conv1D)."""
+    """Whether base weights are stored [in, out]; none: seen from the module (GPT-2's Conv1D)."""
     init_lora_weights: Literal[True, "gaussian"] = True
     """True: Kaiming-uniform A as in PEFT; gaussian: normal A with deviation 1/r. B is always 0."""
 
@@ -75,7 +75,7 @@ class MoELoraConfig:
     router_hidden_size: int | None = None
     """Width of the router's hidden layer; none: a linear router."""
     router_type: RouterType = "learned_with_maturity"
-    """learned: top-k from the first step; learned_with_maturity: dense to sparse; fixed: constant."""
+    """learned: top-k from step 0; learned_with_maturity: dense to sparse; fixed: constant."""
     router_scope: RouterScope = "site"
     """site: a router in every adapted block; shared: the first one serves all."""
     routing_mode: RoutingMode = "maturity"
@@ -126,9 +126,7 @@ class MoELoraConfig:
                 self.num_experts >= 2, "num_experts", self.num_experts, "at least 2 with routing"
             )
         else:
-            _require(
-                self.num_experts >= 1, "num_experts", self.num_experts, "at least 1"
-            )
+            _require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
             self._warn_of_unused_routing()
         _require(
             1 <= self.top_k_experts <= max(self.num_experts, 2 if not self.use_moe_routing else 0),
@@ -144,9 +142,7 @@ class MoELoraConfig:
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         capacity = self.expert_capacity_factor
-        _require(
-            capacity is None or capacity > 0, "expert_capacity_factor", capacity, "above 0"
-        )
+        _require(capacity is None or capacity > 0, "expert_capacity_factor", capacity, "above 0")
         _require(0 <= self.expert_dropout < 1, "expert_dropout", self.expert_dropout, "in [0, 1)")
         weights = self.fixed_routing_weights
         if weights is not None:
@@ -171,9 +167,7 @@ class MoELoraConfig:
             "in (0, 1]",
         )
         begin, end = self.maturity_schedule
-        _require(
-            0 <= begin < end, "maturity_schedule", self.maturity_schedule, "two rising shares"
-        )
+        _require(0 <= begin < end, "maturity_schedule", self.maturity_schedule, "two rising shares")
 
     def _warn_of_unused_routing(self) -> None:
         defaults = {item.name: item.default for item in fields(self)}

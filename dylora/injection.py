@@ -7,7 +7,6 @@ PyTorch's forward hooks call them. Class, parameter names and weights stay as th
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -129,7 +128,8 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
         for target in config.target_modules:
             if not any(_ends_with(path, target) for path in candidates):
                 names = sorted({path.rpartition(".")[2] for path in candidates})
-                raise ValueError(f"target_modules: {target!r} matches nothing{nearest(target, names)}")
+                hint = nearest(target, names)
+                raise ValueError(f"target_modules: {target!r} matches nothing{hint}")
         chosen = [p for p in candidates if any(_ends_with(p, t) for t in config.target_modules)]
     excluded = config.exclude_modules or []
     chosen = [path for path in chosen if not any(_ends_with(path, name) for name in excluded)]
@@ -137,7 +137,7 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
         layers = set(config.layers_to_transform)
         missing = layers - {_layer_of(path) for path in chosen}
         if missing:
-            raise ValueError(f"layers_to_transform: no adapted projection in layers {sorted(missing)}")
+            raise ValueError(f"layers_to_transform: layers {sorted(missing)} adapt nothing")
         chosen = [path for path in chosen if _layer_of(path) in layers]
     if not chosen:
         names = sorted({path.rpartition(".")[2] for path in candidates})
@@ -155,9 +155,13 @@ def is_projection(module: nn.Module) -> bool:
 
 def projection_sizes(module: Any) -> tuple[int, int]:
     """Input and output width; never from weight.shape, which quantised layers pack."""
-    return (module.nx, module.nf) if isinstance(module, Conv1D) else (
-        module.in_features,
-        module.out_features,
+    return (
+        (module.nx, module.nf)
+        if isinstance(module, Conv1D)
+        else (
+            module.in_features,
+            module.out_features,
+        )
     )
 
 
@@ -195,7 +199,3 @@ def _ends_with(path: str, name: str) -> bool:
 
 def _layer_of(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
-
-
-def projection_device(base: nn.Module, path: str) -> torch.device:
-    return base.get_submodule(path).weight.device

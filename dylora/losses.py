@@ -88,9 +88,7 @@ def routing_statistics(
     )
 
 
-def balance_loss(
-    probability_NE: Tensor, fractions_NE: Tensor, tokens: Tensor | float
-) -> Tensor:
+def balance_loss(probability_NE: Tensor, fractions_NE: Tensor, tokens: Tensor | float) -> Tensor:
     """E · Σ_e f_e P_e per site, averaged over sites (Lepikhin et al. 2020; Fedus et al. 2021).
 
     Args:

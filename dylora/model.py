@@ -3,35 +3,23 @@
 Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dylora import injection, losses
 from dylora.bases import load_base
 from dylora.config import MoELoraConfig
 from dylora.losses import RoutingStatistics
 from dylora.maturity import ExpertMaturity
+from dylora.model_files import load_model, read_description, write_model
 from dylora.router import DynamicHybridRouter
-from dylora.storage.checkpoint import folder_bytes, verify, write_folder
-from dylora.storage.peft_format import (
-    PeftAdapter,
-    adapter_config,
-    read_adapter,
-    read_json,
-    read_tensors,
-    write_adapter,
-)
-
-FORMAT_VERSION = 1
+from dylora.storage.checkpoint import folder_bytes, write_folder
 
 
 class Routing(NamedTuple):
@@ -51,7 +39,7 @@ class DyLoRAOutput(NamedTuple):
     aux_loss: Tensor | None  # balance loss, 1 when uniform
     z_loss: Tensor | None  # mean squared logsumexp of the router's logits
     logits: Tensor  # [B, S, V]
-    routing: Routing
+    routing: Routing | None  # None while the adapters are disabled
     token_losses: Tensor | None  # [B, S] detached, 0 where nothing is learned
 
 
@@ -63,7 +51,7 @@ class LossScale(NamedTuple):
     fractions_NE: Tensor | None = None  # f of the balance loss
 
 
-class DyLoRA_MoE(nn.Module):  # noqa: N801 - the system's specification names it so
+class DyLoRA_MoE(nn.Module):
     """A frozen base with injected experts. `base` stays an ordinary transformers model."""
 
     def __init__(
@@ -142,7 +130,7 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the system's specification names it
         state.requested = routing_weights
         kwargs.setdefault("use_cache", False)
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        routing = self._collect_routing(attention_mask)
+        routing = self._collect_routing(attention_mask) if state.enabled else None
         if labels is None:
             return DyLoRAOutput(None, None, None, None, output.logits, routing, None)
 
@@ -151,7 +139,8 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the system's specification names it
         targets = losses.count_targets(labels) if scale.targets is None else scale.targets
         lm_loss = token_losses.sum() / targets
         aux_loss = z_loss = lm_loss.new_zeros(())
-        if (statistics := routing.statistics) is not None:
+        statistics = routing.statistics if routing else None
+        if statistics is not None:
             tokens = statistics.tokens if scale.tokens is None else scale.tokens
             fractions = scale.fractions_NE
             if fractions is None:
@@ -168,10 +157,8 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the system's specification names it
             loss, lm_loss, aux_loss, z_loss, output.logits, routing, token_losses.detach()
         )
 
-    def generate(
-        self, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """transformers' generate, KV cache included; routing_weights [B, E] hold for every token."""
+    def generate(self, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' generate, KV cache included; routing_weights [B, E] hold for all tokens."""
         if routing_weights is not None:
             if routing_weights.ndim != 2:
                 raise ValueError(
@@ -190,7 +177,10 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the system's specification names it
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         """The gates of every site for every token, [B, S, N, E]."""
-        return self(input_ids, attention_mask).routing.gates
+        routing = self(input_ids, attention_mask).routing
+        if routing is None:
+            raise ValueError("the adapters are disabled, so nothing is routed")
+        return routing.gates
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
@@ -223,8 +213,8 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the system's specification names it
 
     def count_parameters(self) -> tuple[int, int]:
         """Trainable (experts and routers) and frozen parameters."""
-        ours = [parameter for _, parameter in [*self.expert_parameters(), *self.router_parameters()]]
-        trainable = sum(parameter.numel() for parameter in ours)
+        ours = [*self.expert_parameters(), *self.router_parameters()]
+        trainable = sum(parameter.numel() for _, parameter in ours)
         # bitsandbytes packs weights, so its numel says too little; transformers counts them right.
         return trainable, self.base.num_parameters() - trainable
 
@@ -286,49 +276,7 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the system's specification names it
         Layout: peft_adapters/expert_<i>/ in PEFT's format, router.safetensors, config.json,
         manifest.json. Raises FileExistsError if the folder holds something else.
         """
-        write_folder(Path(folder), self.write_files)
-
-    def write_files(self, folder: Path) -> None:
-        """The files of `save_pretrained`, without the atomic folder around them."""
-        targets = injection.shortest_targets(self.base, list(self.injection.adapters))
-        conv = any(isinstance(self.base.get_submodule(p), Conv1D) for p in self.injection.adapters)
-        for expert in range(self.config.expert_count):
-            config = adapter_config(
-                r=self.config.r,
-                lora_alpha=self.config.lora_alpha,
-                target_modules=targets,
-                base_model=self.base_name,
-                revision=self.base_revision,
-                lora_dropout=self.config.lora_dropout,
-                use_rslora=self.config.use_rslora,
-                fan_in_fan_out=conv,
-            )
-            adapter = PeftAdapter(config, self.expert_weights(expert))
-            write_adapter(folder / "peft_adapters" / f"expert_{expert}", adapter)
-        tensors = {f"router.{name}": p.detach().cpu() for name, p in self.router_parameters()}
-        tensors |= {f"maturity.{name}": v for name, v in self.maturity._asdict().items()}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "router.safetensors")
-        description = {
-            "format_version": FORMAT_VERSION,
-            "base_model_name_or_path": self.base_name,
-            "base_revision": self.base_revision,
-            "moe": self.config.to_dict(),
-            "sites": self.site_names,
-            "projections": list(self.injection.adapters),
-            "experts": [
-                {
-                    "name": f"expert_{expert}",
-                    "state": "active",
-                    "rank": self.config.r,
-                    "alpha": self.config.lora_alpha,
-                    "maturity": round(float(self.maturity.maturity[expert]), 6),
-                    "skill": None,
-                }
-                for expert in range(self.config.expert_count)
-            ],
-            "training": self.training_record,
-        }
-        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        write_folder(Path(folder), lambda temporary: write_model(self, temporary))
 
     def expert_weights(self, expert: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Path of a projection -> A [r, D], B [O, r] of one expert, as PEFT orders them."""
@@ -368,31 +316,9 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the system's specification names it
             device=device,
             attn_implementation=attn_implementation,
         )
-        model.load_files(folder)
+        load_model(model, folder)
         model.training_record = description["training"]
         return model
-
-    @torch.no_grad()
-    def load_files(self, folder: Path) -> None:
-        """Fill experts, routers and maturity from a folder. Raises ValueError where it does not fit."""
-        for expert in range(self.config.expert_count):
-            source = folder / "peft_adapters" / f"expert_{expert}"
-            weights = read_adapter(source).weights
-            _check_same_keys(source, set(weights), set(self.injection.adapters))
-            for path, adapter in self.injection.adapters.items():
-                A, B = weights[path]
-                _copy(adapter.lora_A[expert], A, f"{source}: {path}.lora_A")
-                _copy(adapter.lora_B[expert], B.T, f"{source}: {path}.lora_B")
-        file = folder / "router.safetensors"
-        tensors = read_tensors(file)
-        routers = {f"router.{name}": p for name, p in self.router_parameters()}
-        maturity = {f"maturity.{name}": v for name, v in self.maturity._asdict().items()}
-        _check_same_keys(file, set(tensors), {*routers, *maturity})
-        for name, parameter in routers.items():
-            _copy(parameter, tensors[name], f"{file}: {name}")
-        self.set_maturity(
-            ExpertMaturity(**{name.partition(".")[2]: tensors[name] for name in maturity})
-        )
 
     def size_message(self, folder: Path) -> str:
         """One line: what the folder weighs beside the base it does not hold."""
@@ -447,38 +373,11 @@ class DyLoRA_MoE(nn.Module):  # noqa: N801 - the system's specification names it
             raise ValueError("routing_weights must be finite and not negative")
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """config.json of a verified folder. Raises ValueError for another format version."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint {folder} does not exist")
-    verify(folder)
-    description = read_json(folder / "config.json")
-    if description.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}/config.json has format_version {description.get('format_version')!r}; "
-            f"this version reads {FORMAT_VERSION}"
-        )
-    return description
-
-
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
         "this model carries experts, and transformers would write files that reload without them: "
         "call save_pretrained of the DyLoRA_MoE, or unload() first"
     )
-
-
-def _check_same_keys(source: Path, found: set[str], expected: set[str]) -> None:
-    for name in sorted(expected - found):
-        raise ValueError(f"{source}: {name} is missing")
-    for name in sorted(found - expected):
-        raise ValueError(f"{source}: {name} fits nothing in this model")
-
-
-def _copy(target: Tensor, source: Tensor, what: str) -> None:
-    if target.shape != source.shape:
-        raise ValueError(f"{what} has shape {list(source.shape)}, expected {list(target.shape)}")
-    target.copy_(source)
 
 
 def _first_below(site: str, paths: list[str]) -> str:

@@ -129,7 +129,7 @@ def maturity_gates(probabilities: Tensor, maturity: Tensor, top_k: int) -> Tenso
 
 
 def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
-    """Boolean [..., E], True at the K largest; of equal ones the lowest index (torch.topk differs)."""
+    """Boolean [..., E], True at the K largest; ties go to the lowest index, unlike torch.topk."""
     order = scores.detach().argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(scores, dtype=torch.bool)
     return mask.scatter(-1, order[..., :top_k], True)

@@ -84,7 +84,8 @@ def read_adapter(folder: Path) -> PeftAdapter:
     """
     config = read_json(folder / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder / CONFIG_FILE}: peft_type is {config.get('peft_type')!r}, not LORA")
+        found = config.get("peft_type")
+        raise ValueError(f"{folder / CONFIG_FILE}: peft_type is {found!r}, not LORA")
     for key in ("r", "lora_alpha", "target_modules"):
         if key not in config:
             raise ValueError(f"{folder / CONFIG_FILE}: {key!r} is missing")

@@ -4,7 +4,7 @@ Method: a Llama of 5 M parameters on the standard library's source (corpus.py), 
 matrices and AdamW for the rest, a warmup-stable-decay schedule counted in tokens.
 Result: see dylora/assets/tiny-code-llama/README.md, which this script writes.
 
-    python experiments/tiny_base/pretrain.py --bf16 --tokens 15000000 --out dylora/assets/tiny-code-llama
+    python experiments/tiny_base/pretrain.py --bf16
 
 An interrupted run continues from its last snapshot under --work.
 """
@@ -32,7 +32,7 @@ def learning_rate_factor(done: float) -> float:
 
 
 def sequence_length(done: float) -> int:
-    """Short windows while the rate is high, long ones while it falls: attention is 40 % of a step."""
+    """Short windows while the rate is high, long ones while it falls: attention costs 40 %."""
     return SEQUENCE // 2 if done < 0.65 else SEQUENCE
 
 
@@ -79,7 +79,9 @@ def bits_per_byte(model, stream: torch.Tensor, total_bytes: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=15_000_000)
     parser.add_argument("--batch_sequences", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="AdamW's; Muon's is 0.02")
@@ -120,8 +122,11 @@ def main() -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         start, seconds_before = state["step"], state["seconds"]
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-          f"{len(train_stream) / 1e6:.2f} M tokens an epoch, {steps} steps", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+        f"{len(train_stream) / 1e6:.2f} M tokens an epoch, {steps} steps",
+        flush=True,
+    )
 
     def windows(step: int) -> torch.Tensor:
         ids = []
@@ -142,7 +147,9 @@ def main() -> None:
         ids = windows(step).view(-1, sequence_length(step / steps))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
             logits = forward(input_ids=ids, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer in optimizers:
@@ -151,13 +158,24 @@ def main() -> None:
         running.append(loss.item())
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             seconds = seconds_before + time.perf_counter() - clock
-            row = {"step": step + 1, "tokens": (step + 1) * tokens_per_step,
-                   "loss": sum(running) / len(running), "seconds": round(seconds)}
+            row = {
+                "step": step + 1,
+                "tokens": (step + 1) * tokens_per_step,
+                "loss": sum(running) / len(running),
+                "seconds": round(seconds),
+            }
             running.clear()
             if (step + 1) % SNAPSHOT_EVERY == 0 or step + 1 == steps:
                 row["val_bits_per_byte"] = bits_per_byte(model, val_stream, val_bytes)
-                torch.save({"model": model.state_dict(), "step": step + 1, "seconds": seconds,
-                            "optimizers": [o.state_dict() for o in optimizers]}, snapshot)
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "step": step + 1,
+                        "seconds": seconds,
+                        "optimizers": [o.state_dict() for o in optimizers],
+                    },
+                    snapshot,
+                )
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(row, flush=True)
@@ -167,21 +185,36 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(args.out)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        model_max_length=2048, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
     )
     wrapped.save_pretrained(args.out)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     reloaded = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
-    (args.out / "training.json").write_text(json.dumps({
-        "files": len(documents), "train_tokens_per_epoch": len(train_stream),
-        "tokens_seen": steps * tokens_per_step, "steps": steps,
-        "held_out_files": sum(map(is_held_out, documents)), "held_out_bytes": val_bytes,
-        "held_out_bits_per_byte_of_the_stored_half_precision_model":
-            bits_per_byte(reloaded, val_stream, val_bytes),
-        "seconds": rows[-1]["seconds"], "python": platform.python_version(), "torch": torch.__version__,
-        "curve": [row for row in rows if "val_bits_per_byte" in row],
-    }, indent=1))
+    (args.out / "training.json").write_text(
+        json.dumps(
+            {
+                "files": len(documents),
+                "train_tokens_per_epoch": len(train_stream),
+                "tokens_seen": steps * tokens_per_step,
+                "steps": steps,
+                "held_out_files": sum(map(is_held_out, documents)),
+                "held_out_bytes": val_bytes,
+                "held_out_bits_per_byte_of_the_stored_half_precision_model": bits_per_byte(
+                    reloaded, val_stream, val_bytes
+                ),
+                "seconds": rows[-1]["seconds"],
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "curve": [row for row in rows if "val_bits_per_byte" in row],
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

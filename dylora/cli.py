@@ -1,0 +1,287 @@
+"""The command line: which commands there are, their options, and how errors are told.
+
+jsonargparse declares the options and explains every field of a config. What a user got wrong is
+one line on stderr and exit code 2; a traceback means a fault of ours. The modules that do the work
+are imported inside each command, so that help and errors come at once.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from dylora.config import RunConfig, SourceConfig
+from dylora.config_file import (
+    COMMAND_LINE,
+    all_keys,
+    dump_run_config,
+    load_run_config,
+    split_overrides,
+)
+
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError)
+CONFIG_USAGE = "--config FILE [--section.key VALUE ...]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's error, 130 when interrupted."""
+    tokens = sys.argv[1:] if argv is None else list(argv)
+    show_traceback = "--traceback" in tokens or os.environ.get("DYLORA_TRACEBACK") == "1"
+    try:
+        _dispatch([token for token in tokens if token != "--traceback"])
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (*USER_ERRORS, ArgumentError) as error:
+        if show_traceback:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# Commands
+
+
+def _train(options: Namespace, overrides: list[str]) -> None:
+    config = load_run_config(options.config, overrides)
+    if options.print_config:
+        print(dump_run_config(config), end="")
+        return
+    from dylora.training.loop import train
+
+    train(config, options.resume_from_checkpoint)
+
+
+def _evaluate(options: Namespace, overrides: list[str]) -> None:
+    config = load_run_config(options.config, overrides)
+    if options.print_config:
+        print(dump_run_config(config), end="")
+        return
+    from dylora.evaluation.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(config, options.checkpoint)
+
+
+def _generate(options: Namespace, overrides: list[str]) -> None:
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens is {options.max_new_tokens}, but must be at least 1")
+    if not options.temperature >= 0:  # also refuses nan
+        raise ValueError(f"--temperature is {options.temperature}, but must be at least 0")
+    from dylora.evaluation.generate import generate_text
+
+    generate_text(
+        options.checkpoint,
+        options.prompt,
+        options.base,
+        options.max_new_tokens,
+        options.temperature,
+        options.raw,
+        options.show_routing,
+    )
+
+
+def _export(options: Namespace, overrides: list[str]) -> None:
+    from dylora.storage.export import export_checkpoint
+
+    if options.expert != "all" and not options.expert.isdecimal():
+        raise ValueError(f"--expert is {options.expert!r}, but must be all or an expert's number")
+    for folder in export_checkpoint(
+        options.checkpoint, options.out, options.expert, options.portable
+    ):
+        print(folder)
+
+
+def _info(options: Namespace, overrides: list[str]) -> None:
+    if (options.checkpoint is None) == (options.config is None):
+        raise ValueError("info needs either --checkpoint DIR or --config FILE")
+    if options.config is not None:
+        print(dump_run_config(load_run_config(options.config, overrides)), end="")
+        return
+    if overrides:
+        raise ValueError(f"{COMMAND_LINE}: {overrides[0]} changes a config, and there is none")
+    from dylora.evaluation.info import print_info
+
+    print_info(options.checkpoint)
+
+
+COMMANDS: dict[str, tuple[Callable[[Namespace, list[str]], None], str]] = {
+    "train": (_train, "Train the experts that a config describes."),
+    "evaluate": (_evaluate, "Loss and perplexity of a checkpoint on each of a config's data sets."),
+    "generate": (_generate, "Continue a prompt with a checkpoint."),
+    "export": (_export, "Write experts of a checkpoint as PEFT adapters."),
+    "info": (_info, "What a checkpoint holds, or the settings that a config amounts to."),
+}
+
+
+# Options
+
+
+def _dispatch(tokens: list[str]) -> None:
+    parser, commands = _parsers()
+    if not tokens or tokens[0] in ("-h", "--help"):
+        parser.print_help(sys.stdout if tokens else sys.stderr)
+        raise SystemExit(0 if tokens else 2)
+    name = tokens[0]
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"valid are {', '.join(commands)}"
+        raise ValueError(f"unknown command {name}; {hint}")
+    command = commands[name]
+    if "-h" in tokens or "--help" in tokens:
+        command.print_help()
+        if _takes_config(command):
+            print("\n" + _config_help())
+        return
+    own, overrides = _split_options(tokens[1:], command)
+    COMMANDS[name][0](command.parse_args(own), overrides)
+
+
+def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    parser = ArgumentParser(
+        prog="run.py",
+        usage="run.py COMMAND [OPTIONS]",
+        description="Mixtures of LoRA experts on a frozen language model.",
+        exit_on_error=False,
+    )
+    subcommands = parser.add_subcommands(dest="command", required=True)
+    commands = {}
+    for name, (_, description) in COMMANDS.items():
+        commands[name] = ArgumentParser(
+            description=description,
+            allow_abbrev=False,
+            print_config=None,  # the option of that name is ours
+        )
+        commands[name].add_argument(
+            "--traceback",
+            action="store_true",
+            help="Show where an error arose, like DYLORA_TRACEBACK=1.",
+        )
+        subcommands.add_subcommand(name, commands[name], help=description)
+        commands[name].prog = f"run.py {name}"
+    for name in ("train", "evaluate", "info"):
+        commands[name].add_argument(
+            "--config",
+            required=name != "info",
+            metavar="FILE",
+            help="YAML file of the run. The command line overrides its fields, in any order; an "
+            "item of data.sources goes by its index or name. Relative paths in the file are "
+            "relative to the working directory.",
+        )
+    for name in ("train", "evaluate"):
+        commands[name].add_argument(
+            "--print_config", action="store_true", help="Print the resolved config and stop."
+        )
+    for name in ("evaluate", "generate", "export", "info"):
+        commands[name].add_argument(
+            "--checkpoint", metavar="DIR", required=name != "info", help="Folder of a checkpoint."
+        )
+
+    commands["train"].usage = f"run.py train {CONFIG_USAGE} [--resume_from_checkpoint latest|DIR]"
+    commands["train"].add_argument(
+        "--resume_from_checkpoint",
+        metavar="latest|DIR",
+        help="Go on from this folder, or from the latest of the run.",
+    )
+
+    commands["evaluate"].usage = f"run.py evaluate {CONFIG_USAGE} --checkpoint DIR"
+
+    generate = commands["generate"]
+    generate.usage = "run.py generate --checkpoint DIR --prompt TEXT [OPTIONS]"
+    generate.add_argument("--prompt", required=True, help="The instruction, or the text itself.")
+    generate.add_argument("--base", help="Base model to use instead of the checkpoint's own.")
+    generate.add_argument("--max_new_tokens", type=int, default=128, help="Most tokens to add.")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="0: the likeliest token each time."
+    )
+    generate.add_argument(
+        "--raw", action="store_true", help="Continue the prompt as it stands, without a template."
+    )
+    generate.add_argument(
+        "--show_routing", action="store_true", help="Show which experts each token used."
+    )
+
+    export = commands["export"]
+    export.usage = "run.py export --checkpoint DIR --out DIR [--expert all|N] [--portable]"
+    export.add_argument(
+        "--out", metavar="DIR", required=True, help="Folder that gets one folder per expert."
+    )
+    export.add_argument("--expert", default="all", help="all, or an expert's number.")
+    export.add_argument(
+        "--portable",
+        action="store_true",
+        help="Fold the scale into the tensors, for readers that ignore rslora and alpha.",
+    )
+
+    commands["info"].usage = f"run.py info --checkpoint DIR | {CONFIG_USAGE}"
+    return parser, commands
+
+
+def _config_help() -> str:
+    """Every field of a config with its type, default and meaning, as jsonargparse reads them."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    sections = {
+        item.name: item.type
+        for item in fields(RunConfig)
+        if isinstance(item.type, type) and is_dataclass(item.type)
+    }
+    parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    parser.add_class_arguments(RunConfig, skip=set(sections))
+    for name, section in sections.items():
+        parser.add_class_arguments(section, name)
+        if name == "data":
+            parser.add_class_arguments(SourceConfig, "data.sources.N")
+    for action in parser._actions:
+        # What jsonargparse offers besides a field's own option is not part of our commands.
+        action.option_strings = [option for option in action.option_strings if option[-1] != "+"]
+        if action.dest in (*sections, "data.sources.N") or action.dest.endswith(".help"):
+            action.help = argparse.SUPPRESS
+    return parser.format_help()
+
+
+def _split_options(tokens: list[str], command: ArgumentParser) -> tuple[list[str], list[str]]:
+    """The command's own options, and the overrides of config fields, wherever they stand."""
+    own_options = set(command._option_string_actions)
+    own: list[str] = []
+    overrides: list[str] = []
+    queue = list(tokens)
+    while queue:
+        token = queue.pop(0)
+        option = token.partition("=")[0]
+        if not option.startswith("--") or option in own_options:
+            own.append(token)
+            continue
+        key = option.removeprefix("--")
+        near = difflib.get_close_matches(option, own_options, n=1, cutoff=0.8)
+        if not _takes_config(command) or (near and key not in all_keys()):
+            hint = f"did you mean {near[0]}?" if near else f"valid are {_listed(own_options)}"
+            raise ValueError(f"{COMMAND_LINE}: unknown option {option}; {hint}")
+        overrides.append(token)
+        if "=" not in token and queue and not queue[0].startswith("--"):
+            overrides.append(queue.pop(0))
+    split_overrides(overrides)
+    return own, overrides
+
+
+def _takes_config(command: ArgumentParser) -> bool:
+    return "--config" in command._option_string_actions
+
+
+def _listed(options: set[str]) -> str:
+    return ", ".join(sorted(options - {"-h", "--help"}))
+
+
+def _one_line(error: Exception) -> str:
+    """The message without line breaks, and jsonargparse's in the words of the other errors."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    form = r"""Parser key "(.+?)": Expected a <class '(.+?)'>\. Got value: (.+)"""
+    return re.sub(form, r"--\1 is '\3', but must be of type \2", text)

@@ -1,0 +1,1 @@
+"""What a trained mixture can do: losses, skills, plots, generation, a checkpoint's description."""

@@ -1,0 +1,51 @@
+"""`run.py evaluate`: loss and perplexity per set, and how the routers spread."""
+
+import math
+
+import torch
+
+from dylora.bases import choose_device, load_tokenizer
+from dylora.config import RunConfig
+from dylora.model import DyLoRA_MoE
+from dylora.training.data import load_data
+from dylora.training.prompts import pad_token_id
+from dylora.training.validation import SetScore, overall_loss, validate
+
+
+def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> dict[str, SetScore]:
+    """Score a checkpoint on the validation sets of `config`, print a table, return the scores.
+
+    Raises ValueError or FileNotFoundError for a checkpoint or data that do not load.
+    """
+    if not config.data.sources:
+        raise ValueError("data.sources is empty: name at least one set to evaluate on")
+    model = DyLoRA_MoE.from_pretrained(
+        checkpoint,
+        config.model.base,
+        dtype=getattr(torch, config.model.dtype),
+        device=choose_device(config.model.device),
+        attn_implementation=config.model.attn_implementation,
+    )
+    tokenizer = load_tokenizer(config.model.base, config.model.revision)
+    data = load_data(
+        config.data,
+        tokenizer,
+        training_subset=config.train.training_subset,
+        eval_subset=config.eval.eval_subset,
+    )
+    if data.stamp != model.training_record.get("data", data.stamp):
+        print("note: the checkpoint was trained on other data or another split than is scored here")
+    scores = validate(
+        model,
+        data.validation,
+        batch_size=config.eval.batch_size,
+        pad_token_id=pad_token_id(tokenizer),
+    )
+    print(f"{'set':20} {'targets':>9} {'loss':>8} {'perplexity':>11}   usage of the experts")
+    for name, score in scores.items():
+        shares = [] if score.usage_NE is None else score.usage_NE.mean(0).tolist()
+        shown = " ".join(f"{share:.0%}" for share in shares)
+        print(f"{name:20} {score.targets:9,} {score.loss:8.4f} {score.perplexity:11.3f}   {shown}")
+    total = overall_loss(scores)
+    print(f"{'all':20} {'':9} {total:8.4f} {math.exp(min(total, 700.0)):11.3f}")
+    return scores

@@ -1,0 +1,57 @@
+"""`run.py generate`: one answer, and on request how its tokens were routed."""
+
+from pathlib import Path
+
+import torch
+
+from dylora.bases import choose_device, load_tokenizer
+from dylora.model import DyLoRA_MoE
+from dylora.model_files import read_description
+from dylora.training.prompts import encode_prompts, format_prompt, pad_token_id
+
+
+def generate_text(
+    checkpoint: str,
+    prompt: str,
+    base: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    raw: bool = False,
+    show_routing: bool = False,
+) -> str:
+    """Print and return what the mixture answers.
+
+    Args:
+        checkpoint: a folder written by training or `save_pretrained`.
+        base: the base by name; by default the one the checkpoint names.
+        temperature: 0 is greedy.
+        raw: continue the prompt as it stands, without the instruction template.
+        show_routing: print each token's leading expert and the mean share of every expert.
+    """
+    name = base or read_description(Path(checkpoint))["base_model_name_or_path"]
+    device = choose_device("auto")
+    model = DyLoRA_MoE.from_pretrained(checkpoint, name, device=device).eval()
+    tokenizer = load_tokenizer(name)
+    text = prompt if raw else format_prompt(prompt)
+    ids = torch.tensor(encode_prompts(tokenizer, [text]), device=device)
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    length = ids.shape[1]
+    answer = tokenizer.decode(output[0, length:], skip_special_tokens=True)
+    print(answer)
+    if show_routing:
+        shares = model.get_routing_weights(output)[0].mean(1)  # [S, E], averaged over sites
+        print(f"\nmean shares: {' '.join(f'{share:.0%}' for share in shares.mean(0).tolist())}")
+        for token, share in zip(output[0, length:].tolist(), shares[length:], strict=True):
+            leader = int(share.argmax())
+            print(f"{tokenizer.decode([token])!r:16} expert {leader} ({float(share[leader]):.0%})")
+    return answer

@@ -1,0 +1,37 @@
+"""`run.py info`: what a checkpoint is."""
+
+from pathlib import Path
+
+from dylora.model_files import read_description
+from dylora.storage.checkpoint import folder_bytes
+
+
+def print_info(checkpoint: str) -> None:
+    """Verify a checkpoint and print base, experts, sizes and what it was trained on.
+
+    Raises ValueError naming the file when it is not whole.
+    """
+    folder = Path(checkpoint)
+    description = read_description(folder)
+    moe, training = description["moe"], description["training"]
+    print(f"{folder}: whole, {folder_bytes(folder) / 1e6:.1f} MB, every file as written")
+    revision = description["base_revision"] or "any revision"
+    print(f"base        {description['base_model_name_or_path']} ({revision})")
+    print(
+        f"routing     {moe['router_type']}, top {moe['top_k_experts']} of {moe['num_experts']}, "
+        f"{len(description['sites'])} sites, {len(description['projections'])} projections"
+    )
+    for expert in description["experts"]:
+        size = folder_bytes(folder / "peft_adapters" / expert["name"])
+        print(
+            f"{expert['name']:11} {expert['state']}, rank {expert['rank']}, "
+            f"alpha {expert['alpha']}, maturity {expert['maturity']:.3f}, {size / 1e6:.2f} MB"
+        )
+    if "step" in training:
+        print(
+            f"trained     {training['step']} steps, {training['targets']:,} target tokens, "
+            f"seed {training['seed']}"
+        )
+    for source in training.get("data", {}).get("sources", []):
+        scheme = source["split_scheme"] or "generated"
+        print(f"data        {source['name']}: {source['training_rows']} rows, split {scheme}")

@@ -1,0 +1,108 @@
+"""What a training run shows at its end: a table per set, and plots in the run's folder."""
+
+import json
+import time
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
+from dylora.evaluation.skills import score_skills
+from dylora.training.setup import Run
+from dylora.training.validation import validate
+
+SKILL_PREFIX = "skill/"
+
+
+class SetRow(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    base_loss: float  # nats per target token, adapters off
+    trained_loss: float
+    base_passed: float | None  # share of test answers that pass their checker
+    trained_passed: float | None
+    expert: int | None  # the one with the largest share of the gate mass
+    expert_share: float | None
+
+
+def report_run(run: Run) -> list[SetRow]:
+    """Compare the trained mixture with its own base; print, plot, and write results.json."""
+    options = {"batch_size": run.config.eval.batch_size, "pad_token_id": run.pad_token_id}
+    sets, model = run.data.validation, run.model
+    trained = validate(model, sets, **options)
+    with model.disable_adapters():
+        base = validate(model, sets, **options)
+
+    count = run.config.eval.skill_answers
+    skills = [s.name.removeprefix(SKILL_PREFIX) for s in sets if s.name.startswith(SKILL_PREFIX)]
+    trained_skills, base_skills = {}, {}
+    if count and skills:
+        run.log.say(f"answering {count} test tasks of {len(skills)} skills, base and trained …")
+        trained_skills = score_skills(model, run.tokenizer, skills, count)
+        with model.disable_adapters():
+            base_skills = score_skills(model, run.tokenizer, skills, count)
+
+    rows = []
+    for name, score in trained.items():
+        skill = name.removeprefix(SKILL_PREFIX)
+        leader = _leader(score.usage_NE)
+        rows.append(
+            SetRow(
+                name,
+                base[name].loss,
+                score.loss,
+                base_skills[skill].share if skill in base_skills else None,
+                trained_skills[skill].share if skill in trained_skills else None,
+                *(leader or (None, None)),
+            )
+        )
+    run.log.say(format_table(rows, count))
+    plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
+    plot_maturity(run.folder / "metrics.jsonl", run.folder / "maturity.png")
+    usage = {name: s.usage_NE for name, s in trained.items() if s.usage_NE is not None}
+    if usage:
+        plot_usage(usage, run.folder / "usage.png")
+    results = {
+        "step": run.progress.step,
+        "test_answers_per_skill": count,
+        "sets": [row._asdict() for row in rows],
+        "answers": {name: score.answers for name, score in trained_skills.items()},
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+    (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    run.log.say(
+        f"wrote {run.folder}/: results.json, loss.png, maturity.png"
+        + (", usage.png" if usage else "")
+    )
+    return rows
+
+
+def format_table(rows: list[SetRow], count: int) -> str:
+    """The table as plain text; the columns of passed answers only where there are any."""
+    with_answers = any(row.trained_passed is not None for row in rows)
+    header = f"{'set':20} {'base loss':>10} {'trained':>8}"
+    if with_answers:
+        header += f" {'base passes':>12} {'trained':>8}"
+    header += "   expert (share)"
+    lines = [header, "-" * len(header)]
+    for row in rows:
+        line = f"{row.name:20} {row.base_loss:10.3f} {row.trained_loss:8.3f}"
+        if with_answers:
+            passed = [row.base_passed, row.trained_passed]
+            shown = ["-" if share is None else f"{share:.0%}" for share in passed]
+            line += f" {shown[0]:>12} {shown[1]:>8}"
+        if row.expert is not None:
+            line += f"   {row.expert} ({row.expert_share:.0%})"
+        lines.append(line)
+    if with_answers:
+        lines.append(f"loss in nats per target token, on validation; {count} test answers a skill")
+    return "\n".join(lines)
+
+
+def _leader(usage_NE: Tensor | None) -> tuple[int, float] | None:
+    """The expert with the largest share of the gate mass, averaged over sites."""
+    if usage_NE is None:
+        return None
+    share_E = usage_NE.mean(0)
+    return int(share_E.argmax()), float(share_E.max())

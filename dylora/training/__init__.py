@@ -1,0 +1,1 @@
+"""Training: data, optimizer, the loop, what it logs and how it resumes."""

@@ -1,0 +1,265 @@
+"""The training loop: `train` tells the story in time order; each step is a function below it.
+
+Shape letters: B batch, S sequence, N sites, E experts.
+"""
+
+import math
+import time
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dylora import losses, maturity
+from dylora.config import RunConfig
+from dylora.losses import RoutingStatistics
+from dylora.model import LossScale
+from dylora.storage.checkpoint import checkpoints
+from dylora.training.data import collate
+from dylora.training.monitor import expert_metrics, memory_gb, routing_metrics, summarize
+from dylora.training.optim import named_parameters
+from dylora.training.resume import resume, save
+from dylora.training.setup import Progress, Run, prepare
+from dylora.training.validation import SetScore, overall_loss, validate
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step measured; means over the accumulated batch."""
+
+    loss: float
+    lm_loss: float
+    aux_loss: float
+    z_loss: float
+    grad_norm: float
+    targets: int
+    tokens: int
+    statistics: RoutingStatistics | None
+    load_E: Tensor
+
+
+def train(config: RunConfig, resume_from_checkpoint: str | None = None) -> Run:
+    """Train, evaluate, keep checkpoints; everything lies under <output_dir>/<name>/ afterwards.
+
+    Args:
+        config: the run.
+        resume_from_checkpoint: `latest`, a checkpoint folder, or None for a fresh run.
+
+    Raises ValueError for settings that do not fit together or a loss that is not finite,
+    FileExistsError when a fresh run would write into a folder that holds another one.
+    """
+    run = prepare(config, fresh=resume_from_checkpoint is None)
+    progress, log = run.progress, run.log
+    if resume_from_checkpoint is not None:
+        resume(run, resume_from_checkpoint)
+    announce(run)
+
+    log.start(progress.step, run.steps)
+    window = Window()
+    while progress.step < run.steps:
+        started = time.perf_counter()
+        result = train_step(run)
+        progress.step += 1
+        progress.targets += result.targets
+        seconds = time.perf_counter() - started
+        window.add(result, seconds)
+        log.advance(result.loss, result.tokens / seconds)
+
+        last = progress.step == run.steps
+        if progress.step % config.log.logging_steps == 0 or last:
+            metrics = window.metrics(run, result)
+            log.write(progress.step, progress.targets, metrics)
+            log.progress_line(progress.step, metrics)
+            window = Window()
+        run.optimizer.zero_grad(set_to_none=True)
+
+        if _due(progress.step, config.eval.eval_steps) or last:
+            evaluate(run)
+            if _due(progress.step, config.train.save_steps) or last or _is_best(progress):
+                save(run)
+            if _is_out_of_patience(run):
+                log.say(f"stopped: {progress.evaluations_without_gain} evaluations without gain")
+                if not last and not _is_best(progress):
+                    save(run)
+                break
+        elif _due(progress.step, config.train.save_steps):
+            save(run)
+    log.close()
+    return run
+
+
+def announce(run: Run) -> None:
+    """Say what is about to happen."""
+    for report in run.data.reports:
+        run.log.say(report.describe())
+    trainable, frozen = run.model.count_parameters()
+    sites, experts = len(run.model.site_names), run.config.moe.expert_count
+    device = run.model.injection.state.maturity_E.device
+    run.log.say(
+        f"{experts} experts of rank {run.config.moe.r} at {sites} sites: "
+        f"{trainable:,} trainable parameters beside {frozen:,} frozen ones; "
+        f"{run.steps - run.progress.step} steps on {device}"
+    )
+
+
+def train_step(run: Run) -> StepResult:
+    """One optimizer step over an accumulated batch: forward, backward, clip, update, observe.
+
+    Raises ValueError, with nothing updated, when the loss or the gradients are not finite.
+    """
+    config, model = run.config, run.model
+    model.train()
+    device = model.injection.state.maturity_E.device
+    batches = [
+        {key: value.to(device) for key, value in batch.items()} for batch in next_batches(run)
+    ]
+    targets = torch.stack([losses.count_targets(batch["labels"]) for batch in batches]).sum()
+    tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum()
+    scale = LossScale(targets, tokens, _fractions(run, device))
+
+    sums = torch.zeros(4, device=device)  # loss, lm, aux, z: they add up under one scale
+    mass_E = torch.zeros(config.moe.expert_count, device=device)
+    loss_mass_E = torch.zeros_like(mass_E)
+    statistics: RoutingStatistics | None = None
+    for batch in batches:
+        output = model(**batch, label_smoothing=config.train.label_smoothing, scale=scale)
+        run.scaler.scale(output.loss).backward()
+        sums += torch.stack([output.loss, output.lm_loss, output.aux_loss, output.z_loss]).detach()
+        mass, loss_mass = expert_mass(output.routing.gates, output.token_losses, batch["labels"])
+        mass_E, loss_mass_E = mass_E + mass, loss_mass_E + loss_mass
+        if (found := output.routing.statistics) is not None:
+            found = found.detach()
+            statistics = found if statistics is None else statistics.plus(found)
+
+    run.scaler.unscale_(run.optimizer)
+    parameters = list(named_parameters(model).values())
+    limit = config.train.max_grad_norm or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+    loss, lm_loss, aux_loss, z_loss = sums.tolist()
+    step = run.progress.step + 1
+    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+        raise ValueError(
+            f"step {step}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite "
+            f"(loss {loss}, gradient norm {grad_norm}); nothing was updated. {_last_good(run)} "
+            f"Try a lower train.learning_rate, a warm-up, or model.dtype float32"
+        )
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.scheduler.step()
+    if run.scaler.is_enabled() and not math.isfinite(grad_norm):
+        run.progress.skipped_steps += 1
+
+    model.set_maturity(
+        maturity.observe(
+            model.maturity,
+            mass_E,
+            loss_mass_E,
+            progress=step / run.steps,
+            tokens_per_expert=run.tokens_per_expert,
+            config=config.moe,
+        )
+    )
+    if statistics is not None:
+        fractions_NE = losses.assignment_fractions(statistics.assigned_NE)
+        run.progress.fractions = fractions_NE.tolist()
+    load_E = (mass_E / mass_E.sum().clamp_min(1e-12)).cpu()
+    return StepResult(
+        loss, lm_loss, aux_loss, z_loss, grad_norm, int(targets), int(tokens), statistics, load_E
+    )
+
+
+def next_batches(run: Run) -> list[dict[str, Tensor]]:
+    """The micro-batches of one step. Rows of similar length share one, which saves padding."""
+    size, parts = run.config.train.batch_size, run.config.train.gradient_accumulation_steps
+    rows = [run.data.train[index][row] for index, row in islice(run.sampler, size * parts)]
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    return [
+        collate(rows[begin : begin + size], run.pad_token_id) for begin in range(0, len(rows), size)
+    ]
+
+
+def expert_mass(gates: Tensor, token_losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate mass, and gate-weighted loss, of each expert over the target positions.
+
+    gates [B, S, N, E] are averaged over sites; token_losses [B, S]; labels [B, S] -> two of [E].
+    """
+    is_target = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)).to(gates.device)
+    gates_BSE = gates.detach().mean(2) * is_target[..., None]
+    mass_E = gates_BSE.sum((0, 1))
+    return mass_E, torch.einsum("bse,bs->e", gates_BSE, token_losses.to(gates.device))
+
+
+def evaluate(run: Run) -> dict[str, SetScore]:
+    """Validate, log, and remember whether this was the best so far."""
+    scores = validate(
+        run.model,
+        run.data.validation,
+        batch_size=run.config.eval.batch_size,
+        pad_token_id=run.pad_token_id,
+    )
+    loss, progress = overall_loss(scores), run.progress
+    metrics = {"val/loss": loss, "val/ppl": math.exp(min(loss, 700.0))}
+    metrics |= {f"val/loss/{name}": score.loss for name, score in scores.items()}
+    run.log.write(progress.step, progress.targets, metrics)
+    shown = ", ".join(f"{name} {score.loss:.3f}" for name, score in scores.items())
+    run.log.say(f"step {progress.step}  validation loss {loss:.4f}  ({shown})")
+    if loss < progress.best_loss:
+        progress.best_loss, progress.best_step = loss, progress.step
+        progress.evaluations_without_gain = 0
+    else:
+        progress.evaluations_without_gain += 1
+    return scores
+
+
+class Window:
+    """Means since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.results: list[StepResult] = []
+        self.seconds = 0.0
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        self.results.append(result)
+        self.seconds += seconds
+
+    def metrics(self, run: Run, last: StepResult) -> dict[str, float]:
+        """train/…, router/…, expert/… and system/… of a line of metrics.jsonl."""
+        count = len(self.results)
+        metrics = {
+            f"train/{name}": sum(getattr(result, name) for result in self.results) / count
+            for name in ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm")
+        }
+        metrics["train/lr"] = run.scheduler.get_last_lr()[0]
+        metrics["train/tokens_per_s"] = sum(r.tokens for r in self.results) / self.seconds
+        metrics["train/step_time_s"] = self.seconds / count
+        if last.statistics is not None:
+            metrics |= routing_metrics(summarize(last.statistics), run.model.site_names)
+        metrics |= expert_metrics(run.model, last.load_E)
+        metrics["system/mem_gb"] = memory_gb()
+        return metrics
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _is_best(progress: Progress) -> bool:
+    return progress.best_step == progress.step
+
+
+def _is_out_of_patience(run: Run) -> bool:
+    patience = run.config.train.early_stopping_patience
+    return patience is not None and run.progress.evaluations_without_gain >= patience
+
+
+def _fractions(run: Run, device: torch.device) -> Tensor | None:
+    """The previous step's fractions; uniform ones, which exert no pressure, before the first."""
+    if run.progress.fractions is not None:
+        return torch.tensor(run.progress.fractions, device=device)
+    experts = run.config.moe.expert_count
+    return torch.full((len(run.model.site_names), experts), 1 / experts, device=device)
+
+
+def _last_good(run: Run) -> str:
+    found = checkpoints(run.folder)
+    return f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."

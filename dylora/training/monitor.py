@@ -1,0 +1,200 @@
+"""What a run tells: metrics.jsonl, a bar or log lines, and a mirror at Weights & Biases.
+
+metrics.jsonl is the truth; whatever wandb does never changes or stops a run.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dylora.config import LogConfig
+from dylora.losses import RoutingStatistics
+from dylora.model import DyLoRA_MoE
+
+DEAD_BELOW = 0.01  # an expert with less of a site's gate mass counts as dead
+
+
+class RoutingSummary(NamedTuple):
+    """Means over tokens, on the CPU."""
+
+    usage_NE: Tensor  # share of the gate mass
+    entropy_N: Tensor  # of the gates, in nats
+    active_N: Tensor  # experts with a non-zero gate
+    top1_share_N: Tensor  # largest share of the assignments
+
+
+def summarize(statistics: RoutingStatistics) -> RoutingSummary:
+    """Means from sums."""
+    usage_NE = statistics.gate_NE / statistics.gate_NE.sum(-1, keepdim=True).clamp_min(1e-12)
+    assigned_N = statistics.assigned_NE.sum(-1).clamp_min(1)
+    tokens = statistics.tokens.clamp_min(1)
+    return RoutingSummary(
+        usage_NE.cpu(),
+        (statistics.entropy_N / tokens).cpu(),
+        (statistics.active_N / tokens).cpu(),
+        (statistics.assigned_NE.amax(-1) / assigned_N).cpu(),
+    )
+
+
+def routing_metrics(summary: RoutingSummary, site_names: list[str]) -> dict[str, float]:
+    """router/… for all sites together, and for each."""
+    dead_N = (summary.usage_NE < DEAD_BELOW).sum(-1)
+    max_usage_N = summary.usage_NE.amax(-1)
+    metrics = {
+        "router/entropy": summary.entropy_N.mean().item(),
+        "router/max_usage": max_usage_N.max().item(),
+        "router/dead_experts": float(dead_N.sum()),
+        "router/top1_share": summary.top1_share_N.mean().item(),
+        "router/active_experts": summary.active_N.mean().item(),
+    }
+    for index, name in enumerate(site_names):
+        metrics[f"router/entropy/{name}"] = summary.entropy_N[index].item()
+        metrics[f"router/max_usage/{name}"] = max_usage_N[index].item()
+        metrics[f"router/dead_experts/{name}"] = float(dead_N[index])
+        for expert, share in enumerate(summary.usage_NE[index].tolist()):
+            metrics[f"router/usage/{name}/{expert}"] = share
+    return metrics
+
+
+def expert_metrics(model: DyLoRA_MoE, load_E: Tensor) -> dict[str, float]:
+    """expert/{i}/… : maturity, gradient norm (call it before gradients are cleared), load.
+
+    load_E: share of the gate mass, averaged over sites.
+    """
+    squares_E: Tensor | None = None
+    for _, parameter in model.expert_parameters():
+        if parameter.grad is not None:
+            square_E = parameter.grad.float().square().sum((1, 2)).cpu()
+            squares_E = square_E if squares_E is None else squares_E + square_E
+    metrics = {}
+    for expert in range(model.config.expert_count):
+        metrics[f"expert/{expert}/maturity"] = float(model.maturity.maturity[expert])
+        metrics[f"expert/{expert}/load"] = float(load_E[expert])
+        if squares_E is not None:
+            metrics[f"expert/{expert}/grad_norm"] = float(squares_E[expert].sqrt())
+    return metrics
+
+
+class RunLog:
+    """metrics.jsonl, the bar or the lines, and wandb."""
+
+    def __init__(
+        self, folder: Path, config: LogConfig, run_name: str, settings: dict[str, Any]
+    ) -> None:
+        self._file = folder / "metrics.jsonl"
+        self._every = config.logging_steps
+        self._bar: tqdm[Any] | None = None
+        self._wandb = _start_wandb(folder, config, run_name, settings) if config.wandb else None
+        self._started = time.perf_counter()
+
+    def forget_after(self, step: int) -> None:
+        """Drop rows of a later step: a resumed run writes them again."""
+        if not self._file.exists():
+            return
+        kept = []
+        for line in self._file.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the half-written last line of a killed run
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        replacement = self._file.with_suffix(".jsonl.new")
+        replacement.write_text("".join(kept))
+        replacement.replace(self._file)
+
+    def start(self, step: int, steps: int) -> None:
+        """Show the bar, if this is a terminal."""
+        self._started, self._first_step, self._steps = time.perf_counter(), step, steps
+        self._bar = tqdm(total=steps, initial=step, disable=None, unit="step", dynamic_ncols=True)
+
+    def advance(self, loss: float, tokens_per_s: float) -> None:
+        """One step is done."""
+        if self._bar is not None and not self._bar.disable:
+            shown = f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s"
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update()
+
+    def write(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
+        """A row of metrics.jsonl, mirrored."""
+        with self._file.open("a", buffering=1) as file:
+            file.write(json.dumps({"step": step, "tokens": tokens, **metrics}) + "\n")
+        if self._wandb is not None:
+            try:
+                self._wandb.log({"tokens": tokens, **metrics}, step=step)
+            except Exception as error:
+                self.say(f"wandb stopped answering and is left out from here on: {error}")
+                self._wandb = None
+
+    def progress_line(self, step: int, metrics: dict[str, float]) -> None:
+        """A plain line where there is no bar."""
+        if self._bar is not None and not self._bar.disable:
+            return
+        done = step - self._first_step
+        left = (self._steps - step) * (time.perf_counter() - self._started) / max(done, 1)
+        self.say(
+            f"step {step}/{self._steps}  loss {metrics['train/loss']:.4f}  "
+            f"lr {metrics['train/lr']:.2e}  {metrics['train/tokens_per_s']:,.0f} tokens/s  "
+            f"{_clock(left)} left"
+        )
+
+    def say(self, text: str) -> None:
+        """A line for the reader, clear of the bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """End the bar and the mirror."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                self.say(f"wandb did not finish: {error}")
+
+
+def memory_gb() -> float:
+    """Peak memory: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, KiB here
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _start_wandb(
+    folder: Path, config: LogConfig, run_name: str, settings: dict[str, Any]
+) -> Any | None:
+    """A wandb run, offline without a key; None, said aloud, when it cannot start."""
+    try:
+        import wandb
+
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.api.api_key)
+        return wandb.init(
+            project=config.wandb_project,
+            name=run_name,
+            dir=folder,
+            config=settings,
+            mode=None if has_key or "WANDB_MODE" in os.environ else "offline",
+        )
+    except ImportError:
+        message = "log.wandb is true, but wandb is not installed: pip install wandb"
+        raise ValueError(message) from None
+    except Exception as error:
+        print(f"wandb could not start ({error}); metrics.jsonl has everything")
+        return None

@@ -1,0 +1,167 @@
+"""A run and its parts, built from a configuration in the order in which things fail cheaply."""
+
+import dataclasses
+import json
+import math
+import platform
+import random
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dylora.bases import choose_device, load_tokenizer
+from dylora.config import RunConfig
+from dylora.model import DyLoRA_MoE
+from dylora.storage.checkpoint import checkpoints
+from dylora.training.data import InterleavedSampler, PreparedData, load_data
+from dylora.training.monitor import RunLog
+from dylora.training.optim import build_optimizer, build_scheduler
+from dylora.training.prompts import pad_token_id
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved as trainer_state.json."""
+
+    step: int = 0
+    targets: int = 0  # target tokens trained on so far
+    best_loss: float = math.inf
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    skipped_steps: int = 0  # float16 only: steps the loss scaler left out
+    # f of the balance loss, [N, E]: the previous step's assignment fractions over its whole
+    # accumulated batch, so that the loss does not depend on how the batch is split.
+    fractions: list[list[float]] | None = None
+    sampler: dict[str, Any] = field(default_factory=dict)
+
+
+class Run(NamedTuple):
+    """Everything a run works with."""
+
+    config: RunConfig
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    model: DyLoRA_MoE
+    sampler: InterleavedSampler
+    optimizer: torch.optim.AdamW
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler
+    steps: int  # optimizer steps of the whole run
+    tokens_per_expert: float  # target tokens that the whole run gives an expert on average
+    log: RunLog
+    progress: Progress
+
+    @property
+    def pad_token_id(self) -> int:
+        return pad_token_id(self.tokenizer)
+
+
+def prepare(config: RunConfig, *, fresh: bool) -> Run:
+    """Load and build everything, in the order in which it can fail cheaply."""
+    if not config.data.sources:
+        raise ValueError("data.sources is empty: name at least one set to train on")
+    folder = Path(config.output_dir) / config.name
+    if fresh and checkpoints(folder):
+        raise FileExistsError(
+            f"{folder} already holds checkpoints: give --resume_from_checkpoint latest, "
+            f"another --name, or remove it"
+        )
+    device = choose_device(config.model.device)
+    tokenizer = load_tokenizer(config.model.base, config.model.revision)
+    data = load_data(
+        config.data,
+        tokenizer,
+        training_subset=config.train.training_subset,
+        eval_subset=config.eval.eval_subset,
+    )
+    sampler = InterleavedSampler(
+        [len(examples) for examples in data.train],
+        interleaved=config.data.interleaved_sampling,
+        seed=config.data.seed,
+    )
+    seed_everything(config.train.seed)
+    model = DyLoRA_MoE.from_base(
+        config.model.base,
+        config.moe,
+        revision=config.model.revision,
+        dtype=getattr(torch, config.model.dtype),
+        device=device,
+        attn_implementation=config.model.attn_implementation,
+    )
+    model.training_record = {"data": data.stamp, "seed": config.train.seed}
+    if config.train.gradient_checkpointing:
+        enable_checkpointing(model)
+
+    per_step = config.train.batch_size * config.train.gradient_accumulation_steps
+    steps = config.train.max_steps or max(1, round(config.train.epochs * len(sampler) / per_step))
+    targets_per_step = per_step * sampler.mean([rows.mean_targets for rows in data.train])
+    optimizer = build_optimizer(model, config.train)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(config)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+    if fresh:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    return Run(
+        config=config,
+        folder=folder,
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        sampler=sampler,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.train, steps),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.model.dtype == "float16"),
+        steps=steps,
+        tokens_per_expert=targets_per_step * steps / config.moe.expert_count,
+        log=RunLog(folder, config.log, config.name, settings),
+        progress=Progress(),
+    )
+
+
+def enable_checkpointing(model: DyLoRA_MoE) -> None:
+    """Recompute activations in backward; never reentrant: that would lose the routers' gradient."""
+    # transformers 5.23 renamed the method; 5.17 has the old name only.
+    base: Any = model.base
+    enable = getattr(base, "activation_checkpointing_enable", None)
+    if enable is None:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        enable({"use_reentrant": False})
+
+
+def seed_everything(seed: int) -> None:
+    """torch (every device), numpy and random."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, for env.json."""
+    import transformers
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": named,
+        "threads": str(torch.get_num_threads()),
+        "commit": commit or "unknown",
+    }
