@@ -52,7 +52,7 @@ class Site:
         x = args[0] if args else kwargs["hidden_states"]
         if state.override is not None:
             gates = expand_override(state.override, self.index, x.shape[0], x.shape[1])
-            gates = gates.to(x.device, torch.float32)
+            gates = gates.to(x.device, torch.promote_types(x.dtype, torch.float32))
             self.output = RouterOutput(gates, gates, None)
         elif self.router is not None:
             self.output = self.router(x, state)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dylora.config import BalanceLoss
-from dylora.router import top_k_mask
+from dylora.router import at_least_float32, top_k_mask
 
 
 class RoutingStatistics(NamedTuple):
@@ -44,7 +44,7 @@ def token_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     losses = F.cross_entropy(
-        logits.float().flatten(0, 1),  # bf16 sums over a large vocabulary lose the small terms
+        at_least_float32(logits).flatten(0, 1),  # bf16 sums over a vocabulary lose small terms
         targets.flatten().to(logits.device),
         ignore_index=-100,
         reduction="none",
@@ -69,9 +69,9 @@ def routing_statistics(
 ) -> RoutingStatistics:
     """Sums of [B, S, N, E] routing over the tokens where token_mask [B, S] is not 0."""
     if token_mask is None:
-        mask = torch.ones(gates.shape[:2], device=gates.device)
+        mask = torch.ones(gates.shape[:2], device=gates.device, dtype=gates.dtype)
     else:
-        mask = token_mask.to(gates.device, torch.float32)
+        mask = token_mask.to(gates)
     mask_BS1 = mask[..., None]
     assigned = top_k_mask(probabilities, 1 if balance == "switch" else top_k)
     detached = gates.detach()

@@ -18,7 +18,7 @@ from dylora.model import LossScale
 from dylora.storage.checkpoint import checkpoints
 from dylora.training.data import collate
 from dylora.training.monitor import expert_metrics, memory_gb, routing_metrics, summarize
-from dylora.training.optim import named_parameters
+from dylora.training.optim import FOLLOWS_VALIDATION, named_parameters
 from dylora.training.resume import resume, save
 from dylora.training.setup import Progress, Run, prepare
 from dylora.training.validation import SetScore, overall_loss, validate
@@ -145,9 +145,10 @@ def train_step(run: Run) -> StepResult:
         )
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.scheduler.step()
-    if run.scaler.is_enabled() and not math.isfinite(grad_norm):
+    if not math.isfinite(grad_norm):  # float16: the scaler left this step out and will scale less
         run.progress.skipped_steps += 1
+    elif config.train.lr_scheduler_type not in FOLLOWS_VALIDATION:
+        run.scheduler.step()
 
     model.set_maturity(
         maturity.observe(
@@ -186,7 +187,7 @@ def expert_mass(gates: Tensor, token_losses: Tensor, labels: Tensor) -> tuple[Te
     is_target = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)).to(gates.device)
     gates_BSE = gates.detach().mean(2) * is_target[..., None]
     mass_E = gates_BSE.sum((0, 1))
-    return mass_E, torch.einsum("bse,bs->e", gates_BSE, token_losses.to(gates.device))
+    return mass_E, torch.einsum("bse,bs->e", gates_BSE, token_losses.to(gates_BSE))
 
 
 def evaluate(run: Run) -> dict[str, SetScore]:
@@ -203,6 +204,8 @@ def evaluate(run: Run) -> dict[str, SetScore]:
     run.log.write(progress.step, progress.targets, metrics)
     shown = ", ".join(f"{name} {score.loss:.3f}" for name, score in scores.items())
     run.log.say(f"step {progress.step}  validation loss {loss:.4f}  ({shown})")
+    if run.config.train.lr_scheduler_type in FOLLOWS_VALIDATION:
+        run.scheduler.step(loss)  # type: ignore[arg-type]
     if loss < progress.best_loss:
         progress.best_loss, progress.best_step = loss, progress.step
         progress.evaluations_without_gain = 0

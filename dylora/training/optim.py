@@ -10,6 +10,8 @@ from transformers import get_scheduler
 from dylora.config import TrainConfig
 from dylora.model import DyLoRA_MoE
 
+FOLLOWS_VALIDATION = ("reduce_lr_on_plateau", "greedy")  # stepped with each validation loss
+
 
 def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> torch.optim.AdamW:
     """Two groups: the stacks A and B, which decay, and the routers, which do not.
