@@ -55,9 +55,10 @@ def _train(options: Namespace, overrides: list[str]) -> None:
     if options.print_config:
         print(dump_run_config(config), end="")
         return
+    from dylora.evaluation.report import report_run
     from dylora.training.loop import train
 
-    train(config, options.resume_from_checkpoint)
+    report_run(train(config, options.resume_from_checkpoint))
 
 
 def _evaluate(options: Namespace, overrides: list[str]) -> None:

@@ -1,0 +1,43 @@
+PY := .venv/bin/python
+# The first of python3.11 and python3 that starts and is new enough.
+FIND_PYTHON = for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done
+
+.PHONY: help demo test lint format types clean
+
+help:
+	@echo 'make demo    train the quickstart mixture on the embedded model (CPU, minutes)'
+	@echo 'make test    run the tests'
+	@echo 'make lint    ruff: rules and layout'
+	@echo 'make format  ruff: mend what it can'
+	@echo 'make types   pyright'
+	@echo 'make clean   remove caches (not .venv, not runs/)'
+	@echo 'The first of them makes .venv; afterwards it is made anew only when the pins change.'
+
+.venv/.installed: pyproject.toml constraints.txt
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then echo 'dylora needs Python 3.11 or newer' >&2; exit 1; fi; \
+	test -x $(PY) || $$python -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/.installed
+	$(PY) run.py train --config configs/quickstart.yaml
+
+test: .venv/.installed
+	$(PY) -m pytest
+
+lint: .venv/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: .venv/.installed
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: .venv/.installed
+	$(PY) -m pyright
+
+clean:
+	rm -rf .pytest_cache .ruff_cache build *.egg-info
+	find dylora tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

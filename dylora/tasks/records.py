@@ -1,0 +1,125 @@
+"""Python expressions that transform JSON: a list of records or a dictionary of numbers."""
+
+import random
+from typing import Any
+
+from dylora.tasks.task import COMPARISONS, Draft, Forms, Literals, Split
+
+NUMBER_TESTS: Forms = COMPARISONS | {
+    "multiple": ("{{x}} % {n} == 0", ("divisible by {n}",)),
+    "equal": ("{{x}} == {n}", ("equal to {n}",)),
+    "not": ("{{x}} != {n}", ("other than {n}", "not equal to {n}")),
+}
+TEXT_TESTS: Forms = {
+    "is": ('{{x}} == "{word}"', ('equal to "{word}"',)),
+    "is_not": ('{{x}} != "{word}"', ('other than "{word}"', 'not equal to "{word}"')),
+    "starts": ('{{x}}.startswith("{s}")', ('starting with "{s}"',)),
+    "contains": ('"{c}" in {{x}}', ('containing "{c}"',)),
+}
+CHANGES: Forms = {
+    "same": ("{{x}}", ("{{d}}",)),
+    "times": ("{{x}} * {n}", ("{{d}} times {n}", "{{d}} multiplied by {n}")),
+    "plus": ("{{x}} + {n}", ("{{d}} plus {n}", "{{d}} increased by {n}")),
+    "minus": ("{{x}} - {n}", ("{{d}} minus {n}", "{{d}} decreased by {n}")),
+}
+RECORD_FINALS: Forms = {
+    "text": ('[r["{text}"] {loop}]', ('the "{text}"', 'a list of the "{text}"')),
+    "number": ("[{change} {loop}]", ("the {changed}", "a list of the {changed}")),
+    "sum": ("sum({change} {loop})", ("the sum of the {changed}", "the total of the {changed}")),
+    "max": ("max(({change} {loop}), default=0)", ("the largest {changed}, or 0,",)),
+    "dict": ('{{r["{text}"]: {change} {loop}}}', ('a dict from "{text}" to {changed}',)),
+    "part": (
+        '[{{"{text}": r["{text}"], "{number}": {change}}} {loop}]',
+        ('dicts of "{text}" and "{number}" as {changed}',),
+    ),
+    "sorted": ('sorted(r["{text}"] {loop})', ('the sorted "{text}"',)),
+    "count": ("len([r {loop}])", ("the number", "the count")),
+}
+MAPPING_FINALS: Forms = {
+    "dict": ("{{k: {change} {loop}}}", ("a dict of {changed} by key",)),
+    "values": ("[{change} {loop}]", ("a list of {changed}",)),
+    "sum": ("sum({change} {loop})", ("the sum of {changed}", "the total of {changed}")),
+    "max": ("max(({change} {loop}), default=0)", ("the largest of {changed}, or 0,",)),
+    "keys": ("[k {loop}]", ("the keys", "a list of the keys")),
+    "sorted": ("sorted(k {loop})", ("the sorted keys",)),
+    "count": ("len([k {loop}])", ("the number of items", "the count of items")),
+}
+OPENINGS = ("Expression for {d}.", "Python: {d}.", "Give {d}.", "Compute {d}.")
+RECORDS, MAPPINGS = ("rows", "records", "entries"), ("data", "table", "mapping")
+
+
+def draft(rng: random.Random, split: Split) -> Draft:
+    """Draws one task; its filter has a literal, so no two splits can share it."""
+    literals = Literals(rng, split)
+    text = literals.draw_string("text_key")
+    number, other = literals.draw_string("number_key"), literals.draw_string("number_key")
+    literals.strings.clear()  # keys are the fields' names, not values to look for
+    on_records = rng.random() < 0.6
+    operations, tests = [], []
+    for side in rng.choice((["number"], ["text"], ["number", "text"], ["text", "number"])):
+        pool = NUMBER_TESTS if side == "number" else TEXT_TESTS
+        kind = rng.choice(list(pool))
+        code, phrase = literals.fill(*pool[kind])
+        subject = rng.choice((number, other)) if side == "number" else text
+        if on_records:
+            tests.append((code.format(x=f'r["{subject}"]'), f'"{subject}" {phrase}'))
+        else:
+            place = ("v", "value") if side == "number" else ("k", "key")
+            tests.append((code.format(x=place[0]), f"{place[1]} {phrase}"))
+        operations.append(kind)
+    described = " and ".join(phrase for _, phrase in tests)
+
+    finals = RECORD_FINALS if on_records else MAPPING_FINALS
+    final = rng.choice(list(finals))
+    kind = rng.choice(list(CHANGES)) if "{change}" in finals[final][0] else "same"
+    change, changed = literals.fill(*CHANGES[kind])
+    operations += [kind, f"{'record' if on_records else 'mapping'}_{final}"]
+    source = "for r in {rows}" if on_records else "for k, v in {rows}.items()"
+    values = {
+        "text": text,
+        "number": number,
+        "change": change.format(x=f'r["{number}"]' if on_records else "v"),
+        "changed": changed.format(d=f'"{number}"' if on_records else "the values"),
+    }
+    variable = rng.choice(RECORDS if on_records else MAPPINGS)
+
+    def render(conditions: list[str], variable: str) -> str:
+        loop = source.format(rows=variable) + " if " * bool(conditions) + " and ".join(conditions)
+        return finals[final][0].format(loop=loop, **values)
+
+    conditions = [code for code, _ in tests]
+    simpler = [render([c for c in conditions if c != left], variable) for left in conditions]
+    wanted = rng.choice(finals[final][1]).format(**values)
+    where = f"of {variable} with" if on_records else f"in {variable} with"
+    instruction = rng.choice(OPENINGS).format(d=f"{wanted} {where} {described}")
+
+    def make_check() -> dict[str, Any]:
+        inputs = [
+            [dict(zip((text, number, other), row, strict=True)) for row in rows]
+            if on_records
+            else {row[0]: row[1] for row in rows}
+            for rows in _inputs(literals)
+        ]
+        return {"kind": "expression", "variable": variable, "inputs": inputs}
+
+    program, answer = render(conditions, "_"), render(conditions, variable)
+    return Draft(tuple(operations), program, instruction, answer, simpler, make_check)
+
+
+def _inputs(literals: Literals) -> list[list[list[Any]]]:
+    """Rows of a text and two numbers that tell near misses apart: each edge alone, mixtures."""
+    rng, edges = literals.rng, literals.edges() or [5, 50]
+    texts = ["other", "ox", "Zebra", "cab", "apex"]
+    for text in literals.strings:
+        texts += [text, text.upper(), text[:-1]]
+        texts += [before + text + after for before in ("", "x", "b") for after in ("", "x", "b")]
+    numbers = edges + [n * factor for n in literals.numbers for factor in (0, 2, 3)]
+    numbers += [rng.randint(-9, 3 * max(edges)) for _ in range(4)]
+    near = [*literals.strings, "other"]
+    single: list[list[Any]] = [[text, edge, edge] for text in near for edge in edges]
+    single += [[text, rng.choice(numbers), rng.choice(numbers)] for text in texts]
+    mixtures = []
+    for pool in (numbers, numbers, edges):
+        column = rng.sample(texts, len(texts)) + rng.choices(texts, k=8)
+        mixtures.append([[text, rng.choice(pool), rng.choice(pool)] for text in column])
+    return [[], *([row] for row in single), *mixtures]

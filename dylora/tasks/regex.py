@@ -1,0 +1,131 @@
+"""Regular expressions for full matches: a sequence of classes, words, separators, repetitions."""
+
+import random
+import re
+from typing import Any, NamedTuple
+
+from dylora.tasks.task import Draft, Forms, Literals, Split
+
+CLASSES = {
+    "digit": (r"\d", "digit", "0123456789"),
+    "lower": ("[a-z]", "lower-case letter", "abcdefghijklmnopqrstuvwxyz"),
+    "upper": ("[A-Z]", "capital letter", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+    "hex": ("[0-9a-f]", "hex digit", "0123456789abcdef"),
+    "vowel": ("[aeiou]", "vowel", "aeiou"),
+    "bit": ("[01]", "binary digit", "01"),
+}
+"""Code, name and members."""
+REPEATS: Forms = {
+    "one": ("", ("a {{one}}", "one {{one}}")),
+    "exactly": ("{{{n}}}", ("{n} {{one}}s", "exactly {n} {{one}}s")),
+    "range": ("{{{n},{m}}}", ("{n} to {m} {{one}}s", "between {n} and {m} {{one}}s")),
+    "minimum": ("{{{n},}}", ("at least {n} {{one}}s", "{n} or more {{one}}s")),
+    "maximum": ("{{0,{n}}}", ("at most {n} {{one}}s", "up to {n} {{one}}s")),
+    "some": ("+", ("one or more {{one}}s", "some {{one}}s")),
+    "any": ("*", ("any number of {{one}}s", "zero or more {{one}}s")),
+    "perhaps": ("?", ("an optional {{one}}", "perhaps a {{one}}")),
+}
+FIXED: Forms = {
+    "word": ("{word}", ('"{word}"', 'the word "{word}"')),
+    "either": ("(?:{word}|{other})", ('"{word}" or "{other}"', 'either "{word}" or "{other}"')),
+    "perhaps_word": ("(?:{word})?", ('an optional "{word}"', 'perhaps "{word}"')),
+    "words": ("(?:{word})+", ('"{word}" one or more times', 'one or more "{word}"')),
+    "letter": ("[{c}{d}]", ('"{c}" or "{d}"', 'one of "{c}" and "{d}"')),
+    "except": ("[^{c}]", ('any character but "{c}"', 'one character other than "{c}"')),
+}
+SEPARATORS: Forms = {
+    "separator": ("", ('"{p}"', 'a "{p}"')),
+    "perhaps_separator": ("?", ('an optional "{p}"', 'perhaps "{p}"')),
+    "separators": ("+", ('one or more "{p}"', 'some "{p}"')),
+}
+SPECIAL = ".^*+|"
+OPENINGS = ("Regex: {d}.", "Match {d}.", "Regular expression for {d}.", "Pattern: {d}.")
+JOINTS = (", then ", " followed by ", ", and then ")
+LONGEST = 12
+
+
+class _Part(NamedTuple):
+    """A piece of a pattern, with texts that match it or nearly do."""
+
+    operations: tuple[str, ...]
+    code: str
+    phrase: str
+    samples: list[str]
+
+
+def draft(rng: random.Random, split: Split) -> Draft:
+    """Draws one task; drawn again until it has a literal, so no two splits can share it."""
+    while True:
+        literals = Literals(rng, split)
+        parts = [
+            _separator(literals) if kind == "s" else rng.choice((_class, _class, _fixed))(literals)
+            for kind in rng.choice(("psp", "psp", "ps", "sp", "pp", "ppp"))
+        ]
+        if literals.strings or literals.numbers:
+            break
+    pattern = "".join(part.code for part in parts)
+    instruction = rng.choice(OPENINGS).format(
+        d=rng.choice(JOINTS).join(part.phrase for part in parts)
+    )
+
+    def make_check() -> dict[str, Any]:
+        return {"kind": "regex", "inputs": _texts(rng, parts)}
+
+    operations = tuple(kind for part in parts for kind in part.operations)
+    codes = [part.code for part in parts]
+    simpler = ["".join(codes[:place] + codes[place + 1 :]) for place in range(len(codes))]
+    return Draft(operations, pattern, instruction, pattern, simpler, make_check)
+
+
+def _class(literals: Literals) -> _Part:
+    kind, repeat = literals.rng.choice(list(CLASSES)), literals.rng.choice(list(REPEATS))
+    code, name, members = CLASSES[kind]
+    before = len(literals.numbers)
+    times, phrase = literals.fill(*REPEATS[repeat], high=LONGEST)
+    bounds = literals.numbers[before:]
+    lengths = {
+        0,
+        1,
+        2,
+        *(n + step for n in bounds for step in (-1, 0, 1)),
+        3 * max(bounds, default=1),
+    }
+    samples = ["".join(literals.rng.choices(members, k=length)) for length in sorted(lengths)]
+    samples += [members[0] * max(bounds, default=1), members[-1] * max(bounds, default=1)]
+    # Each class against the members of the others: [a-z] for [a-f], \w for \d.
+    size = min(bounds, default=1)
+    samples += ["".join(literals.rng.choices(other, k=size)) for _, _, other in CLASSES.values()]
+    return _Part((kind, repeat), code + times, phrase.format(one=name), samples)
+
+
+def _fixed(literals: Literals) -> _Part:
+    kind = literals.rng.choice(list(FIXED))
+    before = len(literals.strings)
+    code, phrase = literals.fill(*FIXED[kind])
+    samples = ["", "x", "7", "Q"]
+    for text in literals.strings[before:]:
+        samples += [text, text * 2, text[:-1], text.upper(), text + "s", text + text[-1]]
+    return _Part((kind,), code, phrase, samples)
+
+
+def _separator(literals: Literals) -> _Part:
+    kind = literals.rng.choice(list(SEPARATORS))
+    suffix, phrases = SEPARATORS[kind]
+    text = literals.draw_string("separator")
+    code = ("\\" + text if text in SPECIAL else text) + suffix
+    phrase = literals.rng.choice(phrases).format(p=text)
+    return _Part((kind,), code, phrase, ["", text, text * 2, text * 3, "_" if text != "_" else "-"])
+
+
+def _texts(rng: random.Random, parts: list[_Part]) -> list[str]:
+    """Texts that vary one part at a time among matching others, then all at once."""
+    good = [[s for s in part.samples if re.fullmatch(part.code, s)] for part in parts]
+    texts = []
+    for place, part in enumerate(parts):
+        for sample in part.samples:
+            pieces = [rng.choice(choices) for choices in good]
+            pieces[place] = sample
+            texts.append("".join(pieces))
+    texts += ["".join(rng.choice(choices) for choices in good) for _ in range(4)]
+    texts += [texts[-1] + "\n", texts[-1] + "x", "x" + texts[-1]]
+    return list(dict.fromkeys(texts))

@@ -1,0 +1,147 @@
+"""One SELECT over a small schema, run by sqlite3 on several small databases."""
+
+import random
+from typing import Any
+
+from dylora.tasks.task import COMPARISONS, Draft, Forms, Literals, Split
+
+TABLES = {
+    "products": (("name", "category"), ("price", "stock")),
+    "staff": (("name", "team"), ("salary", "age")),
+    "books": (("title", "topic"), ("pages", "year")),
+    "trips": (("driver", "vehicle"), ("distance", "hours")),
+    "films": (("title", "genre"), ("length", "votes")),
+}
+"""Text columns (the first is the row's name) and integer columns of each table."""
+NUMBER_TESTS: Forms = {
+    kind: (code, tuple(f"{{{{x}}}} {phrase}" for phrase in phrases))
+    for kind, (code, phrases) in COMPARISONS.items()
+} | {
+    "equals": ("{{x}} = {n}", ("{{x}} {n}", "{{x}} equal to {n}")),
+    "between": ("{{x}} between {n} and {m}", ("{{x}} from {n} to {m}",)),
+    "outside": ("({{x}} < {n} or {{x}} > {m})", ("{{x}} below {n} or above {m}",)),
+}
+TEXT_TESTS: Forms = {
+    "is": ("{{x}} = '{word}'", ("{{x}} '{word}'", "{{x}} equal to '{word}'")),
+    "is_not": ("{{x}} != '{word}'", ("{{x}} not '{word}'", "{{x}} other than '{word}'")),
+    "in": ("{{x}} in ('{word}', '{other}')", ("{{x}} '{word}' or '{other}'",)),
+    "like": ("{{x}} like '{s}%'", ("{{x}} starting with '{s}'",)),
+}
+SELECTIONS: Forms = {
+    "name": ("{name}", ("the {name}", "every {name}")),
+    "both": ("{name}, {number}", ("the {name} and {number}", "{name} and {number}")),
+    "number": ("{number}", ("the {number}", "every {number}")),
+    "all": ("*", ("all columns", "whole rows")),
+}
+AGGREGATES: Forms = {
+    "count": ("count(*)", ("the number of rows", "how many rows there are")),
+    "sum": ("sum({number})", ("the total {number}", "the sum of {number}")),
+    "max": ("max({number})", ("the largest {number}", "the maximum {number}")),
+    "min": ("min({number})", ("the smallest {number}", "the minimum {number}")),
+    "average": ("avg({number})", ("the average {number}", "the mean {number}")),
+    "distinct": ("count(distinct {group})", ("the number of different values of {group}",)),
+}
+ORDERS: Forms = {
+    "ascending": (" order by {{by}}", (", by {{by}}", ", lowest {{by}} first")),
+    "descending": (
+        " order by {{by}} desc",
+        (", by {{by}} descending", ", highest {{by}} first"),
+    ),
+    "lowest": (" order by {{by}} limit {n}", (", only the {n} lowest by {{by}}",)),
+    "highest": (" order by {{by}} desc limit {n}", (", only the {n} highest by {{by}}",)),
+}
+OPENINGS = (
+    "SQL on {schema}: {d}.",
+    "Query {schema} for {d}.",
+    "Given {schema}, select {d}.",
+    "From {schema} give {d}.",
+)
+
+
+def draft(rng: random.Random, split: Split) -> Draft:
+    """Draws one task; its first condition has a literal, so no two splits can share it."""
+    literals = Literals(rng, split)
+    table = rng.choice(list(TABLES))
+    (name, group), numbers = TABLES[table]
+    filtered, by = rng.sample(numbers, 2)  # two: the edges repeat, an order must not
+    columns = {"name": name, "group": group, "number": rng.choice(numbers), "by": by}
+
+    tests, operations = [], []
+    sides = rng.choice((["number"], ["text"], ["number", "text"], ["text", "number"]))
+    for side in sides:
+        pool, column = (NUMBER_TESTS, filtered) if side == "number" else (TEXT_TESTS, group)
+        kind = rng.choice(list(pool))
+        code, phrase = literals.fill(*pool[kind], high=999)
+        tests.append((code.format(x=column), phrase.format(x=column)))
+        operations.append(kind)
+    joint = rng.choice(("and", "and", "or")) if len(tests) == 2 else ""
+    condition = f" {joint} ".join(code for code, _ in tests)
+    described = f" {joint} ".join(phrase for _, phrase in tests)
+
+    edges, limit = literals.edges() or [7, 40], 0
+    style = rng.choice(("rows", "ordered", "ordered", "aggregate", "group"))
+    tail, suffix = "", ""
+    if style in ("rows", "ordered"):
+        kind = rng.choice(list(SELECTIONS))
+        what, requests = SELECTIONS[kind]
+        operations.append(kind)
+    else:
+        kinds = [kind for kind in AGGREGATES if style == "aggregate" or kind != "distinct"]
+        kind = rng.choice(kinds)
+        what, requests = AGGREGATES[kind]
+        operations += [kind, style]
+    request = rng.choice(requests)
+    if style == "ordered":
+        kind = rng.choice(list(ORDERS))
+        tail, suffix = (part.format(by=by) for part in literals.fill(*ORDERS[kind], high=6))
+        operations.append(kind)
+        limit = literals.numbers[-1] if "limit" in tail else 0
+    elif style == "group":
+        what, request = f"{{group}}, {what}", f"{request} of each {{group}}"
+        tail = f" group by {group}"
+    what, request = what.format(**columns), request.format(**columns)
+    schema = f"{table}({name}, {group}, {', '.join(numbers)})"
+    where = rng.choice(("where", "with", "for rows with"))
+    query = f"select {what} from {table} where {condition}{tail}"
+    instruction = rng.choice(OPENINGS).format(
+        schema=schema, d=f"{request} {where} {described}{suffix}"
+    )
+
+    def make_check() -> dict[str, Any]:
+        texts = literals.strings
+        databases = _databases(rng, table, filtered, edges, texts, 2 + limit)
+        compare = "exact" if style == "ordered" else "unordered"
+        return {"kind": "sql", "inputs": databases, "compare": compare}
+
+    return Draft(tuple(operations), query, instruction, query, [], make_check)
+
+
+def _databases(
+    rng: random.Random, table: str, filtered: str, edges: list[int], texts: list[str], copies: int
+) -> list[dict[str, Any]]:
+    """Contents that tell near misses apart: each edge and text alone in a row, then all.
+
+    In the full table each pair of edge and text has so many copies, more than a limit lets pass;
+    the integers of the other column are distinct, so that an order by it is unique.
+    """
+    (name, group), columns = TABLES[table]
+
+    def rows(cells: list[tuple[str, int]]) -> list[list[str | int]]:
+        spread = sorted({*edges, *range(1, 2 * len(cells) + 9)})
+        others = rng.sample(spread, len(cells))
+        pairs = [(edge, other) for (_, edge), other in zip(cells, others, strict=True)]
+        pairs = pairs if columns[0] == filtered else [(other, edge) for edge, other in pairs]
+        return [
+            [f"row{index}", text, *pair]
+            for index, ((text, _), pair) in enumerate(zip(cells, pairs, strict=True))
+        ]
+
+    near = [(text, edge) for text in [*texts, "other"] for edge in edges]
+    wide = [*edges, min(edges) // 2, max(edges) + 9]
+    cells = [
+        (text, edge) for text in [*texts, *(text + "s" for text in texts), "other"] for edge in wide
+    ]
+    full = rng.sample(cells * copies, len(cells) * copies)
+    contents = [[], *([cell] for cell in near), full]
+    types = [f"{name} text", f"{group} text", *(f"{column} integer" for column in columns)]
+    return [{"table": table, "columns": types, "rows": rows(cells)} for cells in contents]

@@ -1,0 +1,196 @@
+"""What a skill makes, and the literals it makes it from.
+
+Every literal of an instruction or an answer (number, quoted string, name, item) is drawn from a
+pool that is cut once into train, validation and test, so two splits never share one. Structural
+constants (0 and 1, `[::-1]`, `[a-z]`), keywords, function and variable names and the SQL schema
+are vocabulary, not literals, and are shared.
+"""
+
+import bisect
+import itertools
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+Split = Literal["train", "validation", "test"]
+Forms = dict[str, tuple[str, tuple[str, ...]]]
+"""Operations by kind: their code and the phrases that ask for it, for `Literals.fill`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One example of a skill."""
+
+    skill: str
+    """A name of `dylora.tasks.SKILLS`."""
+    instruction: str
+    """The request in natural language."""
+    answer: str
+    """A reference that passes the check."""
+    check: dict[str, Any]
+    """How to run an answer (kind and inputs) and what must come out (expected); JSON-able."""
+
+
+class Draft(NamedTuple):
+    """A task in the making, with what decides whether a split may have it."""
+
+    operations: tuple[str, ...]
+    """The kinds of its parts, in order; see `is_held_out`."""
+    program: str
+    """The answer without the identifiers' names: two tasks with the same program are the same."""
+    instruction: str
+    answer: str
+    simpler: list[str]
+    """Answers with one part left out, which must fail: otherwise that part asks for nothing."""
+    make_check: Callable[[], dict[str, Any]]
+    """Makes the check but for what is expected; dear, so called only for a draft that is kept."""
+
+
+def is_held_out(operations: Sequence[str]) -> bool:
+    """Whether two of the operations form a pair that only the test split may combine.
+
+    A fixed sixth of all ordered pairs is held out; each operation alone stays in every split.
+    """
+    pairs = itertools.combinations(operations, 2)
+    return any(zlib.crc32(f"{first}>{second}".encode()) % 6 == 0 for first, second in pairs)
+
+
+def _cut(values: Sequence[Any]) -> dict[str, list[Any]]:
+    """Three of each five neighbours for train, one for validation, one for test."""
+    rng = random.Random("dylora literals")
+    pools: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
+    for start in range(0, len(values), 5):
+        block = list(values[start : start + 5])
+        rng.shuffle(block)
+        pools["validation"] += block[:1]
+        pools["test"] += block[1:2]
+        pools["train"] += block[2:]
+    return {split: sorted(pool) for split, pool in pools.items()}
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_WORDS = _words("""
+amber anchor apple arrow autumn badge bamboo banner barrel basket beacon beaver berry bird blanket
+bottle branch brass bread breeze brick bridge broom brush bucket butter button cabin cactus camel
+candle canoe canvas carbon carpet castle cedar chain chalk cherry circle clay cloak clock cloud
+clover coal cobalt coffee comet copper coral corn cotton crane crater cream creek cricket crow
+crystal cup daisy dawn deer desert desk diamond dove dragon drum dune eagle earth echo elm ember
+falcon feather fern ferry field flame flint flute fog forest fossil fox frost galaxy garden garlic
+ginger glacier glass globe goat gold goose granite grape grass gravel hammer harbor hawk hazel
+hedge helmet heron hill honey horse ice indigo iron island ivory jacket jade jaguar jar jungle
+kettle kite ladder lagoon lake lamp lantern lava leaf lemon lily lion lotus magnet mango maple
+marble meadow melon metal mint mirror mist moon moss mouse nectar needle nest north nut oak oasis
+ocean olive onion opal orange orbit orchid otter owl paddle palm panda paper parrot peach pearl
+pebble pepper piano pigeon pillow pine planet plum pond poppy prism pumpkin quartz rabbit radar
+rain raven reef ribbon ridge river robin rocket rose ruby saddle sail salt sand shell ship silk
+silver slate smoke snow spark spider spruce star steel stone storm sugar summit sun swan sword
+thunder tiger timber torch tower train tulip tunnel turtle valley velvet violet walnut water wave
+whale wheat willow wind winter wolf wood wool
+""")
+_NUMBER_KEYS = _words("""
+size weight height width depth cost score rank level speed total points votes volume page seed rate
+tax fee bonus limit offset index start end day month minute area mass power energy heat load gain
+loss debt credit budget wins goals clicks views likes shares visits errors retries
+""")
+_TEXT_KEYS = _words("""
+color label brand model status region country street owner user email kind type mode state host
+path file code tag note role city group source target format language field option
+""")
+_NAMES = _words("""
+Ada Alan Alice Amir Anna Ben Bela Carl Clara Dana David Diego Elena Emil Emma Eva Felix Finn Fatima
+Grace Greta Hana Hugo Ian Ines Ivan Jane Jonas Julia Karl Kate Kenji Lara Leo Lena Luis Maria Mark
+Maya Mina Nadia Nils Nina Noah Olga Oscar Otto Paul Petra Priya Rosa Ruth Sam Sara Simon Sofia Tara
+Tim Tom Uma Vera Victor Wanda Yara Yusuf Zoe
+""")
+_ITEMS = _words("""
+apples balls bananas beads books bottles boxes bricks buttons cakes candles cards chairs coconuts
+cookies crayons cups dolls eggs figs flowers forks gloves grapes hats jars keys kites lemons
+letters magnets mangos marbles melons mugs nails nuts onions oranges pears pencils pens photos
+pies pins plates plums ribbons rings roses ropes scarves shells socks spoons stamps stickers
+stones tickets tiles toys
+""")
+_VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnprstvwxz"
+_CHUNKS = [v + c for v in _VOWELS for c in _CONSONANTS] + [
+    c + v for c in _CONSONANTS for v in _VOWELS
+]
+LARGEST = 999
+
+POOLS: dict[str, dict[str, list[Any]]] = {
+    "integer": _cut(range(2, LARGEST + 1)),
+    "word": _cut(_WORDS),
+    "number_key": _cut(_NUMBER_KEYS),
+    "text_key": _cut(_TEXT_KEYS),
+    "name": _cut(_NAMES),
+    "item": _cut(_ITEMS),
+    "chunk": _cut(_CHUNKS),
+    "letter": _cut("eaiourstlnmdpbgkcfhvwjxyzq"),
+    "separator": _cut(list("-_/:;|+=*&~#@!%,.<>^")),
+}
+"""The literals of each split, by what they are used for."""
+
+_FIELDS = {
+    "s": "chunk",
+    "c": "letter",
+    "d": "letter",
+    "word": "word",
+    "other": "word",
+    "p": "separator",
+}
+
+
+class Literals:
+    """Draws the literals of one task from its split, and keeps them for the edge cases."""
+
+    def __init__(self, rng: random.Random, split: Split) -> None:
+        self.rng = rng
+        self.split: Split = split
+        self.numbers: list[int] = []
+        self.strings: list[str] = []
+
+    def draw_numbers(self, count: int, high: int = 99) -> list[int]:
+        """Different integers from 2 to high, ascending; new ones while there are enough."""
+        pool = POOLS["integer"][self.split]
+        pool = pool[: bisect.bisect_right(pool, high)]
+        fresh = [n for n in pool if n not in self.numbers]
+        drawn = sorted(self.rng.sample(fresh if len(fresh) >= count else pool, count))
+        self.numbers += drawn
+        return drawn
+
+    def draw_string(self, pool: str) -> str:
+        """A new string of that pool."""
+        fresh = [text for text in POOLS[pool][self.split] if text not in self.strings]
+        self.strings.append(self.rng.choice(fresh))
+        return self.strings[-1]
+
+    def fill(self, code: str, phrases: Sequence[str], high: int = 99) -> tuple[str, str]:
+        """Code and one of its phrases with the same literals in both.
+
+        Fields: {n} and {m} are numbers up to high (n < m), the others strings of `_FIELDS`.
+        Fields in double braces are left for later.
+        """
+        fields = [field for field in ("n", "m") if f"{{{field}}}" in code]
+        values: dict[str, Any] = dict(
+            zip(fields, self.draw_numbers(len(fields), high), strict=True)
+        )
+        for field, pool in _FIELDS.items():
+            if f"{{{field}}}" in code:
+                values[field] = self.draw_string(pool)
+        return code.format(**values), self.rng.choice(phrases).format(**values)
+
+    def edges(self) -> list[int]:
+        """The numbers drawn with their neighbours: where > and >= part."""
+        return [n + step for n in self.numbers for step in (-1, 0, 1)]
+
+
+COMPARISONS: Forms = {
+    "above": ("{{x}} > {n}", ("greater than {n}", "above {n}", "over {n}", "more than {n}")),
+    "below": ("{{x}} < {n}", ("less than {n}", "below {n}", "under {n}", "smaller than {n}")),
+    "at_least": ("{{x}} >= {n}", ("at least {n}", "no less than {n}", "not below {n}")),
+    "at_most": ("{{x}} <= {n}", ("at most {n}", "no more than {n}", "not above {n}")),
+}
+"""Tests of a number {x}, in Python and SQL."""

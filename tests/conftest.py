@@ -1,0 +1,125 @@
+"""Tiny random bases and mixtures on them, built in milliseconds and the same at every run."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dylora import DyLoRA_MoE, MoELoraConfig
+
+torch.set_num_threads(1)  # the models are too small to share
+
+VOCABULARY = 40
+# Wide initial weights: an expert, a router or a changed token moves logits far beyond tolerances.
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def random_base() -> Callable[..., PreTrainedModel]:
+    """A random causal LM from the name of its configuration class; equal calls, equal weights."""
+
+    def build(config_class: str, **sizes: Any) -> PreTrainedModel:
+        config = getattr(transformers, config_class)(**sizes)
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def llama(random_base) -> Callable[..., PreTrainedModel]:
+    """A Llama of two layers with grouped-query attention: four query heads, two key heads."""
+    return lambda **changes: random_base("LlamaConfig", **(LLAMA | changes))
+
+
+@pytest.fixture(scope="session")
+def gpt2(random_base) -> Callable[..., PreTrainedModel]:
+    """A GPT-2 of two layers, whose projections are Conv1D."""
+    return lambda **changes: random_base("GPT2Config", **(GPT2 | changes))
+
+
+@pytest.fixture(scope="session")
+def mixture(llama) -> Callable[..., DyLoRA_MoE]:
+    """A mixture in evaluation mode whose experts and routers are random, B too, unless `fresh`.
+
+    `base` is copied; none is a tiny Llama. `maturity` holds one value an expert, by default three
+    different ones, so that the gate is neither dense nor sparse.
+    """
+
+    def build(
+        base: PreTrainedModel | None = None,
+        *,
+        fresh: bool = False,
+        maturity: list[float] | None = None,
+        **settings: Any,
+    ) -> DyLoRA_MoE:
+        base = llama() if base is None else copy.deepcopy(base)
+        config = MoELoraConfig(**{"r": 2, "lora_alpha": 4, "num_experts": 3} | settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(11)
+            model = DyLoRA_MoE.from_base(base, config).eval()
+        if fresh:
+            return model
+        draw = torch.Generator().manual_seed(13)
+        with torch.no_grad():
+            for name, parameter in model.expert_parameters():
+                if name.endswith("lora_B"):
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
+            for _, parameter in model.router_parameters():
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=draw))
+        if maturity is None:
+            maturity = [(1.0, 0.0, 0.6)[expert % 3] for expert in range(config.expert_count)]
+        state = model.maturity._replace(maturity=torch.tensor(maturity, dtype=torch.float64))
+        model.set_maturity(state)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def ids() -> Tensor:
+    """Input ids [2, 7] without padding, BOS or EOS."""
+    return torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def float64() -> torch.dtype:
+    """float64 as torch's default within one test."""
+    torch.set_default_dtype(torch.float64)
+    yield torch.float64
+    torch.set_default_dtype(torch.float32)

@@ -1,0 +1,369 @@
+"""The embedded skills: what generates them, and the checker that runs the answers."""
+
+import hashlib
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from dylora import tasks as suite
+from dylora.tasks import SKILLS, Split, Task, check_answers, checking, generate_tasks
+from dylora.tasks.task import POOLS, Draft, is_held_out
+
+ROOT = Path(__file__).parents[2]
+SPLITS: tuple[Split, ...] = get_args(Split)
+COUNTS: dict[Split, int] = {"train": 5000, "validation": 1000, "test": 1000}
+STRUCTURAL = {"0", "1", "9", ""}
+"""In answers though no literal: defaults of 0 and "", and the ends of [01] and [0-9a-f]."""
+SWAPS = (
+    (" > ", " >= "),
+    (" >= ", " > "),
+    (" < ", " <= "),
+    (" <= ", " < "),
+    (" == ", " != "),
+    (" != ", " == "),
+    (" = ", " != "),
+    (" + ", " - "),
+    (" - ", " + "),
+    (" * ", " + "),
+    (" % ", " // "),
+    (" and ", " or "),
+    (" not in ", " in "),
+    (" desc", ""),
+    ("between", "not between"),
+    ("sum(", "max("),
+    ("max(", "min("),
+    ("min(", "max("),
+    ("sorted(", "list("),
+    ("[::-1]", ""),
+    (".upper()", ""),
+    ("startswith", "endswith"),
+    ("endswith", "startswith"),
+    (r"\d", "."),
+    ("[a-z]", "[A-Z]"),
+    ("?", ""),
+    ("+", "*"),
+    ("*", "+"),
+)
+
+
+@pytest.fixture(scope="module")
+def generated() -> dict[tuple[str, Split], list[Task]]:
+    return {
+        (skill, split): generate_tasks(skill, split, count)
+        for skill in SKILLS
+        for split, count in COUNTS.items()
+    }
+
+
+def near_misses(answer: str) -> list[str]:
+    """The answer with each integer off by one, and with each operation swapped for another."""
+    wrong = [
+        answer[: found.start()] + str(int(found.group()) + step) + answer[found.end() :]
+        for found in re.finditer(r"\b\d+\b", answer)
+        for step in (-1, 1)
+    ]
+    return wrong + [answer.replace(old, new, 1) for old, new in SWAPS if old in answer]
+
+
+def literals(text: str) -> set[str]:
+    """The numbers and the quoted strings of a text."""
+    quoted = {first or second for first, second in re.findall(r"\"(.*?)\"|'(.*?)%?'", text)}
+    return quoted | set(re.findall(r"\d+", text))
+
+
+def a_task(kind: str, inputs: list[Any], expected: list[Any], **extra: Any) -> Task:
+    check = {"kind": kind, "inputs": inputs, "expected": expected, **extra}
+    return Task(skill="", instruction="", answer="", check=check)
+
+
+def verdicts(task: Task, answers: Sequence[str], timeout_s: float = 2.0) -> list[bool]:
+    return check_answers([task] * len(answers), answers, timeout_s=timeout_s)
+
+
+DOUBLE = a_task("function", [1, 5], [2, 10], function="f")
+RIGHT = "def f(x):\n    return x * 2"
+TABLE = {"table": "t", "columns": ["a integer"], "rows": [[2], [1], [3]]}
+
+
+# What is generated
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_every_reference_answer_passes(
+    generated: dict[tuple[str, Split], list[Task]], skill: str
+) -> None:
+    tasks = [task for split in SPLITS for task in generated[skill, split][:100]]
+    passed = check_answers(tasks, [f"\n{task.answer}\n\n" for task in tasks])
+    assert [task.answer for task, ok in zip(tasks, passed, strict=True) if not ok] == []
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_near_misses_fail(generated: dict[tuple[str, Split], list[Task]], skill: str) -> None:
+    # Survivors mean the same (v > 12 and v % 5 == 0 has v > 13 beside it; n // 50 and n // 51
+    # of small n; [aeiou]{3,10}[aeiou]+) or are worth the same (two sums modulo a small number).
+    tasks = generated[skill, "test"][100:140]
+    jobs = [(task, wrong) for task in tasks for wrong in near_misses(task.answer)]
+    passed = check_answers([task for task, _ in jobs], [wrong for _, wrong in jobs])
+    survivors = [wrong for (_, wrong), ok in zip(jobs, passed, strict=True) if ok]
+    assert len(jobs) > 120
+    assert len(survivors) < 0.05 * len(jobs), survivors
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_the_answer_to_another_task_fails(
+    generated: dict[tuple[str, Split], list[Task]], skill: str
+) -> None:
+    tasks = generated[skill, "test"][:60]
+    others = [task.answer for task in tasks[1:] + tasks[:1]]
+    assert sum(check_answers(tasks, others)) == 0
+
+
+def test_tasks_are_distinct_by_the_thousand(
+    generated: dict[tuple[str, Split], list[Task]],
+) -> None:
+    for (skill, split), tasks in generated.items():
+        assert len({task.instruction for task in tasks}) == COUNTS[split], (skill, split)
+        assert all(task.skill == skill for task in tasks)
+
+
+def test_instructions_and_answers_are_short(
+    generated: dict[tuple[str, Split], list[Task]],
+) -> None:
+    for tasks in generated.values():
+        assert max(len(task.instruction.split()) for task in tasks) <= 45
+        assert max(task.answer.count("\n") for task in tasks) <= 1
+
+
+def test_checks_survive_json(generated: dict[tuple[str, Split], list[Task]]) -> None:
+    for tasks in generated.values():
+        assert all(json.loads(json.dumps(task.check)) == task.check for task in tasks[:50])
+
+
+def test_pools_of_the_splits_are_disjoint() -> None:
+    union = {split: {x for pool in POOLS.values() for x in pool[split]} for split in SPLITS}
+    for first, second in itertools.combinations(SPLITS, 2):
+        assert union[first] & union[second] == set()
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_splits_share_no_instruction_and_no_literal(
+    generated: dict[tuple[str, Split], list[Task]], skill: str
+) -> None:
+    words = {x for pool in ("name", "item") for split in SPLITS for x in POOLS[pool][split]}
+    used: dict[str, set[str]] = {}
+    for split in SPLITS:
+        used[split] = set()
+        for task in generated[skill, split]:
+            asked = literals(task.instruction)
+            if skill == "arithmetic":
+                asked |= words & set(re.findall(r"\w+", task.instruction))
+            assert asked - STRUCTURAL, task
+            if skill != "regex":  # whose literals stand unquoted
+                assert literals(task.answer) <= asked | STRUCTURAL, task
+            used[split] |= asked - STRUCTURAL
+    for first, second in itertools.combinations(SPLITS, 2):
+        assert used[first] & used[second] == set()
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_some_pairs_of_operations_appear_in_test_only(
+    monkeypatch: pytest.MonkeyPatch, skill: str
+) -> None:
+    operations: dict[str, tuple[str, ...]] = {}
+    make = suite._DRAFTS[skill]
+
+    def record(rng: random.Random, split: Split) -> Draft:
+        draft = make(rng, split)
+        operations[draft.instruction] = draft.operations
+        return draft
+
+    monkeypatch.setitem(suite._DRAFTS, skill, record)
+    shown = {
+        split: [operations[task.instruction] for task in generate_tasks(skill, split, 500)]
+        for split in SPLITS
+    }
+    assert not any(map(is_held_out, shown["train"] + shown["validation"]))
+    assert 0.1 < sum(map(is_held_out, shown["test"])) / 500 < 0.7
+    assert {kind for kinds in shown["test"] for kind in kinds} <= {
+        kind for kinds in shown["train"] for kind in kinds
+    }
+
+
+def test_generation_does_not_depend_on_the_process() -> None:
+    code = (
+        "import hashlib; from dylora.tasks import *;"
+        "tasks = [generate_tasks(k, s, 20, seed=3) for k in SKILLS for s in ('train', 'test')];"
+        "print(hashlib.sha256(repr(tasks).encode()).hexdigest())"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    tasks = [generate_tasks(k, s, 20, seed=3) for k in SKILLS for s in ("train", "test")]
+    assert printed == {hashlib.sha256(repr(tasks).encode()).hexdigest()}
+
+
+def test_fewer_tasks_are_a_prefix_and_seeds_differ() -> None:
+    tasks = generate_tasks("json", "test", 30)
+    assert generate_tasks("json", "test", 10) == tasks[:10]
+    assert generate_tasks("json", "test", 30, seed=1) != tasks
+
+
+def test_an_unknown_skill_or_split_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="'string'.*strings"):
+        generate_tasks("string", "train", 1)
+    with pytest.raises(ValueError, match="'valid'.*validation"):
+        generate_tasks("lists", "valid", 1)  # type: ignore[arg-type]
+
+
+def test_asking_for_more_than_there_is_says_how_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def three(rng: random.Random, split: Split) -> Draft:
+        n = rng.choice((3, 4, 5))
+        check = {"kind": "arithmetic", "inputs": [None]}
+        return Draft(("n",), str(n), f"Give {n}.", str(n), [], lambda: dict(check))
+
+    monkeypatch.setitem(suite._DRAFTS, "arithmetic", three)
+    assert len(generate_tasks("arithmetic", "test", 3)) == 3
+    with pytest.raises(ValueError, match="about 3 tasks for test, not the 4"):
+        generate_tasks("arithmetic", "test", 4)
+
+
+# How answers are checked
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while True: pass",
+        "__import__('time').sleep(60)",
+        "x = [0]\n    while True: x += x",
+        "__import__('sys').exit(0)",
+        "__import__('os')._exit(0)",
+        "print([2, 10])",
+        "raise ValueError",
+        "return f(x)",
+        "__import__('os').kill(__import__('os').getppid(), 9)",
+        "class A(int):\n        __eq__ = lambda self, other: True\n    return A()",
+        "class A:\n        __eq__ = lambda self, other: True\n    return A()",
+        "return 'x' * 10**8",
+        "return 10**5000",
+        "return None",
+    ],
+)
+def test_a_bad_answer_fails_alone(body: str) -> None:
+    bad = f"def f(x):\n    {body}"
+    assert verdicts(DOUBLE, [RIGHT, RIGHT, bad, RIGHT, RIGHT], 1.0) == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("bad", ["", "def f(x)", "g = 1", "\0", "(" * 500, "f = 3", "\ud800"])
+def test_a_text_that_defines_no_function_fails(bad: str) -> None:
+    assert verdicts(DOUBLE, [bad, RIGHT, RIGHT]) == [False, True, True]
+
+
+def test_answers_start_in_an_empty_place_of_their_own() -> None:
+    probe = """
+def f(x):
+    import os, sys
+    return [dict(os.environ), os.listdir("."), sys.stdin.read(), "dylora" in sys.modules]
+"""
+    task = a_task("function", [0], [[{}, [], "", False]], function="f")
+    leave = "def f(x):\n    f.x = open('left', 'w').write('more')"
+    assert verdicts(task, [leave, leave, probe, probe]) == [False, False, True, True]
+
+
+def test_the_worker_is_not_told_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[bytes] = []
+    ask = checking._ask
+
+    def spy(process: subprocess.Popen[bytes], job: bytes, limit_s: float) -> bytes:
+        jobs.append(job)
+        return ask(process, job, limit_s)
+
+    monkeypatch.setattr(checking, "_ask", spy)
+    tasks = [generate_tasks(skill, "test", 1)[0] for skill in SKILLS]
+    assert all(check_answers(tasks, [task.answer for task in tasks]))
+    assert len(jobs) == len(SKILLS)
+    assert not any("expected" in json.loads(job) for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("expected", "returned"),
+    [(1, "True"), (True, "1"), (1, "1.0"), (1.0, "1"), ([1], "(1,)"), ("a", "b'a'"), ([], "{}")],
+)
+def test_types_count(expected: Any, returned: str) -> None:
+    task = a_task("expression", [0], [expected], variable="x")
+    assert verdicts(task, [repr(expected), returned]) == [True, False]
+
+
+def test_floats_may_differ_by_rounding() -> None:
+    assert verdicts(a_task("expression", [0], [0.3], variable="x"), ["0.1 + 0.2"]) == [True]
+
+
+def test_only_one_reading_statement_is_a_query() -> None:
+    task = a_task("sql", [TABLE], [[[1], [2]]], compare="unordered")
+    good = ["select a from t where a < 3", "SELECT a FROM t WHERE a <= 2;"]
+    bad = [
+        "select a from t where a < 3; select 1",
+        "delete from t where a = 3 returning a",
+        "update t set a = 1",
+        "pragma table_info(t)",
+        "attach database ':memory:' as other",
+        "create table u (a)",
+        "rollback",
+        "with recursive n(i) as (select 1 union all select i + 1 from n) select i from n",
+        "",
+    ]
+    assert verdicts(task, good + bad, 1.0) == [True] * len(good) + [False] * len(bad)
+
+
+def test_the_order_of_rows_counts_when_asked_for() -> None:
+    queries = ["select a from t order by a", "select a from t order by a desc"]
+    rows = [[[1], [2], [3]]]
+    assert verdicts(a_task("sql", [TABLE], rows, compare="exact"), queries) == [True, False]
+    assert verdicts(a_task("sql", [TABLE], rows, compare="unordered"), queries) == [True, True]
+    doubled = "select a from t union all select 3"
+    assert verdicts(a_task("sql", [TABLE], rows, compare="unordered"), [doubled]) == [False]
+
+
+def test_a_pattern_matches_in_full_and_in_time() -> None:
+    task = a_task("regex", ["aaa", "aab", "a" * 40 + "b"], [True, False, False])
+    assert verdicts(task, ["a+", "a", "(a+)+", "["], 1.0) == [True, False, False, False]
+
+
+def test_arithmetic_is_numbers_and_operators_only() -> None:
+    task = a_task("arithmetic", [None], [8])
+    good = ["2 * 4", "16 / 2", "2**3", "-(1 - 9)", "17 // 2", "8"]
+    bad = ["int('8')", "[8][0]", "x", "9", "True * 8", "2 *", "9 ** 9 ** 9", "8 if 1 else 0"]
+    assert verdicts(task, good + bad) == [True] * len(good) + [False] * len(bad)
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="1 answers for 2 tasks"):
+        check_answers([DOUBLE, DOUBLE], [RIGHT])
+    with pytest.raises(ValueError, match="workers"):
+        check_answers([DOUBLE], [RIGHT], workers=0)
+    with pytest.raises(ValueError, match="timeout_s"):
+        check_answers([DOUBLE], [RIGHT], timeout_s=0)

@@ -1,0 +1,166 @@
+"""StackedLoRA: the folded mixture is the sum over experts, with its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import oracles
+from dylora.adapter import Site, StackedLoRA
+from dylora.router import RoutingState
+
+D, O, E, R = 6, 5, 3, 2  # noqa: E741 - the letters of the design
+
+
+@pytest.fixture
+def adapter():
+    """Builds a float64 adapter, random in A and B, each expert with a scale of its own."""
+
+    def build(num_experts=E, rank=R, **settings):
+        site = Site("block", 0, RoutingState(num_experts), num_experts, None)
+        settings = {"scaling": 2.0} | settings
+        lora = StackedLoRA(site, D, O, num_experts=num_experts, rank=rank, **settings).double()
+        torch.nn.init.normal_(lora.lora_B)
+        lora.scaling_E.copy_(torch.linspace(0.5, 2, num_experts))
+        return lora
+
+    return build
+
+
+def inputs(tokens=4, experts=E, dtype=torch.float64):
+    x = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
+    gates = torch.rand(tokens, experts, dtype=dtype, requires_grad=True)
+    return x, gates
+
+
+def oracle_of(lora, x, gates):
+    return oracles.mixture_update(x, lora.lora_A, lora.lora_B, gates, lora.scaling_E)
+
+
+@pytest.mark.parametrize(("experts", "rank"), [(1, 2), (3, 1), (3, 4)])
+def test_fold_equals_the_loop_over_experts(adapter, experts, rank):
+    lora = adapter(experts, rank)
+    x, gates = inputs(experts=experts)
+    torch.testing.assert_close(lora(x, gates), oracle_of(lora, x, gates))
+
+
+@pytest.mark.parametrize("which", ["lora_A", "lora_B", "gates", "x"])
+def test_fold_has_the_gradient_of_the_loop(adapter, which):
+    lora = adapter()
+    x, gates = inputs()
+    leaf = {"lora_A": lora.lora_A, "lora_B": lora.lora_B, "gates": gates, "x": x}[which]
+    weight = torch.randn(len(x), O, dtype=torch.float64)
+    [ours] = torch.autograd.grad((lora(x, gates) * weight).sum(), leaf)
+    [expected] = torch.autograd.grad((oracle_of(lora, x, gates) * weight).sum(), leaf)
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(ours, expected)
+
+
+def test_tokens_may_have_any_leading_dimensions(adapter):
+    lora = adapter()
+    x, gates = inputs(tokens=6)
+    folded = lora(x.view(2, 3, D), gates.view(2, 3, E))
+    torch.testing.assert_close(folded, lora(x, gates).view(2, 3, O))
+
+
+def test_a_new_adapter_adds_exactly_zero():
+    lora = StackedLoRA(
+        Site("block", 0, RoutingState(E), E, None), D, O, num_experts=E, rank=R, scaling=2.0
+    )
+    x, gates = inputs(dtype=torch.float32)
+    assert torch.equal(lora(x, gates), torch.zeros(4, O))
+
+
+def test_expert_order_does_not_matter(adapter):
+    lora, other = adapter(), adapter()
+    x, gates = inputs()
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        other.lora_A.copy_(lora.lora_A[order])
+        other.lora_B.copy_(lora.lora_B[order])
+        other.scaling_E.copy_(lora.scaling_E[order])
+    torch.testing.assert_close(other(x, gates[:, order]), lora(x, gates))
+
+
+@pytest.mark.parametrize("expert", range(E))
+def test_a_one_hot_gate_gives_that_expert_alone(adapter, expert):
+    lora, alone = adapter(), adapter(num_experts=1)
+    x, _ = inputs()
+    one_hot = F.one_hot(torch.tensor([expert] * len(x)), E).double()
+    with torch.no_grad():
+        alone.lora_A.copy_(lora.lora_A[[expert]])
+        alone.lora_B.copy_(lora.lora_B[[expert]])
+        alone.scaling_E.copy_(lora.scaling_E[[expert]])
+    ours = lora(x, one_hot)
+    assert ours.abs().min() > 0
+    torch.testing.assert_close(ours, alone(x, torch.ones(len(x), 1, dtype=torch.float64)))
+
+
+def test_an_expert_without_gate_gets_no_gradient(adapter):
+    lora = adapter()
+    x, gates = inputs()
+    lora(x, gates * torch.tensor([1.0, 0.0, 1.0])).square().sum().backward()
+    assert lora.lora_A.grad[0].abs().min() > 0
+    assert not lora.lora_A.grad[1].any()
+    assert not lora.lora_B.grad[1].any()
+
+
+def test_no_tensor_has_tokens_times_experts_times_outputs_elements(adapter):
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    lora, tokens = adapter(), 50
+    x, gates = inputs(tokens)
+    with Sizes() as sizes:
+        lora(x, gates).sum().backward()
+    assert tokens * E * R <= sizes.largest < tokens * E * O
+
+
+def test_experts_start_with_different_A(adapter):
+    lora = adapter()
+    assert all((lora.lora_A[a] != lora.lora_A[b]).all() for a, b in [(0, 1), (0, 2), (1, 2)])
+
+
+def test_A_starts_uniform_within_one_over_the_root_of_the_input_width():
+    site = Site("block", 0, RoutingState(E), E, None)
+    A = StackedLoRA(site, 100, O, num_experts=E, rank=20, scaling=1.0).lora_A
+    assert A.abs().max() <= 0.1
+    torch.testing.assert_close(A.std(), torch.tensor(0.1 / 3**0.5), rtol=0.05, atol=0)
+    assert A.mean().abs() < 0.005
+
+
+def test_gaussian_A_has_deviation_one_over_the_rank():
+    site = Site("block", 0, RoutingState(E), E, None)
+    A = StackedLoRA(site, 100, O, num_experts=E, rank=20, scaling=1.0, init="gaussian").lora_A
+    torch.testing.assert_close(A.std(), torch.tensor(1 / 20), rtol=0.05, atol=0)
+    assert A.abs().max() > 3 / 20
+
+
+def test_parameters_are_float32_and_the_update_has_the_precision_of_x():
+    site = Site("block", 0, RoutingState(E), E, None)
+    lora = StackedLoRA(site, D, O, num_experts=E, rank=R, scaling=1.0)
+    update = lora(torch.randn(4, D, dtype=torch.bfloat16), torch.rand(4, E))
+    assert (lora.lora_A.dtype, lora.lora_B.dtype) == (torch.float32, torch.float32)
+    assert update.dtype == torch.bfloat16
+
+
+def test_dropout_acts_on_the_input_of_A(adapter):
+    lora = adapter(dropout=0.4).train()
+    x, gates = inputs()
+    torch.manual_seed(5)
+    dropped = lora(x, gates)
+    torch.manual_seed(5)
+    expected = oracle_of(lora, F.dropout(x, 0.4), gates)
+    torch.testing.assert_close(dropped, expected)
+
+
+def test_dropout_is_off_in_evaluation(adapter):
+    lora = adapter(dropout=0.4).eval()
+    x, gates = inputs()
+    torch.testing.assert_close(lora(x, gates), oracle_of(lora, x, gates))

@@ -1,0 +1,316 @@
+import itertools
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from dylora.config import DataConfig, SourceConfig
+from dylora.training.data import InterleavedSampler, collate, load_data
+from dylora.training.tokenized import TokenizedSet
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+needs_real_rows = pytest.mark.skipif(
+    not REAL.exists(), reason="the real rows are not beside the repository"
+)
+BOS, EOS = 1, 2
+
+
+def source(path: Path, name: str = "own") -> SourceConfig:
+    return SourceConfig(
+        name=name, path=str(path), instruction_column="question", output_column="answer"
+    )
+
+
+def write_rows(path: Path, answers: list[str]) -> Path:
+    lines = (json.dumps({"question": f"Q{i}", "answer": a}) for i, a in enumerate(answers))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def config_for(path: Path, **settings) -> DataConfig:
+    return DataConfig(sources=[source(path)], **settings)
+
+
+def targets(example: dict[str, list[int]]) -> list[int]:
+    return [label for label in example["labels"] if label != -100]
+
+
+# Tokens
+
+
+def test_only_the_answer_and_eos_are_trained_on(tmp_path, tokenizer):
+    data = load_data(
+        config_for(write_rows(tmp_path / "r.jsonl", ["def f(): pass"] * 10)), tokenizer
+    )
+    example = data.train[0][0]
+    assert example["input_ids"][0] == BOS
+    assert tokenizer.decode(targets(example)) == "def f(): pass</s>"
+    prompt = len(example["labels"]) - len(targets(example))
+    assert example["labels"][:prompt] == [-100] * prompt
+    assert example["labels"][prompt:] == example["input_ids"][prompt:]
+    assert tokenizer.decode(example["input_ids"][:prompt]).endswith("### Response:\n")
+
+
+def test_labels_have_exactly_one_eos_with_a_tokenizer_that_appends_its_own(
+    tmp_path, make_tokenizer
+):
+    tokenizer = make_tokenizer(ends=True)
+    data = load_data(config_for(write_rows(tmp_path / "r.jsonl", ["abc"] * 10)), tokenizer)
+    assert data.train[0][0]["input_ids"].count(EOS) == 1
+
+
+def test_a_real_eos_is_trained_on_even_when_pad_is_eos(tmp_path, tokenizer):
+    file = write_rows(tmp_path / "r.jsonl", ["a", "a rather longer answer than that"] * 10)
+    examples = load_data(config_for(file), tokenizer).train[0]
+    pair = sorted([examples[0], examples[1]], key=lambda example: len(example["input_ids"]))
+    batch = collate(pair, pad_token_id=EOS)
+    short = len(pair[0]["input_ids"])
+    assert batch["labels"][0, short - 1] == EOS
+    assert batch["attention_mask"][0, short - 1] == 1
+    assert (batch["labels"][0, short:] == -100).all()
+    assert (batch["attention_mask"][0, short:] == 0).all()
+    assert (batch["input_ids"][0, short:] == EOS).all()
+    assert batch["attention_mask"][1].all()
+    assert {key: (value.dtype, value.shape) for key, value in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "labels"),
+        (torch.int64, torch.Size([2, len(pair[1]["input_ids"])])),
+    )
+
+
+def test_over_long_rows_are_dropped_and_counted(tmp_path, tokenizer):
+    file = write_rows(tmp_path / "r.jsonl", ["short"] * 20 + ["x y z " * 200] * 20)
+    data = load_data(config_for(file, over_long="drop", max_length=64), tokenizer)
+    reports = data.reports[0].splits.values()
+    assert sum(report.dropped for report in reports) == 20
+    assert sum(report.kept for report in reports) == 20
+    assert sum(report.truncated for report in reports) == 0
+    assert all(targets(examples[i])[-1] == EOS for examples in data.train for i in range(5))
+
+
+def test_over_long_answers_are_cut_without_eos_and_counted(tmp_path, tokenizer):
+    file = write_rows(tmp_path / "r.jsonl", ["short"] * 20 + ["x y z " * 200] * 20)
+    data = load_data(config_for(file, over_long="truncate", max_length=64), tokenizer)
+    assert sum(report.truncated for report in data.reports[0].splits.values()) == 20
+    assert sum(report.dropped for report in data.reports[0].splits.values()) == 0
+    examples = data.train[0]
+    cut = [examples[i] for i in range(len(examples)) if examples.length(i) == 64]
+    assert len(cut) == data.reports[0].splits["train"].truncated
+    assert not any(EOS in example["input_ids"] for example in cut)
+    assert all(example["input_ids"][0] == BOS for example in cut)
+
+
+def test_an_example_of_exactly_max_length_keeps_its_eos(tmp_path, tokenizer):
+    file = write_rows(tmp_path / "r.jsonl", ["an answer"] * 10)
+    length = load_data(config_for(file), tokenizer).train[0].length(0)
+    for over_long in ("drop", "truncate"):
+        data = load_data(config_for(file, max_length=length, over_long=over_long), tokenizer)
+        report = data.reports[0].splits["train"]
+        assert (report.kept, report.truncated, report.dropped) == (9, 0, 0)
+        assert data.train[0][0]["labels"][-1] == EOS
+    cut = load_data(config_for(file, max_length=length - 1, over_long="truncate"), tokenizer)
+    assert cut.reports[0].splits["train"].truncated == 9
+    assert EOS not in cut.train[0][0]["labels"]
+
+
+def test_a_prompt_that_leaves_no_room_is_dropped_even_when_truncating(tmp_path, tokenizer):
+    lines = [{"question": "Q" * 300, "answer": "an answer " * 500}] + [
+        {"question": f"Q{i}", "answer": "a"} for i in range(20)
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    config = config_for(tmp_path / "r.jsonl", max_length=64, over_long="truncate")
+    reports = load_data(config, tokenizer).reports[0].splits
+    assert sum(report.dropped for report in reports.values()) == 1
+
+
+def test_a_split_without_examples_is_an_error(tmp_path, tokenizer):
+    file = write_rows(tmp_path / "r.jsonl", ["an answer " * 20] * 10)
+    with pytest.raises(
+        ValueError, match=r"no train example: 9 rows .* 9 of them over-long at .* 48"
+    ):
+        load_data(config_for(file, max_length=48), tokenizer)
+    with pytest.raises(ValueError, match="no train example: 0 rows"):
+        load_data(config_for(write_rows(tmp_path / "one.jsonl", ["a"])), tokenizer)
+
+
+def test_examples_are_stored_at_four_bytes_a_token():
+    examples = TokenizedSet("own", "train")
+    for i in range(100):
+        examples.append([1, i], [i] * i)
+    assert len(examples) == 100
+    assert examples[7] == {"input_ids": [1, 7] + [7] * 7, "labels": [-100, -100] + [7] * 7}
+    assert (examples.length(7), examples.tokens, examples.mean_targets) == (9, 5150, 49.5)
+    assert examples._ids.itemsize == 4
+    with pytest.raises(IndexError, match="example 100 of 100"):
+        examples[100]
+
+
+def test_no_sources_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match=r"data\.sources is empty"):
+        load_data(DataConfig(), tokenizer)
+
+
+def test_datasets_is_not_imported_before_it_is_needed():
+    code = "import sys, dylora.training.data; sys.exit('datasets' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Subsets, reports, stamp
+
+
+def test_a_subset_is_drawn_with_the_seed_and_full_despite_dropped_rows(tmp_path, tokenizer):
+    answers = [f"{i} " * 100 if i % 2 else f"{i}" for i in range(100)]
+    file = write_rows(tmp_path / "r.jsonl", answers)
+
+    def questions(seed, count):
+        config = config_for(file, seed=seed, max_length=64)
+        data = load_data(config, tokenizer, training_subset=count, eval_subset=3)
+        assert len(data.validation[0]) == 3
+        return [tuple(data.train[0][i]["input_ids"]) for i in range(len(data.train[0]))]
+
+    ten = questions(0, 10)
+    assert len(set(ten)) == 10
+    assert ten == questions(0, 10)
+    assert ten == questions(0, 20)[:10]
+    assert set(ten) != set(questions(1, 10))
+
+
+@needs_real_rows
+def test_real_sets_are_read_split_reported_and_stamped(tokenizer):
+    config = DataConfig(
+        sources=[
+            SourceConfig(name="code_alpaca", path=str(REAL / "code_alpaca.json")),
+            SourceConfig(name="mbpp", path=str(REAL / "mbpp.jsonl")),
+        ],
+        max_length=2048,
+    )
+    data = load_data(config, tokenizer, training_subset=300, eval_subset=50)
+    assert [(s.name, s.split, len(s)) for s in data.train + data.validation] == [
+        ("code_alpaca", "train", 300),
+        ("mbpp", "train", 300),
+        ("code_alpaca", "validation", 50),
+        ("mbpp", "validation", 50),
+    ]
+    stamp = data.stamp
+    assert json.loads(json.dumps(stamp)) == stamp
+    alpaca, mbpp = stamp["sources"]
+    assert (alpaca["split_scheme"], mbpp["split_scheme"]) == ("90/10", "published")
+    assert len(mbpp["task_ids"]) == mbpp["training_rows"] == 300
+    assert set(mbpp["task_ids"]) <= set(range(601, 975))
+    described = data.reports[0].describe()
+    assert "6552 rows read, 2 empty, 0 malformed" in described
+    assert "the answer is empty" in described
+    report = data.reports[0].splits["train"]
+    assert report.rows == 5895
+    examples = data.train[0]
+    assert report.tokens == sum(examples.length(i) for i in range(300))
+    assert report.target_tokens == sum(len(targets(examples[i])) for i in range(300))
+    assert examples.mean_targets == report.target_tokens / 300
+
+
+def test_the_stamp_changes_with_one_character_and_not_with_the_order(tmp_path, tokenizer):
+    def stamp(lines):
+        (tmp_path / "r.jsonl").write_text("\n".join(lines))
+        return load_data(config_for(tmp_path / "r.jsonl"), tokenizer).stamp["sources"][0]
+
+    lines = [json.dumps({"question": f"Q{i}", "answer": f"A{i}"}) for i in range(20)]
+    first = stamp(lines)
+    assert stamp(lines[::-1]) == first
+    changed = stamp([line.replace('"A', '"B') for line in lines])
+    assert changed["training_sha256"] != first["training_sha256"]
+
+
+# Order
+
+
+def stream(sampler, count):
+    return list(itertools.islice(sampler, count))
+
+
+def test_small_sets_are_repeated_not_truncated():
+    epoch = stream(InterleavedSampler([10, 3]), 20)
+    counts = Counter(epoch)
+    assert all(counts[0, row] == 1 for row in range(10))
+    assert sorted(counts[1, row] for row in range(3)) == [3, 3, 4]
+
+
+def test_a_small_set_comes_whole_each_time_round_in_a_fresh_order():
+    rows = [row for index, row in stream(InterleavedSampler([40, 8]), 80) if index == 1]
+    rounds = [rows[i : i + 8] for i in range(0, 40, 8)]
+    assert all(sorted(part) == list(range(8)) for part in rounds)
+    assert len(set(map(tuple, rounds))) == 5
+
+
+def test_each_group_has_one_example_of_each_set_in_a_drawn_order():
+    epoch = stream(InterleavedSampler([50, 20, 5]), 150)
+    groups = [tuple(index for index, _ in epoch[i : i + 3]) for i in range(0, 150, 3)]
+    assert all(sorted(group) == [0, 1, 2] for group in groups)
+    assert len(set(groups)) == 6
+
+
+def test_proportional_sampling_gives_every_example_once():
+    sampler = InterleavedSampler([10, 3, 1], interleaved=False)
+    epoch = stream(sampler, len(sampler))
+    everything = [(i, row) for i, length in enumerate([10, 3, 1]) for row in range(length)]
+    assert sorted(epoch) == everything
+    assert epoch != everything
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_a_resumed_sampler_continues_the_same_sequence(interleaved):
+    lengths = [7, 4]
+    whole = stream(InterleavedSampler(lengths, seed=5, interleaved=interleaved), 60)
+    for taken in range(45):
+        first = InterleavedSampler(lengths, seed=5, interleaved=interleaved)
+        stream(first, taken)
+        state = json.loads(json.dumps(first.state_dict()))
+        second = InterleavedSampler(lengths, seed=5, interleaved=interleaved)
+        second.load_state_dict(state)
+        assert stream(second, 15) == whole[taken : taken + 15]
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_epochs_and_seeds_have_orders_of_their_own(interleaved):
+    sampler = InterleavedSampler([30, 30], interleaved=interleaved)
+    first, second = stream(sampler, 60), stream(sampler, 60)
+    assert sorted(first) == sorted(second)
+    for index in range(2):
+        assert [row for i, row in first if i == index] != [row for i, row in second if i == index]
+    assert (sampler.epoch, sampler.position) == (2, 0)
+    assert first == stream(InterleavedSampler([30, 30], interleaved=interleaved), 60)
+    assert first != stream(InterleavedSampler([30, 30], seed=1, interleaved=interleaved), 60)
+
+
+def test_equal_sets_do_not_share_a_permutation():
+    epoch = stream(InterleavedSampler([30, 30]), 60)
+    assert [r for i, r in epoch if i == 0] != [r for i, r in epoch if i == 1]
+
+
+def test_an_epoch_has_as_many_examples_as_it_says():
+    assert len(InterleavedSampler([10, 3])) == 20
+    assert len(InterleavedSampler([10, 3], interleaved=False)) == 13
+
+
+def test_the_mean_goes_by_the_shares_of_an_epoch():
+    assert InterleavedSampler([9, 1]).mean([10.0, 20.0]) == 15
+    assert InterleavedSampler([9, 1], interleaved=False).mean([10.0, 20.0]) == 11
+
+
+def test_the_state_of_other_sets_is_refused():
+    state = InterleavedSampler([10, 3]).state_dict()
+    with pytest.raises(ValueError, match=r"lengths \[10, 3\], but the data now has \[10, 4\]"):
+        InterleavedSampler([10, 4]).load_state_dict(state)
+    with pytest.raises(ValueError, match="interleaved"):
+        InterleavedSampler([10, 3], interleaved=False).load_state_dict(state)
+    with pytest.raises(ValueError, match="position is 20"):
+        InterleavedSampler([10, 3]).load_state_dict(state | {"position": 20})
+    with pytest.raises(ValueError, match="a sampler's state has"):
+        InterleavedSampler([10, 3]).load_state_dict({})
+
+
+def test_an_empty_set_is_an_error():
+    with pytest.raises(ValueError, match=r"the lengths are \[3, 0\]"):
+        InterleavedSampler([3, 0])
