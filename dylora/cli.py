@@ -15,11 +15,10 @@ from dataclasses import fields, is_dataclass
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from dylora.config import RunConfig, SourceConfig
+from dylora.config import RunConfig, SourceConfig, dump_run_config
 from dylora.config_file import (
     COMMAND_LINE,
     all_keys,
-    dump_run_config,
     load_run_config,
     split_overrides,
 )

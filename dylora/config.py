@@ -411,6 +411,15 @@ class RunConfig:
         _require(plain, "name", self.name, "the name of a folder, without slashes")
 
 
+def dump_run_config(config: RunConfig) -> str:
+    """All settings as YAML that `load_run_config` reads back as the same config."""
+    import yaml  # comes with transformers
+
+    values = asdict(config)
+    values["moe"] = config.moe.to_dict()
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
 def scheduler_names() -> list[str]:
     """The schedules that `transformers.get_scheduler` knows."""
     from transformers.trainer_utils import SchedulerType

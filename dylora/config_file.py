@@ -9,7 +9,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
@@ -46,13 +46,6 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
     values = _typed_fields(tree, RunConfig, "", origin)
     return _construct(values, RunConfig, "", origin)
-
-
-def dump_run_config(config: RunConfig) -> str:
-    """All settings as YAML that `load_run_config` reads back as the same config."""
-    values = asdict(config)
-    values["moe"] = config.moe.to_dict()
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
 def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str]]:

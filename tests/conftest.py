@@ -89,7 +89,8 @@ def mixture(llama) -> Callable[..., DyLoRA_MoE]:
         **settings: Any,
     ) -> DyLoRA_MoE:
         base = llama() if base is None else copy.deepcopy(base)
-        config = MoELoraConfig(**{"r": 2, "lora_alpha": 4, "num_experts": 3} | settings)
+        experts = 3 if settings.get("use_moe_routing", True) else 1
+        config = MoELoraConfig(**{"r": 2, "lora_alpha": 4, "num_experts": experts} | settings)
         with torch.random.fork_rng():
             torch.manual_seed(11)
             model = DyLoRA_MoE.from_base(base, config).eval()
@@ -115,11 +116,3 @@ def mixture(llama) -> Callable[..., DyLoRA_MoE]:
 def ids() -> Tensor:
     """Input ids [2, 7] without padding, BOS or EOS."""
     return torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
-def float64() -> torch.dtype:
-    """float64 as torch's default within one test."""
-    torch.set_default_dtype(torch.float64)
-    yield torch.float64
-    torch.set_default_dtype(torch.float32)

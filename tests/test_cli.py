@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from dylora.cli import COMMANDS, main
-from dylora.config import RunConfig
-from dylora.config_file import dump_run_config, load_run_config, split_overrides
+from dylora.config import RunConfig, dump_run_config
+from dylora.config_file import load_run_config, split_overrides
 
 ROOT = Path(__file__).parents[1]
 SOURCES = "data: {sources: [{name: mbpp}, {name: skill/sql, rows: 5}]}\n"
@@ -319,11 +319,14 @@ def test_print_config_prints_the_resolved_config_and_stops(config_file, capsys, 
 
 
 def test_train_gets_the_config_and_where_to_resume(config_file, fake_module):
-    calls = fake_module("dylora.training.loop", "train")
+    calls = fake_module("dylora.training.loop", "train", result="the run")
+    reports = fake_module("dylora.evaluation.report", "report_run")
     path = config_file("name: file\n")
     assert main(["train", "--config", path]) == 0
+
     assert main(["train", "--config", path, "--resume_from_checkpoint", "latest"]) == 0
     assert calls == [(RunConfig(name="file"), None), (RunConfig(name="file"), "latest")]
+    assert reports == [("the run",)] * 2
 
 
 def test_evaluate_gets_the_config_and_the_checkpoint(config_file, fake_module):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dylora.config import RunConfig
-from dylora.config_file import dump_run_config, load_run_config
+from dylora.config import RunConfig, dump_run_config
+from dylora.config_file import load_run_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dylora"
@@ -25,6 +25,7 @@ LAYERS = (
     ("config_file", "bases", "router", "maturity", "storage", "tasks"),
     ("adapter", "losses"),
     ("injection",),
+    ("model_files",),
     ("model",),
     ("experts", "skills"),
     ("training", "evaluation"),  # either may use the other, but see the test of cycles
@@ -107,9 +108,21 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(source: str, known: set[str], *, module: str, is_folder: bool = False) -> set[str]:
-    """The modules of dylora that a source imports, wherever the statement stands."""
+    """The modules of dylora that a source imports, wherever the statement stands.
+
+    Imports for type checkers alone are none: they never run.
+    """
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    unread = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in unread:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -13,13 +13,17 @@ from dylora.injection import find_targets, shortest_targets
 
 COMMON = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {"initializer_range": 0.2}
-MODERN = COMMON | WIDE | {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
+MODERN = (
+    COMMON
+    | WIDE
+    | {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+    }
+)
 GROUPED = MODERN | {"num_key_value_heads": 2}
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FAMILIES = {
@@ -37,7 +41,8 @@ FAMILIES = {
     "CohereConfig": (GROUPED, SPLIT),
     "GPTNeoXConfig": (MODERN, ["query_key_value", "dense"]),
     "FalconConfig": (
-        COMMON | WIDE
+        COMMON
+        | WIDE
         | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
         | {"ffn_hidden_size": 40},
         ["query_key_value", "dense"],
@@ -57,7 +62,8 @@ FAMILIES = {
         ["c_attn", "c_proj"],
     ),
     "GPTJConfig": (
-        COMMON | WIDE
+        COMMON
+        | WIDE
         | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4},
         ["q_proj", "k_proj", "v_proj", "out_proj"],
     ),
@@ -312,8 +318,9 @@ def test_without_routing_fixed_weights_do_nothing(llama, ids):
 
 def test_unload_restores_modules_hooks_and_parameter_names(llama):
     base = llama()
-    before = [(path, type(module)) for path, module in base.named_modules()], list(
-        base.state_dict()
+    before = (
+        [(path, type(module)) for path, module in base.named_modules()],
+        list(base.state_dict()),
     )
     model = DyLoRA_MoE.from_base(base, MoELoraConfig(r=2))
     assert hooks_of(base)

@@ -235,7 +235,11 @@ def test_a_mask_that_covers_a_cache_as_well_is_cut_to_the_tokens():
 
 
 def sparse_router(training=True, **settings):
-    settings = {"router_type": "learned", "num_experts": E, "expert_capacity_factor": 0.5} | settings
+    settings = {
+        "router_type": "learned",
+        "num_experts": E,
+        "expert_capacity_factor": 0.5,
+    } | settings
     return DynamicHybridRouter(8, MoELoraConfig(**settings)).train(training)
 
 

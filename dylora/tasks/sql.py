@@ -89,7 +89,7 @@ def draft(rng: random.Random, split: Split) -> Draft:
         kinds = [kind for kind in AGGREGATES if style == "aggregate" or kind != "distinct"]
         kind = rng.choice(kinds)
         what, requests = AGGREGATES[kind]
-        operations += [kind, style]
+        operations.append(f"{style}_{kind}")
     request = rng.choice(requests)
     if style == "ordered":
         kind = rng.choice(list(ORDERS))

@@ -99,7 +99,7 @@ loss debt credit budget wins goals clicks views likes shares visits errors retri
 """)
 _TEXT_KEYS = _words("""
 color label brand model status region country street owner user email kind type mode state host
-path file code tag note role city group source target format language field option
+path file code tag note role city group source target format language section option
 """)
 _NAMES = _words("""
 Ada Alan Alice Amir Anna Ben Bela Carl Clara Dana David Diego Elena Emil Emma Eva Felix Finn Fatima

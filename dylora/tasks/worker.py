@@ -1,8 +1,8 @@
 """The process that runs answers: `python -I -S worker.py`, jobs in, values out, a line each.
 
 It stands alone (standard library only) and never sees an expected value. Each job runs in a
-forked child with limits of its own, so that an answer that hangs, exits or eats memory fails
-alone. The child reports over a pipe what its answer *returned*; exit codes and prints count for
+forked child with limits and an empty folder of its own, so that an answer that hangs, exits or
+eats memory fails alone. The child reports over a pipe what its answer *returned*; exit codes and prints count for
 nothing. These are limits against accidents, not a sandbox against malice.
 
 The jobs' `kind`: function (source defines job["function"], called on each input), expression
@@ -19,9 +19,11 @@ import os
 import re
 import resource
 import select
+import shutil
 import signal
 import sqlite3
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -119,9 +121,10 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} is no plain value")
 
 
-def _child(job: dict[str, Any], write: int) -> None:
+def _child(job: dict[str, Any], folder: str, write: int) -> None:
     """Runs the job with limits and writes its values, or nothing when it fails."""
     os.setpgid(0, 0)
+    os.chdir(folder)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -144,12 +147,13 @@ def _child(job: dict[str, Any], write: int) -> None:
 def _run(job: dict[str, Any]) -> bytes:
     """The child's reply, or nothing when it fails, is late or says too much."""
     deadline = time.monotonic() + job["timeout_s"]
+    folder = tempfile.mkdtemp(dir=".")
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         # Whatever the answer raises, SystemExit too, ends in an empty reply.
         with contextlib.suppress(BaseException):
-            _child(job, write)
+            _child(job, folder, write)
         os._exit(0)
     os.close(write)
     with contextlib.suppress(OSError):
@@ -166,6 +170,7 @@ def _run(job: dict[str, Any]) -> bytes:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    shutil.rmtree(folder, ignore_errors=True)
     return b"" if b"\n" in reply or len(reply) > REPLY_BYTES else reply
 
 

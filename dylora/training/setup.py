@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.bases import choose_device, load_tokenizer
-from dylora.config import RunConfig
+from dylora.config import RunConfig, dump_run_config
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import checkpoints
 from dylora.training.data import InterleavedSampler, PreparedData, load_data
@@ -106,7 +106,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
 
     folder.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
     (folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
     if fresh:
         (folder / "metrics.jsonl").unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 Method: a Llama of 5 M parameters on the standard library's source (corpus.py), Muon for the
 matrices and AdamW for the rest, a warmup-stable-decay schedule counted in tokens.
-Result: see dylora/assets/tiny-code-llama/README.md, which this script writes.
+Result: dylora/assets/tiny-code-llama/README.md, which card.py writes from training.json.
 
     python experiments/tiny_base/pretrain.py --bf16
 

@@ -20,8 +20,8 @@ from dylora.tasks.task import POOLS, Draft, is_held_out
 ROOT = Path(__file__).parents[2]
 SPLITS: tuple[Split, ...] = get_args(Split)
 COUNTS: dict[Split, int] = {"train": 5000, "validation": 1000, "test": 1000}
-STRUCTURAL = {"0", "1", "9", ""}
-"""In answers though no literal: defaults of 0 and "", and the ends of [01] and [0-9a-f]."""
+STRUCTURAL = {"0", "1", ""}
+"""Constants that are code, not literals: the defaults 0 and "" among them."""
 SWAPS = (
     (" > ", " >= "),
     (" >= ", " > "),
@@ -56,11 +56,22 @@ SWAPS = (
 
 @pytest.fixture(scope="module")
 def generated() -> dict[tuple[str, Split], list[Task]]:
+    """As many tasks as the tests below run."""
     return {
-        (skill, split): generate_tasks(skill, split, count)
-        for skill in SKILLS
-        for split, count in COUNTS.items()
+        (skill, split): generate_tasks(skill, split, 140) for skill in SKILLS for split in SPLITS
     }
+
+
+@pytest.fixture(scope="module")
+def drafted() -> dict[tuple[str, Split], list[Draft]]:
+    """Drafts that `generate_tasks` may keep, thousands of them: cheap without their checks."""
+    drafts: dict[tuple[str, Split], list[Draft]] = {}
+    for (skill, draft), split in itertools.product(suite._DRAFTS.items(), SPLITS):
+        rng = random.Random(f"{skill} {split}")
+        drawn = [draft(rng, split) for _ in range(3 * COUNTS[split])]
+        kept = [one for one in drawn if split == "test" or not is_held_out(one.operations)]
+        drafts[skill, split] = kept
+    return drafts
 
 
 def near_misses(answer: str) -> list[str]:
@@ -123,23 +134,28 @@ def test_the_answer_to_another_task_fails(
 ) -> None:
     tasks = generated[skill, "test"][:60]
     others = [task.answer for task in tasks[1:] + tasks[:1]]
-    assert sum(check_answers(tasks, others)) == 0
+    # Two word problems may have the same small value.
+    assert sum(check_answers(tasks, others)) <= (1 if skill == "arithmetic" else 0)
 
 
-def test_tasks_are_distinct_by_the_thousand(
-    generated: dict[tuple[str, Split], list[Task]],
+def test_tasks_are_distinct(generated: dict[tuple[str, Split], list[Task]]) -> None:
+    for tasks in generated.values():
+        assert len({task.instruction for task in tasks}) == len(tasks)
+
+
+def test_there_are_thousands_of_distinct_programs(
+    drafted: dict[tuple[str, Split], list[Draft]],
 ) -> None:
-    for (skill, split), tasks in generated.items():
-        assert len({task.instruction for task in tasks}) == COUNTS[split], (skill, split)
-        assert all(task.skill == skill for task in tasks)
+    for (skill, split), drafts in drafted.items():
+        assert len({draft.program for draft in drafts}) > COUNTS[split], (skill, split)
 
 
 def test_instructions_and_answers_are_short(
-    generated: dict[tuple[str, Split], list[Task]],
+    drafted: dict[tuple[str, Split], list[Draft]],
 ) -> None:
-    for tasks in generated.values():
-        assert max(len(task.instruction.split()) for task in tasks) <= 45
-        assert max(task.answer.count("\n") for task in tasks) <= 1
+    for drafts in drafted.values():
+        assert max(len(draft.instruction.split()) for draft in drafts) <= 45
+        assert max(draft.answer.count("\n") for draft in drafts) <= 1
 
 
 def test_checks_survive_json(generated: dict[tuple[str, Split], list[Task]]) -> None:
@@ -155,13 +171,13 @@ def test_pools_of_the_splits_are_disjoint() -> None:
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_splits_share_no_instruction_and_no_literal(
-    generated: dict[tuple[str, Split], list[Task]], skill: str
+    drafted: dict[tuple[str, Split], list[Draft]], skill: str
 ) -> None:
     words = {x for pool in ("name", "item") for split in SPLITS for x in POOLS[pool][split]}
     used: dict[str, set[str]] = {}
     for split in SPLITS:
         used[split] = set()
-        for task in generated[skill, split]:
+        for task in drafted[skill, split]:
             asked = literals(task.instruction)
             if skill == "arithmetic":
                 asked |= words & set(re.findall(r"\w+", task.instruction))
@@ -171,6 +187,17 @@ def test_splits_share_no_instruction_and_no_literal(
             used[split] |= asked - STRUCTURAL
     for first, second in itertools.combinations(SPLITS, 2):
         assert used[first] & used[second] == set()
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_each_operation_is_trained_though_pairs_are_held_out(
+    drafted: dict[tuple[str, Split], list[Draft]], skill: str
+) -> None:
+    shown = {
+        split: {kind for draft in drafted[skill, split] for kind in draft.operations}
+        for split in SPLITS
+    }
+    assert shown["train"] == shown["validation"] == shown["test"]
 
 
 @pytest.mark.parametrize("skill", SKILLS)
@@ -187,14 +214,11 @@ def test_some_pairs_of_operations_appear_in_test_only(
 
     monkeypatch.setitem(suite._DRAFTS, skill, record)
     shown = {
-        split: [operations[task.instruction] for task in generate_tasks(skill, split, 500)]
+        split: [operations[task.instruction] for task in generate_tasks(skill, split, 100)]
         for split in SPLITS
     }
     assert not any(map(is_held_out, shown["train"] + shown["validation"]))
-    assert 0.1 < sum(map(is_held_out, shown["test"])) / 500 < 0.7
-    assert {kind for kinds in shown["test"] for kind in kinds} <= {
-        kind for kinds in shown["train"] for kind in kinds
-    }
+    assert 0.1 < sum(map(is_held_out, shown["test"])) / 100 < 0.7
 
 
 def test_generation_does_not_depend_on_the_process() -> None:
@@ -203,19 +227,16 @@ def test_generation_does_not_depend_on_the_process() -> None:
         "tasks = [generate_tasks(k, s, 20, seed=3) for k in SKILLS for s in ('train', 'test')];"
         "print(hashlib.sha256(repr(tasks).encode()).hexdigest())"
     )
-    printed = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PYTHONHASHSEED": "1"},  # this process has another, drawn at its start
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     tasks = [generate_tasks(k, s, 20, seed=3) for k in SKILLS for s in ("train", "test")]
-    assert printed == {hashlib.sha256(repr(tasks).encode()).hexdigest()}
+    assert printed == hashlib.sha256(repr(tasks).encode()).hexdigest()
 
 
 def test_fewer_tasks_are_a_prefix_and_seeds_differ() -> None:
@@ -225,9 +246,9 @@ def test_fewer_tasks_are_a_prefix_and_seeds_differ() -> None:
 
 
 def test_an_unknown_skill_or_split_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="'string'.*strings"):
+    with pytest.raises(ValueError, match=r"'string'.*strings"):
         generate_tasks("string", "train", 1)
-    with pytest.raises(ValueError, match="'valid'.*validation"):
+    with pytest.raises(ValueError, match=r"'valid'.*validation"):
         generate_tasks("lists", "valid", 1)  # type: ignore[arg-type]
 
 
@@ -287,10 +308,11 @@ def test_answers_start_in_an_empty_place_of_their_own() -> None:
     probe = """
 def f(x):
     import os, sys
-    return [dict(os.environ), os.listdir("."), sys.stdin.read(), "dylora" in sys.modules]
+    names = [name for name in os.environ if name != "LC_CTYPE"]  # which Python sets by itself
+    return [names, os.listdir("."), sys.stdin.read(), "dylora" in sys.modules]
 """
-    task = a_task("function", [0], [[{}, [], "", False]], function="f")
-    leave = "def f(x):\n    f.x = open('left', 'w').write('more')"
+    task = a_task("function", [0], [[[], [], "", False]], function="f")
+    leave = "def f(x):\n    open('left', 'w')"
     assert verdicts(task, [leave, leave, probe, probe]) == [False, False, True, True]
 
 
