@@ -134,11 +134,12 @@ def logits_with_experts(
         ) -> None:
             x_BSD = args[0] if args else kwargs["hidden_states"]
             rows = []
-            for x_D in x_BSD.flatten(0, 1).float():
-                scores = [torch.dot(w, x_D) + b for w, b in zip(*site[1:3], strict=True)]
+            for x_D in x_BSD.flatten(0, 1):
+                weights = zip(site.router_ED.to(x_D), site.router_bias_E, strict=True)
+                scores = [torch.dot(w_D, x_D) + bias for w_D, bias in weights]
                 powers = [torch.exp(score / temperature) for score in scores]
                 rows.append(torch.stack([power / sum(powers) for power in powers]))
-            gates["TE"] = maturity_gate(torch.stack(rows), maturity_E.float(), k)
+            gates["TE"] = maturity_gate(torch.stack(rows), maturity_E, k)
 
         handles.append(
             base.get_submodule(site.block).register_forward_pre_hook(decide, with_kwargs=True)

@@ -338,11 +338,11 @@ def test_evaluate_gets_the_config_and_the_checkpoint(config_file, fake_module):
 def test_generate_gets_its_options_in_order(fake_module):
     calls = fake_module("dylora.evaluation.generate", "generate_text")
     assert main(["generate", "--checkpoint", "c", "--prompt", "say x"]) == 0
-    options = "--base b --max_new_tokens 3 --temperature 0.5 --raw --show_routing"
+    options = "--base b --max_new_tokens 3 --temperature 0.5 --raw"
     assert main(["generate", "--checkpoint", "c", "--prompt=--x", *options.split()]) == 0
     assert calls == [
         ("c", "say x", None, 128, 0.0, False, False),
-        ("c", "--x", "b", 3, 0.5, True, True),
+        ("c", "--x", "b", 3, 0.5, True, False),
     ]
 
 

@@ -225,14 +225,12 @@ def test_from_dict_leaves_its_argument_alone():
 
 
 def test_an_unknown_field_is_refused_naming_the_nearest():
-    with pytest.raises(ValueError, match="unknown field 'num_expert'.*did you mean 'num_experts'"):
+    with pytest.raises(ValueError, match=r"'num_expert' .*did you mean 'num_experts'"):
         MoELoraConfig.from_dict({"num_expert": 4})
 
 
 def test_an_unknown_field_without_a_near_one_lists_what_there_is():
-    with pytest.raises(
-        ValueError, match="unknown field 'zzz'.*valid are .*lora_alpha.*num_experts"
-    ):
+    with pytest.raises(ValueError, match=r"field 'zzz' .*valid are .*lora_alpha.*num_experts"):
         MoELoraConfig.from_dict({"zzz": 1})
 
 

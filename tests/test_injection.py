@@ -165,7 +165,7 @@ def test_an_exclusion_that_matches_nothing_is_an_error_naming_the_nearest(llama)
 
 
 def test_a_layer_that_does_not_exist_is_an_error(llama):
-    with pytest.raises(ValueError, match=r"layers_to_transform: .* \[2, 7\]"):
+    with pytest.raises(ValueError, match=r"layers_to_transform: layers \[2, 7\] adapt nothing"):
         targets_of(llama(), layers_to_transform=[0, 2, 7])
 
 
@@ -175,7 +175,7 @@ def test_nothing_to_adapt_is_an_error_that_lists_candidates(llama):
 
 
 def test_a_projection_outside_any_block_is_an_error(llama):
-    with pytest.raises(ValueError, match="'lm_head'.* lie at the root"):
+    with pytest.raises(ValueError, match=r"'lm_head'.* lie at the root"):
         DyLoRA_MoE.from_base(llama(), MoELoraConfig(target_modules=["lm_head"]))
 
 

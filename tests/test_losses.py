@@ -2,11 +2,11 @@
 
 import math
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 
-import oracles
 from dylora.losses import (
     assignment_fractions,
     balance_loss,
@@ -17,6 +17,14 @@ from dylora.losses import (
 )
 
 B, S, N, E, K = 3, 5, 2, 4, 2
+
+
+@pytest.fixture(autouse=True)
+def _float64(_seeded):
+    """Exact numbers; half precision has a test of its own."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def random_routing(scale=2.0):
@@ -64,7 +72,7 @@ def language():
 def test_lm_loss_equals_the_loop_over_tokens(language, smoothing):
     logits, labels = language
     ours = token_losses(logits, labels, smoothing).sum() / count_targets(labels)
-    assert ours.item() == pytest.approx(oracles.lm_loss(logits, labels, smoothing), rel=1e-5)
+    assert ours.item() == pytest.approx(oracles.lm_loss(logits, labels, smoothing), rel=1e-12)
 
 
 def test_a_position_holds_the_loss_of_the_token_after_it(language):
@@ -162,7 +170,10 @@ def test_sites_collapsed_on_different_experts_read_as_collapsed():
 @pytest.mark.parametrize("kind", ["aux_loss", "switch"])
 def test_extra_padding_does_not_change_any_statistic(kind):
     probabilities, logits = random_routing()
-    junk, junk_logits = collapsed([[3]] * N)[:, :2], 50 + torch.zeros(B, 2, N, E)
+    junk, junk_logits = (
+        collapsed([[3]] * N)[:, :2],
+        50 + torch.zeros(B, 2, N, E),
+    )
     padded = statistics_of(
         torch.cat([junk, probabilities], 1),
         torch.cat([junk_logits, logits], 1),
@@ -176,9 +187,9 @@ def test_extra_padding_does_not_change_any_statistic(kind):
 @pytest.mark.parametrize("splits", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["aux_loss", "switch"])
 def test_balance_loss_adds_up_over_a_split_batch_with_the_whole_fractions(splits, kind):
-    probabilities = torch.rand(8, S, N, E, dtype=torch.float64).softmax(-1).requires_grad_()
+    probabilities = torch.rand(8, S, N, E).softmax(-1).requires_grad_()
     summed = probabilities.sum((0, 1))
-    assigned = statistics_of(probabilities.detach().float(), kind=kind).assigned_NE.double()
+    assigned = statistics_of(probabilities.detach(), kind=kind).assigned_NE
     fractions, tokens = assignment_fractions(assigned), 8 * S
     whole = balance_loss(summed, fractions, tokens)
     parts = [
@@ -191,8 +202,8 @@ def test_balance_loss_adds_up_over_a_split_batch_with_the_whole_fractions(splits
 
 
 def test_balance_loss_is_linear_in_the_probabilities_for_given_fractions():
-    first, second = torch.rand(2, N, E, dtype=torch.float64)
-    fractions = torch.rand(N, E, dtype=torch.float64)
+    first, second = torch.rand(2, N, E)
+    fractions = torch.rand(N, E)
     together = balance_loss(2 * first + 3 * second, fractions, 7)
     apart = 2 * balance_loss(first, fractions, 7) + 3 * balance_loss(second, fractions, 7)
     torch.testing.assert_close(together, apart)
@@ -210,7 +221,7 @@ def test_z_loss_equals_the_loop_over_tokens_and_sites(mask):
     per_site = [oracles.z_loss(logits[:, :, site].reshape(-1, E), real) for site in range(N)]
     statistics = statistics_of(probabilities, logits, mask)
     ours = z_loss(statistics.squared_logsumexp_N, statistics.tokens)
-    assert ours.item() == pytest.approx(sum(per_site) / N, rel=1e-5)
+    assert ours.item() == pytest.approx(sum(per_site) / N, rel=1e-12)
 
 
 # Statistics
@@ -266,4 +277,4 @@ def test_assignments_count_the_top_k_of_each_token():
     assert assigned.sum(-1).tolist() == [9 * K] * N
     best = probabilities[ragged_mask().bool()].argmax(-1)
     switch = statistics_of(probabilities, logits, ragged_mask(), kind="switch").assigned_NE
-    assert torch.equal(switch, F.one_hot(best, E).sum(0).float())
+    assert torch.equal(switch, F.one_hot(best, E).sum(0).double())

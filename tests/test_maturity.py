@@ -1,6 +1,7 @@
 """The maturity signal: what makes an expert mature, and what never undoes it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_hybrid_is_the_product_of_usage_and_settling():
 def test_maturity_never_falls(mode):
     losses = [4.0, 3.0, 3.0, 3.0, 3.0, 5.0, 2.0, 1.0, 6.0, 0.5]  # settles, then moves again
     states = run(mode, losses, mass=(30.0, 10.0, 0.0))
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in pairwise(states):
         assert (after.maturity >= before.maturity).all()
 
 

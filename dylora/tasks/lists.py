@@ -7,26 +7,15 @@ from dylora.tasks.task import COMPARISONS, Draft, Forms, Literals, Split
 
 OTHER_TESTS: Forms = {
     "multiple": ("{{x}} % {n} == 0", ("divisible by {n}", "that are multiples of {n}")),
-    "not_multiple": ("{{x}} % {n} != 0", ("not divisible by {n}", "that {n} does not divide")),
     "not": ("{{x}} != {n}", ("other than {n}", "not equal to {n}")),
-}
-RANGES: Forms = {
-    "between": ("{n} <= {{x}} <= {m}", ("from {n} to {m}", "between {n} and {m} inclusive")),
 }
 MAPS: Forms = {
     "times": ("{{x}} * {n}", ("multiplied by {n}", "times {n}")),
     "plus": ("{{x}} + {n}", ("plus {n}", "increased by {n}")),
     "minus": ("{{x}} - {n}", ("minus {n}", "decreased by {n}")),
-    "from": ("{n} - {{x}}", ("subtracted from {n}", "taken away from {n}")),
-    "modulo": ("{{x}} % {n}", ("modulo {n}", "replaced by its remainder by {n}")),
-    "floor": ("{{x}} // {n}", ("floor-divided by {n}", "divided by {n} and rounded down")),
-    "cap": ("min({{x}}, {n})", ("capped at {n}", "lowered to {n} where larger")),
-    "lift": ("max({{x}}, {n})", ("raised to {n} where smaller", "made {n} if smaller")),
 }
 PLAIN_MAPS: Forms = {
     "square": ("{{x}} * {{x}}", ("squared",)),
-    "absolute": ("abs({{x}})", ("without its sign", "as an absolute value")),
-    "negate": ("-{{x}}", ("negated",)),
 }
 FINALS: Forms = {
     "list": ("[{{g}}]", ("{{d}}", "a list of {{d}}")),
@@ -35,33 +24,20 @@ FINALS: Forms = {
         "max(({{g}}), default=0)",
         ("the largest (or 0) of {{d}}", "the maximum (or 0) of {{d}}"),
     ),
-    "min": (
-        "min(({{g}}), default=0)",
-        ("the smallest (or 0) of {{d}}", "the minimum (or 0) of {{d}}"),
-    ),
     "sorted": ("sorted({{g}})", ("{{d}}, sorted", "{{d}} in ascending order")),
-    "descending": (
-        "sorted(({{g}}), reverse=True)",
-        ("{{d}}, largest first", "{{d}} in descending order"),
-    ),
     "reversed": ("[{{g}}][::-1]", ("{{d}}, last to first", "{{d}} in reverse order")),
-    "first": ("[{{g}}][:{n}]", ("the first {n} of {{d}}", "{{d}}, only the first {n}")),
-    "last": ("[{{g}}][-{n}:]", ("the last {n} of {{d}}", "{{d}}, only the last {n}")),
 }
 COUNTS: Forms = {
     "count": ("len([{{g}}])", ("the number of {{d}}", "the count of {{d}}")),
-    "distinct": ("len(set({{g}}))", ("the number of different values among {{d}}",)),
 }
 """Only without a map, which would change nothing."""
-ARGUMENTS = ("values", "numbers", "items", "data", "xs")
+ARGUMENTS = ("values", "numbers", "items")
 FUNCTIONS = (
     "f", "pick", "run", "keep", "solve", "select", "process", "convert", "compute", "result",
     "filter_all", "get", "make", "check", "update", "find",
 )  # fmt: skip
 OPENINGS = (
     "Write {call} returning {d}.",
-    "Write a function {call} that returns {d}.",
-    "Define {call}: {d}.",
     "{call} should return {d}.",
 )
 
@@ -69,10 +45,8 @@ OPENINGS = (
 def draft(rng: random.Random, split: Split) -> Draft:
     """Draws one task; every one has a literal, so no two splits can share it."""
     literals = Literals(rng, split)
-    filters, mapped = rng.choice(((1, True), (1, True), (2, False), (1, False), (0, True)))
-    pools = [COMPARISONS | OTHER_TESTS | RANGES][:filters]
-    if filters == 2:
-        pools = rng.sample((COMPARISONS, OTHER_TESTS), 2)
+    filters, mapped = rng.choice(((1, True), (1, True), (1, False), (0, True)))
+    pools = [COMPARISONS | OTHER_TESTS][:filters]
     conditions, wanted, operations = [], [], []
     for pool in pools:
         kind = rng.choice(list(pool))

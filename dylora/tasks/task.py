@@ -108,7 +108,7 @@ Maya Mina Nadia Nils Nina Noah Olga Oscar Otto Paul Petra Priya Rosa Ruth Sam Sa
 Tim Tom Uma Vera Victor Wanda Yara Yusuf Zoe
 """)
 _ITEMS = _words("""
-apples balls bananas beads books bottles boxes bricks buttons cakes candles cards chairs coconuts
+apples balls bananas beads books bottles brushes bricks buttons cakes candles cards chairs coconuts
 cookies crayons cups dolls eggs figs flowers forks gloves grapes hats jars keys kites lemons
 letters magnets mangos marbles melons mugs nails nuts onions oranges pears pencils pens photos
 pies pins plates plums ribbons rings roses ropes scarves shells socks spoons stamps stickers
@@ -188,9 +188,9 @@ class Literals:
 
 
 COMPARISONS: Forms = {
-    "above": ("{{x}} > {n}", ("greater than {n}", "above {n}", "over {n}", "more than {n}")),
-    "below": ("{{x}} < {n}", ("less than {n}", "below {n}", "under {n}", "smaller than {n}")),
-    "at_least": ("{{x}} >= {n}", ("at least {n}", "no less than {n}", "not below {n}")),
-    "at_most": ("{{x}} <= {n}", ("at most {n}", "no more than {n}", "not above {n}")),
+    "above": ("{{x}} > {n}", ("greater than {n}", "above {n}")),
+    "below": ("{{x}} < {n}", ("less than {n}", "below {n}")),
+    "at_least": ("{{x}} >= {n}", ("at least {n}",)),
+    "at_most": ("{{x}} <= {n}", ("at most {n}",)),
 }
 """Tests of a number {x}, in Python and SQL."""

@@ -2,8 +2,8 @@
 
 It stands alone (standard library only) and never sees an expected value. Each job runs in a
 forked child with limits and an empty folder of its own, so that an answer that hangs, exits or
-eats memory fails alone. The child reports over a pipe what its answer *returned*; exit codes and prints count for
-nothing. These are limits against accidents, not a sandbox against malice.
+eats memory fails alone. The child reports over a pipe what its answer *returned*; exit codes and
+prints count for nothing. These are limits against accidents, not a sandbox against malice.
 
 The jobs' `kind`: function (source defines job["function"], called on each input), expression
 (evaluated with job["variable"] bound to each input), sql (run on each input, a table), regex

@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dylora.config import SourceConfig, SplitScheme, nearest
@@ -28,6 +29,7 @@ MBPP_PUBLISHED = {
     "prompt": range(1, 11),
 }
 SKILL_ROWS = {"train": 2000, "validation": 200}
+COLUMNS = ("instruction_column", "input_column", "output_column")
 MAX_PROBLEMS = 20
 CHUNK_ROWS = 10_000
 
@@ -74,48 +76,16 @@ def read_source(
     order of the file: two answers to one question lie on the same side. Duplicates count once.
     Raises ValueError for settings, files or hub sets that cannot be used, with what to do.
     """
-    if source.rows is not None and not source.name.startswith("skill/"):
-        raise ValueError(
-            f"source {source.name!r}: rows is for skills; use train.training_subset instead"
-        )
     if source.name.startswith("skill/"):
-        _reject(source, "path", "revision", "split_scheme")
-        wanted = {
-            "train": source.rows or SKILL_ROWS["train"],
-            "validation": skill_validation_rows or SKILL_ROWS["validation"],
-        }
-        path, scheme, splitter = None, None, _split_by_id
-        records = _skill_records(source.name.removeprefix("skill/"), wanted, seed)
-        to_row = _columns_to_row("instruction", None, "output", "id")
+        plan = _skill_plan(source, seed, skill_validation_rows)
     elif source.name == "mbpp":
-        scheme = _split_scheme(source, "published", "70/10/20")
-        path, to_row, task_ids = source.path or MBPP, _mbpp_to_row, mbpp_split(scheme, seed)
-        records = read_records(
-            path,
-            source.revision,
-            columns=["task_id", "text", "code", "test_list"],
-            hub_config="full" if source.path is None else None,
-            hub_splits=tuple(MBPP_PUBLISHED),
-        )
-
-        def splitter(rows: "Dataset") -> dict[str, list[int]]:
-            return _split_by_task(rows, task_ids)
-
+        plan = _mbpp_plan(source, seed)
     else:
-        scheme = _split_scheme(source, "90/10")
-        path, instruction, input_, output = _path_and_columns(source)
-        records = read_records(
-            path, source.revision, columns=[c for c in (instruction, input_, output) if c]
-        )
-        to_row = _columns_to_row(instruction, input_, output)
-
-        def splitter(rows: "Dataset") -> dict[str, list[int]]:
-            return _split_by_question(rows, seed)
-
-    if source.name == "mbpp" or source.name.startswith("skill/"):
-        _reject(source, "instruction_column", "input_column", "output_column")
-    rows, counts = _collect(records, to_row, source.name)
-    return SourceRows(rows=rows, splits=splitter(rows), path=path, split_scheme=scheme, **counts)
+        plan = _columns_plan(source, seed)
+    rows, counts = _collect(plan.records, plan.to_row, source.name)
+    return SourceRows(
+        rows=rows, splits=plan.split(rows), path=plan.path, split_scheme=plan.scheme, **counts
+    )
 
 
 def mbpp_split(scheme: SplitScheme, seed: int = 0) -> dict[str, list[int]]:
@@ -143,6 +113,58 @@ def content_hash(*parts: str | int) -> str:
 def derived_seed(*parts: str | int) -> int:
     """A seed in [0, 2^63) for one purpose: near seeds and other purposes share no sequence."""
     return int(content_hash(*parts)[:16], 16) >> 1
+
+
+# The three kinds of source
+
+
+class _Plan(NamedTuple):
+    """How a kind of source is read."""
+
+    records: Iterable[Record]
+    to_row: Callable[[dict[str, Any]], Row]
+    split: Callable[["Dataset"], dict[str, list[int]]]
+    path: str | None
+    scheme: SplitScheme | None
+
+
+def _skill_plan(source: SourceConfig, seed: int, validation_rows: int | None) -> _Plan:
+    _reject(source, "path", "revision", "split_scheme", *COLUMNS)
+    counts = {
+        "train": source.rows or SKILL_ROWS["train"],
+        "validation": validation_rows or SKILL_ROWS["validation"],
+    }
+    return _Plan(
+        _skill_records(source.name.removeprefix("skill/"), counts, seed),
+        partial(_columns_to_row, instruction="instruction", input_=None, output="output", id_="id"),
+        _split_by_id,
+        None,
+        None,
+    )
+
+
+def _mbpp_plan(source: SourceConfig, seed: int) -> _Plan:
+    _reject(source, "rows", *COLUMNS)
+    scheme = _split_scheme(source, "published", "70/10/20")
+    records = read_records(
+        source.path or MBPP,
+        source.revision,
+        columns=["task_id", "text", "code", "test_list"],
+        hub_config="full" if source.path is None else None,
+        hub_splits=tuple(MBPP_PUBLISHED),
+    )
+    split = partial(_split_by_task, task_ids=mbpp_split(scheme, seed))
+    return _Plan(records, _mbpp_to_row, split, source.path or MBPP, scheme)
+
+
+def _columns_plan(source: SourceConfig, seed: int) -> _Plan:
+    _reject(source, "rows")
+    scheme = _split_scheme(source, "90/10")
+    path, instruction, input_, output = _path_and_columns(source)
+    columns = [column for column in (instruction, input_, output) if column is not None]
+    records = read_records(path, source.revision, columns=columns)
+    to_row = partial(_columns_to_row, instruction=instruction, input_=input_, output=output)
+    return _Plan(records, to_row, partial(_split_by_question, seed=seed), path, scheme)
 
 
 def _path_and_columns(source: SourceConfig) -> tuple[str, str, str | None, str]:
@@ -242,18 +264,20 @@ def _collect(
 
 
 def _columns_to_row(
-    instruction: str, input_: str | None, output: str, id_: str | None = None
-) -> Callable[[dict[str, Any]], Row]:
-    def to_row(fields: dict[str, Any]) -> Row:
-        return Row(
-            _text(fields, instruction),
-            # A row without further input leaves the field out or has null there.
-            "" if input_ is None or fields.get(input_) is None else _text(fields, input_),
-            _text(fields, output),
-            "" if id_ is None else _text(fields, id_),
-        )
-
-    return to_row
+    fields: dict[str, Any],
+    *,
+    instruction: str,
+    input_: str | None,
+    output: str,
+    id_: str | None = None,
+) -> Row:
+    return Row(
+        _text(fields, instruction),
+        # A row without further input leaves the field out or has null there.
+        "" if input_ is None or fields.get(input_) is None else _text(fields, input_),
+        _text(fields, output),
+        "" if id_ is None else _text(fields, id_),
+    )
 
 
 def _mbpp_to_row(fields: dict[str, Any]) -> Row:

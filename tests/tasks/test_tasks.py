@@ -19,7 +19,7 @@ from dylora.tasks.task import POOLS, Draft, is_held_out
 
 ROOT = Path(__file__).parents[2]
 SPLITS: tuple[Split, ...] = get_args(Split)
-COUNTS: dict[Split, int] = {"train": 5000, "validation": 1000, "test": 1000}
+COUNTS: dict[Split, int] = {"train": 3000, "validation": 1000, "test": 1000}
 STRUCTURAL = {"0", "1", ""}
 """Constants that are code, not literals: the defaults 0 and "" among them."""
 SWAPS = (
@@ -68,7 +68,7 @@ def drafted() -> dict[tuple[str, Split], list[Draft]]:
     drafts: dict[tuple[str, Split], list[Draft]] = {}
     for (skill, draft), split in itertools.product(suite._DRAFTS.items(), SPLITS):
         rng = random.Random(f"{skill} {split}")
-        drawn = [draft(rng, split) for _ in range(3 * COUNTS[split])]
+        drawn = [draft(rng, split) for _ in range(5 * COUNTS[split] // 2)]
         kept = [one for one in drawn if split == "test" or not is_held_out(one.operations)]
         drafts[skill, split] = kept
     return drafts

@@ -178,6 +178,23 @@ def test_a_subset_is_drawn_with_the_seed_and_full_despite_dropped_rows(tmp_path,
     assert set(ten) != set(questions(1, 10))
 
 
+def test_a_subset_depends_on_the_seed_where_the_split_does_not(tmp_path, tokenizer):
+    tasks = [
+        {"task_id": i, "text": f"T{i}", "code": f"c{i}", "test_list": [f"assert {i}"]}
+        for i in (*range(601, 641), *range(511, 521))
+    ]
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(json.dumps(task) for task in tasks))
+    mbpp = SourceConfig(name="mbpp", path=str(tmp_path / "mbpp.jsonl"))
+
+    def trained(seed):
+        config = DataConfig(sources=[mbpp], seed=seed)
+        stamp = load_data(config, tokenizer, training_subset=10).stamp
+        return stamp["sources"][0]["task_ids"]
+
+    assert trained(0) == trained(0) != list(range(601, 611))
+    assert trained(0) != trained(1)
+
+
 @needs_real_rows
 def test_real_sets_are_read_split_reported_and_stamped(tokenizer):
     config = DataConfig(
