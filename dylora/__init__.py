@@ -1,11 +1,20 @@
-"""dylora: mixtures of LoRA experts with maturity-aware dense-to-sparse routing."""
+"""dylora: mixtures of LoRA experts with maturity-aware dense-to-sparse routing.
 
-from dylora.config import MoELoraConfig
-from dylora.maturity import ExpertMaturity
-from dylora.model import DyLoRA_MoE, DyLoRAOutput, Routing
-from dylora.router import DynamicHybridRouter
-from dylora.storage.export import export_checkpoint
+The public names are imported when they are first used, so that a command's help and errors come
+before torch has been loaded.
+"""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dylora.config import MoELoraConfig
+    from dylora.maturity import ExpertMaturity
+    from dylora.model import DyLoRA_MoE, DyLoRAOutput, Routing
+    from dylora.router import DynamicHybridRouter
+    from dylora.storage.export import export_checkpoint
+
+__version__ = "0.1.0"
 __all__ = [
     "DyLoRAOutput",
     "DyLoRA_MoE",
@@ -15,4 +24,22 @@ __all__ = [
     "Routing",
     "export_checkpoint",
 ]
-__version__ = "0.1.0"
+_HOMES = {
+    "DyLoRAOutput": "dylora.model",
+    "DyLoRA_MoE": "dylora.model",
+    "DynamicHybridRouter": "dylora.router",
+    "ExpertMaturity": "dylora.maturity",
+    "MoELoraConfig": "dylora.config",
+    "Routing": "dylora.model",
+    "export_checkpoint": "dylora.storage.export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dylora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

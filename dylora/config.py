@@ -16,6 +16,21 @@ RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
 BalanceLoss = Literal["aux_loss", "switch", "none"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+]
+"""The schedules of `transformers.get_scheduler`, copied because importing them takes seconds."""
 SplitScheme = Literal["published", "70/10/20", "90/10"]
 
 ROUTING_FIELDS = (
@@ -306,7 +321,7 @@ class TrainConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0: not clipped."""
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: Schedule = "cosine"
     """Any schedule of transformers.get_scheduler."""
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     """Its own settings, such as num_cycles for cosine_with_restarts."""
@@ -347,12 +362,7 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         rate = self.router_learning_rate
         _require(rate is None or rate > 0, "router_learning_rate", rate, "above 0")
-        known = scheduler_names()
-        if self.lr_scheduler_type not in known:
-            raise ValueError(
-                f"lr_scheduler_type is {self.lr_scheduler_type!r}, which transformers does not know"
-                + nearest(self.lr_scheduler_type, known)
-            )
+        _check_literals(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,13 +428,6 @@ def dump_run_config(config: RunConfig) -> str:
     values = asdict(config)
     values["moe"] = config.moe.to_dict()
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-
-
-def scheduler_names() -> list[str]:
-    """The schedules that `transformers.get_scheduler` knows."""
-    from transformers.trainer_utils import SchedulerType
-
-    return [item.value for item in SchedulerType]
 
 
 def nearest(word: str, known: list[str]) -> str:

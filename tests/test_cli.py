@@ -127,8 +127,10 @@ def test_an_unknown_or_missing_key_names_file_key_and_nearest(config_file, refus
         ),
         (
             "train: {lr_scheduler_type: cosin}",
-            "train.lr_scheduler_type is 'cosin', which transformers does not know; "
-            "did you mean 'cosine'?",
+            "train.lr_scheduler_type is 'cosin', but must be one of linear, cosine, "
+            "cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt, "
+            "reduce_lr_on_plateau, cosine_with_min_lr, cosine_warmup_with_min_lr, "
+            "warmup_stable_decay, greedy; did you mean cosine?",
         ),
         ("moe: {num_experts: 1}", "moe.num_experts is 1, but must be at least 2 with routing"),
         (

@@ -82,7 +82,7 @@ def test_a_fresh_mixture_has_the_logits_of_its_base_bit_for_bit(
 
 
 def loop_logits(model, base, ids):
-    """What the oracle makes of the model's experts and routers, on an untouched copy of its base."""
+    """What the oracle makes of the experts and routers, on an untouched copy of the base."""
     sites = []
     for site in model.injection.sites:
         adapters = model.injection.adapters.items()

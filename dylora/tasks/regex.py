@@ -16,20 +16,13 @@ CLASSES = {
 REPEATS: Forms = {
     "exactly": ("{{{n}}}", ("{n} {{one}}s", "exactly {n} {{one}}s")),
     "range": ("{{{n},{m}}}", ("{n} to {m} {{one}}s", "between {n} and {m} {{one}}s")),
-    "minimum": ("{{{n},}}", ("at least {n} {{one}}s", "{n} or more {{one}}s")),
     "some": ("+", ("one or more {{one}}s", "some {{one}}s")),
-    "perhaps": ("?", ("an optional {{one}}", "perhaps a {{one}}")),
 }
 FIXED: Forms = {
     "word": ("{word}", ('"{word}"', 'the word "{word}"')),
     "either": ("(?:{word}|{other})", ('"{word}" or "{other}"', 'either "{word}" or "{other}"')),
-    "perhaps_word": ("(?:{word})?", ('an optional "{word}"', 'perhaps "{word}"')),
-    "letter": ("[{c}{d}]", ('"{c}" or "{d}"', 'one of "{c}" and "{d}"')),
 }
-SEPARATORS: Forms = {
-    "separator": ("", ('"{p}"', 'a "{p}"')),
-    "perhaps_separator": ("?", ('an optional "{p}"', 'perhaps "{p}"')),
-}
+SEPARATOR_PHRASES = ('"{p}"', 'a "{p}"')
 SPECIAL = ".^*+|"
 OPENINGS = ("Match {d}.", "Pattern: {d}.")
 JOINTS = (", then ",)
@@ -51,7 +44,7 @@ def draft(rng: random.Random, split: Split) -> Draft:
         literals = Literals(rng, split)
         parts = [
             _separator(literals) if kind == "s" else rng.choice((_class, _class, _fixed))(literals)
-            for kind in rng.choice(("psp", "psp", "ps", "sp", "pp"))
+            for kind in rng.choice(("psp", "psp", "ps", "sp"))
         ]
         if literals.strings or literals.numbers:
             break
@@ -101,12 +94,11 @@ def _fixed(literals: Literals) -> _Part:
 
 
 def _separator(literals: Literals) -> _Part:
-    kind = literals.rng.choice(list(SEPARATORS))
-    suffix, phrases = SEPARATORS[kind]
     text = literals.draw_string("separator")
-    code = ("\\" + text if text in SPECIAL else text) + suffix
-    phrase = literals.rng.choice(phrases).format(p=text)
-    return _Part((kind,), code, phrase, ["", text, text * 2, text * 3, "_" if text != "_" else "-"])
+    code = "\\" + text if text in SPECIAL else text
+    phrase = literals.rng.choice(SEPARATOR_PHRASES).format(p=text)
+    samples = ["", text, text * 2, "_" if text != "_" else "-"]
+    return _Part(("separator",), code, phrase, samples)
 
 
 def _texts(rng: random.Random, parts: list[_Part]) -> list[str]:

@@ -104,7 +104,8 @@ def _databases(
 ) -> list[dict[str, Any]]:
     """Contents that tell near misses apart: each edge and text alone in a row, then all.
 
-    In the full table each pair of edge and text stands twice; the integers of the other column are distinct, so that an order by it is unique.
+    In the full table each pair of edge and text stands twice; the integers of the other column are
+    distinct, so that an order by it is unique.
     """
     (name, group), columns = TABLES[table]
 

@@ -5,10 +5,12 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.trainer_utils import SchedulerType
 
 from dylora.config import (
     DataConfig,
@@ -17,9 +19,9 @@ from dylora.config import (
     ModelConfig,
     MoELoraConfig,
     RunConfig,
+    Schedule,
     SourceConfig,
     TrainConfig,
-    scheduler_names,
 )
 from dylora.training.loop import train, train_step
 from dylora.training.optim import named_parameters, state_by_name
@@ -302,7 +304,11 @@ def test_a_line_of_metrics_has_every_promised_name(make_config):
     assert {"val/loss", "val/ppl", "val/loss/rows"} <= validation.keys()
 
 
-@pytest.mark.parametrize("name", scheduler_names())
+def test_the_schedules_are_those_of_transformers():
+    assert set(get_args(Schedule)) == {item.value for item in SchedulerType}
+
+
+@pytest.mark.parametrize("name", get_args(Schedule))
 def test_every_schedule_of_transformers_trains_and_resumes(make_config, name):
     kwargs = {
         "cosine_with_restarts": {"num_cycles": 2},
