@@ -29,7 +29,7 @@ EVENTS: Forms = {
 }
 QUESTIONS: Forms = {
     "total": ("{x}", ("How many {item} are there now?", "How many {item} is that in the end?")),
-    "price": (
+    "cost": (
         "({x}) * {e}",
         ("Each costs {e} coins. What do all cost?", "Sold at {e} coins each, what do they bring?"),
     ),
@@ -37,7 +37,7 @@ QUESTIONS: Forms = {
         "({x}) / {e}",
         ("How many does each of {e} friends get?", "Split over {e} boxes, how many in each?"),
     ),
-    "left": (
+    "over": (
         "({x}) % {e}",
         ("Packed in bags of {e}, how many are left over?", "In rows of {e}, how many remain?"),
     ),

@@ -20,13 +20,11 @@ REPEATS: Forms = {
 }
 FIXED: Forms = {
     "word": ("{word}", ('"{word}"', 'the word "{word}"')),
-    "either": ("(?:{word}|{other})", ('"{word}" or "{other}"', 'either "{word}" or "{other}"')),
 }
 SEPARATOR_PHRASES = ('"{p}"', 'a "{p}"')
-SPECIAL = ".^*+|"
 OPENINGS = ("Match {d}.", "Pattern: {d}.")
 JOINTS = (", then ",)
-LONGEST = 12
+LONGEST = 60
 
 
 class _Part(NamedTuple):
@@ -43,7 +41,7 @@ def draft(rng: random.Random, split: Split) -> Draft:
     while True:
         literals = Literals(rng, split)
         parts = [
-            _separator(literals) if kind == "s" else rng.choice((_class, _class, _fixed))(literals)
+            _separator(literals) if kind == "s" else rng.choice((_class, _class, _class, _fixed))(literals)
             for kind in rng.choice(("psp", "psp", "ps", "sp"))
         ]
         if literals.strings or literals.numbers:
@@ -95,10 +93,9 @@ def _fixed(literals: Literals) -> _Part:
 
 def _separator(literals: Literals) -> _Part:
     text = literals.draw_string("separator")
-    code = "\\" + text if text in SPECIAL else text
     phrase = literals.rng.choice(SEPARATOR_PHRASES).format(p=text)
     samples = ["", text, text * 2, "_" if text != "_" else "-"]
-    return _Part(("separator",), code, phrase, samples)
+    return _Part((), text, phrase, samples)  # it combines with everything: no operation
 
 
 def _texts(rng: random.Random, parts: list[_Part]) -> list[str]:

@@ -129,7 +129,7 @@ POOLS: dict[str, dict[str, list[Any]]] = {
     "item": _cut(_ITEMS),
     "chunk": _cut(_CHUNKS),
     "letter": _cut("eaiourstlnmdpbgkcfhvwjxyzq"),
-    "separator": _cut(list("-_/:;|+=*&~#@!%,.<>^")),
+    "separator": _cut(list("-_/:;=&~#@!%,<>")),
 }
 """The literals of each split, by what they are used for."""
 

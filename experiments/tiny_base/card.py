@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# None ends in white space: a line break and the indentation after it are one token.
 PROMPTS = (
-    "def read_lines(path):\n",
-    "class Stack:\n    def __init__(self):\n",
-    "for index, value in enumerate(",
-    'import os\nimport sys\n\n\ndef main():\n    """',
+    "def read_lines(path):",
+    "class Stack:\n    def __init__(self",
+    "class TestAdd(unittest.TestCase):",
+    "    for index, value in enumerate(",
 )
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -32,7 +33,10 @@ def main() -> None:
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         mask = torch.ones_like(ids)
-        output = model.generate(ids, attention_mask=mask, max_new_tokens=48, do_sample=False)
+        torch.manual_seed(0)
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=64, do_sample=True, temperature=0.6
+        )
         continuation = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         samples.append(f"```python\n{prompt}▸{continuation.rstrip()}\n```")
     curve = "\n".join(

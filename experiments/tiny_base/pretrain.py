@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=15_000_000)
+    parser.add_argument("--tokens", type=int, default=13_000_000)
     parser.add_argument("--batch_sequences", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="AdamW's; Muon's is 0.02")
     parser.add_argument("--seed", type=int, default=0)
