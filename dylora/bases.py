@@ -28,7 +28,8 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("model", name, error)) from error
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device=torch.device(device))  # type: ignore[call-arg] - transformers wraps `to`
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:

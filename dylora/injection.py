@@ -7,6 +7,7 @@ PyTorch's forward hooks call them. Class, parameter names and weights stay as th
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
         raise ValueError(f"{by_site['']} lie at the root of the model, outside any block")
 
     base.requires_grad_(False)
-    first_device = base.get_submodule(targets[0]).weight.device
+    first_device = device_of(base, targets[0])
     state = RoutingState(config.expert_count, first_device)
     base.add_module(STATE_NAME, state)
     handles = [base.register_forward_pre_hook(state.begin_pass, with_kwargs=True)]
@@ -75,7 +76,7 @@ def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
                 scaling=config.scaling,
                 dropout=config.lora_dropout,
                 init=config.init_lora_weights,
-                device=projection.weight.device,
+                device=device_of(base, path),
             )
             projection.add_module(ADAPTER_NAME, adapter)
             handles.append(projection.register_forward_hook(adapter.add_update))
@@ -111,8 +112,8 @@ def new_router(
     base: PreTrainedModel, site_path: str, config: MoELoraConfig, projection_path: str
 ) -> DynamicHybridRouter:
     """A fresh router as wide as the hidden state that enters the site."""
-    device = base.get_submodule(projection_path).weight.device
-    return DynamicHybridRouter(base.config.get_text_config().hidden_size, config, device)
+    width = base.config.get_text_config().hidden_size
+    return DynamicHybridRouter(width, config, device_of(base, projection_path))
 
 
 def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
@@ -163,6 +164,11 @@ def projection_sizes(module: Any) -> tuple[int, int]:
             module.out_features,
         )
     )
+
+
+def device_of(base: nn.Module, path: str) -> torch.device:
+    """Where a projection's weight lies."""
+    return next(base.get_submodule(path).parameters()).device
 
 
 def shortest_targets(base: nn.Module, paths: list[str]) -> list[str]:

@@ -168,7 +168,8 @@ class DyLoRA_MoE(nn.Module):
             self._check_routing_weights(routing_weights, prompt)
         self.injection.state.held = routing_weights
         try:
-            return self.base.generate(*args, **kwargs)
+            generate: Any = self.base.generate  # its stub is a Tensor's
+            return generate(*args, **kwargs)
         finally:
             self.injection.state.held = None
 

@@ -209,6 +209,15 @@ def test_balance_loss_is_linear_in_the_probabilities_for_given_fractions():
     torch.testing.assert_close(together, apart)
 
 
+@pytest.mark.parametrize("kind", ["aux_loss", "switch"])
+def test_balance_loss_does_not_look_at_the_gates(kind):
+    """Gates after top-k would teach the chosen experts only."""
+    probabilities, logits = random_routing()
+    gates = probabilities.roll(1, -1)
+    ours = balance_of(statistics_of(probabilities, logits, gates=gates, kind=kind))
+    assert torch.equal(ours, balance_of(statistics_of(probabilities, logits, kind=kind)))
+
+
 def test_fractions_are_shares_of_the_assignments_of_each_site():
     fractions = assignment_fractions(torch.tensor([[2.0, 2.0, 0.0], [1.0, 3.0, 4.0]]))
     assert fractions.tolist() == [[0.5, 0.5, 0.0], [0.125, 0.375, 0.5]]

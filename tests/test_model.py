@@ -196,6 +196,7 @@ def test_routing_weights_hold_for_one_pass(mixture, ids):
     model = mixture()
     before = model(ids).logits
     model(ids, routing_weights=one_hot(1))
+    assert torch.equal(model.base(ids).logits, before)
     assert torch.equal(model(ids).logits, before)
 
 
@@ -383,7 +384,7 @@ def test_training_lowers_the_loss(mixture, ids):
     model = mixture(fresh=True)
     before = model(ids, labels=ids).lm_loss.item()
     train(model, ids, steps=8)
-    assert model(ids, labels=ids).lm_loss < 0.7 * before
+    assert 0 < model(ids, labels=ids).lm_loss < 0.7 * before
 
 
 CHECKPOINTED = {
@@ -838,10 +839,11 @@ def test_a_mature_pool_keeps_k_experts_and_a_newborn_one_all(mixture, ids):
 
 def test_setting_maturity_reaches_every_router(mixture, ids):
     model = mixture(maturity=[0.0] * E)
-    mature = model.maturity._replace(maturity=torch.ones(E, dtype=torch.float64))
-    model.set_maturity(mature)
-    expected = mixture(maturity=[1.0] * E)(ids).routing.gates
-    assert torch.equal(model(ids).routing.gates, expected)
+    before = (model(ids).routing.gates > 0).sum(-1)
+    model.set_maturity(model.maturity._replace(maturity=torch.ones(E, dtype=torch.float64)))
+    after = (model(ids).routing.gates > 0).sum(-1)
+    assert (before == E).all()
+    assert (after == 2).all()
 
 
 def test_the_dense_path_compiles_without_a_graph_break(mixture, ids):

@@ -276,6 +276,7 @@ def route(x, maturity=None, **settings):
     training = settings.pop("training", False)
     torch.manual_seed(1)
     router = DynamicHybridRouter(8, MoELoraConfig(num_experts=E, **settings)).train(training)
+    torch.nn.init.normal_(router.outer.bias)
     state = RoutingState(E)
     if maturity is not None:
         state.maturity_E.copy_(torch.tensor(maturity))

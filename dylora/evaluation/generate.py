@@ -34,19 +34,17 @@ def generate_text(
     tokenizer = load_tokenizer(name)
     text = prompt if raw else format_prompt(prompt)
     ids = torch.tensor(encode_prompts(tokenizer, [text]), device=device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_token_id(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
-        **sampling,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
     )
     length = ids.shape[1]
-    answer = tokenizer.decode(output[0, length:], skip_special_tokens=True)
+    answer = str(tokenizer.decode(output[0, length:], skip_special_tokens=True))
     print(answer)
     if show_routing:
         shares = model.get_routing_weights(output)[0].mean(1)  # [S, E], averaged over sites

@@ -30,7 +30,7 @@ def score_skills(
     skills: Sequence[str],
     count: int,
     *,
-    max_new_tokens: int = 80,
+    max_new_tokens: int = 64,
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[str, SkillScore]:

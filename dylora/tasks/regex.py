@@ -41,7 +41,9 @@ def draft(rng: random.Random, split: Split) -> Draft:
     while True:
         literals = Literals(rng, split)
         parts = [
-            _separator(literals) if kind == "s" else rng.choice((_class, _class, _class, _fixed))(literals)
+            _separator(literals)
+            if kind == "s"
+            else rng.choice((_class, _class, _class, _fixed))(literals)
             for kind in rng.choice(("psp", "psp", "ps", "sp"))
         ]
         if literals.strings or literals.numbers:

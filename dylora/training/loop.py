@@ -232,7 +232,7 @@ class Window:
             f"train/{name}": sum(getattr(result, name) for result in self.results) / count
             for name in ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm")
         }
-        metrics["train/lr"] = run.scheduler.get_last_lr()[0]
+        metrics["train/lr"] = float(run.scheduler.get_last_lr()[0])
         metrics["train/tokens_per_s"] = sum(r.tokens for r in self.results) / self.seconds
         metrics["train/step_time_s"] = self.seconds / count
         if last.statistics is not None:

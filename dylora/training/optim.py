@@ -63,8 +63,11 @@ def named_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:
 
 def state_by_name(optimizer: torch.optim.Optimizer, model: DyLoRA_MoE) -> dict[str, Any]:
     """Moments keyed by parameter name: by position, two experts of one shape could be swapped."""
-    names = {parameter: name for name, parameter in named_parameters(model).items()}
-    return {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+    return {
+        name: dict(optimizer.state[parameter])
+        for name, parameter in named_parameters(model).items()
+        if parameter in optimizer.state
+    }
 
 
 def load_state_by_name(

@@ -91,7 +91,7 @@ def _array_values(file: Path) -> Iterator[tuple[int, Any]]:
     follows could not be told apart."""
     data = file.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{file}:{line}: not UTF-8; the file cannot be read") from error

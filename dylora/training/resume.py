@@ -74,7 +74,8 @@ def resume(run: Run, source: str) -> None:
 def random_state() -> dict[str, Any]:
     """The state of every generator, in types that torch.load(weights_only=True) reads."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = numpy.random.get_state()  # type: ignore[misc]
+    numpy_state: Any = numpy.random.get_state()
+    name, keys, position, has_gauss, cached = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
