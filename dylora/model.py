@@ -17,9 +17,9 @@ from dylora.bases import load_base
 from dylora.config import MoELoraConfig
 from dylora.losses import RoutingStatistics
 from dylora.maturity import ExpertMaturity
-from dylora.model_files import load_model, read_description, write_model
+from dylora.model_files import load_model, write_model
 from dylora.router import DynamicHybridRouter
-from dylora.storage.checkpoint import folder_bytes, write_folder
+from dylora.storage.checkpoint import folder_bytes, read_description, write_folder
 
 
 class Routing(NamedTuple):
@@ -306,18 +306,23 @@ class DyLoRA_MoE(nn.Module):
         """
         folder = Path(folder)
         description = read_description(folder)
-        base = base or description["base_model_name_or_path"]
+        kept = description["base_model_name_or_path"]
+        base = kept if base is None else base
         if base is None:
             raise ValueError(f"{folder}/config.json names no base model: give one as base=")
         model = cls.from_base(
             base,
             MoELoraConfig.from_dict(description["moe"]),
-            revision=description["base_revision"],
+            revision=description["base_revision"] if base == kept else None,
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,
         )
-        load_model(model, folder)
+        try:
+            load_model(model, folder)
+        except Exception:
+            model.unload()  # a base that was given is as it was
+            raise
         model.training_record = description["training"]
         return model
 

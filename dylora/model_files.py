@@ -5,7 +5,7 @@ The layout is DESIGN section 4's; `storage` knows the formats, this file knows t
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -14,24 +14,28 @@ from transformers.pytorch_utils import Conv1D
 
 from dylora import injection
 from dylora.maturity import ExpertMaturity
-from dylora.storage.checkpoint import verify
+from dylora.storage.checkpoint import FORMAT_VERSION
 from dylora.storage.peft_format import (
     PeftAdapter,
     adapter_config,
     read_adapter,
-    read_json,
     read_tensors,
+    scaling_of,
     write_adapter,
 )
 
 if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
 
-FORMAT_VERSION = 1
-
 
 def write_model(model: "DyLoRA_MoE", folder: Path) -> None:
-    """The files of `save_pretrained`, without the atomic folder around them."""
+    """The files of `save_pretrained`, without the atomic folder around them.
+
+    Raises ValueError while the routers are detached: the files could not be loaded.
+    """
+    learns = model.config.use_moe_routing and model.config.router_type != "fixed"
+    if learns and not any(True for _ in model.router_parameters()):
+        raise ValueError("the routers are detached: attach_router() before saving")
     targets = injection.shortest_targets(model.base, list(model.injection.adapters))
     conv = any(isinstance(model.base.get_submodule(p), Conv1D) for p in model.injection.adapters)
     for expert in range(model.config.expert_count):
@@ -81,7 +85,12 @@ def load_model(model: "DyLoRA_MoE", folder: Path) -> None:
     """
     for expert in range(model.config.expert_count):
         source = folder / "peft_adapters" / f"expert_{expert}"
-        weights = read_adapter(source).weights
+        config, weights = read_adapter(source)
+        if scaling_of(config) != model.config.scaling:
+            raise ValueError(
+                f"{source} has the scale {scaling_of(config)}, but the checkpoint's config.json "
+                f"{model.config.scaling}"
+            )
         _check_same_keys(source, set(weights), set(model.injection.adapters))
         for path, adapter in model.injection.adapters.items():
             A, B = weights[path]
@@ -94,23 +103,17 @@ def load_model(model: "DyLoRA_MoE", folder: Path) -> None:
     _check_same_keys(file, set(tensors), {*routers, *maturity})
     for name, parameter in routers.items():
         _copy(parameter, tensors[name], f"{file}: {name}")
+        if not parameter.isfinite().all():
+            raise ValueError(f"{file}: {name} holds values that are not finite")
+    for name, value in maturity.items():  # fast and slow may be NaN: before the first token
+        if tensors[name].shape != value.shape:
+            raise ValueError(f"{file}: {name} has shape {list(tensors[name].shape)}")
+    share = tensors["maturity.maturity"]
+    if not bool(((share >= 0) & (share <= 1)).all()):
+        raise ValueError(f"{file}: maturity.maturity is {share.tolist()}, but must be in [0, 1]")
     model.set_maturity(
         ExpertMaturity(**{name.partition(".")[2]: tensors[name] for name in maturity})
     )
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """config.json of a verified folder. Raises ValueError for another format version."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint {folder} does not exist")
-    verify(folder)
-    description = read_json(folder / "config.json")
-    if description.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}/config.json has format_version {description.get('format_version')!r}; "
-            f"this version reads {FORMAT_VERSION}"
-        )
-    return description
 
 
 def _check_same_keys(source: Path, found: set[str], expected: set[str]) -> None:

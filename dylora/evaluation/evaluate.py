@@ -9,6 +9,7 @@ from dylora.config import RunConfig
 from dylora.model import DyLoRA_MoE
 from dylora.training.data import load_data
 from dylora.training.prompts import pad_token_id
+from dylora.training.resume import what_rows
 from dylora.training.validation import SetScore, overall_loss, validate
 
 
@@ -33,7 +34,8 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> dict[str, SetScor
         training_subset=config.train.training_subset,
         eval_subset=config.eval.eval_subset,
     )
-    if data.stamp != model.training_record.get("data", data.stamp):
+    trained_on = model.training_record.get("data", data.stamp)
+    if what_rows(trained_on) != what_rows(data.stamp):
         print("note: the checkpoint was trained on other data or another split than is scored here")
     scores = validate(
         model,

@@ -6,7 +6,7 @@ import torch
 
 from dylora.bases import choose_device, load_tokenizer
 from dylora.model import DyLoRA_MoE
-from dylora.model_files import read_description
+from dylora.storage.checkpoint import read_description
 from dylora.training.prompts import encode_prompts, format_prompt, pad_token_id
 
 

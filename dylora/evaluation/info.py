@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from dylora.model_files import read_description
-from dylora.storage.checkpoint import folder_bytes
+from dylora.storage.checkpoint import folder_bytes, read_description
 
 
 def print_info(checkpoint: str) -> None:

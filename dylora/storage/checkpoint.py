@@ -11,9 +11,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dylora.storage.peft_format import read_json
 
+FORMAT_VERSION = 1  # of a mixture's config.json
 MANIFEST = "manifest.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _CHUNK = 1 << 20
@@ -25,19 +27,25 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     An older folder of that name is replaced if it holds a manifest, or nothing.
     Raises FileExistsError if it holds something else.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-        raise FileExistsError(f"{folder} exists and is no checkpoint of ours: name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.writing")
     replaced = folder.with_name(f".{folder.name}.replaced")
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)  # a crash came between the two renames below
+    if not _may_replace(folder):
+        raise FileExistsError(f"{folder} exists and is no checkpoint of ours: name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (temporary, replaced):
         if leftover.exists():
             shutil.rmtree(leftover)
     temporary.mkdir()
-    write_files(temporary)
-    write_manifest(temporary)
-    for path in [*temporary.rglob("*"), temporary]:
-        _flush(path)
+    try:
+        write_files(temporary)
+        write_manifest(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+    except BaseException:
+        shutil.rmtree(temporary)  # a disk that is full stays full otherwise
+        raise
     if folder.exists():
         folder.rename(replaced)
     temporary.rename(folder)
@@ -58,15 +66,38 @@ def write_manifest(folder: Path) -> None:
 
 def verify(folder: Path) -> None:
     """Raises ValueError naming the first file that is missing or has changed."""
-    if not (folder / MANIFEST).exists():
-        raise ValueError(f"{folder} is no whole checkpoint: it has no {MANIFEST}")
-    files = read_json(folder / MANIFEST).get("files", {})
-    for name, expected in files.items():
+    for name, expected in _listed_files(folder).items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
         if path.stat().st_size != expected["size"] or hash_file(path) != expected["sha256"]:
             raise ValueError(f"{path} has changed since it was written")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `verify` finds nothing wrong."""
+    try:
+        verify(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """config.json of a verified folder. Raises ValueError for another format version."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint {folder} does not exist")
+    verify(folder)
+    description = read_json(folder / "config.json")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}/config.json has format_version {description.get('format_version')!r}; "
+            f"this version reads {FORMAT_VERSION}"
+        )
+    for key in ("base_model_name_or_path", "base_revision", "moe", "experts", "training"):
+        if key not in description:
+            raise ValueError(f"{folder}/config.json: {key!r} is missing")
+    return description
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -95,8 +126,8 @@ def latest_checkpoint(run_folder: Path, report: Callable[[str], None]) -> Path:
 
 
 def prune(run_folder: Path, keep: int, best: Path | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
-    for path in checkpoints(run_folder)[:-keep]:
+    """Delete all but the newest `keep` whole checkpoints and the best one; damaged ones stay."""
+    for path in [path for path in checkpoints(run_folder) if is_whole(path)][:-keep]:
         if best is None or path.name != best.name:
             shutil.rmtree(path)
 
@@ -113,6 +144,33 @@ def hash_file(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _listed_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each file. Raises ValueError where it says nothing of use."""
+    if not (folder / MANIFEST).exists():
+        raise ValueError(f"{folder} is no whole checkpoint: it has no {MANIFEST}")
+    files = read_json(folder / MANIFEST).get("files")
+    entries = files.values() if isinstance(files, dict) else []
+    if not entries or not all(
+        isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in entries
+    ):
+        raise ValueError(f"{folder / MANIFEST} lists no files with their size and sha256")
+    return files
+
+
+def _may_replace(folder: Path) -> bool:
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    try:
+        _listed_files(folder)  # many other tools call a file of theirs manifest.json
+    except ValueError:
+        return False
+    return True
 
 
 def _flush(path: Path) -> None:

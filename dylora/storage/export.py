@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from dylora.storage.checkpoint import verify, write_folder
+from dylora.storage.checkpoint import read_description, write_folder
 from dylora.storage.peft_format import (
     PeftAdapter,
     fold_scale,
     read_adapter,
-    read_json,
     scaling_of,
     write_adapter,
 )
@@ -30,8 +29,7 @@ def export_checkpoint(
     Returns the folders. Raises ValueError for an expert that is not there.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    verify(checkpoint)
-    experts = [entry["name"] for entry in read_json(checkpoint / "config.json")["experts"]]
+    experts = [entry["name"] for entry in read_description(checkpoint)["experts"]]
     if expert != "all":
         name = f"expert_{expert}"
         if name not in experts:

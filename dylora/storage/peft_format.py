@@ -5,6 +5,7 @@ GPT-2's Conv1D not transposed but marked by fan_in_fan_out.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,11 @@ CONFIG_FILE, WEIGHTS_FILE, OLD_WEIGHTS_FILE = (
     "adapter_model.bin",
 )
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<matrix>[AB])\.weight")
+
+
+# Settings with which peft computes something else from the same A and B, without a word.
+_MORE_THAN_LORA = ("layer_replication", "alora_invocation_tokens")
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base
 
 
 class PeftAdapter(NamedTuple):
@@ -89,11 +95,22 @@ def read_adapter(folder: Path) -> PeftAdapter:
     for key in ("r", "lora_alpha", "target_modules"):
         if key not in config:
             raise ValueError(f"{folder / CONFIG_FILE}: {key!r} is missing")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    r, alpha = config["r"], config["lora_alpha"]
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"{folder / CONFIG_FILE}: r is {r!r}, but must be a whole number above 0")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"{folder / CONFIG_FILE}: lora_alpha is {alpha!r}, but must be a number")
+    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", *_MORE_THAN_LORA):
         if config.get(key):
             raise ValueError(f"{folder / CONFIG_FILE}: {key} is not supported yet")
+    if config.get("kasa_config") is not None:  # peft acts on an empty one, too
+        raise ValueError(f"{folder / CONFIG_FILE}: kasa_config is not supported yet")
+    if (init := config.get("init_lora_weights", True)) not in _HARMLESS_INITS:
+        raise ValueError(f"{folder / CONFIG_FILE}: init_lora_weights {init!r} changes the base")
     file = folder / WEIGHTS_FILE
     tensors = read_tensors(file)
+    if not tensors:
+        raise ValueError(f"{file}: holds no tensors")
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -119,7 +136,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError that names the file; FileNotFoundError when missing."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} does not exist") from error

@@ -9,8 +9,8 @@ from typing import Any
 import numpy
 import torch
 
-from dylora.model_files import load_model, read_description, write_model
-from dylora.storage.checkpoint import latest_checkpoint, prune, write_folder
+from dylora.model_files import load_model, write_model
+from dylora.storage.checkpoint import latest_checkpoint, prune, read_description, write_folder
 from dylora.training.optim import load_state_by_name, state_by_name
 from dylora.training.setup import Run
 
@@ -119,6 +119,14 @@ def _check_same_settings(run: Run, folder: Path, description: dict[str, Any]) ->
             f"{folder} was trained on {description['base_model_name_or_path']}, "
             f"this run has {run.model.base_name}"
         )
-    stamp = json.loads(json.dumps(run.data.stamp))  # tuples become lists, as on disk
-    if description["training"].get("data") != stamp:
+    if what_rows(description["training"].get("data", {})) != what_rows(run.data.stamp):
         raise ValueError(f"{folder} was trained on other data than this run names")
+
+
+def what_rows(stamp: dict[str, Any]) -> dict[str, Any]:
+    """A data stamp without where the rows lie: a moved file with the same rows is the same data."""
+    stamp = json.loads(json.dumps(stamp))  # tuples become lists, as on disk
+    for source in stamp.get("sources", []):
+        source.pop("path", None)
+        source.pop("revision", None)
+    return stamp

@@ -799,3 +799,14 @@ def test_a_base_saves_as_before_after_unloading(tiny_base, mixture_on, tmp_path)
     mixture_on(base).unload().save_pretrained(tmp_path / "base")
     saved = load_file(tmp_path / "base" / "model.safetensors")
     assert saved.keys() == copy.deepcopy(base).state_dict().keys()
+
+
+def test_a_mixture_without_its_routers_is_not_saved(tmp_path):
+    from dylora import DyLoRA_MoE, MoELoraConfig
+
+    model = DyLoRA_MoE.from_base("tiny-code-llama", MoELoraConfig(r=1, num_experts=2))
+    routers = model.detach_router()
+    with pytest.raises(ValueError, match="routers are detached"):
+        model.save_pretrained(tmp_path / "mixture")
+    model.attach_router(routers)
+    model.save_pretrained(tmp_path / "mixture")

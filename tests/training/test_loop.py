@@ -166,6 +166,16 @@ def test_resuming_on_other_data_is_refused(make_config, tmp_path):
         train(config, str(run.folder / "checkpoint-1"))
 
 
+def test_a_moved_file_with_the_same_rows_is_the_same_data(make_config, tmp_path, rows_file):
+    run = train(make_config(max_steps=1))
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(rows_file, moved)
+    config = make_config(max_steps=2)
+    source = dataclasses.replace(config.data.sources[0], path=str(moved))
+    config = dataclasses.replace(config, data=DataConfig(sources=[source], max_length=64))
+    assert train(config, str(run.folder / "checkpoint-1")).progress.step == 2
+
+
 def test_a_fresh_run_does_not_write_over_another(make_config):
     train(make_config(max_steps=1))
     with pytest.raises(FileExistsError, match="already holds checkpoints"):
