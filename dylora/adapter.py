@@ -44,6 +44,10 @@ class Site:
         self.shares_first = False
         self.output: RouterOutput | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out the decision: it may be part of a graph."""
+        return self.__dict__ | {"output": None}
+
     def route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the block; reads its first argument, the hidden states [B, S, D]."""
         state = self.state
@@ -56,15 +60,14 @@ class Site:
             self.output = RouterOutput(gates, gates, None)
         elif self.router is not None:
             self.output = self.router(x, state)
-            if self.index == 0:
-                state.first_site = self.output
-        elif self.shares_first:
-            assert state.first_site is not None, "the first site runs before the others"
+        elif self.shares_first and state.first_site is not None:
             self.output = state.first_site
         else:
             weights_E = torch.tensor(self.fixed_weights, device=x.device)
             gates = weights_E.expand(*x.shape[:-1], -1)
             self.output = RouterOutput(gates, gates, None)
+        if self.index == 0:
+            state.first_site = self.output if self.router is not None else None
 
 
 class StackedLoRA(nn.Module):

@@ -6,6 +6,8 @@ sections of a run's YAML file. All are frozen and validate themselves: a bad val
 """
 
 import difflib
+import math
+import math
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -116,7 +118,7 @@ class MoELoraConfig:
     """Evidence that counts as much (1 - 1/e), as a share of the tokens the run gives an expert."""
     maturity_rho: float = 0.02
     """Relative improvement of an expert's loss below which it counts as having settled."""
-    maturity_s: float = 0.01
+    maturity_s: float = 0.005
     """Width of that threshold."""
     maturity_fast: float = 0.02
     """Memory of the fast loss average, as a share of the tokens the run gives an expert."""
@@ -162,10 +164,10 @@ class MoELoraConfig:
         weights = self.fixed_routing_weights
         if weights is not None:
             _require(
-                len(weights) == self.num_experts and min(weights) >= 0,
+                len(weights) == self.num_experts and all(0 <= w < math.inf for w in weights),
                 "fixed_routing_weights",
                 weights,
-                f"{self.num_experts} weights of at least 0",
+                f"{self.num_experts} finite weights of at least 0",
             )
             _require(
                 self.router_type == "fixed",
@@ -181,6 +183,15 @@ class MoELoraConfig:
             self.maturity_threshold,
             "in (0, 1]",
         )
+        if self.maturity_mode in ("hybrid", "plateau"):
+            highest = 1 / (1 + math.exp(-self.maturity_rho / self.maturity_s))
+            _require(
+                highest >= self.maturity_threshold,
+                "maturity_threshold",
+                self.maturity_threshold,
+                f"at most sigmoid(maturity_rho / maturity_s) = {highest:.3f}, "
+                "which is all that a settled loss gives",
+            )
         begin, end = self.maturity_schedule
         _require(0 <= begin < end, "maturity_schedule", self.maturity_schedule, "two rising shares")
 

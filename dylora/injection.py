@@ -58,9 +58,10 @@ def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
     sites, adapters = [], {}
     for index, (site_path, paths) in enumerate(by_site.items()):
         block = base.get_submodule(site_path)
-        site = Site(site_path, index, state, config.expert_count, config.fixed_routing_weights)
-        site.shares_first = config.router_scope == "shared" and index > 0 and _is_learned(config)
-        if _is_learned(config) and not site.shares_first:
+        weights = config.fixed_routing_weights if config.use_moe_routing else None
+        site = Site(site_path, index, state, config.expert_count, weights)
+        site.shares_first = config.router_scope == "shared" and index > 0 and is_learned(config)
+        if is_learned(config) and not site.shares_first:
             attach_router(base, site, new_router(base, site_path, config, paths[0]))
         handles.append(block.register_forward_pre_hook(site.route, with_kwargs=True))
         sites.append(site)
@@ -81,6 +82,7 @@ def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
             projection.add_module(ADAPTER_NAME, adapter)
             handles.append(projection.register_forward_hook(adapter.add_update))
             adapters[path] = adapter
+    base.train(base.training)  # what was added takes the base's mode
     return Injection(state, sites, adapters, handles)
 
 
@@ -103,7 +105,7 @@ def attach_router(
     if previous is not None:
         delattr(block, ROUTER_NAME)
     if router is not None:
-        block.add_module(ROUTER_NAME, router)
+        block.add_module(ROUTER_NAME, router.train(block.training))
     site.router = router
     return previous
 
@@ -133,6 +135,10 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
                 raise ValueError(f"target_modules: {target!r} matches nothing{hint}")
         chosen = [p for p in candidates if any(_ends_with(p, t) for t in config.target_modules)]
     excluded = config.exclude_modules or []
+    for name in excluded:
+        if not any(_ends_with(path, name) for path in candidates):
+            names = sorted({path.rpartition(".")[2] for path in candidates})
+            raise ValueError(f"exclude_modules: {name!r} matches nothing{nearest(name, names)}")
     chosen = [path for path in chosen if not any(_ends_with(path, name) for name in excluded)]
     if config.layers_to_transform is not None:
         layers = set(config.layers_to_transform)
@@ -190,7 +196,7 @@ def shortest_targets(base: nn.Module, paths: list[str]) -> list[str]:
     return sorted(targets)
 
 
-def _is_learned(config: MoELoraConfig) -> bool:
+def is_learned(config: MoELoraConfig) -> bool:
     return config.use_moe_routing and config.router_type != "fixed"
 
 

@@ -53,7 +53,7 @@ def observe(
     """
     mass_E, loss_mass_E = mass_E.double().cpu(), loss_mass_E.double().cpu()
     seen_now = mass_E > 0
-    loss = torch.where(seen_now, loss_mass_E / mass_E.clamp_min(1e-12), state.fast)
+    loss = torch.where(seen_now, loss_mass_E / mass_E, state.fast)
     evidence = state.evidence + mass_E
 
     def move(average: Tensor, memory: float) -> Tensor:

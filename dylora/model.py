@@ -69,6 +69,7 @@ class DyLoRA_MoE(nn.Module):
         self.base_name = base_name or base.config.name_or_path or None
         self.base_revision = base_revision
         self.injection = injection.inject(base, config)
+        self.training = base.training
         self.maturity = ExpertMaturity.create(config.expert_count)
         self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
         # Saving an injected model would write files that reload with fresh weights.
@@ -164,7 +165,7 @@ class DyLoRA_MoE(nn.Module):
                 raise ValueError(
                     f"generate takes routing_weights of [B, E], got {list(routing_weights.shape)}"
                 )
-            prompt = args[0] if args else kwargs["input_ids"]
+            prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
             self._check_routing_weights(routing_weights, prompt)
         self.injection.state.held = routing_weights
         try:
@@ -243,7 +244,11 @@ class DyLoRA_MoE(nn.Module):
         """
         if any(True for _ in self._routers()):
             raise ValueError("routers are attached already: detach_router() first")
-        needing = [site for site in self.injection.sites if not site.shares_first]
+        needing = [
+            site
+            for site in self.injection.sites
+            if injection.is_learned(self.config) and not site.shares_first
+        ]
         if routers is None:
             paths = list(self.injection.adapters)
             fresh = {
@@ -356,6 +361,17 @@ class DyLoRA_MoE(nn.Module):
         if len(found) < len(outputs):
             return Routing(gates, probabilities, None, None)
         logits = stack(found)
+        if (
+            torch.is_grad_enabled()
+            and not logits.requires_grad
+            and any(parameter.requires_grad for _, parameter in self.router_parameters())
+        ):
+            raise ValueError(
+                "the routers ran without a graph, so the balance loss would teach them nothing: "
+                "checkpoint activations with use_reentrant=False"
+            )
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -gates.shape[1] :]  # it covers a cache as well
         statistics = losses.routing_statistics(
             gates,
             probabilities,

@@ -44,6 +44,10 @@ class RoutingState(nn.Module):
         self.token_mask: Tensor | None = None  # [B, S], 0 on padding, of the pass under way
         self.first_site: RouterOutput | None = None  # what router_scope shared hands on
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what belongs to a pass: it may be part of a graph."""
+        return self.__dict__ | {"first_site": None}
+
     def begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model."""
         self.override = self.held if self.requested is None else self.requested
@@ -100,9 +104,7 @@ class DynamicHybridRouter(nn.Module):
             maturity = torch.ones_like(state.maturity_E)
         else:
             maturity = state.maturity_E
-        gates = maturity_gates(
-            probabilities, maturity.to(probabilities.device), config.top_k_experts
-        )
+        gates = maturity_gates(probabilities, maturity.to(probabilities), config.top_k_experts)
         if mode == "sparse" and self.training and config.expert_capacity_factor is not None:
             gates = cap_tokens(
                 gates, config.top_k_experts, config.expert_capacity_factor, state.token_mask

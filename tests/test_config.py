@@ -237,3 +237,11 @@ def test_an_unknown_field_without_a_near_one_lists_what_there_is():
 def test_values_from_a_dictionary_are_checked_too():
     with pytest.raises(ValueError, match="router_temperature is 0"):
         MoELoraConfig.from_dict({"router_temperature": 0})
+
+
+def test_a_threshold_that_a_settled_loss_never_reaches_is_refused():
+    with pytest.raises(
+        ValueError, match=r"maturity_threshold is 0\.9, but must be at most sigmoid"
+    ):
+        MoELoraConfig(maturity_s=0.01)
+    MoELoraConfig(maturity_s=0.01, maturity_mode="usage")
