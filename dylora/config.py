@@ -7,7 +7,6 @@ sections of a run's YAML file. All are frozen and validate themselves: a bad val
 
 import difflib
 import math
-import math
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -125,7 +124,7 @@ class MoELoraConfig:
     maturity_slow: float = 0.1
     """Memory of the slow loss average, likewise."""
     maturity_threshold: float = 0.9
-    """Maturity at which an expert becomes fully mature and stays so."""
+    """Maturity at which an expert becomes fully mature and stays so; 1: only by itself."""
     maturity_schedule: tuple[float, float] = (0.2, 0.6)
     """Shares of the run between which mode schedule raises maturity from 0 to 1."""
 
@@ -183,7 +182,7 @@ class MoELoraConfig:
             self.maturity_threshold,
             "in (0, 1]",
         )
-        if self.maturity_mode in ("hybrid", "plateau"):
+        if self.maturity_mode in ("hybrid", "plateau") and self.maturity_threshold < 1:
             highest = 1 / (1 + math.exp(-self.maturity_rho / self.maturity_s))
             _require(
                 highest >= self.maturity_threshold,

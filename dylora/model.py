@@ -165,7 +165,7 @@ class DyLoRA_MoE(nn.Module):
                 raise ValueError(
                     f"generate takes routing_weights of [B, E], got {list(routing_weights.shape)}"
                 )
-            prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+            prompt: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
             self._check_routing_weights(routing_weights, prompt)
         self.injection.state.held = routing_weights
         try:

@@ -151,9 +151,10 @@ def _listed_files(folder: Path) -> dict[str, dict[str, Any]]:
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder} is no whole checkpoint: it has no {MANIFEST}")
     files = read_json(folder / MANIFEST).get("files")
-    entries = files.values() if isinstance(files, dict) else []
-    if not entries or not all(
-        isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in entries
+    if not (
+        isinstance(files, dict)
+        and files
+        and all(isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in files.values())
     ):
         raise ValueError(f"{folder / MANIFEST} lists no files with their size and sha256")
     return files
