@@ -5,6 +5,7 @@ Shape letters: B batch, S sequence, N sites, E experts.
 
 import math
 import time
+from contextlib import closing
 from itertools import islice
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from dylora.training.data import collate
 from dylora.training.monitor import expert_metrics, memory_gb, routing_metrics, summarize
 from dylora.training.optim import FOLLOWS_VALIDATION, named_parameters
 from dylora.training.resume import resume, save
-from dylora.training.setup import Progress, Run, prepare
+from dylora.training.setup import Run, prepare
 from dylora.training.validation import SetScore, overall_loss, validate
 
 
@@ -54,37 +55,36 @@ def train(config: RunConfig, resume_from_checkpoint: str | None = None) -> Run:
         resume(run, resume_from_checkpoint)
     announce(run)
 
-    log.start(progress.step, run.steps)
-    window = Window()
-    while progress.step < run.steps:
-        started = time.perf_counter()
-        result = train_step(run)
-        progress.step += 1
-        progress.targets += result.targets
-        seconds = time.perf_counter() - started
-        window.add(result, seconds)
-        log.advance(result.loss, result.tokens / seconds)
+    with closing(log):
+        log.start(progress.step, run.steps)
+        window = Window()
+        while progress.step < run.steps:
+            started = time.perf_counter()
+            result = train_step(run)
+            progress.step += 1
+            progress.targets += result.targets
+            seconds = time.perf_counter() - started
+            window.add(result, seconds)
+            log.advance(result.loss, result.tokens / seconds)
 
-        last = progress.step == run.steps
-        if progress.step % config.log.logging_steps == 0 or last:
-            metrics = window.metrics(run, result)
-            log.write(progress.step, progress.targets, metrics)
-            log.progress_line(progress.step, metrics)
-            window = Window()
-        run.optimizer.zero_grad(set_to_none=True)
+            last = progress.step == run.steps
+            if _due(progress.step, config.log.logging_steps) or last:
+                metrics = window.metrics(run, result)
+                log.write(progress.step, progress.targets, metrics)
+                log.progress_line(progress.step, metrics)
+                window = Window()
+            run.optimizer.zero_grad(set_to_none=True)
 
-        if _due(progress.step, config.eval.eval_steps) or last:
-            evaluate(run)
-            if _due(progress.step, config.train.save_steps) or last or _is_best(progress):
+            evaluated = _due(progress.step, config.eval.eval_steps) or last
+            if evaluated:
+                evaluate(run)
+            stopping = evaluated and _is_out_of_patience(run)
+            best = progress.best_step == progress.step
+            if _due(progress.step, config.train.save_steps) or last or stopping or best:
                 save(run)
-            if _is_out_of_patience(run):
+            if stopping:
                 log.say(f"stopped: {progress.evaluations_without_gain} evaluations without gain")
-                if not last and not _is_best(progress):
-                    save(run)
                 break
-        elif _due(progress.step, config.train.save_steps):
-            save(run)
-    log.close()
     return run
 
 
@@ -244,10 +244,6 @@ class Window:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _is_best(progress: Progress) -> bool:
-    return progress.best_step == progress.step
 
 
 def _is_out_of_patience(run: Run) -> bool:
