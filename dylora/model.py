@@ -333,10 +333,11 @@ class DyLoRA_MoE(nn.Module):
 
     def size_message(self, folder: Path) -> str:
         """One line: what the folder weighs beside the base it does not hold."""
-        ours, trainable = folder_bytes(folder), self.count_parameters()[0]
-        base = sum(p.numel() * p.element_size() for p in self.base.parameters()) - 4 * trainable
+        ours = {id(p) for _, p in [*self.expert_parameters(), *self.router_parameters()]}
+        frozen = [p for p in self.base.parameters() if id(p) not in ours]
+        base = sum(p.numel() * p.element_size() for p in frozen)
         return (
-            f"{folder}: {ours / 1e6:.1f} MB on disk, no base weight among them "
+            f"{folder}: {folder_bytes(folder) / 1e6:.1f} MB on disk, no base weight among them "
             f"(the base is {base / 1e6:.1f} MB in memory)"
         )
 

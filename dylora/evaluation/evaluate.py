@@ -7,9 +7,9 @@ import torch
 from dylora.bases import choose_device, load_tokenizer
 from dylora.config import RunConfig
 from dylora.model import DyLoRA_MoE
-from dylora.training.data import load_data
 from dylora.training.prompts import pad_token_id
 from dylora.training.resume import what_rows
+from dylora.training.setup import load_run_data
 from dylora.training.validation import SetScore, overall_loss, validate
 
 
@@ -18,21 +18,14 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> dict[str, SetScor
 
     Raises ValueError or FileNotFoundError for a checkpoint or data that do not load.
     """
-    if not config.data.sources:
-        raise ValueError("data.sources is empty: name at least one set to evaluate on")
+    tokenizer = load_tokenizer(config.model.base, config.model.revision)
+    data = load_run_data(config, tokenizer)
     model = DyLoRA_MoE.from_pretrained(
         checkpoint,
         config.model.base,
         dtype=getattr(torch, config.model.dtype),
         device=choose_device(config.model.device),
         attn_implementation=config.model.attn_implementation,
-    )
-    tokenizer = load_tokenizer(config.model.base, config.model.revision)
-    data = load_data(
-        config.data,
-        tokenizer,
-        training_subset=config.train.training_subset,
-        eval_subset=config.eval.eval_subset,
     )
     trained_on = model.training_record.get("data", data.stamp)
     if what_rows(trained_on) != what_rows(data.stamp):

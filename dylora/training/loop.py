@@ -21,7 +21,7 @@ from dylora.training.data import collate
 from dylora.training.monitor import expert_metrics, memory_gb, routing_metrics, summarize
 from dylora.training.optim import FOLLOWS_VALIDATION, named_parameters
 from dylora.training.resume import resume, save
-from dylora.training.setup import Run, prepare
+from dylora.training.setup import Run, prepare, record_settings
 from dylora.training.validation import SetScore, overall_loss, validate
 
 
@@ -53,6 +53,7 @@ def train(config: RunConfig, resume_from_checkpoint: str | None = None) -> Run:
     progress, log = run.progress, run.log
     if resume_from_checkpoint is not None:
         resume(run, resume_from_checkpoint)
+    record_settings(run)
     announce(run)
 
     with closing(log):

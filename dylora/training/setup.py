@@ -75,12 +75,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         )
     device = choose_device(config.model.device)
     tokenizer = load_tokenizer(config.model.base, config.model.revision)
-    data = load_data(
-        config.data,
-        tokenizer,
-        training_subset=config.train.training_subset,
-        eval_subset=config.eval.eval_subset,
-    )
+    data = load_run_data(config, tokenizer)
     sampler = InterleavedSampler(
         [len(examples) for examples in data.train],
         interleaved=config.data.interleaved_sampling,
@@ -105,9 +100,6 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     optimizer = build_optimizer(model, config.train)
 
     folder.mkdir(parents=True, exist_ok=True)
-    settings = dataclasses.asdict(config)
-    (folder / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
-    (folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
     if fresh:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     return Run(
@@ -122,9 +114,27 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         scaler=torch.amp.GradScaler(device.type, enabled=config.model.dtype == "float16"),
         steps=steps,
         tokens_per_expert=targets_per_step * steps / config.moe.expert_count,
-        log=RunLog(folder, config.log, config.name, settings),
+        log=RunLog(folder, config.log, config.name, dataclasses.asdict(config)),
         progress=Progress(),
     )
+
+
+def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """The sets of a run, cut to its subsets. Raises ValueError as `load_data` does."""
+    return load_data(
+        config.data,
+        tokenizer,
+        training_subset=config.train.training_subset,
+        eval_subset=config.eval.eval_subset,
+    )
+
+
+def record_settings(run: Run) -> None:
+    """config.yaml and env.json; only once nothing speaks against the run any more."""
+    device = run.model.injection.state.maturity_E.device
+    text = dump_run_config(run.config)
+    (run.folder / "config.yaml").write_text(text, encoding="utf-8")
+    (run.folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
 
 
 def enable_checkpointing(model: DyLoRA_MoE) -> None:

@@ -176,6 +176,14 @@ def test_a_moved_file_with_the_same_rows_is_the_same_data(make_config, tmp_path,
     assert train(config, str(run.folder / "checkpoint-1")).progress.step == 2
 
 
+def test_a_refused_resume_leaves_the_resolved_config_of_the_run_alone(make_config):
+    run = train(make_config(max_steps=1))
+    before = (run.folder / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="router_temperature"):
+        train(make_config(moe={"router_temperature": 3.0}), "latest")
+    assert (run.folder / "config.yaml").read_text() == before
+
+
 def test_a_fresh_run_does_not_write_over_another(make_config):
     train(make_config(max_steps=1))
     with pytest.raises(FileExistsError, match="already holds checkpoints"):
