@@ -10,12 +10,14 @@ Shape letters: T tokens, D input width, O output width, E experts, R rank.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from dylora.config import MoELoraConfig
 from dylora.router import DynamicHybridRouter, RouterOutput, RoutingState, expand_override
 
 
@@ -27,19 +29,10 @@ class Site:
     block read it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        index: int,
-        state: RoutingState,
-        num_experts: int,
-        fixed_weights: list[float] | None,
-    ):
+    def __init__(self, name: str, index: int, state: RoutingState):
         self.name = name
         self.index = index
         self.state = state
-        self.num_experts = num_experts
-        self.fixed_weights = fixed_weights or [1 / num_experts] * num_experts
         self.router: DynamicHybridRouter | None = None  # None: fixed weights, or the first site's
         self.shares_first = False
         self.output: RouterOutput | None = None
@@ -63,56 +56,167 @@ class Site:
         elif self.shares_first and state.first_site is not None:
             self.output = state.first_site
         else:
-            weights_E = torch.tensor(self.fixed_weights, device=x.device)
-            gates = weights_E.expand(*x.shape[:-1], -1)
+            gates = state.fixed_gates().to(x.device).expand(*x.shape[:-1], -1)
             self.output = RouterOutput(gates, gates, None)
         if self.index == 0:
             state.first_site = self.output if self.router is not None else None
 
 
-class StackedLoRA(nn.Module):
-    """E LoRA experts of one projection as stacked tensors.
+class ExpertStack(nn.Module):
+    """Neighbouring experts of one projection whose tensors lie in one piece.
 
-    lora_A [E, R, D] starts random and different for each expert (equal ones would stay twins for
-    ever), lora_B [E, R, O] starts at 0, so a new adapter is exactly the identity. Both are float32
-    whatever the base is; they are cast to the activations' precision for the products.
+    lora_A [E, R, D] and lora_B [E, R, O], R being the largest rank among them. An expert of a
+    smaller rank has zeros in the rows beyond it, in A and in B alike: the gradient of either is
+    then exactly 0 there, so any optimizer leaves them at 0.
+
+    With DoRA lora_magnitude [E, O] holds the lengths of the rows of each expert's merged weight;
+    with trained biases lora_bias [E, O] is added to the projection's own bias.
     """
 
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+    lora_bias: nn.Parameter | None
     scaling_E: Tensor
 
     def __init__(
         self,
+        first: int,
+        ranks: list[int],
+        scalings: list[float],
+        lora_A: Tensor | None,
+        lora_B: Tensor,
+        lora_magnitude: Tensor | None = None,
+        lora_bias: Tensor | None = None,
+    ):
+        """The experts `first`, `first + 1`, …; lora_A is None when the projection shares one A."""
+        super().__init__()
+        self.first = first
+        self.ranks = ranks
+        self.register_buffer("scaling_E", torch.tensor(scalings, device=lora_B.device))
+        values = {"lora_A": lora_A, "lora_B": lora_B}
+        values |= {"lora_magnitude": lora_magnitude, "lora_bias": lora_bias}
+        for name, value in values.items():
+            parameter = None if value is None else nn.Parameter(value.detach())
+            self.register_parameter(name, parameter)
+
+    @property
+    def experts(self) -> range:
+        """Their places on the E axis of the gates."""
+        return range(self.first, self.first + len(self.ranks))
+
+    def forward(self, x: Tensor, gates: Tensor, A_ERD: Tensor, ratio_EO: Tensor | None) -> Tensor:
+        """x [..., D], gates [..., E] of all experts -> the update [..., O], in x's precision.
+
+        A_ERD may be one for all, [1, R, D]; ratio_EO multiplies the outputs of B (DoRA).
+        """
+        own = gates[..., self.first : self.first + len(self.ranks)]
+        weights = (own * self.scaling_E).to(x.dtype)
+        A_CD = A_ERD.flatten(0, 1).to(x.dtype)  # C = E·R; casting these two is
+        B_ERO = self.lora_B if ratio_EO is None else self.lora_B * ratio_EO[:, None]
+        B_CO = B_ERO.flatten(0, 1).to(x.dtype)  # cheaper than raising x and y
+        h = F.linear(x, A_CD).unflatten(-1, A_ERD.shape[:2])  # [..., E, R]
+        h = h * weights.unsqueeze(-1).to(h.dtype)
+        return h.flatten(-2) @ B_CO.to(h.dtype)
+
+
+class StackedLoRA(nn.Module):
+    """The LoRA experts of one projection, in stacks.
+
+    The experts a mixture starts with are one stack; an expert that is created, frozen or unfrozen
+    alone becomes a stack of its own, so that what is frozen is a parameter without gradient and
+    what is new has optimizer moments of its own. Parameters are float32 whatever the base is; they
+    are cast to the activations' precision for the products.
+    """
+
+    def __init__(
+        self,
         site: Site,
+        path: str,
         in_features: int,
         out_features: int,
-        *,
-        num_experts: int,
-        rank: int,
-        scaling: float,
-        dropout: float = 0.0,
-        init: Literal[True, "gaussian"] = True,
+        config: MoELoraConfig,
         device: torch.device | None = None,
     ):
         super().__init__()
         self.site = site
-        self.lora_A = nn.Parameter(torch.empty(num_experts, rank, in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(num_experts, rank, out_features, device=device))
-        self.register_buffer("scaling_E", torch.full((num_experts,), scaling, device=device))
-        self.dropout = nn.Dropout(dropout)
-        if init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / rank)
-        else:  # PEFT's kaiming_uniform_(a=sqrt(5)): bound 1/sqrt(fan in)
-            bound = 1 / math.sqrt(in_features)
-            nn.init.uniform_(self.lora_A, -bound, bound)
+        self.path = path
+        self.in_features, self.out_features = in_features, out_features
+        self.config = config
+        self.device = device
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.shared_A: nn.Parameter | None = None  # [1, R, D]
+        if config.share_A:
+            shared = initial_A(1, self.rank(config.r), in_features, config, device)
+            self.shared_A = nn.Parameter(shared, requires_grad=not config.freeze_A)
+        self.stacks: Any = nn.ModuleList()  # of ExpertStack, in the order of the E axis
 
-    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
-        """x [..., D], gates [..., E] -> the update [..., O], in x's precision."""
-        weights = (gates * self.scaling_E).to(x.dtype)  # [..., E]
-        A_CD = self.lora_A.flatten(0, 1).to(x.dtype)  # C = E·R; casting these two is
-        B_CO = self.lora_B.flatten(0, 1).to(x.dtype)  # cheaper than raising x and y
-        h = F.linear(self.dropout(x), A_CD).unflatten(-1, self.lora_A.shape[:2])  # [..., E, R]
-        h = h * weights.unsqueeze(-1).to(h.dtype)
-        return h.flatten(-2) @ B_CO.to(h.dtype)
+    def rank(self, expert_rank: int) -> int:
+        """Rank at this projection of an expert of a given rank."""
+        return int(matching(self.config.rank_pattern, self.path, expert_rank))
+
+    def scaling(self, expert_rank: int, expert_alpha: float) -> float:
+        """s = alpha / r, or alpha / sqrt(r) with rslora, at this projection."""
+        rank = self.rank(expert_rank)
+        alpha = matching(self.config.alpha_pattern, self.path, expert_alpha)
+        return alpha / (rank**0.5 if self.config.use_rslora else rank)
+
+    def create_stack(
+        self, first: int, ranks: list[int], alphas: list[float], projection: nn.Module
+    ) -> ExpertStack:
+        """Fresh experts `first`, `first + 1`, … of these ranks and alphas.
+
+        A is random and different for each expert (equal ones would stay twins for ever) and B is
+        0, so that they change nothing (with init orthogonal: B·A is 0 up to rounding).
+        """
+        config, count = self.config, len(ranks)
+        own = [self.rank(rank) for rank in ranks]
+        scalings = [self.scaling(r, alpha) for r, alpha in zip(ranks, alphas, strict=True)]
+        widest = max(own) if self.shared_A is None else self.shared_A.shape[1]
+        A = None
+        if self.shared_A is None:
+            A = torch.zeros(count, widest, self.in_features, device=self.device)
+        B = torch.zeros(count, widest, self.out_features, device=self.device)
+        for expert, rank in enumerate(own):
+            if config.init_lora_weights == "orthogonal":
+                assert A is not None
+                A[expert, :rank], B[expert, :rank] = orthogonal_pair(
+                    rank, self.in_features, self.out_features, self.device
+                )
+            elif A is not None:
+                A[expert, :rank] = initial_A(1, rank, self.in_features, config, self.device)[0]
+        magnitude = None
+        if config.use_dora:
+            magnitude = row_norms(weight_OD(projection)).to(B).expand(count, -1).clone()
+        bias = None
+        if config.bias != "none" and getattr(projection, "bias", None) is not None:
+            bias = torch.zeros(count, self.out_features, device=self.device)
+        stack = ExpertStack(first, own, scalings, A, B, magnitude, bias)
+        if config.freeze_A and stack.lora_A is not None:
+            stack.lora_A.requires_grad_(False)
+        return stack
+
+    def stack_of(self, expert: int) -> tuple[ExpertStack, int]:
+        """The stack that holds an expert, and its place in it; KeyError for a retired one."""
+        for stack in self.stacks:
+            if expert in stack.experts:
+                return stack, expert - stack.first
+        raise KeyError(expert)
+
+    def A_of(self, stack: ExpertStack) -> Tensor:
+        """[E, R, D], or [1, R, D] where the experts share it."""
+        A = stack.lora_A if self.shared_A is None else self.shared_A
+        assert A is not None
+        return A
+
+    def forward(self, x: Tensor, gates: Tensor, ratios: list[Tensor] | None = None) -> Tensor:
+        """x [..., D], gates [..., E] -> Σ_e g_e s_e B_e A_e drop(x), [..., O], in x's precision."""
+        x = self.dropout(x)
+        update = None
+        for index, stack in enumerate(self.stacks):
+            part = stack(x, gates, self.A_of(stack), None if ratios is None else ratios[index])
+            update = part if update is None else update + part
+        return x.new_zeros(*x.shape[:-1], self.out_features) if update is None else update
 
     def add_update(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the projection."""
@@ -120,4 +224,105 @@ class StackedLoRA(nn.Module):
             return output
         routing = self.site.output
         assert routing is not None, f"{self.site.name} has not routed"
-        return output + self(args[0], routing.gates).to(output.dtype)
+        gates, x = routing.gates, args[0]
+        if not self.config.use_dora:
+            update = self(x, gates)
+        else:
+            weight = weight_OD(module)
+            ratios = [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
+            update = self(x, gates, ratios)
+            bias = getattr(module, "bias", None)
+            directed = output if bias is None else output - bias  # W x without its bias
+            for stack, ratio_EO in zip(self.stacks, ratios, strict=True):
+                own = gates[..., stack.first : stack.first + len(stack.ranks)]
+                update = update + (own.to(ratio_EO) @ (ratio_EO - 1)).to(x.dtype) * directed
+        for stack in self.stacks:
+            if stack.lora_bias is not None:
+                own = gates[..., stack.first : stack.first + len(stack.ranks)]
+                update = update + (own.to(stack.lora_bias) @ stack.lora_bias).to(update.dtype)
+        return output + update.to(output.dtype)
+
+
+class BiasShift(nn.Module):
+    """With bias all: what all experts add to a bias of the base outside their projections."""
+
+    def __init__(self, state: RoutingState, bias: Tensor):
+        super().__init__()
+        self.state = [state]  # in a list: the state is no submodule of this
+        self.shift = nn.Parameter(torch.zeros_like(bias, dtype=torch.float32))
+
+    def add_shift(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook of the module whose bias this moves."""
+        return output + self.shift.to(output.dtype) if self.state[0].enabled else output
+
+
+def magnitude_ratio(stack: ExpertStack, A_ERD: Tensor, weight: Tensor) -> Tensor:
+    """c_e = magnitude_e / ‖W + s_e B_e A_e‖ by row, [E, O]; the norm counts as a constant.
+
+    One DoRA expert is y = c ∘ ((W + s B A) x) + bias (Liu et al. 2024; 4.3 on the constant).
+    A mixture of them mixes what each adds to the base:
+        y = base(x) + Σ_e g_e [ (c_e - 1) ∘ W x + c_e ∘ s_e B_e A_e x ],
+    so a one-hot gate is that DoRA expert, and fresh ones (c = 1, B = 0) are the identity.
+
+    weight: W [O, D]. The norms come from ‖w‖² + 2 s b·(A w) + s² b·(A Aᵀ) b, without an [E, O, D].
+    """
+    with torch.no_grad():
+        assert stack.lora_magnitude is not None
+        weight = weight.to(torch.promote_types(weight.dtype, stack.lora_B.dtype))
+        A, B = A_ERD.to(weight), stack.lora_B.to(weight)
+        scale_E11 = stack.scaling_E.to(weight)[:, None, None]
+        crossed_ERO = F.linear(A, weight)  # A w, for every row w of W
+        gram_ERR = A @ A.transpose(1, 2)
+        square_EO = (2 * scale_E11 * B * crossed_ERO).sum(1)
+        square_EO = square_EO + (scale_E11**2 * B * (gram_ERR @ B)).sum(1)
+        own_O = row_norms(weight)
+        growth_EO = (1 + square_EO / own_O.square()).clamp_min(0).sqrt()  # exactly 1 where B = 0
+        norm_EO = torch.where(own_O > 0, own_O * growth_EO, square_EO.clamp_min(0).sqrt())
+    # A row of exact zeros has no direction: its ratio is defined as 1.
+    safe_EO = torch.where(norm_EO > 0, norm_EO, 1.0)
+    return torch.where(norm_EO > 0, stack.lora_magnitude / safe_EO, 1.0)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """‖w_o‖ of W [O, D], in float32 at least."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).norm(dim=1)
+
+
+def weight_OD(projection: nn.Module) -> Tensor:
+    """The weight of a projection as [O, D]; GPT-2's Conv1D keeps it the other way round."""
+    weight: Any = projection.weight
+    return weight.T if isinstance(projection, Conv1D) else weight
+
+
+def initial_A(
+    count: int, rank: int, width: int, config: MoELoraConfig, device: torch.device | None
+) -> Tensor:
+    """A [E, R, D] by init_lora_weights."""
+    A = torch.empty(count, rank, width, device=device)
+    if config.init_lora_weights == "gaussian":
+        return nn.init.normal_(A, std=1 / rank)
+    bound = 1 / math.sqrt(width)  # PEFT's kaiming_uniform_(a=sqrt(5))
+    return nn.init.uniform_(A, -bound, bound)
+
+
+def orthogonal_pair(
+    rank: int, in_features: int, out_features: int, device: torch.device | None
+) -> tuple[Tensor, Tensor]:
+    """A [R, D] and B [R, O] with Bᵀ A = 0: they use complementary halves of an orthonormal basis.
+
+    Both are random, with deviation 0.1, as in PEFT's orthogonal initialisation.
+    """
+    basis = torch.linalg.qr(torch.randn(rank, rank)).Q.to(device)
+    A = basis[0::2].T @ torch.randn(rank // 2, in_features, device=device)
+    B = basis[1::2].T @ torch.randn(rank // 2, out_features, device=device)
+    return A / 10, B / 10
+
+
+def matching(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first name in `pattern` that ends the path, as PEFT looks them up."""
+    return next((value for name, value in pattern.items() if ends_with(path, name)), default)
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Whether `name` is the last dotted words of `path`."""
+    return path == name or path.endswith("." + name)

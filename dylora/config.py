@@ -15,7 +15,7 @@ RouterType = Literal["learned", "learned_with_maturity", "fixed"]
 RouterScope = Literal["site", "shared"]
 RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
-BalanceLoss = Literal["aux_loss", "switch", "none"]
+BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "none"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal[
     "linear",
@@ -33,14 +33,17 @@ Schedule = Literal[
 ]
 """The schedules of `transformers.get_scheduler`, copied because importing them takes seconds."""
 SplitScheme = Literal["published", "70/10/20", "90/10"]
+_ONE_A = "unset with share_A: the experts have one A"
 
 ROUTING_FIELDS = (
     "num_experts",
     "top_k_experts",
     "router_hidden_size",
     "router_aux_loss_coef",
+    "router_switch_loss_coef",
     "router_z_loss_coef",
     "router_temperature",
+    "router_noise",
     "router_type",
     "router_scope",
     "routing_mode",
@@ -59,6 +62,14 @@ class MoELoraConfig:
     """Rank of each expert."""
     lora_alpha: float = 32
     """Numerator of an expert's scale: alpha / r, or alpha / sqrt(r) with use_rslora."""
+    expert_ranks: list[int] | None = None
+    """A rank for each expert; none: r for all."""
+    expert_alphas: list[float] | None = None
+    """An alpha for each expert; none: lora_alpha for all."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some projections, by the end of their path; goes before expert_ranks."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some projections, likewise."""
     lora_dropout: float = 0.0
     """Dropout on the input of A, shared by the experts of a projection."""
     target_modules: list[str] | None = None
@@ -67,20 +78,22 @@ class MoELoraConfig:
     """Projections to leave alone, by the end of their path."""
     layers_to_transform: list[int] | None = None
     """Indices of the layers to adapt; none: all."""
-    bias: Literal["none"] = "none"
-    """Which biases are trained; only none so far."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """lora_only: each expert shifts the biases of its projections; all: and one shift, common to
+    the experts, for every other bias of the base (Zaken et al. 2022)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
     use_dora: bool = False
-    """Weight-decomposed adapters; not supported yet."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks per module; not supported yet."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alphas per module; not supported yet."""
+    """Each expert has a magnitude for every output besides its direction (Liu et al. 2024)."""
+    freeze_A: bool = False
+    """LoRA-FA: A stays as drawn and only B is trained; saves activations (Zhang et al. 2023)."""
+    share_A: bool = False
+    """HydraLoRA: the experts of a projection have one A and a B each (Tian et al. 2024)."""
     fan_in_fan_out: bool | None = None
     """Whether base weights are stored [in, out]; none: seen from the module (GPT-2's Conv1D)."""
-    init_lora_weights: Literal[True, "gaussian"] = True
-    """True: Kaiming-uniform A as in PEFT; gaussian: normal A with deviation 1/r. B is always 0."""
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
+    """True: Kaiming-uniform A as in PEFT, B = 0; gaussian: normal A with deviation 1/r, B = 0;
+    orthogonal: both random, with B·A = 0 up to rounding (even ranks)."""
 
     use_moe_routing: bool = True
     """False: a plain LoRA of one expert, without a router."""
@@ -98,12 +111,16 @@ class MoELoraConfig:
     """maturity: the gate follows the experts' maturity; the others force dense or sparse mixing."""
     router_temperature: float = 2.0
     """Divides the logits before the softmax."""
+    router_noise: float = 0.0
+    """Deviation of the normal noise that training adds to the logits (Shazeer et al. 2017)."""
     fixed_routing_weights: list[float] | None = None
     """Weights of router_type fixed, one an expert; none: uniform."""
     load_balance_loss_type: BalanceLoss = "aux_loss"
-    """aux_loss: fractions from the top-k (GShard); switch: from the argmax (Switch)."""
+    """aux_loss: fractions from the top-k (GShard); switch: from the argmax (Switch); or both."""
     router_aux_loss_coef: float = 0.01
-    """Weight of the balance loss."""
+    """Weight of aux_loss."""
+    router_switch_loss_coef: float | None = None
+    """Weight of switch; none: router_aux_loss_coef."""
     router_z_loss_coef: float = 0.001
     """Weight of the mean squared logsumexp of the logits (ST-MoE)."""
     expert_capacity_factor: float | None = 1.25
@@ -133,10 +150,7 @@ class MoELoraConfig:
         _require(self.r >= 1, "r", self.r, "at least 1")
         _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
         _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
-        _require(not self.use_dora, "use_dora", self.use_dora, "false: DoRA is not supported yet")
-        for name in ("rank_pattern", "alpha_pattern"):
-            value = getattr(self, name)
-            _require(not value, name, value, "empty: patterns are not supported yet")
+        self._check_ranks()
         if self.use_moe_routing:
             _require(
                 self.num_experts >= 2, "num_experts", self.num_experts, "at least 2 with routing"
@@ -155,8 +169,10 @@ class MoELoraConfig:
         _require(
             self.router_temperature > 0, "router_temperature", self.router_temperature, "above 0"
         )
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_noise"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        switch = self.router_switch_loss_coef
+        _require(switch is None or switch >= 0, "router_switch_loss_coef", switch, "at least 0")
         capacity = self.expert_capacity_factor
         _require(capacity is None or capacity > 0, "expert_capacity_factor", capacity, "above 0")
         _require(0 <= self.expert_dropout < 1, "expert_dropout", self.expert_dropout, "in [0, 1)")
@@ -194,6 +210,31 @@ class MoELoraConfig:
         begin, end = self.maturity_schedule
         _require(0 <= begin < end, "maturity_schedule", self.maturity_schedule, "two rising shares")
 
+    def _check_ranks(self) -> None:
+        """Ranks and alphas of experts and projections, and what goes with them."""
+        count = self.expert_count
+        for name in ("expert_ranks", "expert_alphas"):
+            values = getattr(self, name)
+            rule = f"{count} values above 0, one an expert"
+            _require(
+                values is None or (len(values) == count and all(v > 0 for v in values)),
+                name,
+                values,
+                rule,
+            )
+        for name in ("rank_pattern", "alpha_pattern"):
+            values = getattr(self, name)
+            _require(all(v > 0 for v in values.values()), name, values, "of values above 0")
+        if self.share_A:
+            _require(self.expert_ranks is None, "expert_ranks", self.expert_ranks, _ONE_A)
+            own = self.init_lora_weights != "orthogonal"
+            _require(
+                own, "init_lora_weights", self.init_lora_weights, f"true or gaussian: {_ONE_A}"
+            )
+        if self.init_lora_weights == "orthogonal":
+            ranks = [self.r, *(self.expert_ranks or []), *self.rank_pattern.values()]
+            _require(all(r % 2 == 0 for r in ranks), "r", ranks, "even for orthogonal values")
+
     def _warn_of_unused_routing(self) -> None:
         defaults = {item.name: item.default for item in fields(self)}
         changed = [
@@ -214,9 +255,16 @@ class MoELoraConfig:
         return self.num_experts if self.use_moe_routing else 1
 
     @property
-    def scaling(self) -> float:
-        """s = alpha / r, or alpha / sqrt(r) with rslora."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+    def balance_losses(self) -> tuple[str, ...]:
+        """The kinds of balance loss that are trained with: aux_loss, switch, both or none."""
+        kind = self.load_balance_loss_type
+        return () if kind == "none" else tuple(kind.split("+"))
+
+    @property
+    def switch_loss_coef(self) -> float:
+        """Weight of the switch loss, resolved."""
+        own = self.router_switch_loss_coef
+        return self.router_aux_loss_coef if own is None else own
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types; `from_dict` reads it back."""
@@ -402,13 +450,16 @@ class LogConfig:
 
     logging_steps: int = 10
     """Steps between two lines of metrics."""
+    collapse_steps: int = 100
+    """Warn when a site has been collapsed for so many steps: see training/monitor.py."""
     wandb: bool = False
     """Mirror the metrics to Weights & Biases (offline without a key)."""
     wandb_project: str = "dylora"
     """Its project."""
 
     def __post_init__(self) -> None:
-        _require(self.logging_steps >= 1, "logging_steps", self.logging_steps, "at least 1")
+        for name in ("logging_steps", "collapse_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

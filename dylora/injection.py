@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dylora.adapter import Site, StackedLoRA
+from dylora.adapter import BiasShift, Site, StackedLoRA, ends_with
 from dylora.config import MoELoraConfig, nearest
 from dylora.router import DynamicHybridRouter, RoutingState
 
@@ -24,6 +24,7 @@ ATTENTION_PROJECTIONS = {
     *("qkv_proj", "Wqkv"),  # phi3, mpt
 }
 ROUTER_NAME, ADAPTER_NAME, STATE_NAME = "dylora_router", "dylora_adapter", "dylora_state"
+BIAS_NAME = "dylora_bias"
 
 
 class Injection(NamedTuple):
@@ -32,14 +33,15 @@ class Injection(NamedTuple):
     state: RoutingState
     sites: list[Site]  # in the order the model runs them
     adapters: dict[str, StackedLoRA]  # by the path of their projection
+    biases: dict[str, BiasShift]  # by the path of their module; bias all only
     handles: list[RemovableHandle]
 
 
 def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
     """Freeze the base and add routers and adapters to its sites, in place.
 
-    Raises ValueError when the base has been injected before, when no projection matches, or when
-    a block holds no place for a router.
+    Raises ValueError when the base has been injected before, when no projection matches, when a
+    block holds no place for a router, or when DoRA or trained biases find nothing to work on.
     """
     if hasattr(base, STATE_NAME):
         raise ValueError("this base already carries adapters: unload() them first")
@@ -50,16 +52,35 @@ def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
     if "" in by_site:
         raise ValueError(f"{by_site['']} lie at the root of the model, outside any block")
 
+    for field in ("rank_pattern", "alpha_pattern"):
+        for name in getattr(config, field):
+            if not any(ends_with(path, name) for path in targets):
+                names = sorted({path.rpartition(".")[2] for path in targets})
+                raise ValueError(f"{field}: {name!r} matches no target{nearest(name, names)}")
+    if config.use_dora:
+        for path in targets:
+            check_plain_weight(path, base.get_submodule(path))
+    biased: dict[str, Any] = {
+        path: module
+        for path, module in base.named_modules()
+        if isinstance(getattr(module, "bias", None), nn.Parameter)
+    }
+    if config.bias == "lora_only" and not biased.keys() & set(targets):
+        raise ValueError("bias is 'lora_only', but none of the projections has a bias")
+    if config.bias == "all" and not biased:
+        raise ValueError("bias is 'all', but nothing in this model has a bias")
+
     base.requires_grad_(False)
-    first_device = device_of(base, targets[0])
-    state = RoutingState(config.expert_count, first_device)
+    weights = config.fixed_routing_weights if config.use_moe_routing else None
+    state = RoutingState(config.expert_count, weights, device_of(base, targets[0]))
     base.add_module(STATE_NAME, state)
     handles = [base.register_forward_pre_hook(state.begin_pass, with_kwargs=True)]
-    sites, adapters = [], {}
+    ranks = config.expert_ranks or [config.r] * config.expert_count
+    alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
+    sites, adapters, biases = [], {}, {}
     for index, (site_path, paths) in enumerate(by_site.items()):
         block = base.get_submodule(site_path)
-        weights = config.fixed_routing_weights if config.use_moe_routing else None
-        site = Site(site_path, index, state, config.expert_count, weights)
+        site = Site(site_path, index, state)
         site.shares_first = config.router_scope == "shared" and index > 0 and is_learned(config)
         if is_learned(config) and not site.shares_first:
             attach_router(base, site, new_router(base, site_path, config, paths[0]))
@@ -67,23 +88,21 @@ def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
         sites.append(site)
         for path in paths:
             projection = base.get_submodule(path)
-            in_features, out_features = projection_sizes(projection)
-            adapter = StackedLoRA(
-                site,
-                in_features,
-                out_features,
-                num_experts=config.expert_count,
-                rank=config.r,
-                scaling=config.scaling,
-                dropout=config.lora_dropout,
-                init=config.init_lora_weights,
-                device=device_of(base, path),
-            )
+            sizes = projection_sizes(projection)
+            adapter = StackedLoRA(site, path, *sizes, config, device_of(base, path))
+            adapter.stacks.append(adapter.create_stack(0, ranks, alphas, projection))
             projection.add_module(ADAPTER_NAME, adapter)
             handles.append(projection.register_forward_hook(adapter.add_update))
             adapters[path] = adapter
+    if config.bias == "all":
+        for path, module in biased.items():
+            if path not in adapters:
+                shift = BiasShift(state, module.bias)
+                module.add_module(BIAS_NAME, shift)
+                handles.append(module.register_forward_hook(shift.add_shift))
+                biases[path] = shift
     base.train(base.training)  # what was added takes the base's mode
-    return Injection(state, sites, adapters, handles)
+    return Injection(state, sites, adapters, biases, handles)
 
 
 def remove(base: PreTrainedModel, injection: Injection) -> None:
@@ -92,6 +111,8 @@ def remove(base: PreTrainedModel, injection: Injection) -> None:
         handle.remove()
     for path in injection.adapters:
         delattr(base.get_submodule(path), ADAPTER_NAME)
+    for path in injection.biases:
+        delattr(base.get_submodule(path), BIAS_NAME)
     for site in injection.sites:
         attach_router(base, site, None)
     delattr(base, STATE_NAME)
@@ -129,17 +150,17 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
         chosen = [path for path in candidates if _is_attention_projection(path)]
     else:
         for target in config.target_modules:
-            if not any(_ends_with(path, target) for path in candidates):
+            if not any(ends_with(path, target) for path in candidates):
                 names = sorted({path.rpartition(".")[2] for path in candidates})
                 hint = nearest(target, names)
                 raise ValueError(f"target_modules: {target!r} matches nothing{hint}")
-        chosen = [p for p in candidates if any(_ends_with(p, t) for t in config.target_modules)]
+        chosen = [p for p in candidates if any(ends_with(p, t) for t in config.target_modules)]
     excluded = config.exclude_modules or []
     for name in excluded:
-        if not any(_ends_with(path, name) for path in candidates):
+        if not any(ends_with(path, name) for path in candidates):
             names = sorted({path.rpartition(".")[2] for path in candidates})
             raise ValueError(f"exclude_modules: {name!r} matches nothing{nearest(name, names)}")
-    chosen = [path for path in chosen if not any(_ends_with(path, name) for name in excluded)]
+    chosen = [path for path in chosen if not any(ends_with(path, name) for name in excluded)]
     if config.layers_to_transform is not None:
         layers = set(config.layers_to_transform)
         missing = layers - {_layer_of(path) for path in chosen}
@@ -158,6 +179,16 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
 def is_projection(module: nn.Module) -> bool:
     """nn.Linear, its quantised subclasses, and GPT-2's Conv1D."""
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def check_plain_weight(path: str, projection: nn.Module) -> None:
+    """Raises ValueError where DoRA could not read the lengths of the rows of a weight."""
+    weight: Any = projection.weight
+    if type(weight.data) is not torch.Tensor or not weight.is_floating_point():
+        raise ValueError(
+            f"use_dora needs the weight of {path} as numbers, but it is a quantised "
+            f"{type(projection).__name__}: use a base that is not quantised, or plain LoRA"
+        )
 
 
 def projection_sizes(module: Any) -> tuple[int, int]:
@@ -190,7 +221,7 @@ def shortest_targets(base: nn.Module, paths: list[str]) -> list[str]:
         parts = path.split(".")
         for length in range(1, len(parts) + 1):
             name = ".".join(parts[-length:])
-            if all(other in wanted for other in candidates if _ends_with(other, name)):
+            if all(other in wanted for other in candidates if ends_with(other, name)):
                 targets.add(name)
                 break
     return sorted(targets)
@@ -203,10 +234,6 @@ def is_learned(config: MoELoraConfig) -> bool:
 def _is_attention_projection(path: str) -> bool:
     parents, _, name = path.rpartition(".")
     return name in ATTENTION_PROJECTIONS and ("attn" in parents or "attention" in parents)
-
-
-def _ends_with(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
 
 
 def _layer_of(path: str) -> int | None:

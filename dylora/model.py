@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from dylora import injection, losses
 from dylora.bases import load_base
 from dylora.config import MoELoraConfig
-from dylora.losses import RoutingStatistics
+from dylora.experts import ExpertManager
+from dylora.losses import Fractions, RoutingStatistics
 from dylora.maturity import ExpertMaturity
 from dylora.model_files import load_model, write_model
-from dylora.router import DynamicHybridRouter
+from dylora.router import DynamicHybridRouter, check_routing_weights
 from dylora.storage.checkpoint import folder_bytes, read_description, write_folder
 
 
@@ -34,9 +35,10 @@ class Routing(NamedTuple):
 class DyLoRAOutput(NamedTuple):
     """What a pass returns. The losses are None without labels."""
 
-    loss: Tensor | None  # lm_loss + coefficient · aux_loss + coefficient · z_loss
-    lm_loss: Tensor | None  # mean cross-entropy over the targets, in nats
-    aux_loss: Tensor | None  # balance loss, 1 when uniform
+    loss: Tensor | None  # lm_loss + each of the others times its coefficient
+    lm_loss: Tensor | None  # mean cross-entropy over the targets, in nats; 0 without targets
+    aux_loss: Tensor | None  # balance loss over the top-k, 1 when uniform; 0 where not trained
+    switch_loss: Tensor | None  # balance loss over the argmax, likewise
     z_loss: Tensor | None  # mean squared logsumexp of the router's logits
     logits: Tensor  # [B, S, V]
     routing: Routing | None  # None while the adapters are disabled
@@ -48,7 +50,7 @@ class LossScale(NamedTuple):
 
     targets: Tensor | float | None = None  # divides the summed cross-entropy
     tokens: Tensor | float | None = None  # divides the summed probabilities and logsumexps
-    fractions_NE: Tensor | None = None  # f of the balance loss
+    fractions: Fractions | None = None  # f of the balance losses
 
 
 class DyLoRA_MoE(nn.Module):
@@ -71,6 +73,7 @@ class DyLoRA_MoE(nn.Module):
         self.injection = injection.inject(base, config)
         self.training = base.training
         self.maturity = ExpertMaturity.create(config.expert_count)
+        self.experts = ExpertManager(self)
         self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
         # Saving an injected model would write files that reload with fresh weights.
         base.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
@@ -133,30 +136,33 @@ class DyLoRA_MoE(nn.Module):
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         routing = self._collect_routing(attention_mask) if state.enabled else None
         if labels is None:
-            return DyLoRAOutput(None, None, None, None, output.logits, routing, None)
+            return DyLoRAOutput(None, None, None, None, None, output.logits, routing, None)
 
         scale = scale or LossScale()
         token_losses = losses.token_losses(output.logits, labels, label_smoothing)
-        targets = losses.count_targets(labels) if scale.targets is None else scale.targets
+        targets = scale.targets
+        if targets is None:
+            targets = losses.count_targets(labels).clamp_min(1)  # nothing to learn: 0, not NaN
         lm_loss = token_losses.sum() / targets
-        aux_loss = z_loss = lm_loss.new_zeros(())
+        aux_loss = switch_loss = z_loss = lm_loss.new_zeros(())
         statistics = routing.statistics if routing else None
         if statistics is not None:
             tokens = statistics.tokens if scale.tokens is None else scale.tokens
-            fractions = scale.fractions_NE
-            if fractions is None:
-                fractions = losses.assignment_fractions(statistics.assigned_NE)
+            fractions = scale.fractions or losses.fractions_of(statistics)
             z_loss = losses.z_loss(statistics.squared_logsumexp_N, tokens)
-            if self.config.load_balance_loss_type != "none":
-                aux_loss = losses.balance_loss(statistics.probability_NE, fractions, tokens)
+            mass_NE, experts = statistics.probability_NE, state.active_count
+            if "aux_loss" in self.config.balance_losses:
+                aux_loss = losses.balance_loss(mass_NE, fractions.aux_loss, tokens, experts)
+            if "switch" in self.config.balance_losses:
+                switch_loss = losses.balance_loss(mass_NE, fractions.switch, tokens, experts)
         loss = (
             lm_loss
             + self.config.router_aux_loss_coef * aux_loss
+            + self.config.switch_loss_coef * switch_loss
             + self.config.router_z_loss_coef * z_loss
         )
-        return DyLoRAOutput(
-            loss, lm_loss, aux_loss, z_loss, output.logits, routing, token_losses.detach()
-        )
+        parts = (loss, lm_loss, aux_loss, switch_loss, z_loss)
+        return DyLoRAOutput(*parts, output.logits, routing, token_losses.detach())
 
     def generate(self, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' generate, KV cache included; routing_weights [B, E] hold for all tokens."""
@@ -203,27 +209,65 @@ class DyLoRA_MoE(nn.Module):
 
     def router_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names (unique, stable) and parameters of the routers."""
-        for site, router in self._routers():
+        for site, router in self.routers():
             for name, parameter in router.named_parameters():
                 yield f"{site}.{name}", parameter
 
     def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and stacks: lora_A [E, R, D] and lora_B [E, R, O] of every projection."""
+        """Names and parameters of all experts that are not retired, frozen ones among them.
+
+        Of every projection and stack: lora_A [E, R, D] and lora_B [E, R, O], with DoRA
+        lora_magnitude [E, O], with trained biases lora_bias [E, O]; a shared_A [1, R, D] instead
+        of every lora_A; with bias all a bias_shift [n]. A name says which experts it holds.
+        """
         for path, adapter in self.injection.adapters.items():
-            yield f"{path}.lora_A", adapter.lora_A
-            yield f"{path}.lora_B", adapter.lora_B
+            if adapter.shared_A is not None:
+                yield f"{path}.shared_A", adapter.shared_A
+            for stack in adapter.stacks:
+                experts = f"experts_{stack.experts[0]}-{stack.experts[-1]}"
+                for name, parameter in stack.named_parameters():
+                    yield f"{path}.{experts}.{name}", parameter
+        for path, module in self.injection.biases.items():
+            yield f"{path}.bias_shift", module.shift
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything that is not the base: experts, then routers."""
+        yield from self.expert_parameters()
+        yield from self.router_parameters()
+
+    def routers(self) -> Iterator[tuple[str, DynamicHybridRouter]]:
+        """The learned routers and the paths of their sites."""
+        for site in self.injection.sites:
+            if site.router is not None:
+                yield site.name, site.router
 
     def count_parameters(self) -> tuple[int, int]:
-        """Trainable (experts and routers) and frozen parameters."""
-        ours = [*self.expert_parameters(), *self.router_parameters()]
-        trainable = sum(parameter.numel() for _, parameter in ours)
+        """Those that a step trains (of experts and routers), and those of the frozen base."""
+        ours = [parameter for _, parameter in self.own_parameters()]
+        trainable = sum(parameter.numel() for parameter in ours if parameter.requires_grad)
         # bitsandbytes packs weights, so its numel says too little; transformers counts them right.
-        return trainable, self.base.num_parameters() - trainable
+        return trainable, self.base.num_parameters() - sum(p.numel() for p in ours)
 
     def set_maturity(self, maturity: ExpertMaturity) -> None:
         """Let the routers follow a new maturity state."""
         self.maturity = maturity
         self.injection.state.maturity_E.copy_(maturity.maturity)
+
+    def enable_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Never reentrant, which would lose the routers' gradient; the recomputation sees the wishes
+        of its own pass, whatever ran since.
+        """
+        contexts = self.injection.state.checkpoint_contexts
+        settings = {"use_reentrant": False, "context_fn": contexts}
+        # transformers 5.23 renamed the method; 5.17 has the old name only.
+        base: Any = self.base
+        enable = getattr(base, "activation_checkpointing_enable", None)
+        if enable is None:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        else:
+            enable(settings)
 
     def detach_router(self) -> nn.ModuleDict:
         """Take the routers off; until others are attached, sites mix uniformly or as they are told.
@@ -242,7 +286,7 @@ class DyLoRA_MoE(nn.Module):
 
         Raises ValueError when a site has one already or the names do not fit.
         """
-        if any(True for _ in self._routers()):
+        if any(True for _ in self.routers()):
             raise ValueError("routers are attached already: detach_router() first")
         needing = [
             site
@@ -285,11 +329,17 @@ class DyLoRA_MoE(nn.Module):
         write_folder(Path(folder), lambda temporary: write_model(self, temporary))
 
     def expert_weights(self, expert: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Path of a projection -> A [r, D], B [O, r] of one expert, as PEFT orders them."""
-        return {
-            path: (adapter.lora_A[expert].detach(), adapter.lora_B[expert].detach().T)
-            for path, adapter in self.injection.adapters.items()
-        }
+        """Path of a projection -> A [r, D], B [O, r] of one expert, as PEFT orders them.
+
+        Raises KeyError for a retired one.
+        """
+        weights = {}
+        for path, adapter in self.injection.adapters.items():
+            stack, place = adapter.stack_of(expert)
+            A, rank = adapter.A_of(stack).detach(), stack.ranks[place]
+            A_RD = A[place] if adapter.shared_A is None else A[0]
+            weights[path] = (A_RD[:rank], stack.lora_B.detach()[place, :rank].T)
+        return weights
 
     @classmethod
     def from_pretrained(
@@ -324,7 +374,7 @@ class DyLoRA_MoE(nn.Module):
             attn_implementation=attn_implementation,
         )
         try:
-            load_model(model, folder)
+            load_model(model, folder, description["experts"])
         except Exception:
             model.unload()  # a base that was given is as it was
             raise
@@ -333,7 +383,7 @@ class DyLoRA_MoE(nn.Module):
 
     def size_message(self, folder: Path) -> str:
         """One line: what the folder weighs beside the base it does not hold."""
-        ours = {id(p) for _, p in [*self.expert_parameters(), *self.router_parameters()]}
+        ours = {id(p) for _, p in self.own_parameters()}
         frozen = [p for p in self.base.parameters() if id(p) not in ours]
         base = sum(p.numel() * p.element_size() for p in frozen)
         return (
@@ -342,11 +392,6 @@ class DyLoRA_MoE(nn.Module):
         )
 
     # Inner workings
-
-    def _routers(self) -> Iterator[tuple[str, DynamicHybridRouter]]:
-        for site in self.injection.sites:
-            if site.router is not None:
-                yield site.name, site.router
 
     def _collect_routing(self, attention_mask: Tensor | None) -> Routing:
         outputs = [site.output for site in self.injection.sites]
@@ -378,22 +423,14 @@ class DyLoRA_MoE(nn.Module):
             probabilities,
             logits,
             attention_mask,
-            top_k=self.config.top_k_experts,
-            balance=self.config.load_balance_loss_type,
+            top_k=min(self.config.top_k_experts, self.injection.state.active_count),
         )
         return Routing(gates, probabilities, logits, statistics)
 
     def _check_routing_weights(self, weights: Tensor, input_ids: Tensor) -> None:
         batch, length = input_ids.shape
-        sites, experts = len(self.injection.sites), self.config.expert_count
-        allowed = [[batch, experts], [batch, length, experts], [batch, length, sites, experts]]
-        if list(weights.shape) not in allowed:
-            raise ValueError(
-                f"routing_weights have shape {list(weights.shape)}, but must be [B, E], [B, S, E] "
-                f"or [B, S, sites, E]: one of {allowed}"
-            )
-        if not bool((weights.isfinite() & (weights >= 0)).all()):
-            raise ValueError("routing_weights must be finite and not negative")
+        sites, experts = len(self.injection.sites), len(self.experts)
+        check_routing_weights(weights, batch, length, sites, experts)
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from dylora import injection
+from dylora.adapter import ExpertStack
 from dylora.maturity import ExpertMaturity
 from dylora.storage.checkpoint import FORMAT_VERSION
 from dylora.storage.peft_format import (
@@ -27,33 +28,29 @@ from dylora.storage.peft_format import (
 if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
 
+ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
+# The shifts of trained biases as they are: an adapter holds base + shift, which rounds.
+SHIFTS_FILE = "bias_shifts.safetensors"
+
 
 def write_model(model: "DyLoRA_MoE", folder: Path) -> None:
     """The files of `save_pretrained`, without the atomic folder around them.
 
     Raises ValueError while the routers are detached: the files could not be loaded.
     """
-    learns = model.config.use_moe_routing and model.config.router_type != "fixed"
-    if learns and not any(True for _ in model.router_parameters()):
+    if injection.is_learned(model.config) and not any(True for _ in model.routers()):
         raise ValueError("the routers are detached: attach_router() before saving")
-    targets = injection.shortest_targets(model.base, list(model.injection.adapters))
-    conv = any(isinstance(model.base.get_submodule(p), Conv1D) for p in model.injection.adapters)
-    for expert in range(model.config.expert_count):
-        config = adapter_config(
-            r=model.config.r,
-            lora_alpha=model.config.lora_alpha,
-            target_modules=targets,
-            base_model=model.base_name,
-            revision=model.base_revision,
-            lora_dropout=model.config.lora_dropout,
-            use_rslora=model.config.use_rslora,
-            fan_in_fan_out=conv,
-        )
-        adapter = PeftAdapter(config, model.expert_weights(expert))
-        write_adapter(folder / "peft_adapters" / f"expert_{expert}", adapter)
+    for expert, row in enumerate(model.experts.table):
+        if row.state != "retired":
+            write_adapter(folder / ADAPTERS / row.name, expert_adapter(model, expert))
     tensors = {f"router.{name}": p.detach().cpu() for name, p in model.router_parameters()}
     tensors |= {f"maturity.{name}": v for name, v in model.maturity._asdict().items()}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "router.safetensors")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ROUTER_FILE)
+    if shifts := bias_shifts(model):
+        save_file({k: v.cpu().contiguous() for k, v in shifts.items()}, folder / SHIFTS_FILE)
+    experts = model.experts.records()
+    for index, record in enumerate(experts):  # for the reader; router.safetensors is the truth
+        record["maturity"] = round(float(model.maturity.maturity[index]), 6)
     description = {
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": model.base_name,
@@ -61,42 +58,126 @@ def write_model(model: "DyLoRA_MoE", folder: Path) -> None:
         "moe": model.config.to_dict(),
         "sites": model.site_names,
         "projections": list(model.injection.adapters),
-        "experts": [
-            {
-                "name": f"expert_{expert}",
-                "state": "active",
-                "rank": model.config.r,
-                "alpha": model.config.lora_alpha,
-                "maturity": round(float(model.maturity.maturity[expert]), 6),
-                "skill": None,
-            }
-            for expert in range(model.config.expert_count)
-        ],
+        "experts": experts,
         "training": model.training_record,
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
+def expert_adapter(model: "DyLoRA_MoE", expert: int) -> PeftAdapter:
+    """One expert as PEFT keeps it; biases are the base's with the expert's shift."""
+    config, row = model.config, model.experts[expert]
+    paths = list(model.injection.adapters)
+    projections = {path: model.base.get_submodule(path) for path in paths}
+    settings = adapter_config(
+        r=row.rank,
+        lora_alpha=row.alpha,
+        target_modules=injection.shortest_targets(model.base, paths),
+        base_model=model.base_name,
+        revision=model.base_revision,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        bias=config.bias,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in projections.values()),
+    )
+    magnitudes = {}
+    for path, adapter in model.injection.adapters.items():
+        stack, place = adapter.stack_of(expert)
+        if stack.lora_magnitude is not None:
+            magnitudes[path] = stack.lora_magnitude.detach()[place]
+    biases = {}
+    for name, shift in bias_shifts(model).items():
+        path, _, whose = name.rpartition("/")
+        if whose in (row.name, "all"):
+            base_bias: Tensor = model.base.get_submodule(path).bias  # type: ignore[assignment]
+            biases[path] = base_bias.detach().float() + shift.to(base_bias.device)
+    return PeftAdapter(settings, model.expert_weights(expert), magnitudes, biases)
+
+
+def bias_shifts(model: "DyLoRA_MoE") -> dict[str, Tensor]:
+    """<path of a module>/<expert's name, or all> -> the trained shift of its bias [O]."""
+    shifts = {}
+    for path, adapter in model.injection.adapters.items():
+        for stack in adapter.stacks:
+            if stack.lora_bias is not None:
+                for place, expert in enumerate(stack.experts):
+                    shifts[f"{path}/expert_{expert}"] = stack.lora_bias.detach()[place]
+    for path, module in model.injection.biases.items():
+        shifts[f"{path}/all"] = module.shift.detach()
+    return shifts
+
+
 @torch.no_grad()
-def load_model(model: "DyLoRA_MoE", folder: Path) -> None:
-    """Fill experts, routers and maturity from a folder.
+def load_model(model: "DyLoRA_MoE", folder: Path, records: list[dict]) -> None:
+    """Fill experts, routers and maturity from a folder whose table of experts is `records`.
 
     Raises ValueError, naming file and tensor, where the folder does not fit the model.
     """
-    for expert in range(model.config.expert_count):
-        source = folder / "peft_adapters" / f"expert_{expert}"
-        config, weights = read_adapter(source)
-        if scaling_of(config) != model.config.scaling:
-            raise ValueError(
-                f"{source} has the scale {scaling_of(config)}, but the checkpoint's config.json "
-                f"{model.config.scaling}"
-            )
-        _check_same_keys(source, set(weights), set(model.injection.adapters))
+    try:
+        model.experts.restore([{k: v for k, v in r.items() if k != "maturity"} for r in records])
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    shared: dict[str, Tensor] = {}
+    for expert, row in enumerate(model.experts.table):
+        if row.state == "retired":
+            continue
+        source = folder / ADAPTERS / row.name
+        adapter_files = read_adapter(source)
+        _check_same_keys(source, set(adapter_files.weights), set(model.injection.adapters))
         for path, adapter in model.injection.adapters.items():
-            A, B = weights[path]
-            _copy(adapter.lora_A[expert], A, f"{source}: {path}.lora_A")
-            _copy(adapter.lora_B[expert], B.T, f"{source}: {path}.lora_B")
-    file = folder / "router.safetensors"
+            A, B = adapter_files.weights[path]
+            stack, place = adapter.stack_of(expert)
+            found, own = scaling_of(adapter_files.config, path), float(stack.scaling_E[place])
+            if abs(found - own) > 1e-6 * own:  # the buffer is float32
+                raise ValueError(f"{source}: {path} has the scale {found}, config.json {own}")
+            _fill(stack, place, adapter.shared_A, A, B, f"{source}: {path}", shared)
+            if stack.lora_magnitude is not None:
+                if path not in adapter_files.magnitudes:
+                    raise ValueError(f"{source}: {path} has no lora_magnitude_vector")
+                magnitude = adapter_files.magnitudes[path]
+                _copy(stack.lora_magnitude[place], magnitude, f"{source}: {path}.lora_magnitude")
+    _load_shifts(model, folder / SHIFTS_FILE)
+    _load_routers(model, folder / ROUTER_FILE)
+
+
+def _fill(
+    stack: ExpertStack,
+    place: int,
+    shared_A: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    what: str,
+    seen: dict[str, Tensor],
+) -> None:
+    """Put one expert's A [r, D] and B [O, r] into its rows; beyond its rank they stay 0."""
+    rank = stack.ranks[place]
+    if shared_A is None:
+        assert stack.lora_A is not None
+        _copy(stack.lora_A[place, :rank], A, f"{what}.lora_A")
+    else:
+        if not torch.equal(seen.setdefault(what.rpartition(": ")[2], A), A):
+            raise ValueError(f"{what}.lora_A differs from another expert's, but share_A is true")
+        _copy(shared_A[0], A, f"{what}.lora_A")
+    stack.lora_B[place].zero_()
+    _copy(stack.lora_B[place, :rank], B.T, f"{what}.lora_B")
+
+
+def _load_shifts(model: "DyLoRA_MoE", file: Path) -> None:
+    targets = bias_shifts(model)
+    if not targets:
+        return
+    tensors = read_tensors(file)
+    _check_same_keys(file, set(tensors), set(targets))
+    for name, target in targets.items():
+        _copy(target, tensors[name], f"{file}: {name}")
+        if not target.isfinite().all():
+            raise ValueError(f"{file}: {name} holds values that are not finite")
+
+
+def _load_routers(model: "DyLoRA_MoE", file: Path) -> None:
     tensors = read_tensors(file)
     routers = {f"router.{name}": p for name, p in model.router_parameters()}
     maturity = {f"maturity.{name}": v for name, v in model.maturity._asdict().items()}

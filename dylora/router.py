@@ -8,6 +8,8 @@ A leading `...` stands for the token dimensions, [B, S] in every family we know.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,17 +28,30 @@ class RouterOutput(NamedTuple):
 
 
 class RoutingState(nn.Module):
-    """What the sites of one model share: the experts' maturity and the wishes for one pass.
+    """What the sites of one model share: the experts' maturity, which of them take part, and the
+    wishes for one pass.
 
     A pre-hook on the base (`begin_pass`) fixes the wishes when a pass begins, and they stand until
-    the next one begins, because gradient checkpointing runs the sites again in backward.
+    the next one begins. Gradient checkpointing runs the sites again in backward, maybe after
+    another pass: `checkpoint_contexts` then gives them the wishes of their own.
     """
 
     maturity_E: Tensor
+    active_E: Tensor
+    fixed_weights_E: Tensor
 
-    def __init__(self, num_experts: int, device: torch.device | None = None):
+    def __init__(
+        self,
+        num_experts: int,
+        fixed_weights: list[float] | None = None,
+        device: torch.device | None = None,
+    ):
         super().__init__()
+        fixed = fixed_weights or [1 / num_experts] * num_experts
         self.register_buffer("maturity_E", torch.zeros(num_experts, device=device))
+        self.register_buffer("active_E", torch.ones(num_experts, dtype=torch.bool, device=device))
+        self.register_buffer("fixed_weights_E", torch.tensor(fixed, device=device))
+        self.active_count = num_experts  # how many take part, known without asking the device
         self.enabled = True  # False: the frozen base alone
         self.requested: Tensor | None = None  # routing weights for the next pass only
         self.held: Tensor | None = None  # routing weights for every pass until taken back
@@ -54,6 +69,47 @@ class RoutingState(nn.Module):
         self.requested = None
         mask = kwargs.get("attention_mask")
         self.token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    @property
+    def num_experts(self) -> int:
+        """All experts that ever were: the width of every gate."""
+        return self.maturity_E.shape[0]
+
+    def set_active(self, active: list[bool]) -> None:
+        """Which experts take part; the others have probability 0."""
+        self.active_E = torch.tensor(active, device=self.active_E.device)
+        self.active_count = sum(active)
+
+    def resize(self, maturity: list[float], fixed_weights: list[float]) -> None:
+        """Room for another number of experts, all of them taking part."""
+        device = self.maturity_E.device
+        self.maturity_E = torch.tensor(maturity, dtype=self.maturity_E.dtype, device=device)
+        self.fixed_weights_E = torch.tensor(fixed_weights, device=device).to(self.maturity_E)
+        self.set_active([True] * len(maturity))
+
+    def fixed_gates(self) -> Tensor:
+        """The weights [E] of router_type fixed; what inactive experts had goes to the others."""
+        weights_E = self.fixed_weights_E
+        if self.active_count == self.num_experts:
+            return weights_E
+        kept_E = weights_E * self.active_E
+        even_E = self.active_E.to(weights_E) / self.active_count
+        kept_E = torch.where(kept_E.sum() > 0, kept_E, even_E)
+        return kept_E * (weights_E.sum() / kept_E.sum())
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], ...]:
+        """`context_fn` of torch.utils.checkpoint: a recomputed layer sees what it saw at first."""
+        now = (self.override, self.token_mask, self.first_site)
+        return nullcontext(), self._restored(now)
+
+    @contextmanager
+    def _restored(self, wishes: tuple[Any, ...]) -> Iterator[None]:
+        latest = (self.override, self.token_mask, self.first_site)
+        self.override, self.token_mask, self.first_site = wishes
+        try:
+            yield
+        finally:
+            self.override, self.token_mask, self.first_site = latest
 
 
 class DynamicHybridRouter(nn.Module):
@@ -77,8 +133,22 @@ class DynamicHybridRouter(nn.Module):
     def forward(self, x: Tensor, state: RoutingState) -> RouterOutput:
         """x [B, S, D] -> gates, probabilities and logits [B, S, E]."""
         logits = self.score(x)
+        if self.training and self.config.router_noise:
+            logits = logits + self.config.router_noise * torch.randn_like(logits)
+        if state.active_count < state.num_experts:
+            logits = logits.masked_fill(~state.active_E, -math.inf)
         probabilities = (logits / self.config.router_temperature).softmax(-1)
         return RouterOutput(self.gate(probabilities, state), probabilities, logits)
+
+    def resize(self, experts: int) -> None:
+        """Rows for another number of experts, with fresh values where there were none."""
+        old, kept = self.outer, min(experts, self.outer.out_features)
+        self.outer = nn.Linear(old.in_features, experts, device=old.weight.device).to(old.weight)
+        nn.init.normal_(self.outer.weight, std=0.5 / math.sqrt(old.in_features))
+        nn.init.zeros_(self.outer.bias)
+        with torch.no_grad():
+            self.outer.weight[:kept] = old.weight[:kept]
+            self.outer.bias[:kept] = old.bias[:kept]
 
     def score(self, x: Tensor) -> Tensor:
         """Logits [..., E] of hidden states [..., D]."""
@@ -143,13 +213,15 @@ def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
 
 
 def drop_experts(probabilities: Tensor, rate: float) -> Tensor:
-    """Drop whole experts per sequence and renormalise; a sequence keeps its best expert at least.
+    """Drop each expert of a sequence with probability `rate` and renormalise.
 
-    probabilities [B, S, E] -> [B, S, E].
+    An expert stays where its random number is at least `rate`; a sequence that would lose all
+    keeps the one with the largest. So an expert is kept with probability 1 - rate + rateᴱ/E,
+    whatever the tokens are. probabilities [B, S, E] -> [B, S, E].
     """
-    keep_B1E = torch.rand_like(probabilities[:, :1]) >= rate
-    best_B1E = top_k_mask(probabilities.detach().mean(1, keepdim=True), 1)
-    kept = probabilities * (keep_B1E | (best_B1E & ~keep_B1E.any(-1, keepdim=True)))
+    takes_part_B1E = probabilities.detach()[:, :1] > 0
+    draw_B1E = torch.rand_like(probabilities[:, :1]) * takes_part_B1E
+    kept = probabilities * ((draw_B1E >= rate) | top_k_mask(draw_B1E, 1))
     return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
 
 
@@ -169,6 +241,19 @@ def cap_tokens(gates: Tensor, top_k: int, factor: float, token_mask: Tensor | No
     capacity = torch.ceil(factor * top_k * tokens / gates.shape[-1])
     place_TE = ranked_TE.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
     return (gates_TE * (place_TE < capacity)).view_as(gates)
+
+
+def check_routing_weights(weights: Tensor, batch: int, length: int, sites: int, experts: int):
+    """Raises ValueError for weights of another shape than `expand_override` takes, or for values
+    that are negative or not finite."""
+    allowed = [[batch, experts], [batch, length, experts], [batch, length, sites, experts]]
+    if list(weights.shape) not in allowed:
+        raise ValueError(
+            f"routing_weights have shape {list(weights.shape)}, but must be [B, E], [B, S, E] "
+            f"or [B, S, sites, E]: one of {allowed}"
+        )
+    if not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise ValueError("routing_weights must be finite and not negative")
 
 
 def expand_override(weights: Tensor, site: int, batch: int, length: int) -> Tensor:

@@ -6,10 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dylora import MoELoraConfig
 from dylora.adapter import Site, StackedLoRA
 from dylora.router import RoutingState
 
 D, O, E, R = 6, 5, 3, 2  # noqa: E741 - the letters of the design
+
+
+def fresh(num_experts=E, width=D, rank=R, **settings):
+    """The adapter of a projection [5, width], as injection builds it, and its only stack."""
+    config = MoELoraConfig(
+        num_experts=max(num_experts, 2), top_k_experts=1, r=rank, lora_alpha=2 * rank, **settings
+    )
+    lora = StackedLoRA(Site("block", 0, RoutingState(num_experts)), "block.q", width, O, config)
+    ranks = (config.expert_ranks or [rank] * num_experts)[:num_experts]
+    projection = torch.nn.Linear(width, O)
+    stack = lora.create_stack(0, ranks, [2.0 * rank] * num_experts, projection)
+    lora.stacks.append(stack)
+    return lora, stack
 
 
 @pytest.fixture
@@ -17,11 +31,10 @@ def adapter():
     """Builds a float64 adapter, random in A and B, each expert with a scale of its own."""
 
     def build(num_experts=E, rank=R, **settings):
-        site = Site("block", 0, RoutingState(num_experts), num_experts, None)
-        settings = {"scaling": 2.0} | settings
-        lora = StackedLoRA(site, D, O, num_experts=num_experts, rank=rank, **settings).double()
-        torch.nn.init.normal_(lora.lora_B)
-        lora.scaling_E.copy_(torch.linspace(0.5, 2, num_experts))
+        lora, stack = fresh(num_experts, rank=rank, **settings)
+        lora.double()
+        torch.nn.init.normal_(stack.lora_B)
+        stack.scaling_E.copy_(torch.linspace(0.5, 2, num_experts))
         return lora
 
     return build
@@ -34,7 +47,8 @@ def inputs(tokens=4, experts=E, dtype=torch.float64):
 
 
 def oracle_of(lora, x, gates):
-    return oracles.mixture_update(x, lora.lora_A, lora.lora_B, gates, lora.scaling_E)
+    [stack] = lora.stacks
+    return oracles.mixture_update(x, stack.lora_A, stack.lora_B, gates, stack.scaling_E)
 
 
 @pytest.mark.parametrize(("experts", "rank"), [(1, 2), (3, 1), (3, 4)])
@@ -48,7 +62,12 @@ def test_fold_equals_the_loop_over_experts(adapter, experts, rank):
 def test_fold_has_the_gradient_of_the_loop(adapter, which):
     lora = adapter()
     x, gates = inputs()
-    leaf = {"lora_A": lora.lora_A, "lora_B": lora.lora_B, "gates": gates, "x": x}[which]
+    leaf = {
+        "lora_A": lora.stacks[0].lora_A,
+        "lora_B": lora.stacks[0].lora_B,
+        "gates": gates,
+        "x": x,
+    }[which]
     weight = torch.randn(len(x), O, dtype=torch.float64)
     [ours] = torch.autograd.grad((lora(x, gates) * weight).sum(), leaf)
     [expected] = torch.autograd.grad((oracle_of(lora, x, gates) * weight).sum(), leaf)
@@ -64,9 +83,7 @@ def test_tokens_may_have_any_leading_dimensions(adapter):
 
 
 def test_a_new_adapter_adds_exactly_zero():
-    lora = StackedLoRA(
-        Site("block", 0, RoutingState(E), E, None), D, O, num_experts=E, rank=R, scaling=2.0
-    )
+    lora, _ = fresh()
     x, gates = inputs(dtype=torch.float32)
     assert torch.equal(lora(x, gates), torch.zeros(4, O))
 
@@ -76,9 +93,9 @@ def test_expert_order_does_not_matter(adapter):
     x, gates = inputs()
     order = torch.tensor([2, 0, 1])
     with torch.no_grad():
-        other.lora_A.copy_(lora.lora_A[order])
-        other.lora_B.copy_(lora.lora_B[order])
-        other.scaling_E.copy_(lora.scaling_E[order])
+        other.stacks[0].lora_A.copy_(lora.stacks[0].lora_A[order])
+        other.stacks[0].lora_B.copy_(lora.stacks[0].lora_B[order])
+        other.stacks[0].scaling_E.copy_(lora.stacks[0].scaling_E[order])
     torch.testing.assert_close(other(x, gates[:, order]), lora(x, gates))
 
 
@@ -88,9 +105,9 @@ def test_a_one_hot_gate_gives_that_expert_alone(adapter, expert):
     x, _ = inputs()
     one_hot = F.one_hot(torch.tensor([expert] * len(x)), E).double()
     with torch.no_grad():
-        alone.lora_A.copy_(lora.lora_A[[expert]])
-        alone.lora_B.copy_(lora.lora_B[[expert]])
-        alone.scaling_E.copy_(lora.scaling_E[[expert]])
+        alone.stacks[0].lora_A.copy_(lora.stacks[0].lora_A[[expert]])
+        alone.stacks[0].lora_B.copy_(lora.stacks[0].lora_B[[expert]])
+        alone.stacks[0].scaling_E.copy_(lora.stacks[0].scaling_E[[expert]])
     ours = lora(x, one_hot)
     assert ours.abs().min() > 0
     torch.testing.assert_close(ours, alone(x, torch.ones(len(x), 1, dtype=torch.float64)))
@@ -100,9 +117,9 @@ def test_an_expert_without_gate_gets_no_gradient(adapter):
     lora = adapter()
     x, gates = inputs()
     lora(x, gates * torch.tensor([1.0, 0.0, 1.0])).square().sum().backward()
-    assert lora.lora_A.grad[0].abs().min() > 0
-    assert not lora.lora_A.grad[1].any()
-    assert not lora.lora_B.grad[1].any()
+    assert lora.stacks[0].lora_A.grad[0].abs().min() > 0
+    assert not lora.stacks[0].lora_A.grad[1].any()
+    assert not lora.stacks[0].lora_B.grad[1].any()
 
 
 def test_no_tensor_has_tokens_times_experts_times_outputs_elements(adapter):
@@ -124,34 +141,34 @@ def test_no_tensor_has_tokens_times_experts_times_outputs_elements(adapter):
 
 def test_experts_start_with_different_A(adapter):
     lora = adapter()
-    assert all((lora.lora_A[a] != lora.lora_A[b]).all() for a, b in [(0, 1), (0, 2), (1, 2)])
+    assert all(
+        (lora.stacks[0].lora_A[a] != lora.stacks[0].lora_A[b]).all()
+        for a, b in [(0, 1), (0, 2), (1, 2)]
+    )
 
 
 def test_A_starts_uniform_within_one_over_the_root_of_the_input_width():
-    site = Site("block", 0, RoutingState(E), E, None)
-    A = StackedLoRA(site, 100, O, num_experts=E, rank=20, scaling=1.0).lora_A
+    A = fresh(width=100, rank=20)[1].lora_A
     assert A.abs().max() <= 0.1
     torch.testing.assert_close(A.std(), torch.tensor(0.1 / 3**0.5), rtol=0.05, atol=0)
     assert A.mean().abs() < 0.005
 
 
 def test_gaussian_A_has_deviation_one_over_the_rank():
-    site = Site("block", 0, RoutingState(E), E, None)
-    A = StackedLoRA(site, 100, O, num_experts=E, rank=20, scaling=1.0, init="gaussian").lora_A
+    A = fresh(width=100, rank=20, init_lora_weights="gaussian")[1].lora_A
     torch.testing.assert_close(A.std(), torch.tensor(1 / 20), rtol=0.05, atol=0)
     assert A.abs().max() > 3 / 20
 
 
 def test_parameters_are_float32_and_the_update_has_the_precision_of_x():
-    site = Site("block", 0, RoutingState(E), E, None)
-    lora = StackedLoRA(site, D, O, num_experts=E, rank=R, scaling=1.0)
+    lora, stack = fresh()
     update = lora(torch.randn(4, D, dtype=torch.bfloat16), torch.rand(4, E))
-    assert (lora.lora_A.dtype, lora.lora_B.dtype) == (torch.float32, torch.float32)
+    assert (stack.lora_A.dtype, stack.lora_B.dtype) == (torch.float32, torch.float32)
     assert update.dtype == torch.bfloat16
 
 
 def test_dropout_acts_on_the_input_of_A(adapter):
-    lora = adapter(dropout=0.4).train()
+    lora = adapter(lora_dropout=0.4).train()
     x, gates = inputs()
     torch.manual_seed(5)
     dropped = lora(x, gates)
@@ -161,6 +178,6 @@ def test_dropout_acts_on_the_input_of_A(adapter):
 
 
 def test_dropout_is_off_in_evaluation(adapter):
-    lora = adapter(dropout=0.4).eval()
+    lora = adapter(lora_dropout=0.4).eval()
     x, gates = inputs()
     torch.testing.assert_close(lora(x, gates), oracle_of(lora, x, gates))

@@ -89,8 +89,8 @@ def fake_module(monkeypatch):
         ),
         (
             "log: {xyz: 1}",
-            "configs/x.yaml: unknown key log.xyz; valid are log.logging_steps, log.wandb, "
-            "log.wandb_project",
+            "configs/x.yaml: unknown key log.xyz; valid are log.logging_steps, "
+            "log.collapse_steps, log.wandb, log.wandb_project",
         ),
         (
             "data: {sources: [{name: mbpp}, {name: b, pth: c}]}",

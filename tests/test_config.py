@@ -32,10 +32,13 @@ REFUSED = {
     "r": [0, -1],
     "lora_alpha": [0, -1.0, math.nan],
     "lora_dropout": [-0.1, 1.0, math.nan],
-    "bias": ["all", "lora_only"],
-    "use_dora": [True],
-    "rank_pattern": [{"q_proj": 4}],
-    "alpha_pattern": [{"q_proj": 4}],
+    "bias": ["some"],
+    "rank_pattern": [{"q_proj": 0}],
+    "alpha_pattern": [{"q_proj": -4}],
+    "expert_ranks": [[4], [4, 4, 4, 0]],
+    "expert_alphas": [[4.0, 4.0], [4.0, 4.0, 4.0, -1.0]],
+    "router_noise": [-0.1, math.nan],
+    "router_switch_loss_coef": [-0.1],
     "init_lora_weights": [False, "pissa"],
     "num_experts": [1, 0, -2],
     "top_k_experts": [0, 5],
@@ -74,7 +77,7 @@ ALLOWED = {
     "r": [1],
     "lora_alpha": [0.5],
     "lora_dropout": [0.0, 0.99],
-    "init_lora_weights": [True, "gaussian"],
+    "init_lora_weights": [True, "gaussian", "orthogonal"],
     "num_experts": [2],
     "top_k_experts": [1, 4],
     "router_hidden_size": [1, None],
@@ -82,7 +85,10 @@ ALLOWED = {
     "router_scope": ["site", "shared"],
     "routing_mode": ["maturity", "dense", "sparse", "dense_train_sparse_eval"],
     "router_temperature": [0.01],
-    "load_balance_loss_type": ["aux_loss", "switch", "none"],
+    "load_balance_loss_type": ["aux_loss", "switch", "aux_loss+switch", "none"],
+    "bias": ["none", "lora_only", "all"],
+    "expert_ranks": [[1, 2, 3, 4]],
+    "expert_alphas": [[1.0, 2.0, 0.5, 4.0]],
     "router_aux_loss_coef": [0.0],
     "expert_capacity_factor": [0.1, None],
     "expert_dropout": [0.0, 0.99],
@@ -109,10 +115,18 @@ def test_a_misspelt_choice_names_the_nearest():
         MoELoraConfig(router_type="learned_with_maturty")
 
 
-@pytest.mark.parametrize("name", ["use_dora", "rank_pattern", "alpha_pattern"])
-def test_what_is_not_supported_says_so(name):
-    with pytest.raises(ValueError, match="not supported yet"):
-        MoELoraConfig(**{name: {"q_proj": 1}})
+@pytest.mark.parametrize(
+    "settings", [{"expert_ranks": [4] * 4}, {"init_lora_weights": "orthogonal"}]
+)
+def test_experts_with_one_A_have_one_rank_and_no_orthogonal_pairs(settings):
+    with pytest.raises(ValueError, match="share_A"):
+        MoELoraConfig(share_A=True, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"r": 3}, {"r": 4, "expert_ranks": [2, 2, 3, 2]}])
+def test_orthogonal_pairs_need_even_ranks(settings):
+    with pytest.raises(ValueError, match="even"):
+        MoELoraConfig(init_lora_weights="orthogonal", **settings)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +208,6 @@ def test_every_routing_field_is_a_field():
 # Scale and files
 
 
-@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 2.0), (True, 8.0)])
-def test_scale_is_alpha_over_the_rank_or_its_root(use_rslora, scale):
-    assert MoELoraConfig(r=16, lora_alpha=32, use_rslora=use_rslora).scaling == scale
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -206,6 +215,7 @@ def test_scale_is_alpha_over_the_rank_or_its_root(use_rslora, scale):
         {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
         {"router_type": "fixed", "fixed_routing_weights": [0.1, 0.2, 0.3, 0.4]},
         {"maturity_schedule": (0.1, 0.9), "expert_capacity_factor": None},
+        {"expert_ranks": [1, 2, 3, 4], "rank_pattern": {"q_proj": 2}, "use_dora": True},
     ],
 )
 def test_a_config_comes_back_from_json(settings):

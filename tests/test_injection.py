@@ -224,7 +224,10 @@ def test_the_base_keeps_its_class_and_parameter_names(llama):
 def test_experts_are_as_wide_as_their_projection(mixture, llama):
     model = mixture(target_modules=["q_proj", "k_proj", "down_proj"])
     shapes = {
-        path.rpartition(".")[2]: (tuple(adapter.lora_A.shape), tuple(adapter.lora_B.shape))
+        path.rpartition(".")[2]: (
+            tuple(adapter.stacks[0].lora_A.shape),
+            tuple(adapter.stacks[0].lora_B.shape),
+        )
         for path, adapter in model.injection.adapters.items()
     }
     assert shapes == {
@@ -238,7 +241,7 @@ def test_experts_are_as_wide_as_their_projection(mixture, llama):
 def test_scale_is_alpha_over_the_rank_or_its_root(mixture, use_rslora, scale):
     model = mixture(r=9, lora_alpha=4, use_rslora=use_rslora)
     for adapter in model.injection.adapters.values():
-        torch.testing.assert_close(adapter.scaling_E, torch.full((3,), scale))
+        torch.testing.assert_close(adapter.stacks[0].scaling_E, torch.full((3,), scale))
 
 
 def test_shared_scope_has_one_router_at_the_first_site(mixture):
@@ -298,8 +301,10 @@ def test_without_routing_the_model_is_the_base_with_merged_weights(llama, ids):
     model, merged = plain(llama()), llama()
     with torch.no_grad():
         for path, adapter in model.injection.adapters.items():
-            nn.init.normal_(adapter.lora_B, std=0.2)
-            merged.get_submodule(path).weight += 2.0 * adapter.lora_B[0].T @ adapter.lora_A[0]
+            nn.init.normal_(adapter.stacks[0].lora_B, std=0.2)
+            merged.get_submodule(path).weight += (
+                2.0 * adapter.stacks[0].lora_B[0].T @ adapter.stacks[0].lora_A[0]
+            )
     torch.testing.assert_close(model(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
     assert (model(ids).logits - llama()(ids).logits).abs().max() > 0.1
 
@@ -377,7 +382,7 @@ def test_a_copy_of_an_injected_base_reads_its_own_sites(mixture, ids):
         other = copy.deepcopy(model.base)
         for module in other.modules():
             if isinstance(module, StackedLoRA):
-                module.lora_B.zero_()
+                module.stacks[0].lora_B.zero_()
         other(ids.flip(0))
     assert torch.equal(model(ids).logits, before)
     with model.disable_adapters():

@@ -11,6 +11,7 @@ from dylora.losses import (
     assignment_fractions,
     balance_loss,
     count_targets,
+    fractions_of,
     routing_statistics,
     token_losses,
     z_loss,
@@ -37,14 +38,14 @@ def ragged_mask():
     return torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
 
 
-def statistics_of(probabilities, logits=None, mask=None, gates=None, kind="aux_loss", top_k=K):
+def statistics_of(probabilities, logits=None, mask=None, gates=None, top_k=K):
     logits = probabilities.log() if logits is None else logits
     gates = probabilities if gates is None else gates
-    return routing_statistics(gates, probabilities, logits, mask, top_k=top_k, balance=kind)
+    return routing_statistics(gates, probabilities, logits, mask, top_k=top_k)
 
 
-def balance_of(statistics):
-    fractions = assignment_fractions(statistics.assigned_NE)
+def balance_of(statistics, kind="aux_loss"):
+    fractions = getattr(fractions_of(statistics), kind)
     return balance_loss(statistics.probability_NE, fractions, statistics.tokens)
 
 
@@ -120,7 +121,7 @@ def test_balance_loss_equals_the_loop_over_tokens_and_sites(kind, mask):
         oracles.balance_loss(probabilities[:, :, site].reshape(-1, E), real, K, kind)
         for site in range(N)
     ]
-    ours = balance_of(statistics_of(probabilities, mask=mask, kind=kind))
+    ours = balance_of(statistics_of(probabilities, mask=mask), kind=kind)
     torch.testing.assert_close(ours, sum(per_site) / N)
 
 
@@ -128,7 +129,7 @@ def test_balance_loss_equals_the_loop_over_tokens_and_sites(kind, mask):
 def test_balance_loss_has_the_gradient_of_the_loop(kind):
     probabilities, _ = random_routing()
     probabilities.requires_grad_()
-    [ours] = torch.autograd.grad(balance_of(statistics_of(probabilities, kind=kind)), probabilities)
+    [ours] = torch.autograd.grad(balance_of(statistics_of(probabilities), kind=kind), probabilities)
     per_site = [
         oracles.balance_loss(probabilities[:, :, site].reshape(-1, E), [True] * B * S, K, kind)
         for site in range(N)
@@ -140,7 +141,7 @@ def test_balance_loss_has_the_gradient_of_the_loop(kind):
 @pytest.mark.parametrize("kind", ["aux_loss", "switch"])
 def test_balance_loss_is_one_when_the_probabilities_are_uniform(kind):
     uniform = torch.full((B, S, N, E), 1 / E)
-    assert balance_of(statistics_of(uniform, kind=kind)).item() == pytest.approx(1)
+    assert balance_of(statistics_of(uniform), kind=kind).item() == pytest.approx(1)
 
 
 def test_balance_loss_is_one_when_the_assignments_are_uniform():
@@ -157,7 +158,7 @@ def test_balance_loss_is_e_over_k_when_collapsed_onto_k_experts(top_k):
 
 
 def test_switch_loss_is_e_when_collapsed_onto_one_expert():
-    loss = balance_of(statistics_of(collapsed([[2]] * N), kind="switch"))
+    loss = balance_of(statistics_of(collapsed([[2]] * N)), kind="switch")
     assert loss.item() == pytest.approx(E)
 
 
@@ -167,8 +168,7 @@ def test_sites_collapsed_on_different_experts_read_as_collapsed():
     assert balance_of(statistics_of(probabilities, top_k=1)).item() == pytest.approx(E)
 
 
-@pytest.mark.parametrize("kind", ["aux_loss", "switch"])
-def test_extra_padding_does_not_change_any_statistic(kind):
+def test_extra_padding_does_not_change_any_statistic():
     probabilities, logits = random_routing()
     junk, junk_logits = (
         collapsed([[3]] * N)[:, :2],
@@ -178,9 +178,8 @@ def test_extra_padding_does_not_change_any_statistic(kind):
         torch.cat([junk, probabilities], 1),
         torch.cat([junk_logits, logits], 1),
         torch.cat([torch.zeros(B, 2), torch.ones(B, S)], 1),
-        kind=kind,
     )
-    for ours, expected in zip(padded, statistics_of(probabilities, logits, kind=kind), strict=True):
+    for ours, expected in zip(padded, statistics_of(probabilities, logits), strict=True):
         torch.testing.assert_close(ours, expected)
 
 
@@ -189,8 +188,8 @@ def test_extra_padding_does_not_change_any_statistic(kind):
 def test_balance_loss_adds_up_over_a_split_batch_with_the_whole_fractions(splits, kind):
     probabilities = torch.rand(8, S, N, E).softmax(-1).requires_grad_()
     summed = probabilities.sum((0, 1))
-    assigned = statistics_of(probabilities.detach(), kind=kind).assigned_NE
-    fractions, tokens = assignment_fractions(assigned), 8 * S
+    fractions = getattr(fractions_of(statistics_of(probabilities.detach())), kind)
+    tokens = 8 * S
     whole = balance_loss(summed, fractions, tokens)
     parts = [
         balance_loss(part.sum((0, 1)), fractions, tokens) for part in probabilities.chunk(splits)
@@ -214,8 +213,8 @@ def test_balance_loss_does_not_look_at_the_gates(kind):
     """Gates after top-k would teach the chosen experts only."""
     probabilities, logits = random_routing()
     gates = probabilities.roll(1, -1)
-    ours = balance_of(statistics_of(probabilities, logits, gates=gates, kind=kind))
-    assert torch.equal(ours, balance_of(statistics_of(probabilities, logits, kind=kind)))
+    ours = balance_of(statistics_of(probabilities, logits, gates=gates), kind=kind)
+    assert torch.equal(ours, balance_of(statistics_of(probabilities, logits), kind=kind))
 
 
 def test_fractions_are_shares_of_the_assignments_of_each_site():
@@ -285,5 +284,5 @@ def test_assignments_count_the_top_k_of_each_token():
     assigned = statistics_of(probabilities, logits, ragged_mask()).assigned_NE
     assert assigned.sum(-1).tolist() == [9 * K] * N
     best = probabilities[ragged_mask().bool()].argmax(-1)
-    switch = statistics_of(probabilities, logits, ragged_mask(), kind="switch").assigned_NE
+    switch = statistics_of(probabilities, logits, ragged_mask()).first_NE
     assert torch.equal(switch, F.one_hot(best, E).sum(0).double())

@@ -45,7 +45,9 @@ def test_evidence_is_the_accumulated_gate_mass():
 
 def test_averages_move_in_proportion_to_the_mass():
     config = MoELoraConfig(num_experts=2)
-    state = ExpertMaturity(*torch.tensor([[0.0] * 2, [0.0] * 2, [4.0] * 2, [4.0] * 2]).double())
+    state = ExpertMaturity(
+        *torch.tensor([[0.0] * 2, [0.0] * 2, [4.0] * 2, [4.0] * 2, [0.0] * 2]).double()
+    )
     mass = torch.tensor([5.0, 50.0], dtype=torch.float64)
     settings = {"progress": 0.1, "tokens_per_expert": TOKENS, "config": config}
     after = observe(state, mass, mass * 2, **settings)
@@ -91,9 +93,16 @@ def test_manual_moves_only_when_it_is_set():
     assert torch.equal(run("manual", [2.0] * 20, state=start)[-1].maturity, start.maturity)
 
 
-def test_plateau_waits_for_evidence():
-    states = run("plateau", [2.0] * 3, mass=(60.0, 60.0, 0.0))
-    assert [state.maturity[0].item() > 0 for state in states] == [False, True, True]
+@pytest.mark.parametrize("mode", ["plateau", "hybrid"])
+def test_a_loss_has_settled_only_once_the_slow_average_had_time_to_differ(mode):
+    states = run(mode, [2.0] * 4, mass=(60.0, 60.0, 0.0))
+    assert [state.maturity[0].item() > 0 for state in states] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("mode", ["plateau", "hybrid"])
+def test_a_run_of_two_steps_matures_nobody_at_the_first(mode):
+    first, _ = run(mode, [2.0, 2.0], mass=(500.0, 500.0, 0.0))
+    assert not first.maturity.any()
 
 
 def test_plateau_is_low_while_the_loss_falls_and_high_when_it_has_settled():

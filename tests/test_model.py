@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from dylora import DyLoRA_MoE
-from dylora.losses import assignment_fractions
+from dylora.losses import fractions_of
 from dylora.model import LossScale
 from dylora.router import DynamicHybridRouter
 
@@ -86,7 +86,11 @@ def loop_logits(model, base, ids):
     sites = []
     for site in model.injection.sites:
         adapters = model.injection.adapters.items()
-        experts = {p: (a.lora_A, a.lora_B) for p, a in adapters if p.startswith(site.name + ".")}
+        experts = {
+            p: (a.stacks[0].lora_A, a.stacks[0].lora_B)
+            for p, a in adapters
+            if p.startswith(site.name + ".")
+        }
         router = site.router.outer
         sites.append(oracles.OracleSite(site.name, router.weight, router.bias, experts))
     return oracles.logits_with_experts(
@@ -133,8 +137,12 @@ def test_one_hot_routing_equals_that_expert_alone(mixture, ids, expert):
     alone = mixture(use_moe_routing=False, num_experts=1)
     with torch.no_grad():
         for path, adapter in alone.injection.adapters.items():
-            adapter.lora_A.copy_(model.injection.adapters[path].lora_A[[expert]])
-            adapter.lora_B.copy_(model.injection.adapters[path].lora_B[[expert]])
+            adapter.stacks[0].lora_A.copy_(
+                model.injection.adapters[path].stacks[0].lora_A[[expert]]
+            )
+            adapter.stacks[0].lora_B.copy_(
+                model.injection.adapters[path].stacks[0].lora_B[[expert]]
+            )
     torch.testing.assert_close(ours, alone(ids).logits, **CLOSE)
 
 
@@ -176,7 +184,7 @@ def test_routing_weights_of_a_site_act_at_that_site(mixture, ids):
     with torch.no_grad():
         for path, adapter in model.injection.adapters.items():
             if ".0." in path:
-                adapter.lora_B.zero_()
+                adapter.stacks[0].lora_B.zero_()
     assert torch.equal(model(ids, routing_weights=weights[:, :, 1]).logits, ours)
 
 
@@ -514,7 +522,7 @@ def test_a_split_batch_has_the_loss_and_gradient_of_the_whole(gpt2, mixture, row
     scale = LossScale(
         targets=(labels[:, 1:] != -100).sum(),
         tokens=statistics.tokens,
-        fractions_NE=assignment_fractions(statistics.assigned_NE),
+        fractions=fractions_of(statistics),
     )
     total = 0.0
     for part in torch.arange(8).split(rows):

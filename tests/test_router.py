@@ -150,11 +150,24 @@ def test_expert_dropout_keeps_at_least_one_expert():
     assert (kept.sum(-1) == 1).float().mean() > 0.5  # so the rule has been at work
 
 
-def test_expert_dropout_of_all_but_the_best_keeps_the_best_of_the_sequence():
-    p = torch.tensor([[[0.5, 0.2, 0.3], [0.1, 0.2, 0.7], [0.2, 0.2, 0.6]]])
-    torch.manual_seed(0)
-    kept = drop_experts(p, 0.999999)
-    assert (kept[0] > 0).tolist() == [[False, False, True]] * 3
+def test_expert_dropout_keeps_an_expert_at_the_rate_it_says():
+    p = torch.full((20_000, 2, 3), 1 / 3)
+    share = (drop_experts(p, 0.7)[:, 0] > 0).float().mean(0)
+    expected = torch.full((3,), 1 - 0.7 + 0.7**3 / 3)
+    torch.testing.assert_close(share, expected, rtol=0, atol=0.015)
+
+
+def test_expert_dropout_does_not_look_at_the_tokens():
+    p = random_probabilities(5 * 40).view(40, 5, E)
+    torch.manual_seed(3)
+    one = drop_experts(p, 0.9) > 0
+    torch.manual_seed(3)
+    assert torch.equal(drop_experts(p.roll(1, -1), 0.9) > 0, one)
+
+
+def test_expert_dropout_never_keeps_an_expert_that_takes_no_part_alone():
+    p = torch.tensor([0.0, 0.5, 0.5]).expand(500, 2, 3)
+    torch.testing.assert_close(drop_experts(p, 0.95).sum(-1), torch.ones(500, 2))
 
 
 def test_expert_dropout_renormalises():

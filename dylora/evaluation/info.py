@@ -17,14 +17,17 @@ def print_info(checkpoint: str) -> None:
     revision = description["base_revision"] or "any revision"
     print(f"base        {description['base_model_name_or_path']} ({revision})")
     print(
-        f"routing     {moe['router_type']}, top {moe['top_k_experts']} of {moe['num_experts']}, "
+        f"routing     {moe['router_type']}, top {moe['top_k_experts']} of "
+        f"{len(description['experts'])}, "
         f"{len(description['sites'])} sites, {len(description['projections'])} projections"
     )
     for expert in description["experts"]:
         size = folder_bytes(folder / "peft_adapters" / expert["name"])
         print(
             f"{expert['name']:11} {expert['state']}, rank {expert['rank']}, "
-            f"alpha {expert['alpha']}, maturity {expert['maturity']:.3f}, {size / 1e6:.2f} MB"
+            f"alpha {expert['alpha']:g}, maturity {expert['maturity']:.3f}, "
+            f"trained {expert['steps']} steps, {size / 1e6:.2f} MB"
+            + (f", skill {expert['skill']}" if expert["skill"] else "")
         )
     if "step" in training:
         print(

@@ -15,7 +15,7 @@ from typing import Any
 
 from dylora.storage.peft_format import read_json
 
-FORMAT_VERSION = 1  # of a mixture's config.json
+FORMAT_VERSION = 2  # of a mixture's config.json
 MANIFEST = "manifest.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _CHUNK = 1 << 20

@@ -3,13 +3,7 @@
 from pathlib import Path
 
 from dylora.storage.checkpoint import read_description, write_folder
-from dylora.storage.peft_format import (
-    PeftAdapter,
-    fold_scale,
-    read_adapter,
-    scaling_of,
-    write_adapter,
-)
+from dylora.storage.peft_format import PeftAdapter, portable_form, read_adapter, write_adapter
 
 ADAPTERS = "peft_adapters"
 
@@ -24,25 +18,25 @@ def export_checkpoint(
         out: gets one folder `expert_<i>` each.
         expert: an index, or all.
         portable: fold the scale into B and set lora_alpha = r, so that readers that ignore
-            rslora agree too; exact up to float32 rounding.
+            rslora or patterns agree too; exact up to float32 rounding.
 
-    Returns the folders. Raises ValueError for an expert that is not there.
+    Returns the folders. Raises ValueError for an expert that is not there, retired, or without a
+    portable form; nothing is written then.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    experts = [entry["name"] for entry in read_description(checkpoint)["experts"]]
+    table = read_description(checkpoint)["experts"]
+    experts = [entry["name"] for entry in table if entry["state"] != "retired"]
     if expert != "all":
         name = f"expert_{expert}"
         if name not in experts:
             raise ValueError(f"{checkpoint} has no {name}, only {', '.join(experts)}")
         experts = [name]
-    written = []
-    for name in experts:
-        adapter = read_adapter(checkpoint / ADAPTERS / name)
-        if portable:
-            adapter = fold_scale(adapter, scaling_of(adapter.config))
+    adapters = [read_adapter(checkpoint / ADAPTERS / name) for name in experts]
+    if portable:
+        adapters = [portable_form(adapter) for adapter in adapters]
+    for name, adapter in zip(experts, adapters, strict=True):
         write_folder(out / name, _writer(adapter))
-        written.append(out / name)
-    return written
+    return [out / name for name in experts]
 
 
 def _writer(adapter: PeftAdapter):

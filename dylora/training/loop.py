@@ -14,11 +14,17 @@ from torch import Tensor
 
 from dylora import losses, maturity
 from dylora.config import RunConfig
-from dylora.losses import RoutingStatistics
+from dylora.losses import Fractions, RoutingStatistics
 from dylora.model import LossScale
 from dylora.storage.checkpoint import checkpoints
 from dylora.training.data import collate
-from dylora.training.monitor import expert_metrics, memory_gb, routing_metrics, summarize
+from dylora.training.monitor import (
+    CollapseWatch,
+    expert_metrics,
+    memory_gb,
+    routing_metrics,
+    summarize,
+)
 from dylora.training.optim import FOLLOWS_VALIDATION, named_parameters
 from dylora.training.resume import resume, save
 from dylora.training.setup import Run, prepare, record_settings
@@ -31,6 +37,7 @@ class StepResult(NamedTuple):
     loss: float
     lm_loss: float
     aux_loss: float
+    switch_loss: float
     z_loss: float
     grad_norm: float
     targets: int
@@ -58,7 +65,7 @@ def train(config: RunConfig, resume_from_checkpoint: str | None = None) -> Run:
 
     with closing(log):
         log.start(progress.step, run.steps)
-        window = Window()
+        window, watch = Window(), CollapseWatch(config.log.collapse_steps)
         while progress.step < run.steps:
             started = time.perf_counter()
             result = train_step(run)
@@ -67,6 +74,7 @@ def train(config: RunConfig, resume_from_checkpoint: str | None = None) -> Run:
             seconds = time.perf_counter() - started
             window.add(result, seconds)
             log.advance(result.loss, result.tokens / seconds)
+            warn_of_collapse(run, result, watch)
 
             last = progress.step == run.steps
             if _due(progress.step, config.log.logging_steps) or last:
@@ -94,10 +102,11 @@ def announce(run: Run) -> None:
     for report in run.data.reports:
         run.log.say(report.describe())
     trainable, frozen = run.model.count_parameters()
-    sites, experts = len(run.model.site_names), run.config.moe.expert_count
+    sites, table = len(run.model.site_names), run.model.experts.table
+    ranks = sorted({row.rank for row in table})
     device = run.model.injection.state.maturity_E.device
     run.log.say(
-        f"{experts} experts of rank {run.config.moe.r} at {sites} sites: "
+        f"{len(table)} experts of rank {', '.join(map(str, ranks))} at {sites} sites: "
         f"{trainable:,} trainable parameters beside {frozen:,} frozen ones; "
         f"{run.steps - run.progress.step} steps on {device}"
     )
@@ -118,14 +127,14 @@ def train_step(run: Run) -> StepResult:
     tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum()
     scale = LossScale(targets, tokens, _fractions(run, device))
 
-    sums = torch.zeros(4, device=device)  # loss, lm, aux, z: they add up under one scale
-    mass_E = torch.zeros(config.moe.expert_count, device=device)
+    sums = torch.zeros(5, device=device)  # the losses: they add up under one scale
+    mass_E = torch.zeros(len(model.experts), device=device)
     loss_mass_E = torch.zeros_like(mass_E)
     statistics: RoutingStatistics | None = None
     for batch in batches:
         output = model(**batch, label_smoothing=config.train.label_smoothing, scale=scale)
         run.scaler.scale(output.loss).backward()
-        sums += torch.stack([output.loss, output.lm_loss, output.aux_loss, output.z_loss]).detach()
+        sums += torch.stack(output[:5]).detach()
         mass, loss_mass = expert_mass(output.routing.gates, output.token_losses, batch["labels"])
         mass_E, loss_mass_E = mass_E + mass, loss_mass_E + loss_mass
         if (found := output.routing.statistics) is not None:
@@ -133,10 +142,10 @@ def train_step(run: Run) -> StepResult:
             statistics = found if statistics is None else statistics.plus(found)
 
     run.scaler.unscale_(run.optimizer)
-    parameters = list(named_parameters(model).values())
+    parameters = [p for p in named_parameters(model).values() if p.requires_grad]
     limit = config.train.max_grad_norm or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
-    loss, lm_loss, aux_loss, z_loss = sums.tolist()
+    loss, lm_loss, aux_loss, switch_loss, z_loss = sums.tolist()
     step = run.progress.step + 1
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
         raise ValueError(
@@ -157,17 +166,17 @@ def train_step(run: Run) -> StepResult:
             mass_E,
             loss_mass_E,
             progress=step / run.steps,
-            tokens_per_expert=run.tokens_per_expert,
+            tokens_per_expert=run.target_tokens / model.injection.state.active_count,
             config=config.moe,
         )
     )
+    model.experts.count_step(step, step / run.steps)
     if statistics is not None:
-        fractions_NE = losses.assignment_fractions(statistics.assigned_NE)
-        run.progress.fractions = fractions_NE.tolist()
+        found = losses.fractions_of(statistics)
+        run.progress.fractions = {name: f.tolist() for name, f in found._asdict().items()}
     load_E = (mass_E / mass_E.sum().clamp_min(1e-12)).cpu()
-    return StepResult(
-        loss, lm_loss, aux_loss, z_loss, grad_norm, int(targets), int(tokens), statistics, load_E
-    )
+    parts = (loss, lm_loss, aux_loss, switch_loss, z_loss, grad_norm)
+    return StepResult(*parts, int(targets), int(tokens), statistics, load_E)
 
 
 def next_batches(run: Run) -> list[dict[str, Tensor]]:
@@ -189,6 +198,16 @@ def expert_mass(gates: Tensor, token_losses: Tensor, labels: Tensor) -> tuple[Te
     gates_BSE = gates.detach().mean(2) * is_target[..., None]
     mass_E = gates_BSE.sum((0, 1))
     return mass_E, torch.einsum("bse,bs->e", gates_BSE, token_losses.to(gates_BSE))
+
+
+def warn_of_collapse(run: Run, result: StepResult, watch: CollapseWatch) -> None:
+    """Say so when the routing of a site stays collapsed."""
+    if result.statistics is None or not run.config.moe.use_moe_routing:
+        return
+    usage_NE = summarize(result.statistics).usage_NE
+    active = [row.takes_part for row in run.model.experts.table]
+    for line in watch.observe(usage_NE, active, run.model.site_names):
+        run.log.say(line)
 
 
 def evaluate(run: Run) -> dict[str, SetScore]:
@@ -231,7 +250,7 @@ class Window:
         count = len(self.results)
         metrics = {
             f"train/{name}": sum(getattr(result, name) for result in self.results) / count
-            for name in ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm")
+            for name in ("loss", "lm_loss", "aux_loss", "switch_loss", "z_loss", "grad_norm")
         }
         metrics["train/lr"] = float(run.scheduler.get_last_lr()[0])
         metrics["train/tokens_per_s"] = sum(r.tokens for r in self.results) / self.seconds
@@ -252,12 +271,21 @@ def _is_out_of_patience(run: Run) -> bool:
     return patience is not None and run.progress.evaluations_without_gain >= patience
 
 
-def _fractions(run: Run, device: torch.device) -> Tensor | None:
-    """The previous step's fractions; uniform ones, which exert no pressure, before the first."""
-    if run.progress.fractions is not None:
-        return torch.tensor(run.progress.fractions, device=device)
-    experts = run.config.moe.expert_count
-    return torch.full((len(run.model.site_names), experts), 1 / experts, device=device)
+def _fractions(run: Run, device: torch.device) -> Fractions:
+    """The previous step's fractions; uniform ones, which exert no pressure, before the first.
+
+    An expert that is new since that step has none yet; one that is gone keeps none.
+    """
+    active_E = run.model.injection.state.active_E.to(device)
+    even_NE = (active_E / active_E.sum()).expand(len(run.model.site_names), -1)
+    if run.progress.fractions is None:
+        return Fractions(even_NE, even_NE)
+    return Fractions(
+        **{
+            name: losses.carried_fractions(torch.tensor(rows, device=device), active_E)
+            for name, rows in run.progress.fractions.items()
+        }
+    )
 
 
 def _last_good(run: Run) -> str:

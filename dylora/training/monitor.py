@@ -19,6 +19,7 @@ from dylora.losses import RoutingStatistics
 from dylora.model import DyLoRA_MoE
 
 DEAD_BELOW = 0.01  # an expert with less of a site's gate mass counts as dead
+COLLAPSED_ABOVE = 0.8  # a site whose leading expert has more than this counts as collapsed
 
 
 class RoutingSummary(NamedTuple):
@@ -68,18 +69,55 @@ def expert_metrics(model: DyLoRA_MoE, load_E: Tensor) -> dict[str, float]:
 
     load_E: share of the gate mass, averaged over sites.
     """
-    squares_E: Tensor | None = None
-    for _, parameter in model.expert_parameters():
-        if parameter.grad is not None:
-            square_E = parameter.grad.float().square().sum((1, 2)).cpu()
-            squares_E = square_E if squares_E is None else squares_E + square_E
+    squares_E = torch.zeros(len(model.experts))
+    for adapter in model.injection.adapters.values():
+        for stack in adapter.stacks:
+            for parameter in stack.parameters():
+                if parameter.grad is not None:
+                    square_E = parameter.grad.float().square().flatten(1).sum(1).cpu()
+                    squares_E[list(stack.experts)] += square_E
     metrics = {}
-    for expert in range(model.config.expert_count):
+    for expert, row in enumerate(model.experts.table):
+        if row.state == "retired":
+            continue
         metrics[f"expert/{expert}/maturity"] = float(model.maturity.maturity[expert])
         metrics[f"expert/{expert}/load"] = float(load_E[expert])
-        if squares_E is not None:
-            metrics[f"expert/{expert}/grad_norm"] = float(squares_E[expert].sqrt())
+        metrics[f"expert/{expert}/grad_norm"] = float(squares_E[expert].sqrt())
     return metrics
+
+
+class CollapseWatch:
+    """Says once a site when its routing has been collapsed for many steps in a row.
+
+    Collapsed means: the largest share of the gate mass lies above COLLAPSED_ABOVE, or an expert
+    that takes part gets less than DEAD_BELOW.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._count: dict[str, int] = {}
+        self._told: set[str] = set()
+
+    def observe(self, usage_NE: Tensor, active: list[bool], site_names: list[str]) -> list[str]:
+        """One step's usage -> a line for every site that has just been collapsed long enough."""
+        if sum(active) < 2:
+            return []
+        lines = []
+        for name, usage_E in zip(site_names, usage_NE[:, torch.tensor(active)], strict=True):
+            largest, dead = float(usage_E.max()), int((usage_E < DEAD_BELOW).sum())
+            collapsed = largest > COLLAPSED_ABOVE or dead > 0
+            self._count[name] = self._count.get(name, 0) + 1 if collapsed else 0
+            if self._count[name] >= self.steps and name not in self._told:
+                self._told.add(name)
+                what = f"one expert has {largest:.0%} of the gate mass"
+                if largest <= COLLAPSED_ABOVE:
+                    what = f"{dead} of {len(usage_E)} experts have under {DEAD_BELOW:.0%} of it"
+                lines.append(
+                    f"warning: routing at {name} has been collapsed for {self.steps} steps "
+                    f"({what}). Try a larger moe.router_aux_loss_coef or moe.router_temperature, "
+                    "or a smaller train.router_learning_rate"
+                )
+        return lines
 
 
 class RunLog:

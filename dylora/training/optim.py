@@ -13,25 +13,63 @@ from dylora.model import DyLoRA_MoE
 FOLLOWS_VALIDATION = ("reduce_lr_on_plateau", "greedy")  # stepped with each validation loss
 
 
-def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> torch.optim.AdamW:
-    """Two groups: the stacks A and B, which decay, and the routers, which do not.
+DECAYS = ("lora_A", "lora_B", "shared_A")
 
-    Marks these parameters trainable; everything else stays frozen.
+
+def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> torch.optim.AdamW:
+    """Groups: the matrices A and B, which decay; magnitudes and biases, which do not; routers.
+
+    Frozen experts are in it too (without a gradient nothing touches them): they keep their moments.
     """
-    experts = [parameter for _, parameter in model.expert_parameters()]
-    routers = [parameter for _, parameter in model.router_parameters()]
-    groups: list[dict[str, Any]] = [
-        {"params": experts, "lr": config.learning_rate, "weight_decay": config.weight_decay}
-    ]
-    if routers:
-        rate = config.router_learning_rate or config.learning_rate
-        groups.append({"params": routers, "lr": rate, "weight_decay": 0.0})
-    return torch.optim.AdamW(
-        groups,
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
-        fused=experts[0].is_cuda or None,
+        fused=model.injection.state.maturity_E.is_cuda or None,
     )
+    model.experts.follow(optimizer)
+    return optimizer
+
+
+def parameter_groups(model: DyLoRA_MoE, config: TrainConfig) -> list[dict[str, Any]]:
+    """The groups of `build_optimizer`; those without parameters are left out."""
+    experts = expert_parameters(model)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for name, p in experts.items() if name.endswith(DECAYS)],
+            "lr": config.learning_rate,
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "params": [p for name, p in experts.items() if not name.endswith(DECAYS)],
+            "lr": config.learning_rate,
+            "weight_decay": 0.0,
+        },
+        {
+            "params": [parameter for _, parameter in model.router_parameters()],
+            "lr": config.router_learning_rate or config.learning_rate,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def regroup(optimizer: torch.optim.Optimizer, model: DyLoRA_MoE, config: TrainConfig) -> None:
+    """Let an optimizer hold the parameters of a model whose experts have changed, without moments.
+
+    For a run that resumes after a growth; a live one takes the optimizer along (`follow`).
+    """
+    groups = zip(optimizer.param_groups, parameter_groups(model, config), strict=True)
+    for group, wanted in groups:
+        group["params"] = wanted["params"]
+    optimizer.state.clear()
+    model.experts.follow(optimizer)
+
+
+def expert_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:
+    """The experts' parameters that are ever trained, by name: with freeze_A all but the A's."""
+    fixed = ("lora_A", "shared_A") if model.config.freeze_A else ()
+    return {name: p for name, p in model.expert_parameters() if not name.endswith(fixed)}
 
 
 def build_scheduler(
@@ -57,16 +95,18 @@ def build_scheduler(
 
 
 def named_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:
-    """All trainable parameters by name, in the optimizer's order."""
-    return dict([*model.expert_parameters(), *model.router_parameters()])
+    """All parameters of the optimizer by name."""
+    return expert_parameters(model) | dict(model.router_parameters())
 
 
 def state_by_name(optimizer: torch.optim.Optimizer, model: DyLoRA_MoE) -> dict[str, Any]:
-    """Moments keyed by parameter name: by position, two experts of one shape could be swapped."""
+    """Moments keyed by parameter name: by position, two experts of one shape could be swapped.
+
+    A parameter that has not been trained yet has an empty entry.
+    """
     return {
-        name: dict(optimizer.state[parameter])
+        name: dict(optimizer.state.get(parameter, {}))
         for name, parameter in named_parameters(model).items()
-        if parameter in optimizer.state
     }
 
 
@@ -83,4 +123,5 @@ def load_state_by_name(
             # AdamW keeps `step` on the CPU unless it is fused.
             keep = key == "step" and not parameter.is_cuda
             moved[key] = value.clone() if keep else value.to(parameter.device, copy=True)
-        optimizer.state[parameter] = moved
+        if moved:
+            optimizer.state[parameter] = moved

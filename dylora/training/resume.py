@@ -11,7 +11,7 @@ import torch
 
 from dylora.model_files import load_model, write_model
 from dylora.storage.checkpoint import latest_checkpoint, prune, read_description, write_folder
-from dylora.training.optim import load_state_by_name, state_by_name
+from dylora.training.optim import load_state_by_name, regroup, state_by_name
 from dylora.training.setup import Run
 
 
@@ -53,7 +53,8 @@ def resume(run: Run, source: str) -> None:
     folder = latest_checkpoint(run.folder, run.log.say) if source == "latest" else Path(source)
     description = read_description(folder)
     _check_same_settings(run, folder, description)
-    load_model(run.model, folder)
+    load_model(run.model, folder, description["experts"])
+    regroup(run.optimizer, run.model, run.config.train)
     load_state_by_name(run.optimizer, run.model, _load(folder / "optimizer.pt"))
     schedule = _load(folder / "scheduler.pt")
     run.scheduler.load_state_dict(schedule["scheduler"])

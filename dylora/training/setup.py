@@ -35,9 +35,9 @@ class Progress:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     skipped_steps: int = 0  # float16 only: steps the loss scaler left out
-    # f of the balance loss, [N, E]: the previous step's assignment fractions over its whole
+    # f of the balance losses, [N, E] each: the previous step's assignment fractions over its whole
     # accumulated batch, so that the loss does not depend on how the batch is split.
-    fractions: list[list[float]] | None = None
+    fractions: dict[str, list[list[float]]] | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +54,7 @@ class Run(NamedTuple):
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
     steps: int  # optimizer steps of the whole run
-    tokens_per_expert: float  # target tokens that the whole run gives an expert on average
+    target_tokens: float  # that the whole run will train on, about
     log: RunLog
     progress: Progress
 
@@ -92,7 +92,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     )
     model.training_record = {"data": data.stamp, "seed": config.train.seed}
     if config.train.gradient_checkpointing:
-        enable_checkpointing(model)
+        model.enable_checkpointing()
 
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps
     steps = config.train.max_steps or max(1, round(config.train.epochs * len(sampler) / per_step))
@@ -113,7 +113,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         scheduler=build_scheduler(optimizer, config.train, steps),
         scaler=torch.amp.GradScaler(device.type, enabled=config.model.dtype == "float16"),
         steps=steps,
-        tokens_per_expert=targets_per_step * steps / config.moe.expert_count,
+        target_tokens=targets_per_step * steps,
         log=RunLog(folder, config.log, config.name, dataclasses.asdict(config)),
         progress=Progress(),
     )
@@ -135,17 +135,6 @@ def record_settings(run: Run) -> None:
     text = dump_run_config(run.config)
     (run.folder / "config.yaml").write_text(text, encoding="utf-8")
     (run.folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
-
-
-def enable_checkpointing(model: DyLoRA_MoE) -> None:
-    """Recompute activations in backward; never reentrant: that would lose the routers' gradient."""
-    # transformers 5.23 renamed the method; 5.17 has the old name only.
-    base: Any = model.base
-    enable = getattr(base, "activation_checkpointing_enable", None)
-    if enable is None:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        enable({"use_reentrant": False})
 
 
 def seed_everything(seed: int) -> None:

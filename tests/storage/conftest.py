@@ -70,7 +70,7 @@ def mixture_on() -> Callable[..., DyLoRA_MoE]:
         with torch.no_grad():
             for _, parameter in [*model.expert_parameters(), *model.router_parameters()]:
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=draw))
-        state = torch.rand(4, model.config.expert_count, generator=draw, dtype=torch.float64)
+        state = torch.rand(5, model.config.expert_count, generator=draw, dtype=torch.float64)
         model.set_maturity(ExpertMaturity(*state))
         return model
 

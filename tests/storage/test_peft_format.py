@@ -15,7 +15,7 @@ from dylora.storage.peft_format import (
     WEIGHTS_FILE,
     PeftAdapter,
     adapter_config,
-    fold_scale,
+    portable_form,
     read_adapter,
     scaling_of,
     write_adapter,
@@ -200,7 +200,7 @@ def test_an_adapter_that_peft_saved_is_read(family, stock):
 
 def test_the_portable_form_is_the_same_update_at_scale_one(adapter):
     config = adapter.config | {"use_rslora": True}
-    folded = fold_scale(PeftAdapter(config, adapter.weights), scaling_of(config))
+    folded = portable_form(PeftAdapter(config, adapter.weights))
     assert scaling_of(folded.config) == 1
     for path, (A, B) in adapter.weights.items():
         expected = 5 / 3**0.5 * (B.double() @ A.double())
@@ -259,9 +259,11 @@ BROKEN_CONFIGS = {
     "no r": {"r": ...},
     "no lora_alpha": {"lora_alpha": ...},
     "no target_modules": {"target_modules": ...},
-    "DoRA": {"use_dora": True},
-    "ranks by module": {"rank_pattern": {"q_proj": 8}},
-    "alphas by module": {"alpha_pattern": {"q_proj": 8}},
+    "a rank that is no number": {"rank_pattern": {"q_proj": "8"}},
+    "an alpha that is not finite": {"alpha_pattern": {"q_proj": float("inf")}},
+    "patterns that are no map": {"alpha_pattern": [1]},
+    "a regular expression": {"alpha_pattern": {r"(a+)+\.q_proj": 8}},
+    "a bias nobody knows": {"bias": "some"},
     "modules to save": {"modules_to_save": ["lm_head"]},
 }
 
@@ -296,6 +298,15 @@ def test_a_lora_that_is_more_than_its_tensors_is_refused(kind, folder):
     with pytest.raises(ValueError) as error:
         read_adapter(folder)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"rank_pattern": {"q_proj": 8}}])
+def test_tensors_that_do_not_fit_the_configuration_are_refused(change, folder):
+    file = folder / CONFIG_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError) as error:
+        read_adapter(folder)
+    assert str(folder / WEIGHTS_FILE) in str(error.value)
 
 
 @pytest.mark.parametrize("value", [None, "5", float("nan"), float("inf"), [5]])

@@ -186,8 +186,8 @@ def test_a_plain_lora_has_the_gradients_of_peft(family, use_rslora, tiny_base, m
     for path, adapter in ours.injection.adapters.items():
         layer = theirs.base_model.model.get_submodule(path)
         for grad, expected in (
-            (adapter.lora_A.grad[0], layer.lora_A["default"].weight.grad),
-            (adapter.lora_B.grad[0].T, layer.lora_B["default"].weight.grad),
+            (adapter.stacks[0].lora_A.grad[0], layer.lora_A["default"].weight.grad),
+            (adapter.stacks[0].lora_B.grad[0].T, layer.lora_B["default"].weight.grad),
         ):
             assert expected.abs().max() > 1e-3, path
             torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)

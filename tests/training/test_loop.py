@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(make_config):
         train_step(run)
     for name, parameter in named_parameters(run.model).items():
         assert torch.equal(parameter, before[name]), name
-    assert state_by_name(run.optimizer, run.model) == {}
+    assert not any(state_by_name(run.optimizer, run.model).values())
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(make_config):

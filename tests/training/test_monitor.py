@@ -13,7 +13,7 @@ from dylora.training.monitor import RunLog, routing_metrics, summarize
 def statistics(gate_NE: list[list[float]], tokens: float) -> RoutingStatistics:
     gate = torch.tensor(gate_NE)
     zeros = torch.zeros(len(gate_NE))
-    return RoutingStatistics(gate, zeros, gate, gate, zeros, zeros, torch.tensor(tokens))
+    return RoutingStatistics(gate, zeros, gate, gate, gate, zeros, zeros, torch.tensor(tokens))
 
 
 def test_an_expert_with_less_than_a_hundredth_of_a_site_is_dead_there():
