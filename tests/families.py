@@ -148,6 +148,15 @@ FAMILIES = {
         [SPLIT, ["q_proj", "k_proj", "o_proj"]],
         "full layers have no v_proj; sliding",
     ),
+    "llama4": Family(
+        "Llama 4",
+        "Llama4TextConfig",
+        GROUPED
+        | {"head_dim": 8, "intermediate_size_mlp": 40, "attention_chunk_size": WINDOW}
+        | {"num_local_experts": 4, "interleave_moe_layer_step": 2},
+        [SPLIT] * 2,
+        "attends within chunks; its own experts stay as they are",
+    ),
     "mistral": Family(
         "Mistral",
         "MistralConfig",
@@ -172,6 +181,14 @@ FAMILIES = {
     ),
     "qwen3": Family(
         "Qwen3", "Qwen3Config", GROUPED | {"head_dim": 12}, [SPLIT] * 2, "normed queries and keys"
+    ),
+    "qwen3_moe": Family(
+        "Qwen3-MoE",
+        "Qwen3MoeConfig",
+        GROUPED
+        | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        [SPLIT] * 2,
+        "its own experts stay as they are",
     ),
     "phi": Family("Phi", "PhiConfig", MODERN, [["q_proj", "k_proj", "v_proj", "dense"]] * 2),
     "phi3": Family(
@@ -200,6 +217,13 @@ FAMILIES = {
     ),
     "gpt_neox": Family("GPT-NeoX", "GPTNeoXConfig", MODERN, [FUSED] * 2, "fused qkv"),
     "gptj": Family("GPT-J", "GPTJConfig", GPT2 | {"rotary_dim": 4}, [SPLIT_OUT] * 2),
+    "codegen": Family(
+        "CodeGen",
+        "CodeGenConfig",
+        GPT2 | {"rotary_dim": 4},
+        [["qkv_proj", "out_proj"]] * 2,
+        "fused qkv",
+    ),
     "falcon": Family("Falcon", "FalconConfig", FALCON, [FUSED] * 2, "fused qkv, one key head"),
     "falcon_new": Family(
         "Falcon, new architecture",
@@ -214,6 +238,15 @@ FAMILIES = {
         FALCON | {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True},
         [FUSED] * 2,
         "fused qkv, ALiBi",
+    ),
+    "falcon_h1": Family(
+        "Falcon-H1",
+        "FalconH1Config",
+        GROUPED
+        | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+        | {"mamba_n_groups": 1},
+        [SPLIT] * 2,
+        "beside Mamba, which stays as it is",
     ),
     "bloom": Family(
         "BLOOM",
@@ -245,6 +278,13 @@ FAMILIES = {
         "every layer slides",
     ),
     "olmo2": Family("OLMo 2", "Olmo2Config", GROUPED, [SPLIT] * 2, "norms after attention"),
+    "olmo3": Family(
+        "OLMo 3",
+        "Olmo3Config",
+        GROUPED | {"sliding_window": WINDOW},
+        [SPLIT] * 2,
+        "every layer slides",
+    ),
     "granite": Family("Granite", "GraniteConfig", GROUPED, [SPLIT] * 2, "scaled residuals"),
     "cohere": Family(
         "Cohere",
@@ -252,6 +292,22 @@ FAMILIES = {
         GROUPED | {"logit_scale": 1.0},
         [SPLIT] * 2,
         "attention beside the MLP",
+    ),
+    "cohere2": Family(
+        "Cohere 2",
+        "Cohere2Config",
+        GROUPED | {"logit_scale": 1.0, "sliding_window": WINDOW},
+        [SPLIT] * 2,
+        "every layer slides",
+    ),
+    "glm4": Family("GLM-4", "Glm4Config", GROUPED | {"head_dim": 8}, [SPLIT] * 2),
+    "stablelm": Family("StableLM", "StableLmConfig", GROUPED, [SPLIT] * 2),
+    "lfm2": Family(
+        "LFM2",
+        "Lfm2Config",
+        GROUPED | {"layer_types": ["conv", "full_attention"]},
+        [SPLIT_OUT],
+        "between convolutions, which stay as they are",
     ),
     "smollm3": Family(
         "SmolLM3",
@@ -365,8 +421,10 @@ OTHERS = {
     "cross-attention (GPT-2 with `add_cross_attention`, Mllama)": "left as it is: a pass over text "
     "alone does not run it",
     "towers for images and sound": "left as they are; only the language model is adapted",
-    "models without attention (Mamba, RWKV)": "refused with the names that `target_modules` "
-    "could take",
+    "attention blocks twice as wide as the hidden state (Zamba)": "not supported: the router is as "
+    "wide as the hidden state, so the first pass raises an error",
+    "models without attention (Mamba, RWKV), or not under that name (RecurrentGemma)": "refused "
+    "with the names that `target_modules` could take",
 }
 
 

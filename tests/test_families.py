@@ -64,7 +64,7 @@ def with_merged_weights(base, model, expert):
     merged = copy.deepcopy(base)
     for path, (A, B) in model.expert_weights(expert).items():
         projection = merged.get_submodule(path)
-        update = model.config.scaling * B @ A  # [O, D]
+        update = model.config.lora_alpha / model.config.r * B @ A  # [O, D]
         if isinstance(projection, Conv1D):
             update = update.T
         projection.weight.data += update
@@ -221,7 +221,7 @@ def is_tied(base):
     [
         (name, window)
         for name, family in FAMILIES.items()
-        for window in ("sliding_window", "window_size")
+        for window in ("sliding_window", "window_size", "attention_chunk_size")
         if window in family.sizes
     ],
 )
@@ -262,6 +262,15 @@ def test_a_model_without_attention_is_refused_with_the_names_it_has(random_base)
     base = random_base("MambaConfig", vocab_size=40, hidden_size=32, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"set target_modules to some of dt_proj, in_proj"):
         DyLoRA_MoE.from_base(base, MoELoraConfig())
+
+
+def test_an_attention_block_wider_than_the_hidden_state_raises(random_base, ids):
+    sizes = {"layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 8, "mamba_ngroups": 1}
+    heads = {"mamba_headdim": 8, "n_mamba_heads": 8, "num_mem_blocks": 1}
+    base = random_base("Zamba2Config", **(FAMILIES["phi"].sizes | sizes | heads))
+    model = DyLoRA_MoE.from_base(base, MoELoraConfig(r=2))
+    with pytest.raises(RuntimeError, match="24x64 and 32x"):
+        model(ids)
 
 
 # The table
