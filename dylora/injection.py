@@ -22,7 +22,11 @@ ATTENTION_PROJECTIONS = {
     *("query_key_value", "dense"),  # gpt_neox, bloom, falcon; phi's output
     *("c_attn", "c_proj"),  # gpt2
     *("qkv_proj", "Wqkv"),  # phi3, mpt
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"),  # deepseek; kv_b_proj cannot be routed
+    *("in_proj_qkvz", "in_proj_ba"),  # qwen3_next's linear attention
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),  # qwen3_5's
 }
+CROSS_ATTENTION = ("cross_attn", "crossattention", "encoder_attn")
 ROUTER_NAME, ADAPTER_NAME, STATE_NAME = "dylora_router", "dylora_adapter", "dylora_state"
 BIAS_NAME = "dylora_bias"
 
@@ -142,12 +146,20 @@ def new_router(
 def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
     """Paths of the projections to adapt, in the model's order.
 
-    Without target_modules: projections with a known name inside a module called attention.
-    Raises ValueError for a target that matches nothing, naming the nearest candidate.
+    Without target_modules: projections with a known name inside a module called attention, where a
+    pass over text alone runs it: not in a vision tower, not in cross-attention.
+    Raises ValueError for a target that matches nothing, naming the nearest candidate, and for one
+    whose updates could not be right.
     """
     candidates = [path for path, module in base.named_modules() if is_projection(module)]
     if config.target_modules is None:
-        chosen = [path for path in candidates if _is_attention_projection(path)]
+        decoder = base.get_decoder()
+        within = next(path for path, module in base.named_modules() if module is decoder)
+        chosen = [
+            path
+            for path in candidates
+            if _is_attention_projection(path) and path.startswith(within + "." if within else "")
+        ]
     else:
         for target in config.target_modules:
             if not any(ends_with(path, target) for path in candidates):
@@ -172,6 +184,16 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
         raise ValueError(
             f"found no projection to adapt in {type(base).__name__}; "
             f"set target_modules to some of {', '.join(names)}"
+        )
+    if any(path.endswith(".kv_b_proj") for path in chosen):
+        raise ValueError(
+            "kv_b_proj expands the cached latents of all past tokens at every step, and their "
+            "gates are gone by then: leave it out of target_modules"
+        )
+    if getattr(base.config, "slow_but_exact", False) and base.config.pretraining_tp > 1:
+        raise ValueError(
+            "with slow_but_exact BLOOM reads weights past its projections, so their updates would "
+            "be lost: load the base with slow_but_exact=False"
         )
     return chosen
 
@@ -233,7 +255,9 @@ def is_learned(config: MoELoraConfig) -> bool:
 
 def _is_attention_projection(path: str) -> bool:
     parents, _, name = path.rpartition(".")
-    return name in ATTENTION_PROJECTIONS and ("attn" in parents or "attention" in parents)
+    crosses = any(word in parents for word in CROSS_ATTENTION)
+    attends = "attn" in parents or "attention" in parents
+    return name in ATTENTION_PROJECTIONS and attends and not crosses
 
 
 def _layer_of(path: str) -> int | None:

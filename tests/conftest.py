@@ -1,12 +1,16 @@
 """Tiny random bases and mixtures on them, built in milliseconds and the same at every run."""
 
 import copy
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from families import COMMON, FAMILIES
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,32 +18,7 @@ from dylora import DyLoRA_MoE, MoELoraConfig
 
 torch.set_num_threads(1)  # the models are too small to share
 
-VOCABULARY = 40
-# Wide initial weights: an expert, a router or a changed token moves logits far beyond tolerances.
-LLAMA = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2 = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 32,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+VOCABULARY = COMMON["vocab_size"]
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +43,13 @@ def random_base() -> Callable[..., PreTrainedModel]:
 @pytest.fixture(scope="session")
 def llama(random_base) -> Callable[..., PreTrainedModel]:
     """A Llama of two layers with grouped-query attention: four query heads, two key heads."""
-    return lambda **changes: random_base("LlamaConfig", **(LLAMA | changes))
+    return lambda **changes: random_base("LlamaConfig", **(FAMILIES["llama"].sizes | changes))
 
 
 @pytest.fixture(scope="session")
 def gpt2(random_base) -> Callable[..., PreTrainedModel]:
     """A GPT-2 of two layers, whose projections are Conv1D."""
-    return lambda **changes: random_base("GPT2Config", **(GPT2 | changes))
+    return lambda **changes: random_base("GPT2Config", **(FAMILIES["gpt2"].sizes | changes))
 
 
 @pytest.fixture(scope="session")
@@ -116,3 +95,21 @@ def mixture(llama) -> Callable[..., DyLoRA_MoE]:
 def ids() -> Tensor:
     """Input ids [2, 7] without padding, BOS or EOS."""
     return torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="session")
+def in_peft() -> Callable[..., PeftModel]:
+    """An adapter folder loaded by peft on a copy of `base`; any warning of peft's is an error."""
+
+    def load(base: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # peft 0.21 reads an attribute that transformers 5.23 deprecates.
+            warnings.filterwarnings(
+                "ignore",
+                message="`is_gradient_checkpointing` is deprecated",
+                category=FutureWarning,
+            )
+            return PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name=name).eval()
+
+    return load

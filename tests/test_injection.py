@@ -4,73 +4,12 @@ import copy
 
 import pytest
 import torch
+from families import SPLIT
 from torch import nn
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.adapter import StackedLoRA
 from dylora.injection import find_targets, shortest_targets
-
-COMMON = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-WIDE = {"initializer_range": 0.2}
-MODERN = (
-    COMMON
-    | WIDE
-    | {
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 32,
-    }
-)
-GROUPED = MODERN | {"num_key_value_heads": 2}
-SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj"]
-FAMILIES = {
-    "LlamaConfig": (GROUPED, SPLIT),
-    "GemmaConfig": (GROUPED | {"head_dim": 16, "num_key_value_heads": 1}, SPLIT),
-    "Gemma2Config": (GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 16}, SPLIT),
-    "MistralConfig": (GROUPED, SPLIT),
-    "Qwen2Config": (GROUPED, SPLIT),
-    "Qwen3Config": (GROUPED | {"head_dim": 12}, SPLIT),
-    "PhiConfig": (MODERN, ["q_proj", "k_proj", "v_proj", "dense"]),
-    "Phi3Config": (GROUPED, ["qkv_proj", "o_proj"]),
-    "Starcoder2Config": (GROUPED, SPLIT),
-    "Olmo2Config": (GROUPED, SPLIT),
-    "GraniteConfig": (GROUPED, SPLIT),
-    "CohereConfig": (GROUPED, SPLIT),
-    "GPTNeoXConfig": (MODERN, ["query_key_value", "dense"]),
-    "FalconConfig": (
-        COMMON
-        | WIDE
-        | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"ffn_hidden_size": 40},
-        ["query_key_value", "dense"],
-    ),
-    "BloomConfig": (
-        COMMON | WIDE | {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-        ["query_key_value", "dense"],
-    ),
-    "OPTConfig": (
-        COMMON
-        | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 40}
-        | {"max_position_embeddings": 32, "word_embed_proj_dim": 32, "init_std": 0.2},
-        ["q_proj", "k_proj", "v_proj", "out_proj"],
-    ),
-    "GPT2Config": (
-        COMMON | WIDE | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
-        ["c_attn", "c_proj"],
-    ),
-    "GPTJConfig": (
-        COMMON
-        | WIDE
-        | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4},
-        ["q_proj", "k_proj", "v_proj", "out_proj"],
-    ),
-    "MptConfig": (
-        COMMON | WIDE | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 32},
-        ["Wqkv", "out_proj"],
-    ),
-}
 
 
 def targets_of(base, **settings):
@@ -84,31 +23,6 @@ def hooks_of(base):
         for path, module in base.named_modules()
         if module._forward_pre_hooks or module._forward_hooks
     }
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_adapted_from_identity_to_unload(family, random_base, ids):
-    sizes, expected = FAMILIES[family]
-    base = random_base(family, **sizes)
-    before, names = base(ids).logits, list(base.state_dict())
-
-    model = DyLoRA_MoE.from_base(base, MoELoraConfig(r=2, num_experts=2)).eval()
-    found = [path.rpartition(".")[2] for path in model.injection.adapters]
-    assert sorted(found) == sorted(expected * 2)
-    assert len(model.site_names) == 2
-    assert torch.equal(model(ids).logits, before)
-
-    for _, parameter in model.expert_parameters():
-        nn.init.normal_(parameter, std=0.3)
-    first, second = (
-        model(ids, routing_weights=torch.eye(2)[[expert] * 2]).logits for expert in (0, 1)
-    )
-    assert (first - before).abs().max() > 1e-3
-    assert (first - second).abs().max() > 1e-3
-
-    after = model.unload()
-    assert list(after.state_dict()) == names
-    assert torch.equal(after(ids).logits, before)
 
 
 # Selection
