@@ -49,12 +49,13 @@ class Site:
         x = args[0] if args else kwargs["hidden_states"]
         if state.override is not None:
             gates = expand_override(state.override, self.index, x.shape[0], x.shape[1])
+            gates = gates[:, -x.shape[1] :]  # Gemma 4's last layers see the last tokens only
             gates = gates.to(x.device, torch.promote_types(x.dtype, torch.float32))
             self.output = RouterOutput(gates, gates, None)
         elif self.router is not None:
             self.output = self.router(x, state)
         elif self.shares_first and state.first_site is not None:
-            self.output = state.first_site
+            self.output = state.first_site.last(x.shape[1])
         else:
             gates = state.fixed_gates().to(x.device).expand(*x.shape[:-1], -1)
             self.output = RouterOutput(gates, gates, None)
@@ -224,7 +225,8 @@ class StackedLoRA(nn.Module):
             return output
         routing = self.site.output
         assert routing is not None, f"{self.site.name} has not routed"
-        gates, x = routing.gates, args[0]
+        x = args[0]
+        gates = fitting_gates(routing.gates, x, self.path)
         if not self.config.use_dora:
             update = self(x, gates)
         else:
@@ -254,6 +256,21 @@ class BiasShift(nn.Module):
     def add_shift(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the module whose bias this moves."""
         return output + self.shift.to(output.dtype) if self.state[0].enabled else output
+
+
+def fitting_gates(gates: Tensor, x: Tensor, path: str) -> Tensor:
+    """The gates [B, S, E] of a site for an input [B, S, D] of its projection, or [B·S, D].
+
+    Raises ValueError where the tokens of the two differ: broadcasting would hide it.
+    """
+    if gates.shape[:-1] == x.shape[:-1]:
+        return gates
+    if gates.shape[:-1].numel() != x.shape[:-1].numel():
+        raise ValueError(
+            f"{path} got an input of shape {list(x.shape)}, but its site has routed "
+            f"{list(gates.shape[:-1])} tokens: leave it out of the targets"
+        )
+    return gates.reshape(*x.shape[:-1], -1)
 
 
 def magnitude_ratio(stack: ExpertStack, A_ERD: Tensor, weight: Tensor) -> Tensor:

@@ -395,11 +395,14 @@ class DyLoRA_MoE(nn.Module):
 
     def _collect_routing(self, attention_mask: Tensor | None) -> Routing:
         outputs = [site.output for site in self.injection.sites]
-        assert all(outputs), "every site has routed"
-        device = outputs[0].gates.device  # type: ignore[union-attr]
+        silent = [site.name for site in self.injection.sites if site.output is None]
+        if silent:
+            raise ValueError(f"{silent[0]} took no part in this pass: leave it out of the targets")
+        device = self.injection.state.maturity_E.device
 
         def stack(values: list[Tensor]) -> Tensor:
-            return torch.stack([value.to(device) for value in values], dim=2)
+            length = min(value.shape[1] for value in values)  # some layers run the last tokens only
+            return torch.stack([value[:, -length:].to(device) for value in values], dim=2)
 
         gates = stack([output.gates for output in outputs if output])
         probabilities = stack([output.probabilities for output in outputs if output])

@@ -26,6 +26,13 @@ class RouterOutput(NamedTuple):
     probabilities: Tensor  # [B, S, E] the softmax before top-k
     logits: Tensor | None  # [B, S, E] before temperature; None where nothing is learned
 
+    def last(self, length: int) -> "RouterOutput":
+        """The decisions for the last `length` tokens."""
+        if self.gates.shape[1] == length:
+            return self
+        logits = None if self.logits is None else self.logits[:, -length:]
+        return RouterOutput(self.gates[:, -length:], self.probabilities[:, -length:], logits)
+
 
 class RoutingState(nn.Module):
     """What the sites of one model share: the experts' maturity, which of them take part, and the

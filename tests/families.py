@@ -62,10 +62,6 @@ LINEAR_ATTENTION = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-LAST_POSITION_ALONE = (
-    "`generate` raises an error: the layers that use earlier keys run the last position of the "
-    "prompt alone, while the gates that the first site shares are those of the whole prompt"
-)
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SPLIT_OUT = ["q_proj", "k_proj", "v_proj", "out_proj"]
 FUSED = ["query_key_value", "dense"]
@@ -137,7 +133,6 @@ FAMILIES = {
         SHARED_KV | {"global_head_dim": 16},
         [SPLIT, SPLIT, ["q_proj", "o_proj"], ["q_proj", "o_proj"]],
         "later layers use earlier keys and values; sliding",
-        {"shared router": LAST_POSITION_ALONE},
     ),
     "gemma4_k_is_v": Family(
         "Gemma 4, keys as values",

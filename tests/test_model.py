@@ -859,3 +859,37 @@ def test_the_dense_path_compiles_without_a_graph_break(mixture, ids):
     compiled = torch.compile(model.base, fullgraph=True, backend="eager")
     ours = compiled(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(ours, model(ids).logits, **CLOSE)
+
+
+def test_gates_of_other_tokens_than_a_projection_sees_are_an_error_and_not_broadcast(mixture, ids):
+    model = mixture()
+    adapter = model.injection.adapters["model.layers.0.self_attn.q_proj"]
+    model(ids)
+    with pytest.raises(ValueError, match=r"q_proj got an input of shape \[1, 7, 32\]"):
+        adapter.add_update(None, (torch.randn(1, 7, 32),), torch.zeros(1, 7, 32))
+
+
+def test_a_projection_may_see_its_tokens_in_one_row(mixture, ids):
+    model = mixture()
+    adapter = model.injection.adapters["model.layers.0.self_attn.q_proj"]
+    model(ids)
+    x, output = torch.randn(2, 7, 32), torch.zeros(2, 7, 32)
+    flat = adapter.add_update(None, (x.flatten(0, 1),), output.flatten(0, 1))
+    torch.testing.assert_close(flat.view(2, 7, 32), adapter.add_update(None, (x,), output))
+
+
+def test_recomputed_layers_see_the_wishes_of_their_own_pass(mixture, ids):
+    """Two forward passes before one backward, with other weights in the second."""
+    expected = None
+    for checkpointed in (False, True):
+        model = mixture(router_scope="shared").train()
+        if checkpointed:
+            model.enable_checkpointing()
+        own = model(ids, labels=ids).loss
+        first = model(ids, labels=ids, routing_weights=torch.eye(3)[[0, 0]]).loss
+        model(ids, routing_weights=torch.eye(3)[[2, 2]])
+        (own + first).backward()
+        gradients = {name: p.grad for name, p in model.own_parameters()}
+        expected = expected or gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
