@@ -37,7 +37,9 @@ class Cost(NamedTuple):
 def measure_cost(model: DyLoRA_MoE, ids: Tensor) -> Cost:
     """One routed pass against a pass per expert whose logits are mixed, in alternating rounds.
 
-    The N passes get their weights for nothing; what it costs to find them is left out there.
+    The N passes get their weights for nothing, but each multiplies all experts with a one-hot
+    weight: with one expert's matrices alone it takes 7 % less on the embedded base, six experts of
+    rank 16.
     """
     weights_BSE = model.get_routing_weights(ids).mean(2)
     ways: list[Callable[[], Tensor]] = [
@@ -77,8 +79,9 @@ def n_passes(model: DyLoRA_MoE, ids: Tensor, weights: Tensor) -> Tensor:
 class LivePeak(TorchDispatchMode):
     """Counts the bytes of all tensor storages that operations create, and their peak.
 
-    For the CPU, whose allocator keeps no peak. Both ways are counted by the same rule; scratch that
-    a kernel allocates and frees inside is not seen (torch.cuda.max_memory_allocated sees it).
+    For the CPU, whose allocator keeps no peak: torch.profiler tells each operation's bytes, and the
+    process's own peak holds the base as well and never falls. Both ways are counted by one rule.
+    Scratch that a kernel allocates and frees inside is not seen; CUDA's own counter sees it.
     """
 
     def __init__(self) -> None:
@@ -89,10 +92,10 @@ class LivePeak(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        before = {_storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+        given = {_storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
         outcome = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(outcome):
-            if _is_tensor(leaf) and _storage_id(leaf) not in self.live.keys() | before:
+            if _is_tensor(leaf) and _storage_id(leaf) not in self.live.keys() | given:
                 self._add(leaf.untyped_storage())
         return outcome
 
@@ -130,6 +133,7 @@ def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int:
 
 
 def seconds(run: Callable[[], Tensor], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()

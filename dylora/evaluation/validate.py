@@ -279,6 +279,7 @@ def loop_logits(
 
 
 def check_folded(model: DyLoRA_MoE, ids: Tensor, first: Pass, tolerance: float) -> Check:
+    """The one-pass mixture against the formula, with the gates that it really chose."""
     gates = first.gates.unflatten(0, ids.shape)  # [B, S, N, E]
     worst = relative_difference(first.logits, loop_logits(model, ids, gates).flatten(0, 1))
     return Check("folded = loop", "one pass, a loop over experts, same gates", worst, tolerance)
@@ -321,6 +322,8 @@ def report_soft(model: DyLoRA_MoE, ids: Tensor) -> list[Check]:
 
 
 def check_decoding(model: DyLoRA_MoE, ids: Tensor, first: Pass, tolerance: float) -> Check:
+    """One token at a time with the KV cache, as generation runs, against the whole text at once."""
+
     def step_by_step(gates_T: Tensor | None) -> Pass:
         gates = None if gates_T is None else gates_T.unflatten(0, ids.shape)  # [B, S, N, E]
         cache = DynamicCache(config=model.base.config)
@@ -379,6 +382,8 @@ def check_padding(model: DyLoRA_MoE, ids: Tensor, tolerance: float) -> Check:
 
 
 def check_batches(model: DyLoRA_MoE, ids: Tensor, first: Pass, tolerance: float) -> Check:
+    """What a text gives does not depend on the texts beside it."""
+
     def row_by_row(gates_T: Tensor | None) -> Pass:
         gates = None if gates_T is None else gates_T.unflatten(0, ids.shape)
         rows = [
@@ -402,6 +407,7 @@ def check_disabled(model: DyLoRA_MoE, ids: Tensor, before: Tensor) -> Check:
 
 
 def check_loaded(model: DyLoRA_MoE, folder: Path) -> Check:
+    """What the loop above takes from memory is what the files hold."""
     worst = []
     for expert in range(model.config.expert_count):
         _, on_disk = read_adapter(folder / "peft_adapters" / f"expert_{expert}")

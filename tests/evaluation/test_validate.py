@@ -18,10 +18,12 @@ from dylora.evaluation.validate import (
     Check,
     Pass,
     compare_routed,
+    largest,
     largest_gap,
     loop_logits,
     relative_difference,
 )
+from dylora.router import DynamicHybridRouter
 
 JUDGED = {
     "folded = loop",
@@ -195,6 +197,16 @@ def route_by_the_place_in_the_row(model):
     change_gates(model, change)
 
 
+def average_in_the_routers(model):
+    def average(router, args, output):
+        gates = output.gates.mean(1, keepdim=True).expand_as(output.gates)
+        return output._replace(gates=gates, probabilities=gates)
+
+    for module in model.base.modules():
+        if isinstance(module, DynamicHybridRouter):
+            module.register_forward_hook(average)
+
+
 def leak_while_disabled(model):
     path = next(iter(model.injection.adapters))
     projection = model.base.get_submodule(path)
@@ -233,6 +245,7 @@ def spoil_the_base(model):
         (leave_no_expert_out, {"one-hot = single expert"}),
         (route_as_the_first_row, {"one pass = N passes", "batch = its rows"}),
         (route_by_the_mean_of_the_sequence, {"causality", "decode = prefill"}),
+        (average_in_the_routers, {"causality", "decode = prefill", "left padding = right padding"}),
         (route_by_the_latest_token, {"causality"}),
         (route_by_the_place_in_the_row, {"left padding = right padding", "decode = prefill"}),
         (leak_while_disabled, {"disabled = base"}),
@@ -345,6 +358,7 @@ def test_a_nan_is_the_largest_gap_and_equal_infinities_are_none():
     assert math.isnan(largest_gap(one, nan))
     assert largest_gap(infinity, infinity) == 0
     assert largest_gap(infinity, one) == math.inf
+    assert math.isnan(largest([0.0, math.nan, 1.0]))
     assert Check("", "", math.nan, 0.0).ok is False
 
 
