@@ -26,12 +26,14 @@ from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import read_description, verify
 from dylora.storage.peft_format import read_adapter
 
-# Differences of logits are relative to the largest logit. Two orders of the same sums differ by
-# about a unit of rounding (1.2e-7, 7.8e-3, 9.8e-4) per layer, and layers add up like a random walk:
-# the six layers of the embedded base give 1.1e-6, 1.0e-2 and 1.7e-3 in the worst of 10^6 logits.
-# Sixty layers would give 3.2 times that, for which there is room. A fault that moves logits by less
-# than this is seen in float32 alone. An exact claim has the tolerance 0 whatever the precision.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 6e-3}
+# Differences of logits are relative to the largest logit, and two orders of the same sums always
+# differ. How much depends on the precision (a unit of rounding is 1.2e-7, 7.8e-3 or 9.8e-4) and on
+# how the base amplifies it, so that is measured (`rounding_of`), and a tolerance is so many times
+# as much. On 20 bases of 19 families sound checkpoints differed by 0.6 to 4.5 of it in float32,
+# where long sums are rounded as they grow, and by 0.4 to 1.7 in half precision, where sums are kept
+# in float32. One number per precision would be too strict for some bases or blind for others.
+# An exact claim has the tolerance 0 in any precision.
+ROOM = {"float32": 16.0, "bfloat16": 3.0, "float16": 3.0}
 # Where two experts tie, rounding may choose the other one, and the gates jump. That is no fault if
 # it is rare, if the probabilities agree, and if the logits agree once both ways have equal gates.
 TIED_SHARE = 0.05  # of all decisions, at most
@@ -72,9 +74,9 @@ class Report(NamedTuple):
     """All that `validate_checkpoint` found."""
 
     checks: list[Check]
-    tolerance: float  # of relative differences in this precision
+    tolerance: float | None  # of relative differences, for this base in this precision
     effect: float | None  # how far the adapters move the logits, relative to the largest
-    cost: Cost | None  # both are None where numbers were not finite, so nothing could be compared
+    cost: Cost | None  # all are None where numbers were not finite, so nothing could be compared
 
     @property
     def passed(self) -> bool:
@@ -110,8 +112,8 @@ def validate_checkpoint(
     (damaged files are found before anything is loaded), a base that does not load or fit.
     """
     folder = Path(checkpoint)
-    if dtype not in TOLERANCES:
-        raise ValueError(f"--dtype is {dtype!r}, but must be one of {', '.join(TOLERANCES)}")
+    if dtype not in ROOM:
+        raise ValueError(f"--dtype is {dtype!r}, but must be one of {', '.join(ROOM)}")
     if tokens < MIN_TOKENS:
         raise ValueError(f"--tokens is {tokens}, but must be at least {MIN_TOKENS}")
     if out is not None and (not Path(out).parent.is_dir() or Path(out).is_dir()):
@@ -138,7 +140,7 @@ def validate_checkpoint(
         f"{folder} on {name}: {dtype}, {ids.device.type}, {experts} experts, {sites} sites; "
         f"{texts}, {tokens} tokens each"
     )
-    report = validate_model(model, ids, before, folder, TOLERANCES[dtype])
+    report = validate_model(model, ids, before, folder, ROOM[dtype])
     print(format_report(report))
     if out is not None:
         about = {
@@ -155,17 +157,19 @@ def validate_checkpoint(
 
 @torch.no_grad()
 def validate_model(
-    model: DyLoRA_MoE, ids: Tensor, before: Tensor, folder: Path, tolerance: float
+    model: DyLoRA_MoE, ids: Tensor, before: Tensor, folder: Path, room: float
 ) -> Report:
     """All checks of a loaded mixture, which is unloaded at the end.
 
-    ids [B, S]; before [B, S, V]: logits of the base before the adapters were added.
+    ids [B, S]; before [B, S, V]: logits of the base before the adapters were added; room: how many
+    times what rounding does is tolerated.
     """
     loaded = check_loaded(model, folder)
     first = full_pass(model, ids)
     finite = check_finite(model, first)
     if not finite.ok:  # NaN differs from everything, and says nothing of the cause
-        return Report([loaded, finite, check_manifest(folder)], tolerance, None, None)
+        return Report([loaded, finite, check_manifest(folder)], None, None, None)
+    tolerance = room * rounding_of(model, ids)
     checks = [
         check_folded(model, ids, first, tolerance),
         check_one_hot(model, ids, tolerance),
@@ -273,6 +277,30 @@ def loop_logits(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def rounding_of(model: DyLoRA_MoE, ids: Tensor) -> float:
+    """How far one unit of rounding, up or down, at every adapted projection moves the logits.
+
+    Relative to the largest logit. Measured with the adapters off: a faulty mixture must not widen
+    its own tolerance.
+    """
+    draw = torch.Generator().manual_seed(SEED)
+
+    def add_rounding(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        sign = 2 * torch.randint(2, output.shape, generator=draw).to(output.device) - 1
+        return (output.float() * (1 + torch.finfo(output.dtype).eps * sign)).to(output.dtype)
+
+    paths = model.injection.adapters
+    hooks = [model.base.get_submodule(p).register_forward_hook(add_rounding) for p in paths]
+    try:
+        with model.disable_adapters():
+            rounded = model(ids).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with model.disable_adapters():
+        return relative_difference(rounded, model(ids).logits)
 
 
 # Checks
@@ -487,7 +515,7 @@ def format_report(report: Report) -> str:
             f"{check.name:{wide[0]}}  {check.compared:{wide[1]}}  {check.worst:8.1e}  "
             f"{'exact' if check.tolerance == 0 else tolerance:>9}  {verdicts[check.ok]}"
         )
-    if report.effect is None or report.cost is None:
+    if report.tolerance is None or report.effect is None or report.cost is None:
         lines.append("the other checks compare numbers, so they need finite ones: not made")
     else:
         lines += _describe_effect(report.effect, report.tolerance) + describe_cost(report.cost)
@@ -509,6 +537,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "passed": report.passed,
         "checks": checks,
+        "tolerance": report.tolerance,
         "effect": report.effect,
         "cost": cost and cost._asdict() | {"ratio": statistics.median(cost.ratios)},
     }
@@ -516,7 +545,8 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def _describe_effect(effect: float, tolerance: float) -> list[str]:
     lines = [
-        "differences of logits are relative to the largest one, except exact and reported",
+        "differences of logits are relative to the largest one, except exact and reported; the "
+        "tolerance is a multiple of what rounding does to this base in this precision",
         f"the adapters move the logits by {effect:.1e} of the largest one",
     ]
     if effect <= tolerance:
