@@ -510,7 +510,7 @@ def format_report(report: Report) -> str:
     lines.append("-" * (len(lines[0]) + 10))
     verdicts = {True: "ok", False: "FAILED", None: "reported"}
     for check in report.checks:
-        tolerance = "-" if check.tolerance is None else f"{check.tolerance:.0e}"
+        tolerance = "-" if check.tolerance is None else f"{check.tolerance:.1e}"
         lines.append(
             f"{check.name:{wide[0]}}  {check.compared:{wide[1]}}  {check.worst:8.1e}  "
             f"{'exact' if check.tolerance == 0 else tolerance:>9}  {verdicts[check.ok]}"
@@ -545,8 +545,8 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def _describe_effect(effect: float, tolerance: float) -> list[str]:
     lines = [
-        "differences of logits are relative to the largest one, except exact and reported; the "
-        "tolerance is a multiple of what rounding does to this base in this precision",
+        "differences of logits are relative to the largest one, except exact and reported;",
+        "the tolerance is a multiple of what rounding does to this base in this precision;",
         f"the adapters move the logits by {effect:.1e} of the largest one",
     ]
     if effect <= tolerance:
