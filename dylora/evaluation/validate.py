@@ -126,8 +126,10 @@ def validate_checkpoint(
     revision = description["base_revision"] if name == kept else None
     try:
         place = choose_device(device)
-    except ValueError as error:
-        raise ValueError(str(error).replace("model.device", "--device")) from error
+        torch.empty(0, device=place)  # choose_device knows the name, not whether there is one
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # torch goes on for pages
+        raise ValueError(f"--device {device} cannot be used ({reason})") from error
     frozen = load_base(name, revision=revision, dtype=getattr(torch, dtype), device=place)
     longest = getattr(frozen.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
@@ -202,8 +204,8 @@ def sample_texts(
         code: Any = load_tokenizer(name, revision)(SNIPPET)["input_ids"]
     except ValueError:
         code = []
-    # transformers makes an empty tokenizer for a folder without one, and says nothing.
-    if code and max(code) < embedding.num_embeddings:
+    # For a folder without a tokenizer transformers may make one without words, and says nothing.
+    if len(code) >= MIN_TOKENS and max(code) < embedding.num_embeddings:
         repeated = (code * math.ceil(length / len(code)))[:length]
         rows = torch.cat([rows, torch.tensor([repeated])])
     else:
