@@ -28,12 +28,15 @@ CONFIG_USAGE = "--config FILE [--section.key VALUE ...]"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's error, 130 when interrupted."""
+    """Run one command; returns the exit code.
+
+    0; 1 when a check of validate fails; 2 for a user's error; 130 when interrupted.
+    """
     tokens = sys.argv[1:] if argv is None else list(argv)
     show_traceback = "--traceback" in tokens or os.environ.get("DYLORA_TRACEBACK") == "1"
     try:
         _dispatch([token for token in tokens if token != "--traceback"])
-    except SystemExit as stop:  # --help
+    except SystemExit as stop:  # --help, or a check that failed
         return int(stop.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -88,6 +91,21 @@ def _generate(options: Namespace, overrides: list[str]) -> None:
     )
 
 
+def _validate(options: Namespace, overrides: list[str]) -> None:
+    from dylora.evaluation.validate import validate_checkpoint
+
+    report = validate_checkpoint(
+        options.checkpoint,
+        options.base,
+        options.device,
+        options.dtype,
+        options.tokens,
+        options.out,
+    )
+    if not report.passed:
+        raise SystemExit(1)
+
+
 def _export(options: Namespace, overrides: list[str]) -> None:
     from dylora.storage.export import export_checkpoint
 
@@ -116,6 +134,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace, list[str]], None], str]] = {
     "train": (_train, "Train the experts that a config describes."),
     "evaluate": (_evaluate, "Loss and perplexity of a checkpoint on each of a config's data sets."),
     "generate": (_generate, "Continue a prompt with a checkpoint."),
+    "validate": (_validate, "Check on this machine that a checkpoint computes what it should."),
     "export": (_export, "Write experts of a checkpoint as PEFT adapters."),
     "info": (_info, "What a checkpoint holds, or the settings that a config amounts to."),
 }
@@ -179,7 +198,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         commands[name].add_argument(
             "--print_config", action="store_true", help="Print the resolved config and stop."
         )
-    for name in ("evaluate", "generate", "export", "info"):
+    for name in ("evaluate", "generate", "validate", "export", "info"):
         commands[name].add_argument(
             "--checkpoint", metavar="DIR", required=name != "info", help="Folder of a checkpoint."
         )
@@ -207,6 +226,20 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     generate.add_argument(
         "--show_routing", action="store_true", help="Show which experts each token used."
     )
+
+    validate = commands["validate"]
+    validate.usage = "run.py validate --checkpoint DIR [OPTIONS]"
+    validate.add_argument("--base", help="Base model to use instead of the checkpoint's own.")
+    validate.add_argument(
+        "--device", default="auto", help="auto takes a GPU where there is one; or a torch device."
+    )
+    validate.add_argument(
+        "--dtype",
+        default="float32",
+        help="Precision of the base: float32, bfloat16 or float16.",
+    )
+    validate.add_argument("--tokens", type=int, default=64, help="Length of the texts it runs on.")
+    validate.add_argument("--out", metavar="FILE", help="File that gets the report as JSON.")
 
     export = commands["export"]
     export.usage = "run.py export --checkpoint DIR --out DIR [--expert all|N] [--portable]"
