@@ -93,6 +93,11 @@ class ExpertManager:
             lines.append(line + (f"  {row.skill}" if row.skill else ""))
         return "\n".join(lines)
 
+    @property
+    def live(self) -> list[int]:
+        """The numbers of all that are not retired."""
+        return [index for index, row in enumerate(self.table) if row.state != "retired"]
+
     # What a run tells
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
@@ -186,7 +191,7 @@ class ExpertManager:
         Their numbers and their rows in the table stay. Raises ValueError when none would be left.
         """
         self._require_live(experts)
-        left = [i for i, r in enumerate(self.table) if r.state != "retired" and i not in experts]
+        left = [expert for expert in self.live if expert not in experts]
         if not left:
             raise ValueError("the last expert cannot be retired")
         for expert in experts:
@@ -434,7 +439,7 @@ class ExpertManager:
     def _set_trainable(self) -> None:
         """Gradients for what is trained, and for what experts share while all of them are."""
         injection, config = self.model.injection, self.model.config
-        free = all(row.is_trained for row in self.table if row.state != "retired")
+        free = all(self.table[expert].is_trained for expert in self.live)
         shared = [shift.shift for shift in injection.biases.values()]
         for adapter in injection.adapters.values():
             if adapter.shared_A is not None and not config.freeze_A:

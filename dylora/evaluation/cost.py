@@ -51,25 +51,26 @@ def measure_cost(model: DyLoRA_MoE, ids: Tensor) -> Cost:
     for round_ in range(ROUNDS):
         for way in (0, 1) if round_ % 2 == 0 else (1, 0):
             times[way].append(seconds(ways[way], ids.device))
-    return Cost(times[0], times[1], peaks[0], peaks[1], model.config.expert_count)
+    return Cost(times[0], times[1], peaks[0], peaks[1], len(model.experts.live))
 
 
 def one_hot(model: DyLoRA_MoE, expert: int, rows: int, device: torch.device) -> Tensor:
     """Routing weights [rows, E] that use one expert alone."""
-    weights = torch.zeros(rows, model.config.expert_count, device=device)
+    weights = torch.zeros(rows, len(model.experts), device=device)
     weights[:, expert] = 1
     return weights
 
 
 def n_passes(model: DyLoRA_MoE, ids: Tensor, weights: Tensor) -> Tensor:
     """Logits [B, S, V] of every expert alone, a pass each, mixed by weights [B, S or 1, E]."""
-    mixed = torch.zeros((), device=ids.device)
-    for expert in range(model.config.expert_count):
+    mixed: Tensor | None = None
+    for expert in model.experts.live:
         alone = one_hot(model, expert, len(ids), ids.device)
         logits = model(ids, routing_weights=alone).logits.float()
-        if expert == 0:
+        if mixed is None:
             mixed = torch.zeros_like(logits)
         mixed.addcmul_(weights[..., expert, None], logits)  # in place: holds two, not one each
+    assert mixed is not None
     return mixed
 
 

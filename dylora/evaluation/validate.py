@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from dylora.adapter import weight_OD
 from dylora.bases import choose_device, load_base, load_tokenizer
 from dylora.evaluation.cost import Cost, describe_cost, measure_cost, n_passes, one_hot
 from dylora.model import DyLoRA_MoE
+from dylora.model_files import ADAPTERS, expert_adapter
 from dylora.storage.checkpoint import read_description, verify
-from dylora.storage.peft_format import read_adapter
+from dylora.storage.peft_format import PeftAdapter, read_adapter, scaling_of
 
 # Differences of logits are relative to the largest logit, and two orders of the same sums always
 # differ. How much depends on the precision (a unit of rounding is 1.2e-7, 7.8e-3 or 9.8e-4) and on
@@ -137,7 +139,7 @@ def validate_checkpoint(
     ids, texts = sample_texts(frozen, name, revision, tokens)
     before = base_logits(frozen, ids)  # what the base says before anything is added to it
     model = DyLoRA_MoE.from_pretrained(folder, frozen).eval()
-    experts, sites = model.config.expert_count, len(model.site_names)
+    experts, sites = len(model.experts.live), len(model.site_names)
     print(
         f"{folder} on {name}: {dtype}, {ids.device.type}, {experts} experts, {sites} sites; "
         f"{texts}, {tokens} tokens each"
@@ -246,13 +248,15 @@ def loop_logits(
 ) -> Tensor:
     """Logits [B, S, V] from the formula, one expert and one product after another.
 
-        y = base(x) + Σ_e g_e s B_e A_e x
+        y = base(x) + Σ_e g_e u_e(x),    u_e(x) = s_e B_e A_e x
+        with DoRA u_e(x) = c ∘ (s_e B_e A_e x) + (c - 1) ∘ W x,    c = magnitude / ‖W + s_e B_e A_e‖
+        with trained biases u_e is larger by bias_e - bias
 
-    It shares no code with the adapters, which are disabled. gates [B, S, N, E]; experts: those in
-    the sum, by default all.
+    It shares no code with the adapters, which are disabled, and works with what each expert's files
+    hold. gates [B, S, N, E]; experts: those in the sum, by default all.
     """
-    chosen = range(model.config.expert_count) if experts is None else experts
-    weights = {expert: model.expert_weights(expert) for expert in chosen}
+    chosen = model.experts.live if experts is None else experts
+    parts = {expert: expert_adapter(model, expert) for expert in chosen}
     sites = model.site_names
 
     def hook(path: str) -> Callable[..., Tensor]:
@@ -261,10 +265,17 @@ def loop_logits(
         def add_experts(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             x = args[0].float()  # [B, S, D]; the formula's own sums are not to be rounded
             update = torch.zeros_like(output, dtype=torch.float32)  # [B, S, O]
-            for expert in weights:
-                A, B = weights[expert][path]  # [r, D], [O, r]
-                g = gates[:, :, site, expert, None].to(x)  # [B, S, 1]
-                update += g * model.config.scaling * (x @ A.float().T @ B.float().T)
+            for expert, adapter in parts.items():
+                A, B = (matrix.float() for matrix in adapter.weights[path])  # [r, D], [O, r]
+                scale = scaling_of(adapter.config, path)
+                own = scale * (x @ A.T @ B.T)
+                if path in adapter.magnitudes:
+                    W_OD = weight_OD(module).float()
+                    c = adapter.magnitudes[path] / (W_OD + scale * B @ A).norm(dim=1)
+                    own = c * own + (c - 1) * (x @ W_OD.T)
+                if path in adapter.biases:
+                    own = own + shift_of(adapter, path, module)
+                update += gates[:, :, site, expert, None].to(x) * own  # g is [B, S, 1]
             return output + update.to(output.dtype)
 
         return add_experts
@@ -273,12 +284,29 @@ def loop_logits(
         model.base.get_submodule(path).register_forward_hook(hook(path))
         for path in model.injection.adapters
     ]
+    common = next(iter(parts.values()))  # biases outside the projections are the same for all
+    for path in common.biases.keys() - common.weights.keys():
+        module = model.base.get_submodule(path)
+        shift = shift_of(common, path, module)
+
+        def add_shift(
+            module: nn.Module, args: Any, output: Tensor, shift: Tensor = shift
+        ) -> Tensor:
+            return output + shift.to(output.dtype)
+
+        handles.append(module.register_forward_hook(add_shift))
     try:
         with model.disable_adapters():
             return model(ids).logits
     finally:
         for handle in handles:
             handle.remove()
+
+
+def shift_of(adapter: PeftAdapter, path: str, module: nn.Module) -> Tensor:
+    """What a trained bias adds to the base's, [O]."""
+    bias: Any = module.bias
+    return adapter.biases[path].to(bias.device) - bias.float()
 
 
 def rounding_of(model: DyLoRA_MoE, ids: Tensor) -> float:
@@ -317,10 +345,9 @@ def check_folded(model: DyLoRA_MoE, ids: Tensor, first: Pass, tolerance: float) 
 
 def check_one_hot(model: DyLoRA_MoE, ids: Tensor, tolerance: float) -> Check:
     """Every expert alone: as a one-hot mixture, and as the only LoRA there is."""
-    experts = model.config.expert_count
-    ones = torch.ones(*ids.shape, len(model.site_names), experts, device=ids.device)
+    ones = torch.ones(*ids.shape, len(model.site_names), len(model.experts), device=ids.device)
     worst = []
-    for expert in range(experts):
+    for expert in model.experts.live:
         mixture = model(ids, routing_weights=one_hot(model, expert, len(ids), ids.device)).logits
         worst.append(relative_difference(mixture, loop_logits(model, ids, ones, [expert])))
     text = "one-hot weights, that expert's LoRA alone"
@@ -329,9 +356,8 @@ def check_one_hot(model: DyLoRA_MoE, ids: Tensor, tolerance: float) -> Check:
 
 def check_n_passes(model: DyLoRA_MoE, ids: Tensor, tolerance: float) -> Check:
     """One text under E one-hot weights: E rows of one pass, and E passes mixed by the weights."""
-    experts = model.config.expert_count
-    text_ES = ids[-1:].expand(experts, -1)
-    weights_EE = torch.eye(experts, device=ids.device)
+    weights_EE = torch.eye(len(model.experts), device=ids.device)[model.experts.live]
+    text_ES = ids[-1:].expand(len(weights_EE), -1)
     single = model(text_ES, routing_weights=weights_EE).logits
     worst = relative_difference(single, n_passes(model, text_ES, weights_EE[:, None]))
     return Check("one pass = N passes", "one-hot weights, another in every row", worst, tolerance)
@@ -439,10 +465,10 @@ def check_disabled(model: DyLoRA_MoE, ids: Tensor, before: Tensor) -> Check:
 def check_loaded(model: DyLoRA_MoE, folder: Path) -> Check:
     """What the loop above takes from memory is what the files hold."""
     worst = []
-    for expert in range(model.config.expert_count):
-        _, on_disk = read_adapter(folder / "peft_adapters" / f"expert_{expert}")
+    for expert in model.experts.live:
+        on_disk = read_adapter(folder / ADAPTERS / f"expert_{expert}")
         for path, pair in model.expert_weights(expert).items():
-            for loaded, kept in zip(pair, on_disk[path], strict=True):
+            for loaded, kept in zip(pair, on_disk.weights[path], strict=True):
                 worst.append(largest_gap(loaded.cpu(), kept.to(loaded.dtype)))
     return Check("experts = their files", "weights in memory, on disk", largest(worst), 0.0)
 

@@ -118,6 +118,10 @@ def change_gates(model: DyLoRA_MoE, change: Callable[[Tensor], Tensor]) -> None:
         {"router_type": "fixed", "fixed_routing_weights": [0.5, 2.0, 0.0]},
         {"use_moe_routing": False},
         {"layers_to_transform": [1]},
+        {"expert_ranks": [1, 4, 2], "rank_pattern": {"v_proj": 3}},
+        {"use_dora": True},
+        {"share_A": True},
+        {"router_hidden_size": 8, "router_noise": 1.0},
     ],
     ids=str,
 )
@@ -127,9 +131,25 @@ def test_a_sound_checkpoint_passes_every_check(saved, rows, settings):
     assert {name for name, verdict in verdicts.items() if verdict == "ok"} == JUDGED
 
 
-def test_a_sound_gpt2_passes(saved, rows, gpt2):
-    code, verdicts = rows(saved(gpt2()))
+@pytest.mark.parametrize("settings", [{}, {"bias": "all", "use_dora": True}], ids=str)
+def test_a_sound_gpt2_passes(saved, rows, gpt2, settings):
+    code, verdicts = rows(saved(gpt2(), **settings))
     assert (code, verdicts.keys() >= JUDGED) == (0, True)
+
+
+def test_a_pool_that_has_grown_and_shrunk_passes(tmp_path, mixture, rows):
+    model = mixture()
+    model.experts.create_expert(rank=4, share=0.3)
+    model.experts.freeze(0)
+    model.experts.retire(1)
+    for _, parameter in model.expert_parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "checkpoint")
+    model.unload().save_pretrained(tmp_path / "base")
+    command = ["validate", "--checkpoint", str(tmp_path / "checkpoint"), "--tokens", "8"]
+    code, verdicts = rows([*command, "--base", str(tmp_path / "base"), "--device", "cpu"])
+    assert code == 0
+    assert {name for name, verdict in verdicts.items() if verdict == "ok"} == JUDGED
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
