@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dylora import injection, losses
 from dylora.bases import load_base
-from dylora.config import MoELoraConfig
+from dylora.config import MoELoraConfig, Quantization
 from dylora.losses import RoutingStatistics
 from dylora.maturity import ExpertMaturity
 from dylora.model_files import load_model, write_model
@@ -85,6 +85,7 @@ class DyLoRA_MoE(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         attn_implementation: str | None = None,
+        quantization: Quantization = "none",
     ) -> "DyLoRA_MoE":
         """Fresh experts on a base given by name or as a model (which is changed in place).
 
@@ -98,6 +99,7 @@ class DyLoRA_MoE(nn.Module):
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,
+            quantization=quantization,
         )
         return cls(model, config, base_name=base, base_revision=revision)
 
@@ -300,6 +302,7 @@ class DyLoRA_MoE(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         attn_implementation: str | None = None,
+        quantization: Quantization = "none",
     ) -> "DyLoRA_MoE":
         """A mixture from a folder written by `save_pretrained` or by training.
 
@@ -322,6 +325,7 @@ class DyLoRA_MoE(nn.Module):
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,
+            quantization=quantization,
         )
         try:
             load_model(model, folder)
