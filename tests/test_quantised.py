@@ -200,6 +200,18 @@ def test_the_projections_of_a_quantised_gpt2_are_found(gpt2, kind, ids, tmp_path
     assert torch.equal(model(ids).logits, before)
 
 
+@pytest.mark.parametrize("kind", ["bnb-4bit", "torchao-int8"])  # LLM.int8 looks at whole batches
+def test_a_token_sees_neither_later_ones_nor_other_sequences(kind):
+    """On the embedded base, whose activations have outliers."""
+    model = DyLoRA_MoE.from_base(
+        load_base(EMBEDDED, quantization=kind), MoELoraConfig(num_experts=2, r=2)
+    )
+    ids = torch.randint(3, 1000, (2, 24))
+    with torch.no_grad():
+        together, alone = model(ids).logits, model(ids[:1, :12]).logits
+    torch.testing.assert_close(together[:1, :12], alone, rtol=1e-4, atol=1e-4)
+
+
 # Training
 
 
