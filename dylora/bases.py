@@ -1,10 +1,21 @@
 """Loading the frozen base and its tokenizer: from the hub, a folder, or the package itself."""
 
+import logging
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    TorchAoConfig,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dylora.config import Quantization
 
 EMBEDDED_BASES = {"tiny-code-llama": Path(__file__).parent / "assets" / "tiny-code-llama"}
 
@@ -16,20 +27,55 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
+    quantization: Quantization = "none",
 ) -> PreTrainedModel:
     """The causal LM called `name`, frozen, in evaluation mode.
 
     Raises ValueError where it cannot be loaded, with what to do.
     """
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options: dict[str, Any] = {}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if quantization != "none":
+        options["quantization_config"] = quantization_config(quantization, dtype)
+        options["device_map"] = {"": device}  # packed weights are made where they stay
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_base(name), revision=revision or "main", dtype=dtype, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a package is too old
         raise ValueError(_cannot_load("model", name, error)) from error
-    model.to(device=torch.device(device))  # type: ignore[call-arg] - transformers wraps `to`
+    if quantization == "torchao-int8" and not any(
+        hasattr(parameter, "__tensor_flatten__") for parameter in model.parameters()
+    ):
+        raise ValueError(f"torchao quantises nn.Linear alone, and the layers of {name!r} are none")
+    if quantization == "none":
+        model.to(device=torch.device(device))  # type: ignore[call-arg] - transformers wraps `to`
     return model.eval().requires_grad_(False)
+
+
+def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    """transformers' object for one of our names; activations are of `dtype`.
+
+    Raises ValueError where a package is missing.
+    """
+    package = "torchao" if quantization == "torchao-int8" else "bitsandbytes"
+    for name in (package, "accelerate"):  # transformers places quantised weights by accelerate
+        if find_spec(name) is None:
+            raise ValueError(
+                f"quantization {quantization!r} needs {name}: pip install 'dylora[quant]'"
+            )
+    if quantization == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    if quantization == "bnb-8bit":
+        # It says at every product of every step that activations pass through float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:

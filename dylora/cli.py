@@ -7,15 +7,17 @@ are imported inside each command, so that help and errors come at once.
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from typing import get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from dylora.config import RunConfig, SourceConfig, dump_run_config
+from dylora.config import Quantization, RunConfig, SourceConfig, dump_run_config
 from dylora.config_file import (
     COMMAND_LINE,
     all_keys,
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     0; 1 when a check of validate fails; 2 for a user's error; 130 when interrupted.
     """
     tokens = sys.argv[1:] if argv is None else list(argv)
+    for noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if it can,
+        logging.getLogger(noisy).setLevel(logging.ERROR)  # which then lists what it lacks
     show_traceback = "--traceback" in tokens or os.environ.get("DYLORA_TRACEBACK") == "1"
     try:
         _dispatch([token for token in tokens if token != "--traceback"])
@@ -88,6 +92,7 @@ def _generate(options: Namespace, overrides: list[str]) -> None:
         options.temperature,
         options.raw,
         options.show_routing,
+        options.quantization,
     )
 
 
@@ -225,6 +230,12 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     )
     generate.add_argument(
         "--show_routing", action="store_true", help="Show which experts each token used."
+    )
+    generate.add_argument(
+        "--quantization",
+        choices=get_args(Quantization),
+        default="none",
+        help="How the base is stored, as in model.quantization of a config.",
     )
 
     validate = commands["validate"]

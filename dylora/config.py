@@ -17,6 +17,7 @@ RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
 BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "none"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["none", "bnb-4bit", "bnb-8bit", "torchao-int8"]
 Schedule = Literal[
     "linear",
     "cosine",
@@ -299,6 +300,8 @@ class ModelConfig:
     """auto: cuda when there is one, else cpu; or a torch device."""
     attn_implementation: str | None = None
     """Attention back end of transformers; none: its own choice."""
+    quantization: Quantization = "none"
+    """How the base's linear layers are stored (4 bit: nf4); all but none need dylora[quant]."""
 
     def __post_init__(self) -> None:
         _check_literals(self)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dylora import injection, losses
 from dylora.bases import load_base
-from dylora.config import MoELoraConfig
+from dylora.config import MoELoraConfig, Quantization
 from dylora.experts import ExpertManager
 from dylora.losses import Fractions, RoutingStatistics
 from dylora.maturity import ExpertMaturity
@@ -88,6 +88,7 @@ class DyLoRA_MoE(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         attn_implementation: str | None = None,
+        quantization: Quantization = "none",
     ) -> "DyLoRA_MoE":
         """Fresh experts on a base given by name or as a model (which is changed in place).
 
@@ -101,6 +102,7 @@ class DyLoRA_MoE(nn.Module):
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,
+            quantization=quantization,
         )
         return cls(model, config, base_name=base, base_revision=revision)
 
@@ -350,6 +352,7 @@ class DyLoRA_MoE(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         attn_implementation: str | None = None,
+        quantization: Quantization = "none",
     ) -> "DyLoRA_MoE":
         """A mixture from a folder written by `save_pretrained` or by training.
 
@@ -372,6 +375,7 @@ class DyLoRA_MoE(nn.Module):
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,
+            quantization=quantization,
         )
         try:
             load_model(model, folder, description["experts"])

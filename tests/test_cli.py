@@ -340,11 +340,11 @@ def test_evaluate_gets_the_config_and_the_checkpoint(config_file, fake_module):
 def test_generate_gets_its_options_in_order(fake_module):
     calls = fake_module("dylora.evaluation.generate", "generate_text")
     assert main(["generate", "--checkpoint", "c", "--prompt", "say x"]) == 0
-    options = "--base b --max_new_tokens 3 --temperature 0.5 --raw"
+    options = "--base b --max_new_tokens 3 --temperature 0.5 --raw --quantization bnb-8bit"
     assert main(["generate", "--checkpoint", "c", "--prompt=--x", *options.split()]) == 0
     assert calls == [
-        ("c", "say x", None, 128, 0.0, False, False),
-        ("c", "--x", "b", 3, 0.5, True, False),
+        ("c", "say x", None, 128, 0.0, False, False, "none"),
+        ("c", "--x", "b", 3, 0.5, True, False, "bnb-8bit"),
     ]
 
 

@@ -57,7 +57,7 @@ def test_every_command_in_a_configs_comments_has_keys_that_exist(path: Path):
 def test_the_resolved_config_names_every_field():
     tree = yaml.safe_load(dump_run_config(RunConfig()))
     assert tree["train"]["adam_epsilon"] == 1e-8
-    assert {len(tree[name]) for name in ("model", "log")} == {5, 4}
+    assert {len(tree[name]) for name in ("model", "log")} == {6, 4}
     assert list(tree)[:2] == ["name", "output_dir"]
 
 

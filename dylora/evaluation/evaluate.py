@@ -26,6 +26,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> dict[str, SetScor
         dtype=getattr(torch, config.model.dtype),
         device=choose_device(config.model.device),
         attn_implementation=config.model.attn_implementation,
+        quantization=config.model.quantization,
     )
     trained_on = model.training_record.get("data", data.stamp)
     if what_rows(trained_on) != what_rows(data.stamp):

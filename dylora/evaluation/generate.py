@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from dylora.bases import choose_device, load_tokenizer
+from dylora.config import Quantization
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import read_description
 from dylora.training.prompts import encode_prompts, format_prompt, pad_token_id
@@ -18,6 +19,7 @@ def generate_text(
     temperature: float = 0.0,
     raw: bool = False,
     show_routing: bool = False,
+    quantization: Quantization = "none",
 ) -> str:
     """Print and return what the mixture answers.
 
@@ -27,10 +29,13 @@ def generate_text(
         temperature: 0 is greedy.
         raw: continue the prompt as it stands, without the instruction template.
         show_routing: print each token's leading expert and the mean share of every expert.
+        quantization: how the base's linear layers are stored.
     """
     name = base or read_description(Path(checkpoint))["base_model_name_or_path"]
     device = choose_device("auto")
-    model = DyLoRA_MoE.from_pretrained(checkpoint, name, device=device).eval()
+    model = DyLoRA_MoE.from_pretrained(
+        checkpoint, name, device=device, quantization=quantization
+    ).eval()
     tokenizer = load_tokenizer(name)
     text = prompt if raw else format_prompt(prompt)
     ids = torch.tensor(encode_prompts(tokenizer, [text]), device=device)

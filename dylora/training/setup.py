@@ -89,6 +89,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         dtype=getattr(torch, config.model.dtype),
         device=device,
         attn_implementation=config.model.attn_implementation,
+        quantization=config.model.quantization,
     )
     model.training_record = {"data": data.stamp, "seed": config.train.seed}
     if config.train.gradient_checkpointing:
