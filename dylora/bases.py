@@ -78,12 +78,35 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     )
 
 
+def quantization_of(base: PreTrainedModel) -> Quantization:
+    """How a loaded base is stored."""
+    method = str(getattr(base, "quantization_method", None) or "none").lower()
+    if "torchao" in method:
+        return "torchao-int8"
+    if "bitsandbytes" in method or "bits_and_bytes" in method:
+        return "bnb-4bit" if getattr(base, "is_loaded_in_4bit", False) else "bnb-8bit"
+    return "none"
+
+
+def stored_bytes(parameter: torch.Tensor) -> int:
+    """Bytes of a parameter as it is stored; a torchao tensor is made of several."""
+    tensor: Any = parameter
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
+    return parameter.nbytes
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `name`. Raises ValueError where it cannot be loaded."""
     try:
-        return AutoTokenizer.from_pretrained(resolve_base(name), revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(resolve_base(name), revision=revision or "main")
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("tokenizer", name, error)) from error
+    # For a folder without its files transformers may make one without words, and says nothing.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+        reason = ValueError("it has no tokens besides the special ones: are its files there?")
+        raise ValueError(_cannot_load("tokenizer", name, reason))
+    return tokenizer
 
 
 def resolve_base(name: str) -> str:
@@ -101,6 +124,10 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"model.device is {name!r}, which torch does not know") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"model.device is {name!r}, but torch finds no CUDA device")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"model.device is {name!r}, but there is no such device here") from error
     return device
 
 

@@ -234,8 +234,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     generate.add_argument(
         "--quantization",
         choices=get_args(Quantization),
-        default="none",
-        help="How the base is stored, as in model.quantization of a config.",
+        help="How the base is stored, by default as in training: see model.quantization.",
     )
 
     validate = commands["validate"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylora import injection, losses
-from dylora.bases import load_base
+from dylora.bases import load_base, stored_bytes
 from dylora.config import MoELoraConfig, Quantization
 from dylora.experts import ExpertManager
 from dylora.losses import Fractions, RoutingStatistics
@@ -352,12 +352,13 @@ class DyLoRA_MoE(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         attn_implementation: str | None = None,
-        quantization: Quantization = "none",
+        quantization: Quantization | None = None,
     ) -> "DyLoRA_MoE":
         """A mixture from a folder written by `save_pretrained` or by training.
 
         Args:
             base: the base by name or as a model; by default the one the folder names.
+            quantization: of a base given by name; by default as it was in training.
 
         Raises ValueError or FileNotFoundError naming the file when the folder is not whole or
         does not fit the base.
@@ -375,7 +376,7 @@ class DyLoRA_MoE(nn.Module):
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,
-            quantization=quantization,
+            quantization=quantization or description["quantization"],
         )
         try:
             load_model(model, folder, description["experts"])
@@ -389,7 +390,7 @@ class DyLoRA_MoE(nn.Module):
         """One line: what the folder weighs beside the base it does not hold."""
         ours = {id(p) for _, p in self.own_parameters()}
         frozen = [p for p in self.base.parameters() if id(p) not in ours]
-        base = sum(p.numel() * p.element_size() for p in frozen)
+        base = sum(stored_bytes(p) for p in frozen)
         return (
             f"{folder}: {folder_bytes(folder) / 1e6:.1f} MB on disk, no base weight among them "
             f"(the base is {base / 1e6:.1f} MB in memory)"

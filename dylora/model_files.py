@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dylora import injection
 from dylora.adapter import ExpertStack
+from dylora.bases import quantization_of
 from dylora.maturity import ExpertMaturity
 from dylora.storage.checkpoint import FORMAT_VERSION
 from dylora.storage.peft_format import (
@@ -55,6 +56,7 @@ def write_model(model: "DyLoRA_MoE", folder: Path) -> None:
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": model.base_name,
         "base_revision": model.base_revision,
+        "quantization": quantization_of(model.base),
         "moe": model.config.to_dict(),
         "sites": model.site_names,
         "projections": list(model.injection.adapters),

@@ -343,7 +343,7 @@ def test_generate_gets_its_options_in_order(fake_module):
     options = "--base b --max_new_tokens 3 --temperature 0.5 --raw --quantization bnb-8bit"
     assert main(["generate", "--checkpoint", "c", "--prompt=--x", *options.split()]) == 0
     assert calls == [
-        ("c", "say x", None, 128, 0.0, False, False, "none"),
+        ("c", "say x", None, 128, 0.0, False, False, None),
         ("c", "--x", "b", 3, 0.5, True, False, "bnb-8bit"),
     ]
 

@@ -19,7 +19,7 @@ def generate_text(
     temperature: float = 0.0,
     raw: bool = False,
     show_routing: bool = False,
-    quantization: Quantization = "none",
+    quantization: Quantization | None = None,
 ) -> str:
     """Print and return what the mixture answers.
 
@@ -29,7 +29,7 @@ def generate_text(
         temperature: 0 is greedy.
         raw: continue the prompt as it stands, without the instruction template.
         show_routing: print each token's leading expert and the mean share of every expert.
-        quantization: how the base's linear layers are stored.
+        quantization: how the base's linear layers are stored; by default as in training.
     """
     name = base or read_description(Path(checkpoint))["base_model_name_or_path"]
     device = choose_device("auto")

@@ -128,11 +128,16 @@ def validate_checkpoint(
     revision = description["base_revision"] if name == kept else None
     try:
         place = choose_device(device)
-        torch.empty(0, device=place)  # choose_device knows the name, not whether there is one
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]  # torch goes on for pages
+    except ValueError as error:
+        reason = str(error.__cause__ or error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"--device {device} cannot be used ({reason})") from error
-    frozen = load_base(name, revision=revision, dtype=getattr(torch, dtype), device=place)
+    frozen = load_base(
+        name,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        device=place,
+        quantization=description["quantization"],
+    )
     longest = getattr(frozen.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise ValueError(f"--tokens is {tokens}, but the base takes at most {longest}")
@@ -206,7 +211,6 @@ def sample_texts(
         code: Any = load_tokenizer(name, revision)(SNIPPET)["input_ids"]
     except ValueError:
         code = []
-    # For a folder without a tokenizer transformers may make one without words, and says nothing.
     if len(code) >= MIN_TOKENS and max(code) < embedding.num_embeddings:
         repeated = (code * math.ceil(length / len(code)))[:length]
         rows = torch.cat([rows, torch.tensor([repeated])])

@@ -19,6 +19,8 @@ FORMAT_VERSION = 2  # of a mixture's config.json
 MANIFEST = "manifest.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _CHUNK = 1 << 20
+_DESCRIBED = ["base_model_name_or_path", "base_revision", "quantization"]
+_DESCRIBED += ["moe", "experts", "training"]
 
 
 def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
@@ -94,7 +96,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder}/config.json has format_version {description.get('format_version')!r}; "
             f"this version reads {FORMAT_VERSION}"
         )
-    for key in ("base_model_name_or_path", "base_revision", "moe", "experts", "training"):
+    for key in _DESCRIBED:
         if key not in description:
             raise ValueError(f"{folder}/config.json: {key!r} is missing")
     return description

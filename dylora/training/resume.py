@@ -52,7 +52,7 @@ def resume(run: Run, source: str) -> None:
     """
     folder = latest_checkpoint(run.folder, run.log.say) if source == "latest" else Path(source)
     description = read_description(folder)
-    _check_same_settings(run, folder, description)
+    check_same_settings(run, folder, description)
     load_model(run.model, folder, description["experts"])
     regroup(run.optimizer, run.model, run.config.train)
     load_state_by_name(run.optimizer, run.model, _load(folder / "optimizer.pt"))
@@ -108,7 +108,8 @@ def _load(file: Path) -> Any:
     return torch.load(file, weights_only=True, map_location="cpu")
 
 
-def _check_same_settings(run: Run, folder: Path, description: dict[str, Any]) -> None:
+def check_same_settings(run: Run, folder: Path, description: dict[str, Any]) -> None:
+    """Raises ValueError naming a setting of a checkpoint that differs from the run's."""
     ours = run.config.moe.to_dict()
     for name, value in description["moe"].items():
         if ours.get(name) != value:
@@ -119,6 +120,11 @@ def _check_same_settings(run: Run, folder: Path, description: dict[str, Any]) ->
         raise ValueError(
             f"{folder} was trained on {description['base_model_name_or_path']}, "
             f"this run has {run.model.base_name}"
+        )
+    if description["quantization"] != run.config.model.quantization:
+        raise ValueError(
+            f"{folder} was trained with model.quantization = {description['quantization']!r}, "
+            f"this run has {run.config.model.quantization!r}"
         )
     if what_rows(description["training"].get("data", {})) != what_rows(run.data.stamp):
         raise ValueError(f"{folder} was trained on other data than this run names")

@@ -23,9 +23,10 @@ from dylora.config import (
     SourceConfig,
     TrainConfig,
 )
+from dylora.storage.checkpoint import read_description
 from dylora.training.loop import train, train_step
 from dylora.training.optim import named_parameters, state_by_name
-from dylora.training.resume import random_state, restore_random_state
+from dylora.training.resume import check_same_settings, random_state, restore_random_state
 from dylora.training.setup import prepare
 
 STEPS = 10
@@ -153,6 +154,14 @@ def test_resuming_with_other_moe_settings_names_the_field(make_config):
     run = train(make_config(max_steps=1))
     with pytest.raises(ValueError, match=r"moe\.router_temperature = 2\.0, this run has 3\.0"):
         train(make_config(moe={"router_temperature": 3.0}), str(run.folder / "checkpoint-1"))
+
+
+def test_resuming_on_a_base_quantised_otherwise_is_refused(make_config):
+    run = train(make_config(max_steps=1))
+    folder = run.folder / "checkpoint-1"
+    description = read_description(folder) | {"quantization": "bnb-8bit"}
+    with pytest.raises(ValueError, match=r"model\.quantization = 'bnb-8bit'.*'none'"):
+        check_same_settings(run, folder, description)
 
 
 def test_resuming_on_other_data_is_refused(make_config, tmp_path):
