@@ -4,21 +4,66 @@
 
 The gate is folded into the rank axis: h = x Aᵀ as [T, E, R], h *= (g·s)[..., None], y = h B. A
 mixture is then one LoRA of rank E·R with a diagonal in the middle: two matrix products, and no
-tensor of [T, E, O].
+tensor of [T, E, O]. `StackedLoRA.forward` says this in plain autograd; `add_update` does the same
+by `compute.py`, which keeps less and adds in place.
 
 Shape letters: T tokens, D input width, O output width, E experts, R rank.
 """
 
 import math
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dylora.compute import (
+    Block,
+    Plan,
+    add_gathered,
+    add_grouped,
+    add_mixture,
+    choose_way,
+    plan_pairs,
+    products_with_A,
+)
 from dylora.config import MoELoraConfig
 from dylora.router import DynamicHybridRouter, RouterOutput, RoutingState, expand_override
+
+# Projections of a block that get the same tensor, and so share the product with A.
+SHARE_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkvz", "in_proj_ba"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+)
+
+
+class Dense(NamedTuple):
+    """Experts of a stack that every token uses."""
+
+    stack: int  # its place among the stacks
+    rows: Tensor | None  # theirs in it; None: all
+
+
+class Sparse(NamedTuple):
+    """Mature experts of a stack, which only their chosen tokens use."""
+
+    stack: int
+    experts_TK: Tensor  # rows of the stack
+    gates_TK: Tensor  # 0 where a place is not used
+    plan: Plan | None  # None: the gathered way
+
+
+class Mix(NamedTuple):
+    """How the projections of a site compute one pass."""
+
+    dense: list[Dense]
+    gates: Tensor  # [T, E] of the experts in `dense`, in that order
+    sparse: list[Sparse]
 
 
 class Site:
@@ -36,10 +81,84 @@ class Site:
         self.router: DynamicHybridRouter | None = None  # None: fixed weights, or the first site's
         self.shares_first = False
         self.output: RouterOutput | None = None
+        self.adapters: dict[str, StackedLoRA] = {}  # of the block's projections, by their names
+        # Of the pass under way: the mixture's form, and what projections with one input share.
+        self._mix: Mix | None = None
+        self._input: weakref.ref[Tensor] | None = None
+        self._dropped: Tensor | None = None
+        self._products: dict[str, Tensor] = {}  # h of projections that are still to come
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out the decision: it may be part of a graph."""
-        return self.__dict__ | {"output": None}
+        """Copies and pickles leave out what belongs to a pass: it may be part of a graph."""
+        of_pass = {"output": None, "_mix": None, "_input": None, "_dropped": None}
+        return self.__dict__ | of_pass | {"_products": {}}
+
+    def mix(self, stacks: Any, top_k: int) -> Mix:
+        """The form of this pass's mixture; all projections of a site have the same stacks."""
+        if self._mix is None:
+            self._mix = self._choose_mix(stacks, top_k)
+        return self._mix
+
+    def _choose_mix(self, stacks: Any, top_k: int) -> Mix:
+        state, routing = self.state, self.output
+        assert routing is not None
+        gates, mature = routing.gates.flatten(0, -2), routing.mature
+        device = gates.device
+        if mature is None:
+            everyone = [Dense(index, None) for index in range(len(stacks))]
+            return Mix(everyone, _columns(gates, [e for s in stacks for e in s.experts]), [])
+        dense, columns, sparse = [], [], []
+        for index, stack in enumerate(stacks):
+            if not any(state.active[e] for e in stack.experts):
+                continue  # its gates are all 0
+            ripe = [e for e in stack.experts if mature[e]]
+            places = min(top_k, len(ripe))
+            way = choose_way(
+                tokens=gates.shape[0],
+                mature=len(ripe),
+                top_k=places,
+                needs_grad=torch.is_grad_enabled(),
+                device=device.type,
+            )
+            if way == "wide" or not ripe or stack.lora_A is None:
+                dense.append(Dense(index, None))
+                columns += stack.experts
+                continue
+            young = [e for e in stack.experts if not mature[e]]
+            if young:
+                rows = torch.tensor(young, device=device) - stack.first
+                dense.append(Dense(index, rows))
+                columns += young
+            of_ripe = _columns(gates, ripe)
+            gates_TK, chosen_TK = of_ripe.topk(places, dim=-1)
+            if young:
+                chosen_TK = torch.tensor(ripe, device=device)[chosen_TK] - stack.first
+            plan = plan_pairs(chosen_TK, len(stack.ranks)) if way == "grouped" else None
+            sparse.append(Sparse(index, chosen_TK, gates_TK, plan))
+        return Mix(dense, _columns(gates, columns), sparse)
+
+    def shared_input(self, name: str, x: Tensor) -> tuple[list[str], Tensor]:
+        """The projections that get the input of `name`, and drop(x), drawn once for them."""
+        group = next((names for names in SHARE_INPUT if name in names), (name,))
+        names = [other for other in group if other in self.adapters]
+        if self._input is None or self._input() is not x:
+            self._input, self._products = weakref.ref(x), {}
+            dropped = self.adapters[name].dropout(x)
+            self._dropped = None if dropped is x else dropped
+        return names, x if self._dropped is None else self._dropped
+
+    def product_with_A(self, name: str, x: Tensor, mix: Mix, dtype: torch.dtype) -> Tensor:
+        """h = drop(x) Aᵀ [T, C] of the projection `name`, of the experts that every token uses.
+
+        The first projection of those that share an input computes it for all of them; the others
+        find it here, as long as they really get the same tensor.
+        """
+        names, dropped = self.shared_input(name, x)
+        if name not in self._products:
+            As = [self.adapters[other].flat_As(mix.dense) for other in names]
+            products = products_with_A(dropped, As, dtype)
+            self._products = dict(zip(names, products, strict=True))
+        return self._products.pop(name)
 
     def route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the block; reads its first argument, the hidden states [B, S, D]."""
@@ -47,6 +166,7 @@ class Site:
         if not state.enabled:
             return
         x = args[0] if args else kwargs["hidden_states"]
+        self._mix = self._input = self._dropped = None
         if state.override is not None:
             gates = expand_override(state.override, self.index, x.shape[0], x.shape[1])
             gates = gates[:, -x.shape[1] :]  # Gemma 4's last layers see the last tokens only
@@ -227,22 +347,75 @@ class StackedLoRA(nn.Module):
         assert routing is not None, f"{self.site.name} has not routed"
         x = args[0]
         gates = fitting_gates(routing.gates, x, self.path)
-        if not self.config.use_dora:
-            update = self(x, gates)
-        else:
-            weight = weight_OD(module)
-            ratios = [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
-            update = self(x, gates, ratios)
-            bias = getattr(module, "bias", None)
-            directed = output if bias is None else output - bias  # W x without its bias
-            for stack, ratio_EO in zip(self.stacks, ratios, strict=True):
-                own = gates[..., stack.first : stack.first + len(stack.ranks)]
-                update = update + (own.to(ratio_EO) @ (ratio_EO - 1)).to(x.dtype) * directed
+        if self.config.use_dora:
+            return self._add_dora(module, x, gates, output)
+        output = self._add_biases(gates, output)
+        if torch.compiler.is_compiling():  # the compiler fuses the plain form as well as can be
+            return output + self(x, gates).to(output.dtype)
+        mix = self.site.mix(self.stacks, self.config.top_k_experts)
+        if mix.dense:
+            h = self.site.product_with_A(self.name, x, mix, output.dtype)
+            Bs = [self._rows(dense, "lora_B").flatten(0, 1) for dense in mix.dense]
+            scalings = [self._rows(dense, "scaling_E") for dense in mix.dense]
+            scaling_E = scalings[0] if len(scalings) == 1 else torch.cat(scalings)
+            output = add_mixture(output, h, mix.gates, scaling_E, self.blocks(mix.dense), Bs)
+        for sparse in mix.sparse:
+            _, dropped = self.site.shared_input(self.name, x)
+            stack = self.stacks[sparse.stack]
+            weights_TK = sparse.gates_TK * stack.scaling_E[sparse.experts_TK]
+            matrices = (stack.lora_A, stack.lora_B)
+            if sparse.plan is not None:
+                output = add_grouped(output, dropped, weights_TK, sparse.plan, *matrices)
+            else:
+                output = add_gathered(output, dropped, weights_TK, sparse.experts_TK, *matrices)
+        return output
+
+    @property
+    def name(self) -> str:
+        """The last word of the projection's path."""
+        return self.path.rpartition(".")[2]
+
+    def flat_As(self, dense: list[Dense]) -> list[Tensor]:
+        """A of the experts that every token uses, [C, D] by stack; the one they share."""
+        if self.shared_A is not None:
+            return [self.shared_A.flatten(0, 1)]
+        return [self._rows(part, "lora_A").flatten(0, 1) for part in dense]
+
+    def blocks(self, dense: list[Dense]) -> list[Block]:
+        """Their columns in h."""
+        shared = self.shared_A is not None
+        blocks, first = [], 0
+        for part in dense:
+            B = self.stacks[part.stack].lora_B
+            experts = B.shape[0] if part.rows is None else len(part.rows)
+            blocks.append(Block(first, experts, B.shape[1], shared))
+            first += experts
+        return blocks
+
+    def _rows(self, part: Dense, name: str) -> Tensor:
+        """The rows of a stack's tensor that every token uses."""
+        tensor = getattr(self.stacks[part.stack], name)
+        return tensor if part.rows is None else tensor.index_select(0, part.rows)
+
+    def _add_dora(self, module: nn.Module, x: Tensor, gates: Tensor, output: Tensor) -> Tensor:
+        """What `magnitude_ratio` says of a mixture of DoRA experts."""
+        weight = weight_OD(module)
+        ratios = [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
+        update = self(x, gates, ratios)
+        bias = getattr(module, "bias", None)
+        directed = output if bias is None else output - bias  # W x without its bias
+        for stack, ratio_EO in zip(self.stacks, ratios, strict=True):
+            own = gates[..., stack.first : stack.first + len(stack.ranks)]
+            update = update + (own.to(ratio_EO) @ (ratio_EO - 1)).to(x.dtype) * directed
+        return self._add_biases(gates, output) + update.to(output.dtype)
+
+    def _add_biases(self, gates: Tensor, output: Tensor) -> Tensor:
+        """The shifts of the experts' biases, mixed by the gates."""
         for stack in self.stacks:
             if stack.lora_bias is not None:
                 own = gates[..., stack.first : stack.first + len(stack.ranks)]
-                update = update + (own.to(stack.lora_bias) @ stack.lora_bias).to(update.dtype)
-        return output + update.to(output.dtype)
+                output = output + (own.to(stack.lora_bias) @ stack.lora_bias).to(output.dtype)
+        return output
 
 
 class BiasShift(nn.Module):
@@ -271,6 +444,15 @@ def fitting_gates(gates: Tensor, x: Tensor, path: str) -> Tensor:
             f"{list(gates.shape[:-1])} tokens: leave it out of the targets"
         )
     return gates.reshape(*x.shape[:-1], -1)
+
+
+def _columns(gates: Tensor, experts: list[int]) -> Tensor:
+    """Columns of gates [T, E]; a view where they lie side by side."""
+    if not experts:
+        return gates[:, :0]
+    if experts == list(range(experts[0], experts[-1] + 1)):
+        return gates[:, experts[0] : experts[-1] + 1]
+    return gates.index_select(1, torch.tensor(experts, device=gates.device))
 
 
 def magnitude_ratio(stack: ExpertStack, A_ERD: Tensor, weight: Tensor) -> Tensor:

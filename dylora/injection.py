@@ -98,6 +98,7 @@ def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
             projection.add_module(ADAPTER_NAME, adapter)
             handles.append(projection.register_forward_hook(adapter.add_update))
             adapters[path] = adapter
+            site.adapters[adapter.name] = adapter
     if config.bias == "all":
         for path, module in biased.items():
             if path not in adapters:

@@ -53,6 +53,11 @@ def token_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -
     return losses.view_as(labels)
 
 
+def target_positions(labels: Tensor) -> Tensor:
+    """Where labels [B, S] have a target after them, as indices [N] into B·S positions."""
+    return F.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero().squeeze(1)
+
+
 def count_targets(labels: Tensor) -> Tensor:
     """How many positions of labels [B, S] are learned: the first has nothing before it."""
     return (labels[:, 1:] != -100).sum()

@@ -3,8 +3,9 @@
 Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
 """
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from dylora import injection, losses
 from dylora.bases import load_base, stored_bytes
 from dylora.config import MoELoraConfig, Quantization
 from dylora.experts import ExpertManager
+from dylora.head import Head, find_head, head_at, losses_at
 from dylora.losses import Fractions, RoutingStatistics
 from dylora.maturity import ExpertMaturity
 from dylora.model_files import load_model, write_model
@@ -40,7 +42,7 @@ class DyLoRAOutput(NamedTuple):
     aux_loss: Tensor | None  # balance loss over the top-k, 1 when uniform; 0 where not trained
     switch_loss: Tensor | None  # balance loss over the argmax, likewise
     z_loss: Tensor | None  # mean squared logsumexp of the router's logits
-    logits: Tensor  # [B, S, V]
+    logits: Tensor  # [B, S, V]; None where they were not to be kept
     routing: Routing | None  # None while the adapters are disabled
     token_losses: Tensor | None  # [B, S] detached, 0 where nothing is learned
 
@@ -72,6 +74,7 @@ class DyLoRA_MoE(nn.Module):
         self.base_revision = base_revision
         self.injection = injection.inject(base, config)
         self.training = base.training
+        self._head: tuple[Head | None] | None = None  # not looked for yet
         self.maturity = ExpertMaturity.create(config.expert_count)
         self.experts = ExpertManager(self)
         self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
@@ -117,6 +120,8 @@ class DyLoRA_MoE(nn.Module):
         *,
         label_smoothing: float = 0.0,
         scale: LossScale | None = None,
+        keep_logits: bool = True,
+        target_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> DyLoRAOutput:
         """One pass of the base with the experts mixed in.
@@ -128,6 +133,10 @@ class DyLoRA_MoE(nn.Module):
                 routers' decisions, as they are. Raises ValueError for another shape, negative or
                 non-finite values.
             scale: how this batch counts in a larger one; the default is its own means.
+            keep_logits: False, with labels: compute logits at the positions with a target alone, in
+                chunks, and return none. The same loss, without a tensor of [B, S, V].
+            target_positions: [N] indices into B·S of those positions, for a caller who knows them
+                already (finding them waits for the device).
             kwargs: for the base's forward.
         """
         state = self.injection.state
@@ -135,13 +144,23 @@ class DyLoRA_MoE(nn.Module):
             self._check_routing_weights(routing_weights, input_ids)
         state.requested = routing_weights
         kwargs.setdefault("use_cache", False)
-        output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        head = self._find_head() if labels is not None and not keep_logits else None
+        last: Any = self.base.get_output_embeddings()
+        with nullcontext() if head is None else head_at(last) as seen:
+            output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         routing = self._collect_routing(attention_mask) if state.enabled else None
         if labels is None:
             return DyLoRAOutput(None, None, None, None, None, output.logits, routing, None)
 
         scale = scale or LossScale()
-        token_losses = losses.token_losses(output.logits, labels, label_smoothing)
+        if head is None or seen is None or seen.hidden is None:
+            logits = output.logits
+            token_losses = losses.token_losses(logits, labels, label_smoothing)
+        else:
+            if target_positions is None:
+                target_positions = losses.target_positions(labels)
+            logits: Any = None
+            token_losses = losses_at(head, seen.hidden, labels, target_positions, label_smoothing)
         targets = scale.targets
         if targets is None:
             targets = losses.count_targets(labels).clamp_min(1)  # nothing to learn: 0, not NaN
@@ -164,7 +183,7 @@ class DyLoRA_MoE(nn.Module):
             + self.config.router_z_loss_coef * z_loss
         )
         parts = (loss, lm_loss, aux_loss, switch_loss, z_loss)
-        return DyLoRAOutput(*parts, output.logits, routing, token_losses.detach())
+        return DyLoRAOutput(*parts, logits, routing, token_losses.detach())
 
     def generate(self, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' generate, KV cache included; routing_weights [B, E] hold for all tokens."""
@@ -253,7 +272,7 @@ class DyLoRA_MoE(nn.Module):
     def set_maturity(self, maturity: ExpertMaturity) -> None:
         """Let the routers follow a new maturity state."""
         self.maturity = maturity
-        self.injection.state.maturity_E.copy_(maturity.maturity)
+        self.injection.state.set_maturity(maturity.maturity)
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them.
@@ -397,6 +416,21 @@ class DyLoRA_MoE(nn.Module):
         )
 
     # Inner workings
+
+    def _find_head(self) -> Head | None:
+        """The base's head, looked for once."""
+        if self._head is None:
+            was_training = self.base.training
+            with self.disable_adapters():
+                self._head = (find_head(self.base.eval()),)
+            self.base.train(was_training)
+            if self._head[0] is None:
+                warnings.warn(
+                    f"the logits of {type(self.base).__name__} are not its head of its last hidden "
+                    "states, so they are computed whole",
+                    stacklevel=3,
+                )
+        return self._head[0]
 
     def _collect_routing(self, attention_mask: Tensor | None) -> Routing:
         outputs = [site.output for site in self.injection.sites]

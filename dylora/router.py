@@ -25,13 +25,15 @@ class RouterOutput(NamedTuple):
     gates: Tensor  # [B, S, E] weights of the experts' updates, after top-k
     probabilities: Tensor  # [B, S, E] the softmax before top-k
     logits: Tensor | None  # [B, S, E] before temperature; None where nothing is learned
+    mature: list[bool] | None = None  # experts that only their chosen tokens use; None: none is
 
     def last(self, length: int) -> "RouterOutput":
         """The decisions for the last `length` tokens."""
         if self.gates.shape[1] == length:
             return self
         logits = None if self.logits is None else self.logits[:, -length:]
-        return RouterOutput(self.gates[:, -length:], self.probabilities[:, -length:], logits)
+        gates, probabilities = self.gates[:, -length:], self.probabilities[:, -length:]
+        return RouterOutput(gates, probabilities, logits, self.mature)
 
 
 class RoutingState(nn.Module):
@@ -58,7 +60,9 @@ class RoutingState(nn.Module):
         self.register_buffer("maturity_E", torch.zeros(num_experts, device=device))
         self.register_buffer("active_E", torch.ones(num_experts, dtype=torch.bool, device=device))
         self.register_buffer("fixed_weights_E", torch.tensor(fixed, device=device))
-        self.active_count = num_experts  # how many take part, known without asking the device
+        # What the device knows, too, for decisions that must not wait for it.
+        self.active = [True] * num_experts
+        self.mature = [False] * num_experts
         self.enabled = True  # False: the frozen base alone
         self.requested: Tensor | None = None  # routing weights for the next pass only
         self.held: Tensor | None = None  # routing weights for every pass until taken back
@@ -85,13 +89,24 @@ class RoutingState(nn.Module):
     def set_active(self, active: list[bool]) -> None:
         """Which experts take part; the others have probability 0."""
         self.active_E = torch.tensor(active, device=self.active_E.device)
-        self.active_count = sum(active)
+        self.active = list(active)
+
+    @property
+    def active_count(self) -> int:
+        """How many experts take part."""
+        return sum(self.active)
+
+    def set_maturity(self, maturity_E: Tensor) -> None:
+        """What each expert's maturity is from here on; [E] on the CPU."""
+        self.maturity_E.copy_(maturity_E)
+        self.mature = [value == 1 for value in maturity_E.tolist()]
 
     def resize(self, maturity: list[float], fixed_weights: list[float]) -> None:
         """Room for another number of experts, all of them taking part."""
         device = self.maturity_E.device
         self.maturity_E = torch.tensor(maturity, dtype=self.maturity_E.dtype, device=device)
         self.fixed_weights_E = torch.tensor(fixed_weights, device=device).to(self.maturity_E)
+        self.mature = [value == 1 for value in maturity]
         self.set_active([True] * len(maturity))
 
     def fixed_gates(self) -> Tensor:
@@ -145,7 +160,8 @@ class DynamicHybridRouter(nn.Module):
         if state.active_count < state.num_experts:
             logits = logits.masked_fill(~state.active_E, -math.inf)
         probabilities = (logits / self.config.router_temperature).softmax(-1)
-        return RouterOutput(self.gate(probabilities, state), probabilities, logits)
+        gates = self.gate(probabilities, state)
+        return RouterOutput(gates, probabilities, logits, self.mature_experts(state))
 
     def resize(self, experts: int) -> None:
         """Rows for another number of experts, with fresh values where there were none."""
@@ -165,14 +181,25 @@ class DynamicHybridRouter(nn.Module):
                 x = F.silu(F.linear(x, self.inner.weight.to(x.dtype), self.inner.bias.to(x.dtype)))
             return F.linear(x, self.outer.weight.to(x.dtype), self.outer.bias.to(x.dtype))
 
+    def mature_experts(self, state: RoutingState) -> list[bool] | None:
+        """Which experts only their chosen tokens use; None where every token uses all."""
+        mode = self._mode()
+        if mode == "dense":
+            return None
+        return [True] * state.num_experts if mode == "sparse" else state.mature
+
+    def _mode(self) -> str:
+        """How this pass mixes: dense, sparse or maturity."""
+        mode = self.config.routing_mode
+        if mode == "dense_train_sparse_eval":
+            return "dense" if self.training else "sparse"
+        if mode == "maturity" and self.config.router_type == "learned":
+            return "sparse"
+        return mode
+
     def gate(self, probabilities: Tensor, state: RoutingState) -> Tensor:
         """Probabilities [..., E] -> gates [..., E] by routing mode, dropout and capacity."""
-        config = self.config
-        mode = config.routing_mode
-        if mode == "dense_train_sparse_eval":
-            mode = "dense" if self.training else "sparse"
-        elif mode == "maturity" and config.router_type == "learned":
-            mode = "sparse"
+        config, mode = self.config, self._mode()
         if self.training and config.expert_dropout:
             probabilities = drop_experts(probabilities, config.expert_dropout)
         if mode == "dense":

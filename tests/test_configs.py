@@ -22,8 +22,8 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/
 # for its modules, which may import each other.
 LAYERS = (
     ("config",),
-    ("config_file", "bases", "router", "maturity", "storage", "tasks"),
-    ("adapter", "losses"),
+    ("config_file", "bases", "compute", "router", "maturity", "storage", "tasks"),
+    ("adapter", "head", "losses"),
     ("injection", "stacks"),
     ("model_files", "experts"),
     ("model",),

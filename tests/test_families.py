@@ -94,7 +94,7 @@ def test_one_hot_weights_are_that_expert_merged_into_the_base(base, model, ids):
     before = base(ids, use_cache=False).logits
     for expert in range(3):
         alone = model(ids, routing_weights=one_hot(expert)).logits
-        assert error(alone, with_merged_weights(base, model, expert)(ids).logits) < 1e-5
+        assert error(alone, with_merged_weights(base, model, expert)(ids).logits) < 2e-5
         assert error(alone, before) > 0.05
 
 
@@ -110,7 +110,7 @@ def test_cached_steps_have_the_logits_of_the_full_pass(model, ids):
             use_cache=True,
         )
         steps.append(output.logits)
-    assert error(torch.cat(steps, 1), full) < 1e-5
+    assert error(torch.cat(steps, 1), full) < 2e-5
 
 
 @torch.no_grad()
@@ -130,11 +130,11 @@ def error_of_generate(model, ids):
 
 
 def test_generate_has_the_logits_of_the_full_pass(model, ids):
-    assert error_of_generate(model, ids) < 1e-5
+    assert error_of_generate(model, ids) < 2e-5
 
 
 def test_generate_with_a_shared_router_has_the_logits_of_the_full_pass(base, mixture, ids):
-    assert error_of_generate(mixture(base, router_scope="shared"), ids) < 1e-5
+    assert error_of_generate(mixture(base, router_scope="shared"), ids) < 2e-5
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def test_padding_on_either_side_leaves_logits_as_they_are(model, ids):
         mask = real.long().expand(2, -1)
         padded = torch.zeros_like(ids).masked_scatter(mask.bool(), ids[:, padding:])
         extra = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if positions else {}
-        assert error(model(padded, mask, **extra).logits[:, real], alone) < 1e-5
+        assert error(model(padded, mask, **extra).logits[:, real], alone) < 2e-5
 
 
 @torch.no_grad()
@@ -195,7 +195,7 @@ def test_an_exported_expert_has_the_same_logits_in_peft(base, model, in_peft, id
     for expert in range(3):
         adapted = in_peft(base, tmp_path / "saved" / "peft_adapters" / f"expert_{expert}")
         alone = model(ids, routing_weights=one_hot(expert)).logits
-        assert error(adapted(ids, use_cache=False).logits, alone) < 1e-5
+        assert error(adapted(ids, use_cache=False).logits, alone) < 2e-5
 
 
 def test_unload_restores_the_base_bit_for_bit(base, mixture, ids):
@@ -230,7 +230,7 @@ def test_a_window_is_shorter_than_the_sequence(name, window, random_base, ids):
     _, config_class, sizes, *_ = FAMILIES[name]
     slides = random_base(config_class, **sizes)(ids, use_cache=False).logits
     sees_all = random_base(config_class, **sizes | {window: 32})(ids, use_cache=False).logits
-    assert error(slides[:, :WINDOW], sees_all[:, :WINDOW]) < 1e-5
+    assert error(slides[:, :WINDOW], sees_all[:, :WINDOW]) < 2e-5
     assert error(slides[:, WINDOW:], sees_all[:, WINDOW:]) > 1e-3
 
 

@@ -340,7 +340,11 @@ def saved_bytes(model, ids):
 
 def test_lora_fa_keeps_less_for_the_backward_pass(llama):
     ids = torch.randint(3, 40, (4, 32))
-    assert saved_bytes(build(llama(), freeze_A=True), ids) < saved_bytes(build(llama()), ids)
+    # The input of an attention projection is kept by the router or by attention in any case.
+    settings = {"target_modules": ["down_proj"]}
+    less = saved_bytes(build(llama(), freeze_A=True, **settings), ids)
+    inputs = 2 * ids.numel() * 40 * 4  # two layers, 40 wide, float32
+    assert saved_bytes(build(llama(), **settings), ids) == less + inputs
 
 
 def test_a_shared_A_is_one_parameter_of_each_projection(llama):

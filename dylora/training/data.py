@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.config import DataConfig, SourceConfig
+from dylora.losses import target_positions
 from dylora.training.prompts import PROMPT_WITH_INPUT
 from dylora.training.sources import SourceRows, content_hash, derived_seed, read_source
 from dylora.training.tokenized import (
@@ -218,7 +219,8 @@ class InterleavedSampler:
 
 
 def collate(examples: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-padded `input_ids`, `attention_mask` and `labels`, int64 [B, S], S the longest.
+    """Right-padded `input_ids`, `attention_mask` and `labels`, int64 [B, S], S the longest; and
+    `target_positions` [N], where labels have a target after them.
 
     The mask goes by position, so a padding id that equals EOS hides no real EOS.
     """
@@ -229,11 +231,12 @@ def collate(examples: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict
         rows = [example[name] + [filler] * (longest - len(example[name])) for example in examples]
         return torch.tensor(rows)
 
-    positions = torch.arange(longest)
+    positions, labels = torch.arange(longest), padded("labels", IGNORED)
     return {
         "input_ids": padded("input_ids", pad_token_id),
         "attention_mask": (positions < torch.tensor(lengths)[:, None]).long(),
-        "labels": padded("labels", IGNORED),
+        "labels": labels,
+        "target_positions": target_positions(labels),
     }
 
 

@@ -132,7 +132,8 @@ def train_step(run: Run) -> StepResult:
     loss_mass_E = torch.zeros_like(mass_E)
     statistics: RoutingStatistics | None = None
     for batch in batches:
-        output = model(**batch, label_smoothing=config.train.label_smoothing, scale=scale)
+        smoothing = config.train.label_smoothing
+        output = model(**batch, label_smoothing=smoothing, scale=scale, keep_logits=False)
         run.scaler.scale(output.loss).backward()
         sums += torch.stack(output[:5]).detach()
         mass, loss_mass = expert_mass(output.routing.gates, output.token_losses, batch["labels"])

@@ -44,7 +44,7 @@ def validate(
         for begin in range(0, len(order), batch_size):
             rows = [examples[index] for index in order[begin : begin + batch_size]]
             batch = {key: value.to(device) for key, value in collate(rows, pad_token_id).items()}
-            output = model(**batch)
+            output = model(**batch, keep_logits=False)
             loss += output.token_losses.double().sum()
             targets += losses.count_targets(batch["labels"])
             found = output.routing.statistics if output.routing else None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dylora.config import DataConfig, SourceConfig
+from dylora.losses import target_positions
 from dylora.training.data import InterleavedSampler, collate, load_data
 from dylora.training.tokenized import TokenizedSet
 
@@ -75,6 +76,8 @@ def test_a_real_eos_is_trained_on_even_when_pad_is_eos(tmp_path, tokenizer):
     assert (batch["attention_mask"][0, short:] == 0).all()
     assert (batch["input_ids"][0, short:] == EOS).all()
     assert batch["attention_mask"][1].all()
+    positions = batch.pop("target_positions")
+    assert torch.equal(positions, target_positions(batch["labels"]))
     assert {key: (value.dtype, value.shape) for key, value in batch.items()} == dict.fromkeys(
         ("input_ids", "attention_mask", "labels"),
         (torch.int64, torch.Size([2, len(pair[1]["input_ids"])])),

@@ -1,0 +1,326 @@
+"""The compute paths: one meaning, held against the loop over experts, gradients included."""
+
+import copy
+
+import oracles
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from dylora import compute
+from dylora.compute import (
+    Block,
+    add_gathered,
+    add_grouped,
+    add_mixture,
+    choose_way,
+    plan_pairs,
+    products_with_A,
+)
+
+T, D, O, E, R = 5, 4, 3, 6, 2  # noqa: E741 - the letters of the design
+
+
+def double(*shape, grad=True):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+
+# The wide way
+
+# Stacks as (experts, rank, trained); a shared A has the rank of all.
+LAYOUTS = {
+    "one stack": ([(E, R, True)], False),
+    "frozen beside trained": ([(2, R, False), (3, R, True), (1, R, False)], False),
+    "trained around frozen, other ranks": ([(2, 3, True), (3, 1, False), (1, 2, True)], False),
+    "nothing trained": ([(E, R, False)], False),
+    "one A for all": ([(4, R, True), (2, R, True)], True),
+}
+
+
+def wide_parts(layout):
+    stacks, shared = LAYOUTS[layout]
+    blocks, As, Bs, first = [], [], [], 0
+    for experts, rank, trained in stacks:
+        blocks.append(Block(first, experts, rank, shared))
+        if not (shared and As):
+            As.append(double(rank if shared else experts * rank, D, grad=trained))
+        Bs.append(double(experts * rank, O, grad=trained))
+        first += experts
+    return blocks, As, Bs
+
+
+def wide_oracle(y, x, gates, scaling_E, blocks, As, Bs):
+    for index, block in enumerate(blocks):
+        B = Bs[index].view(block.experts, block.rank, O)
+        A = As[0 if block.shared else index]
+        A = A.expand(block.experts, -1, -1) if block.shared else A.view(block.experts, -1, D)
+        own = slice(block.first, block.first + block.experts)
+        y = y + oracles.mixture_update(x, A, B, gates[:, own], scaling_E[own])
+    return y
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_wide_way_is_the_loop_over_experts(layout):
+    blocks, As, Bs = wide_parts(layout)
+    x, gates, y = double(T, D), torch.rand(T, E).double(), double(T, O)
+    scaling_E = torch.linspace(0.5, 2, E).double()
+    expected = wide_oracle(y, x, gates, scaling_E, blocks, As, Bs)
+    [h] = products_with_A(x, [As], x.dtype)
+    ours = add_mixture(y.clone(), h, gates, scaling_E, blocks, Bs)
+    torch.testing.assert_close(ours, expected)
+    with torch.no_grad():
+        [h] = products_with_A(x, [As], x.dtype)
+        torch.testing.assert_close(
+            add_mixture(y.clone(), h, gates, scaling_E, blocks, Bs), expected
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_wide_way_has_the_numeric_gradient_and_none_for_frozen_experts(layout):
+    blocks, As, Bs = wide_parts(layout)
+    gates = torch.rand(T, E).double().requires_grad_()
+    scaling_E = torch.linspace(0.5, 2, E).double()
+
+    def mixture(y, x, gates, *matrices):
+        own = list(matrices[: len(As)])
+        [h] = products_with_A(x, [own], x.dtype)
+        return add_mixture(y * 1, h, gates, scaling_E, blocks, list(matrices[len(As) :]))
+
+    x, y = double(T, D), double(T, O)
+    assert gradcheck(mixture, (y, x, gates, *As, *Bs))
+    mixture(y, x, gates, *As, *Bs).sum().backward()
+    for matrix in (*As, *Bs):
+        assert (matrix.grad is not None) == matrix.requires_grad
+
+
+def test_projections_with_one_input_share_the_product_and_its_gradient():
+    x, As = double(T, D), [[double(4, D)], [double(2, D, grad=False), double(3, D)], [double(1, D)]]
+
+    def products(x, *flat):
+        q, k1, k2, v = flat
+        return products_with_A(x, [[q], [k1, k2], [v]], x.dtype)
+
+    flat = [A for own in As for A in own]
+    for h, own in zip(products(x, *flat), As, strict=True):
+        torch.testing.assert_close(h, x @ torch.cat(own).T)
+    assert gradcheck(lambda *args: tuple(products(*args)), (x, *flat))
+
+
+def test_a_product_that_nobody_uses_takes_nothing_from_the_others():
+    x, A, unused = double(T, D), double(4, D), double(2, D)
+    h, _ = products_with_A(x, [[A], [unused]], x.dtype)
+    h.square().sum().backward()
+    expected = 2 * (x @ A.T).detach() @ A.detach()
+    torch.testing.assert_close(x.grad, expected)
+    assert not unused.grad.any()
+
+
+def test_the_update_is_added_in_place_and_the_input_is_kept_once():
+    x, As, B = double(T, D), [[double(4, D)] for _ in range(3)], double(4, O)
+    y = torch.zeros(T, O, dtype=torch.float64)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hs = products_with_A(x, As, x.dtype)
+        gates = torch.ones(T, 2).double()
+        out = add_mixture(y, hs[0], gates, torch.ones(2), [Block(0, 2, 2, False)], [B])
+    assert out.data_ptr() == y.data_ptr()
+    assert kept.count(x.untyped_storage().data_ptr()) == 1
+    assert y.untyped_storage().data_ptr() not in kept
+
+
+def test_an_output_that_cannot_be_viewed_as_rows_is_not_changed():
+    base = torch.zeros(O, T, dtype=torch.float64)
+    h, B = double(T, 4), double(4, O)
+    out = add_mixture(
+        base.T, h, torch.ones(T, 2).double(), torch.ones(2), [Block(0, 2, 2, False)], [B]
+    )
+    assert not base.any()
+    torch.testing.assert_close(out, h @ B)
+
+
+# The grouped and the gathered way
+
+
+def sparse_parts(top_k, experts=E, used=None):
+    """Weights [T, K] and experts [T, K], different ones in a row; some places have weight 0."""
+    choices = torch.randn(T, experts)
+    if used is not None:
+        choices[:, used:] = -9
+    experts_TK = choices.topk(top_k).indices
+    weights_TK = torch.rand(T, top_k).double()
+    weights_TK[1, -1] = 0
+    return weights_TK, experts_TK
+
+
+def as_gates(weights_TK, experts_TK, experts=E):
+    zeros = torch.zeros(T, experts, dtype=weights_TK.dtype)
+    return zeros.scatter(1, experts_TK, weights_TK)
+
+
+@pytest.mark.parametrize("used", [None, 3])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_grouped_and_gathered_are_the_loop_over_experts(top_k, used):
+    """With `used`, half of the experts have no token at all."""
+    weights_TK, experts_TK = sparse_parts(top_k, used=used)
+    x, A, B, y = double(T, D), double(E, R, D), double(E, R, O), double(T, O)
+    gates = as_gates(weights_TK, experts_TK)
+    expected = y + oracles.mixture_update(x, A, B, gates, torch.ones(E, dtype=torch.float64))
+    plan = plan_pairs(experts_TK, E)
+    torch.testing.assert_close(add_grouped(y.clone(), x, weights_TK, plan, A, B), expected)
+    with torch.no_grad():
+        gathered = add_gathered(y.clone(), x, weights_TK, experts_TK, A, B)
+    torch.testing.assert_close(gathered, expected)
+
+
+@pytest.mark.parametrize("frozen", [(), ("A",), ("A", "B")])
+def test_the_grouped_way_has_the_numeric_gradient(frozen):
+    weights_TK, experts_TK = sparse_parts(2)
+    plan = plan_pairs(experts_TK, E)
+    A, B = double(E, R, D, grad="A" not in frozen), double(E, R, O, grad="B" not in frozen)
+    assert gradcheck(
+        lambda y, x, w, A, B: add_grouped(y * 1, x, w, plan, A, B),
+        (double(T, O), double(T, D), weights_TK.requires_grad_(), A, B),
+    )
+
+
+def test_the_grouped_way_is_the_same_in_float32_by_torchs_grouped_products():
+    weights_TK, experts_TK = sparse_parts(2)
+    plan = plan_pairs(experts_TK, E)
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(1)
+        parts = [double(T, O), double(T, D), weights_TK, double(E, R, D), double(E, R, O)]
+        y, x, w, A, B = (part.detach().to(dtype).requires_grad_() for part in parts)
+        out = add_grouped(y * 1, x, w, plan, A, B)
+        out.square().sum().backward()
+        results[dtype] = [t.double() for t in (out, x.grad, w.grad, A.grad, B.grad)]
+    for exact, ours in zip(*results.values(), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_are_sorted_by_expert_and_go_back():
+    experts_TK = torch.tensor([[3, 0], [0, 5], [3, 1]])
+    plan = plan_pairs(experts_TK, 6)
+    assert plan.ends_E.tolist() == [2, 3, 3, 5, 5, 6]
+    assert experts_TK.flatten()[plan.pair_P].tolist() == [0, 0, 1, 3, 3, 5]
+    assert plan.token_P.tolist() == [0, 1, 2, 0, 2, 1]
+    assert torch.equal(plan.pair_P[plan.sorted_P], torch.arange(6))
+
+
+# The rule, and whole models
+
+
+def test_the_rule_looks_at_experts_tokens_and_gradients():
+    train = {"needs_grad": True, "device": "cpu"}
+    assert choose_way(tokens=1024, mature=64, top_k=2, **train) == "grouped"
+    assert choose_way(tokens=1024, mature=0, top_k=2, **train) == "wide"
+    assert choose_way(tokens=1024, mature=2, top_k=2, **train) == "wide"
+    assert choose_way(tokens=4, mature=64, top_k=2, **train) == "wide"
+    step = {"needs_grad": False, "device": "cpu"}
+    assert choose_way(tokens=1, mature=64, top_k=2, **step) == "gathered"
+    assert choose_way(tokens=1, mature=2, top_k=2, **step) == "wide"
+
+
+SPARSE = {
+    "all mature": {"maturity": [1.0] * 8},
+    "one newborn": {"maturity": [1.0] * 3 + [0.0] + [1.0] * 4},
+    "some halfway": {"maturity": [1.0, 0.5, 1.0, 1.0, 0.2, 1.0, 1.0, 1.0]},
+    "learned": {"router_type": "learned", "expert_capacity_factor": None},
+    "sparse": {"routing_mode": "sparse"},
+    "top-1": {"maturity": [1.0] * 8, "top_k_experts": 1},
+    "top-3, ragged": {
+        "maturity": [1.0] * 8,
+        "top_k_experts": 3,
+        "expert_ranks": [1, 2, 3, 4, 1, 2, 3, 4],
+    },
+    "shared router": {"maturity": [1.0] * 8, "router_scope": "shared"},
+    "capacity": {"routing_mode": "sparse", "expert_capacity_factor": 0.7},
+}
+
+
+def by(way, monkeypatch, model, ids):
+    """Logits and gradients of a model all of whose stacks go one way where they can."""
+    monkeypatch.setattr("dylora.adapter.choose_way", lambda **known: way)
+    if way == "gathered":
+        with torch.no_grad():
+            return model(ids).logits, {}
+    output = model(ids, labels=ids)
+    model.zero_grad()
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.own_parameters() if p.grad is not None}
+    return output.logits.detach(), {name: grad.clone() for name, grad in gradients.items()}
+
+
+@pytest.mark.parametrize("pool", ["as it began", "with a history"])
+@pytest.mark.parametrize("settings", SPARSE)
+def test_every_way_through_a_model_has_the_same_logits_and_gradients(
+    settings, pool, mixture, gpt2, ids, monkeypatch
+):
+    settings = {"maturity": [1.0] * 8} | SPARSE[settings]
+    base = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = mixture(base, num_experts=8, **settings).double()
+    if pool == "with a history":
+        model.experts.create_expert(share=0.2)
+        model.experts.freeze(2, 3)
+        model.experts.retire(5)
+        torch.nn.init.normal_(
+            model.injection.adapters["transformer.h.0.attn.c_attn"].stacks[-1].lora_B
+        )
+    model.train()
+    logits, gradients = by("wide", monkeypatch, model, ids)
+    for way in ("grouped", "gathered"):
+        if way == "gathered":
+            model.eval()
+            logits, _ = by("wide", monkeypatch, model, ids)
+        ours, theirs = by(way, monkeypatch, model, ids)
+        torch.testing.assert_close(ours, logits, rtol=1e-9, atol=1e-9)
+        for name, gradient in theirs.items():
+            torch.testing.assert_close(gradient, gradients[name], rtol=1e-7, atol=1e-9, msg=name)
+        assert way == "gathered" or theirs.keys() == gradients.keys()
+
+
+def test_experts_that_take_no_part_are_not_computed(mixture, ids):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(model):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(ids)
+        return counter.get_total_flops()
+
+    model = mixture(num_experts=4, maturity=[0.0] * 4)
+    with model.disable_adapters():
+        base = flops(model)
+    all_four = flops(model) - base
+    model.experts.set_active_expert(2)
+    assert flops(model) - base < 0.4 * all_four  # a quarter, and the router
+
+
+def test_weights_that_a_caller_gives_reach_experts_that_are_not_chosen(mixture, ids):
+    model = mixture(num_experts=8, maturity=[1.0] * 8)
+    weights = torch.rand(2, 8)
+    expected = copy.deepcopy(model)(ids, routing_weights=weights).logits
+    compute_all = mixture(num_experts=8, maturity=[0.0] * 8)
+    torch.testing.assert_close(compute_all(ids, routing_weights=weights).logits, expected)
+
+
+def test_a_site_that_matures_changes_its_way_without_a_restart(mixture, monkeypatch):
+    seen = []
+    real = compute.choose_way
+
+    def watch(**known):
+        seen.append(real(**known))
+        return seen[-1]
+
+    monkeypatch.setattr("dylora.adapter.choose_way", watch)
+    model = mixture(num_experts=16, maturity=[0.0] * 16)
+    ids = torch.randint(3, 40, (4, 32))
+    model(ids, labels=ids).loss.backward()
+    mature = model.maturity._replace(maturity=torch.ones(16, dtype=torch.float64))
+    model.set_maturity(mature)
+    model(ids, labels=ids).loss.backward()
+    assert seen == ["wide", "wide", "grouped", "grouped"]
