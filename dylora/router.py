@@ -241,9 +241,14 @@ def maturity_gates(probabilities: Tensor, maturity: Tensor, top_k: int) -> Tenso
 
 def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
     """Boolean [..., E], True at the K largest; ties go to the lowest index, unlike torch.topk."""
-    order = scores.detach().argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter(-1, order[..., :top_k], True)
+    scores, mask = scores.detach(), torch.zeros_like(scores, dtype=torch.bool)
+    if top_k > 4:
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        return mask.scatter(-1, order[..., :top_k], True)
+    for _ in range(top_k):  # argmax gives the first of equal ones; far cheaper than to sort
+        left = scores.masked_fill(mask, -math.inf)
+        mask = mask.scatter(-1, left.argmax(dim=-1, keepdim=True), True)
+    return mask
 
 
 def drop_experts(probabilities: Tensor, rate: float) -> Tensor:
