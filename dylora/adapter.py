@@ -22,7 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from dylora.compute import (
     Block,
     Plan,
-    add_gathered,
     add_grouped,
     add_mixture,
     choose_way,
@@ -30,6 +29,15 @@ from dylora.compute import (
     products_with_A,
 )
 from dylora.config import MoELoraConfig
+from dylora.packed import (
+    PACKED_TOKENS,
+    Member,
+    Pack,
+    add_looked_up,
+    add_wide,
+    gated_products,
+    looked_up_products,
+)
 from dylora.router import DynamicHybridRouter, RouterOutput, RoutingState, expand_override
 
 # Projections of a block that get the same tensor, and so share the product with A.
@@ -64,6 +72,7 @@ class Mix(NamedTuple):
     dense: list[Dense]
     gates: Tensor  # [T, E] of the experts in `dense`, in that order
     sparse: list[Sparse]
+    has_rows: bool = False  # whether `dense` has some experts of a stack only
 
 
 class Site:
@@ -87,11 +96,12 @@ class Site:
         self._input: weakref.ref[Tensor] | None = None
         self._dropped: Tensor | None = None
         self._products: dict[str, Tensor] = {}  # h of projections that are still to come
+        self._packs: dict[tuple[str, ...], Pack] = {}  # of inference; kept until values change
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a pass: it may be part of a graph."""
         of_pass = {"output": None, "_mix": None, "_input": None, "_dropped": None}
-        return self.__dict__ | of_pass | {"_products": {}}
+        return self.__dict__ | of_pass | {"_products": {}, "_packs": {}}
 
     def mix(self, stacks: Any, top_k: int) -> Mix:
         """The form of this pass's mixture; all projections of a site have the same stacks."""
@@ -135,7 +145,8 @@ class Site:
                 chosen_TK = torch.tensor(ripe, device=device)[chosen_TK] - stack.first
             plan = plan_pairs(chosen_TK, len(stack.ranks)) if way == "grouped" else None
             sparse.append(Sparse(index, chosen_TK, gates_TK, plan))
-        return Mix(dense, _columns(gates, columns), sparse)
+        has_rows = any(part.rows is not None for part in dense)
+        return Mix(dense, _columns(gates, columns), sparse, has_rows)
 
     def shared_input(self, name: str, x: Tensor) -> tuple[list[str], Tensor]:
         """The projections that get the input of `name`, and drop(x), drawn once for them."""
@@ -146,6 +157,19 @@ class Site:
             dropped = self.adapters[name].dropout(x)
             self._dropped = None if dropped is x else dropped
         return names, x if self._dropped is None else self._dropped
+
+    def pack(self, names: list[str], dtype: torch.dtype) -> Pack:
+        """The matrices of these projections, laid out for a few tokens."""
+        key = tuple(names)
+        pack = self._packs.get(key)
+        if pack is None or not pack.is_current(dtype):
+            members = {name: self.adapters[name].as_member() for name in names}
+            pack = self._packs[key] = Pack(members, dtype)
+        return pack
+
+    def forget_packs(self) -> None:
+        """For when stacks have changed, and before training, which has no use for them."""
+        self._packs.clear()
 
     def product_with_A(self, name: str, x: Tensor, mix: Mix, dtype: torch.dtype) -> Tensor:
         """h = drop(x) Aᵀ [T, C] of the projection `name`, of the experts that every token uses.
@@ -167,6 +191,8 @@ class Site:
             return
         x = args[0] if args else kwargs["hidden_states"]
         self._mix = self._input = self._dropped = None
+        if self._packs and torch.is_grad_enabled():
+            self.forget_packs()
         if state.override is not None:
             gates = expand_override(state.override, self.index, x.shape[0], x.shape[1])
             gates = gates[:, -x.shape[1] :]  # Gemma 4's last layers see the last tokens only
@@ -262,6 +288,7 @@ class StackedLoRA(nn.Module):
         super().__init__()
         self.site = site
         self.path = path
+        self.name = path.rpartition(".")[2]
         self.in_features, self.out_features = in_features, out_features
         self.config = config
         self.device = device
@@ -317,6 +344,11 @@ class StackedLoRA(nn.Module):
             stack.lora_A.requires_grad_(False)
         return stack
 
+    def set_stacks(self, stacks: list[ExpertStack]) -> None:
+        """Other stacks from here on."""
+        self.stacks = nn.ModuleList(stacks)
+        self.site.forget_packs()
+
     def stack_of(self, expert: int) -> tuple[ExpertStack, int]:
         """The stack that holds an expert, and its place in it; KeyError for a retired one."""
         for stack in self.stacks:
@@ -349,10 +381,13 @@ class StackedLoRA(nn.Module):
         gates = fitting_gates(routing.gates, x, self.path)
         if self.config.use_dora:
             return self._add_dora(module, x, gates, output)
-        output = self._add_biases(gates, output)
+        if self.config.bias != "none":
+            output = self._add_biases(gates, output)
         if torch.compiler.is_compiling():  # the compiler fuses the plain form as well as can be
             return output + self(x, gates).to(output.dtype)
         mix = self.site.mix(self.stacks, self.config.top_k_experts)
+        if self._is_packable(mix, x, output):
+            return self._add_packed(mix, x, output)
         if mix.dense:
             h = self.site.product_with_A(self.name, x, mix, output.dtype)
             Bs = [self._rows(dense, "lora_B").flatten(0, 1) for dense in mix.dense]
@@ -363,17 +398,46 @@ class StackedLoRA(nn.Module):
             _, dropped = self.site.shared_input(self.name, x)
             stack = self.stacks[sparse.stack]
             weights_TK = sparse.gates_TK * stack.scaling_E[sparse.experts_TK]
+            plan = sparse.plan or plan_pairs(sparse.experts_TK, len(stack.ranks))
             matrices = (stack.lora_A, stack.lora_B)
-            if sparse.plan is not None:
-                output = add_grouped(output, dropped, weights_TK, sparse.plan, *matrices)
-            else:
-                output = add_gathered(output, dropped, weights_TK, sparse.experts_TK, *matrices)
+            output = add_grouped(output, dropped, weights_TK, plan, *matrices)
         return output
 
-    @property
-    def name(self) -> str:
-        """The last word of the projection's path."""
-        return self.path.rpartition(".")[2]
+    def _is_packable(self, mix: Mix, x: Tensor, output: Tensor) -> bool:
+        """Whether this is a step of decoding: a few tokens, no gradient, one way for all."""
+        if torch.is_grad_enabled() or mix.gates.shape[0] > PACKED_TOKENS:
+            return False
+        looked_up = len(mix.sparse) == len(self.stacks) == 1 and not mix.dense
+        wide = not mix.sparse and len(mix.dense) == len(self.stacks) and not mix.has_rows
+        dropped = self.training and self.config.lora_dropout > 0
+        plain = x.dtype == output.dtype and output.is_contiguous() and not dropped
+        return plain and (wide or looked_up)
+
+    def _add_packed(self, mix: Mix, x: Tensor, output: Tensor) -> Tensor:
+        """The update of a few tokens, in place."""
+        names, _ = self.site.shared_input(self.name, x)
+        pack, products = self.site.pack(names, x.dtype), self.site._products
+        x_TD = x.view(-1, x.shape[-1])
+        if not mix.sparse:
+            if self.name not in products:
+                products.update(gated_products(pack.wide, x_TD, mix.gates))
+            return add_wide(pack.wide, self.name, products.pop(self.name), output)
+        [sparse] = mix.sparse
+        if self.name not in products:
+            found = looked_up_products(pack.tall, x_TD, sparse.gates_TK, sparse.experts_TK)
+            products.update(found)
+        gated = products.pop(self.name)
+        return add_looked_up(pack.tall, self.name, gated, sparse.experts_TK, output)
+
+    def as_member(self) -> Member:
+        """The matrices of all stacks, for packing."""
+        As = [self.A_of(stack) for stack in self.stacks]
+        shared = self.shared_A is not None
+        return Member(
+            As[:1] if shared else As,
+            [stack.lora_B for stack in self.stacks],
+            [stack.scaling_E for stack in self.stacks],
+        )
 
     def flat_As(self, dense: list[Dense]) -> list[Tensor]:
         """A of the experts that every token uses, [C, D] by stack; the one they share."""

@@ -6,7 +6,8 @@ wide      every expert for every token: two products, the gate folded into the r
           them, the second added into the base's output in place. Projections with one input share
           the first product.
 grouped   mature experts only where they are chosen: tokens sorted by expert, grouped products.
-gathered  a handful of tokens without gradient: the rows of the chosen experts are looked up.
+gathered  a handful of tokens without gradient: the rows of the chosen experts are looked up
+          (`packed.py`, which also has the wide way of a few tokens).
 
 Immature experts are mixed for every token, so beside the last two they go the wide way.
 
@@ -270,21 +271,6 @@ def _add_rows(target_TO: Tensor, rows_PO: Tensor, plan: Plan) -> None:
         target_TO += rows_PO[plan.sorted_P].view(len(target_TO), per_token, -1).sum(1)
     else:
         target_TO.index_add_(0, plan.token_P, rows_PO)
-
-
-# The gathered way
-
-
-def add_gathered(
-    y: Tensor, x: Tensor, weights_TK: Tensor, experts_TK: Tensor, A_ERD: Tensor, B_ERO: Tensor
-) -> Tensor:
-    """As `add_grouped`, for a few tokens and without gradient: their experts' rows looked up."""
-    x_TD = x.flatten(0, -2)
-    A_TKRD, B_TKRO = A_ERD[experts_TK].to(x.dtype), B_ERO[experts_TK].to(x.dtype)
-    h_TKR = (A_TKRD.flatten(1, 2) @ x_TD[:, :, None]).view(A_TKRD.shape[:3])
-    gated_TKR = h_TKR * weights_TK[..., None].to(x.dtype)
-    update_TO = (gated_TKR.flatten(1)[:, None] @ B_TKRO.flatten(1, 2)).squeeze(1)
-    return y.add_(update_TO.view_as(y).to(y.dtype))
 
 
 # The rule

@@ -161,7 +161,7 @@ class ExpertManager:
         for path, adapter in model.injection.adapters.items():
             stack = adapter.create_stack(index, [rank], [alpha], model.base.get_submodule(path))
             stacks.enrol(self._optimizer, adapter, stack)
-            adapter.stacks.append(stack)
+            adapter.set_stacks([*adapter.stacks, stack])
         self._grow_routers(share)
         state = model.injection.state
         model.maturity = maturity.extended(model.maturity, self.progress)
@@ -280,7 +280,11 @@ class ExpertManager:
         state = self.model.injection.state
         state.fixed_weights_E[i] += state.fixed_weights_E[j]
         a, b = shares
-        fast, slow = (a * value[i] + b * value[j] for value in (live.fast, live.slow))
+        # An expert that has seen nothing has no averages yet, and no share in these.
+        fast, slow = (
+            a * value[i].nan_to_num(float(value[j])) + b * value[j].nan_to_num(float(value[i]))
+            for value in (live.fast, live.slow)
+        )
         values = {
             "maturity": torch.minimum(live.maturity[i], live.maturity[j]),
             "evidence": live.evidence[i] + live.evidence[j],
@@ -327,15 +331,12 @@ class ExpertManager:
                 router.resize(len(table))
             for path, adapter in model.injection.adapters.items():
                 projection = model.base.get_submodule(path)
-                adapter.stacks = nn.ModuleList(
-                    adapter.create_stack(
-                        run[0],
-                        [table[e].rank for e in run],
-                        [table[e].alpha for e in run],
-                        projection,
-                    )
-                    for run in runs_of(table)
-                ).train(model.training)
+                fresh = []
+                for run in runs_of(table):
+                    ranks, alphas = [table[e].rank for e in run], [table[e].alpha for e in run]
+                    fresh.append(adapter.create_stack(run[0], ranks, alphas, projection))
+                adapter.set_stacks(fresh)
+                adapter.train(model.training)
         self.table = table
         self._set_trainable()
         self._set_active()

@@ -63,6 +63,7 @@ class RoutingState(nn.Module):
         # What the device knows, too, for decisions that must not wait for it.
         self.active = [True] * num_experts
         self.mature = [False] * num_experts
+        self.all_newborn = True
         self.enabled = True  # False: the frozen base alone
         self.requested: Tensor | None = None  # routing weights for the next pass only
         self.held: Tensor | None = None  # routing weights for every pass until taken back
@@ -100,6 +101,7 @@ class RoutingState(nn.Module):
         """What each expert's maturity is from here on; [E] on the CPU."""
         self.maturity_E.copy_(maturity_E)
         self.mature = [value == 1 for value in maturity_E.tolist()]
+        self.all_newborn = not any(maturity_E.tolist())
 
     def resize(self, maturity: list[float], fixed_weights: list[float]) -> None:
         """Room for another number of experts, all of them taking part."""
@@ -107,6 +109,7 @@ class RoutingState(nn.Module):
         self.maturity_E = torch.tensor(maturity, dtype=self.maturity_E.dtype, device=device)
         self.fixed_weights_E = torch.tensor(fixed_weights, device=device).to(self.maturity_E)
         self.mature = [value == 1 for value in maturity]
+        self.all_newborn = not any(maturity)
         self.set_active([True] * len(maturity))
 
     def fixed_gates(self) -> Tensor:
@@ -175,11 +178,17 @@ class DynamicHybridRouter(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         """Logits [..., E] of hidden states [..., D]."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = at_least_float32(x)  # bf16 logits change the chosen experts for up to 1 % of tokens
-            if self.inner is not None:
-                x = F.silu(F.linear(x, self.inner.weight.to(x.dtype), self.inner.bias.to(x.dtype)))
-            return F.linear(x, self.outer.weight.to(x.dtype), self.outer.bias.to(x.dtype))
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._score(x)
+        return self._score(x)
+
+    def _score(self, x: Tensor) -> Tensor:
+        x = at_least_float32(x)  # bf16 logits change the chosen experts for up to 1 % of tokens
+        if self.inner is not None:
+            x = F.silu(F.linear(x, self.inner.weight.to(x.dtype), self.inner.bias.to(x.dtype)))
+        outer = self.outer
+        return F.linear(x, outer.weight.to(x.dtype), outer.bias.to(x.dtype))
 
     def mature_experts(self, state: RoutingState) -> list[bool] | None:
         """Which experts only their chosen tokens use; None where every token uses all."""
@@ -204,6 +213,8 @@ class DynamicHybridRouter(nn.Module):
             probabilities = drop_experts(probabilities, config.expert_dropout)
         if mode == "dense":
             return probabilities
+        if mode == "maturity" and state.all_newborn:
+            return probabilities  # what the gate below amounts to, without its operations
         if mode == "sparse":
             maturity = torch.ones_like(state.maturity_E)
         else:

@@ -27,7 +27,7 @@ def restack(optimizer: Optimizer | None, adapter: StackedLoRA, wanted: list[list
         kept = [stack for stack in adapter.stacks if list(stack.experts) == run]
         stacks.append(kept[0] if kept else joined(optimizer, adapter, run))
     gone = [stack for stack in adapter.stacks if stack not in stacks]
-    adapter.stacks = nn.ModuleList(stacks)
+    adapter.set_stacks(stacks)
     for stack in gone:
         dismiss(optimizer, stack)
 
@@ -42,7 +42,7 @@ def cut_out(optimizer: Optimizer | None, adapter: StackedLoRA, expert: int) -> N
     where = list(adapter.stacks).index(stack)
     stacks = list(adapter.stacks)
     stacks[where : where + 1] = [joined(optimizer, adapter, run) for run in parts]
-    adapter.stacks = nn.ModuleList(stacks)
+    adapter.set_stacks(stacks)
     dismiss(optimizer, stack)
 
 
@@ -58,7 +58,7 @@ def replace_stack(
     if new is not None:
         enrol(optimizer, adapter, new)
     stacks[where : where + 1] = [] if new is None else [new]
-    adapter.stacks = nn.ModuleList(stacks)
+    adapter.set_stacks(stacks)
     dismiss(optimizer, old)
 
 

@@ -1,6 +1,7 @@
 """The compute paths: one meaning, held against the loop over experts, gradients included."""
 
 import copy
+from itertools import pairwise
 
 import oracles
 import pytest
@@ -10,7 +11,6 @@ from torch.autograd import gradcheck
 from dylora import compute
 from dylora.compute import (
     Block,
-    add_gathered,
     add_grouped,
     add_mixture,
     choose_way,
@@ -164,7 +164,7 @@ def as_gates(weights_TK, experts_TK, experts=E):
 
 @pytest.mark.parametrize("used", [None, 3])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_grouped_and_gathered_are_the_loop_over_experts(top_k, used):
+def test_the_grouped_way_is_the_loop_over_experts(top_k, used):
     """With `used`, half of the experts have no token at all."""
     weights_TK, experts_TK = sparse_parts(top_k, used=used)
     x, A, B, y = double(T, D), double(E, R, D), double(E, R, O), double(T, O)
@@ -172,9 +172,6 @@ def test_grouped_and_gathered_are_the_loop_over_experts(top_k, used):
     expected = y + oracles.mixture_update(x, A, B, gates, torch.ones(E, dtype=torch.float64))
     plan = plan_pairs(experts_TK, E)
     torch.testing.assert_close(add_grouped(y.clone(), x, weights_TK, plan, A, B), expected)
-    with torch.no_grad():
-        gathered = add_gathered(y.clone(), x, weights_TK, experts_TK, A, B)
-    torch.testing.assert_close(gathered, expected)
 
 
 @pytest.mark.parametrize("frozen", [(), ("A",), ("A", "B")])
@@ -324,3 +321,64 @@ def test_a_site_that_matures_changes_its_way_without_a_restart(mixture, monkeypa
     model.set_maturity(mature)
     model(ids, labels=ids).loss.backward()
     assert seen == ["wide", "wide", "grouped", "grouped"]
+
+
+# Packed for decoding
+
+
+def as_if_not_packed(monkeypatch):
+    monkeypatch.setattr("dylora.adapter.PACKED_TOKENS", 0)
+
+
+@pytest.mark.parametrize("settings", [*SPARSE, "newborn", "one A"])
+def test_a_few_tokens_without_gradient_are_computed_as_any(
+    settings, mixture, gpt2, ids, monkeypatch
+):
+    extra = {"newborn": {"maturity": [0.0] * 8}, "one A": {"share_A": True}}
+    settings = {"maturity": [1.0] * 8} | (SPARSE | extra)[settings]
+    model = mixture(gpt2(), num_experts=8, **settings).double()
+    with torch.no_grad():
+        packed = model(ids).logits
+        as_if_not_packed(monkeypatch)
+        torch.testing.assert_close(packed, model(ids).logits, rtol=1e-10, atol=1e-10)
+
+
+def test_a_pack_follows_every_change_of_its_values(mixture, ids, monkeypatch):
+    model = mixture(num_experts=4, maturity=[0.0] * 4)
+    optimizer = torch.optim.SGD([p for _, p in model.own_parameters()], lr=0.5)
+
+    def both_ways():
+        with torch.no_grad():
+            packed = model(ids).logits
+            with monkeypatch.context() as patch:
+                as_if_not_packed(patch)
+                torch.testing.assert_close(packed, model(ids).logits, rtol=1e-4, atol=1e-4)
+        return packed
+
+    seen = [both_ways()]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    seen.append(both_ways())
+    with torch.no_grad():
+        for _, parameter in model.expert_parameters():
+            parameter.mul_(1.5)
+    seen.append(both_ways())
+    model.experts.retire(1)
+    seen.append(both_ways())
+    model.double()
+    both_ways()
+    model.float()
+    model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
+    seen.append(both_ways())
+    for one, other in pairwise(seen):
+        assert (one - other).abs().max() > 1e-3
+
+
+def test_packs_are_let_go_when_training_begins(mixture, ids):
+    model = mixture()
+    with torch.no_grad():
+        model(ids)
+    site = model.injection.sites[0]
+    assert site._packs
+    model(ids, labels=ids)
+    assert not site._packs

@@ -22,7 +22,7 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/
 # for its modules, which may import each other.
 LAYERS = (
     ("config",),
-    ("config_file", "bases", "compute", "router", "maturity", "storage", "tasks"),
+    ("config_file", "bases", "compute", "packed", "router", "maturity", "storage", "tasks"),
     ("adapter", "head", "losses"),
     ("injection", "stacks"),
     ("model_files", "experts"),

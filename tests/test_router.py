@@ -292,7 +292,7 @@ def route(x, maturity=None, **settings):
     torch.nn.init.normal_(router.outer.bias)
     state = RoutingState(E)
     if maturity is not None:
-        state.maturity_E.copy_(torch.tensor(maturity))
+        state.set_maturity(torch.tensor(maturity))
     return router, router(x, state)
 
 

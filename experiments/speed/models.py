@@ -59,7 +59,8 @@ def randomise(model: nn.Module) -> None:
 def mixture(base: PreTrainedModel, experts: int, *, mature: bool = False, **settings) -> DyLoRA_MoE:
     """Ours on a copy of the base, in evaluation mode (dropout plays no part here)."""
     settings = {"r": 16, "top_k_experts": 2, "expert_capacity_factor": None} | settings
-    model = DyLoRA_MoE.from_base(copy.deepcopy(base), MoELoraConfig(num_experts=experts, **settings))
+    config = MoELoraConfig(num_experts=experts, **settings)
+    model = DyLoRA_MoE.from_base(copy.deepcopy(base), config)
     randomise(model)
     if mature:
         ripe = torch.ones(experts, dtype=torch.float64)
