@@ -16,7 +16,6 @@ from dylora import bases as bases_module
 from dylora.bases import load_base
 from dylora.cli import main
 from dylora.storage.peft_format import read_tensors
-from dylora.training.setup import enable_checkpointing
 
 for package in ("accelerate", "bitsandbytes", "torchao"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'dylora[quant]'")
@@ -248,7 +247,7 @@ def test_checkpointed_activations_give_the_same_gradients(quantised, experts_on,
     for checkpointing in (False, True):
         model = experts_on(quantised()).train()
         if checkpointing:
-            enable_checkpointing(model)
+            model.enable_checkpointing()
         model(ids, labels=ids).loss.backward()
         gradients.append([p.grad for _, p in model.expert_parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
