@@ -87,7 +87,7 @@ class MoELoraConfig:
     use_dora: bool = False
     """Each expert has a magnitude for every output besides its direction (Liu et al. 2024)."""
     freeze_A: bool = False
-    """LoRA-FA: A stays as drawn and only B is trained; saves activations (Zhang et al. 2023)."""
+    """LoRA-FA: A stays as drawn and only B is trained (Zhang et al. 2023)."""
     share_A: bool = False
     """HydraLoRA: the experts of a projection have one A and a B each (Tian et al. 2024)."""
     fan_in_fan_out: bool | None = None

@@ -108,9 +108,13 @@ class ExpertManager:
         self._optimizer = optimizer
         self.check_optimizer()
 
+    def set_progress(self, step: int, progress: float) -> None:
+        """Where the run stands; what happens next is noted with it."""
+        self.step, self.progress = step, progress
+
     def count_step(self, step: int, progress: float) -> None:
         """One optimizer step is done: number `step`, with `progress` of the run done."""
-        self.step, self.progress = step, progress
+        self.set_progress(step, progress)
         for row in self.table:
             row.steps += row.is_trained
 

@@ -221,8 +221,10 @@ class DynamicHybridRouter(nn.Module):
             maturity = state.maturity_E
         gates = maturity_gates(probabilities, maturity.to(probabilities), config.top_k_experts)
         if mode == "sparse" and self.training and config.expert_capacity_factor is not None:
+            # Experts that take no part hold no tokens, so they count neither in K nor in E.
+            top_k = min(config.top_k_experts, state.active_count)
             gates = cap_tokens(
-                gates, config.top_k_experts, config.expert_capacity_factor, state.token_mask
+                gates, top_k, config.expert_capacity_factor, state.token_mask, state.active_count
             )
         return gates
 
@@ -275,10 +277,17 @@ def drop_experts(probabilities: Tensor, rate: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
 
 
-def cap_tokens(gates: Tensor, top_k: int, factor: float, token_mask: Tensor | None) -> Tensor:
+def cap_tokens(
+    gates: Tensor,
+    top_k: int,
+    factor: float,
+    token_mask: Tensor | None,
+    experts: int | None = None,
+) -> Tensor:
     """Let an expert keep its ceil(factor·K·T/E) largest gates; the other tokens lose it.
 
     gates [B, S, E] -> [B, S, E]; padding (token_mask 0) neither counts in T nor takes a place.
+    experts: how many take part, which is the E of the formula; none: all.
     """
     gates_TE = gates.flatten(0, -2)
     ranked_TE = gates_TE.detach()
@@ -288,7 +297,7 @@ def cap_tokens(gates: Tensor, top_k: int, factor: float, token_mask: Tensor | No
         real_T1 = token_mask[:, -gates.shape[1] :].reshape(-1, 1).to(gates.device)
         ranked_TE = ranked_TE * real_T1
         tokens = real_T1.sum().float()
-    capacity = torch.ceil(factor * top_k * tokens / gates.shape[-1])
+    capacity = torch.ceil(factor * top_k * tokens / (experts or gates.shape[-1]))
     place_TE = ranked_TE.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
     return (gates_TE * (place_TE < capacity)).view_as(gates)
 

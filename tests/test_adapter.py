@@ -177,6 +177,18 @@ def test_dropout_acts_on_the_input_of_A(adapter):
     torch.testing.assert_close(dropped, expected)
 
 
+def test_dropout_leaves_the_expected_update(adapter):
+    lora = adapter(lora_dropout=0.4)
+    x, gates = inputs()
+    with torch.no_grad():
+        exact = lora.eval()(x, gates)
+        lora.train()
+        draws = torch.stack([lora(x, gates) for _ in range(4000)])
+    error = draws.std(0) / 4000**0.5  # of the mean
+    assert ((draws.mean(0) - exact).abs() < 5 * error).all()
+    assert error.min() > 0
+
+
 def test_dropout_is_off_in_evaluation(adapter):
     lora = adapter(lora_dropout=0.4).eval()
     x, gates = inputs()

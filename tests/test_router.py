@@ -7,7 +7,7 @@ import oracles
 import pytest
 import torch
 
-from dylora import DynamicHybridRouter, MoELoraConfig
+from dylora import DynamicHybridRouter, MoELoraConfig, losses
 from dylora.router import (
     RoutingState,
     cap_tokens,
@@ -260,7 +260,7 @@ def sparse_router(training=True, **settings):
 def largest_load(router, maturity=1.0):
     x = torch.randn(2, 10, 8)
     state = RoutingState(E)
-    state.maturity_E.fill_(maturity)
+    state.set_maturity(torch.full((E,), maturity))
     return int((router(x, state).gates > 0).sum((0, 1)).max())
 
 
@@ -279,6 +279,133 @@ def test_capacity_holds_in_sparse_training():
 )
 def test_capacity_does_not_hold_elsewhere(router):
     assert largest_load(router) > 5
+
+
+def test_capacity_of_random_gates_keeps_the_share_that_chance_allows():
+    """An expert is chosen by Binomial(T, K/E) tokens, of which min(load, capacity) stay."""
+    tokens, top_k, capacity, rounds = 12, 2, 6, 4000  # capacity: ceil(1 · 2 · 12 / 4)
+    p = torch.rand(rounds, tokens, E)
+    chosen = p * top_k_mask(p, top_k)
+    kept = torch.stack([cap_tokens(gates[None], top_k, 1.0, None) for gates in chosen])
+    chance = [
+        math.comb(tokens, n) * (top_k / E) ** n * (1 - top_k / E) ** (tokens - n)
+        for n in range(tokens + 1)
+    ]
+    expected = sum(min(n, capacity) * weight for n, weight in enumerate(chance))
+    found = (kept > 0).float().sum((1, 2)).mean(0)
+    torch.testing.assert_close(found, torch.full((E,), expected), rtol=0, atol=0.06)
+
+
+def test_capacity_is_shared_by_the_experts_that_take_part():
+    """Retired experts hold no tokens: counting them would drop tokens of an even routing."""
+    router, x = sparse_router(expert_capacity_factor=1.0, top_k_experts=1), torch.randn(4, 50, 8)
+    state = RoutingState(E)
+    state.set_active([True, False, True, False])
+    loads = (router(x, state).gates > 0).sum((0, 1))
+    assert loads.max() == 100  # ceil(1 · 1 · 200 / 2)
+    assert loads[1] == loads[3] == 0
+
+
+def test_capacity_of_a_single_expert_is_every_token():
+    router, x = sparse_router(expert_capacity_factor=1.0), torch.randn(4, 50, 8)
+    state = RoutingState(E)
+    state.set_active([False, False, True, False])
+    gates = router(x, state).gates
+    assert torch.equal(gates, torch.tensor([0.0, 0.0, 1.0, 0.0]).expand_as(gates))
+
+
+# Experts that take no part
+
+MODES = {
+    "maturity": {},
+    "maturity, top-1": {"top_k_experts": 1},
+    "dense": {"routing_mode": "dense"},
+    "sparse": {"routing_mode": "sparse"},
+    "sparse, top-1": {"routing_mode": "sparse", "top_k_experts": 1},
+    "dense_train_sparse_eval": {"routing_mode": "dense_train_sparse_eval"},
+    "learned": {"router_type": "learned"},
+    "dropout": {"expert_dropout": 0.6},
+    "noise": {"router_noise": 2.0},
+    "capacity": {"router_type": "learned", "expert_capacity_factor": 0.5},
+}
+
+
+def route_among(active, training, maturity=MATURITIES["mixed"], **settings):
+    """Output of a router of E experts of which some take part, on 30 tokens."""
+    settings = {"expert_capacity_factor": None} | settings
+    torch.manual_seed(1)
+    router = DynamicHybridRouter(8, MoELoraConfig(num_experts=E, **settings)).train(training)
+    torch.nn.init.normal_(router.outer.bias)
+    state, x = RoutingState(E), 3 * torch.randn(5, 6, 8)
+    state.maturity_E.copy_(torch.tensor(maturity))
+    state.set_active(active)
+    return router(x.requires_grad_(), state)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("out", [[1], [0, 3]], ids=str)
+def test_an_expert_that_takes_no_part_has_no_gate_in_any_mode(mode, training, out):
+    active = [expert not in out for expert in range(E)]
+    found = route_among(active, training, **MODES[mode])
+    assert not found.probabilities[..., out].any()
+    assert not found.gates[..., out].any()
+    torch.testing.assert_close(found.probabilities.sum(-1), torch.ones(5, 6))
+    if MODES[mode].get("top_k_experts", 2) > 1 and mode != "capacity":
+        torch.testing.assert_close(found.gates.sum(-1), torch.ones(5, 6))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("mode", list(MODES)[:7])
+@pytest.mark.parametrize("out", [0, 2])
+def test_the_others_are_routed_as_if_it_had_never_been_there(mode, training, out):
+    """The gate of the formula over the remaining experts, with their own logits."""
+    rest = [expert for expert in range(E) if expert != out]
+    found = route_among([expert != out for expert in range(E)], training, **MODES[mode])
+    p = (found.logits[..., rest] / 2).softmax(-1).view(-1, E - 1)  # temperature 2
+    settings = MODES[mode]
+    m = as_maturity(MATURITIES["mixed"])[rest]
+    if settings.get("routing_mode") == "sparse" or "router_type" in settings:
+        m = torch.ones_like(m)
+    if settings.get("routing_mode") == "dense_train_sparse_eval":
+        m = torch.zeros_like(m) if training else torch.ones_like(m)
+    if settings.get("routing_mode") == "dense":
+        m = torch.zeros_like(m)
+    expected = oracles.maturity_gate(p, m.to(p), settings.get("top_k_experts", 2))
+    torch.testing.assert_close(found.gates[..., rest].reshape(-1, E - 1), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("maturity", MATURITIES.values(), ids=MATURITIES)
+def test_the_only_expert_that_takes_part_has_the_whole_gate_though_k_is_larger(mode, maturity):
+    found = route_among([False, False, True, False], True, maturity, **MODES[mode])
+    only = torch.tensor([0.0, 0.0, 1.0, 0.0]).expand_as(found.gates)
+    assert torch.equal(found.probabilities, only)
+    routed = found.gates.sum(-1) > 0
+    assert int(routed.sum()) == (15 if mode == "capacity" else 30)  # of 30 tokens
+    assert torch.equal(found.gates[routed], only[routed])
+
+
+def test_more_chosen_experts_than_take_part_mix_those_that_do():
+    active, settings = [True, False, False, True], {"top_k_experts": 3, "router_type": "learned"}
+    found = route_among(active, False, **settings)
+    assert torch.equal(found.gates > 0, torch.tensor(active).expand_as(found.gates))
+    torch.testing.assert_close(found.gates, found.probabilities)
+
+
+@pytest.mark.parametrize("active", [[True, False, True, True], [False, False, True, False]])
+def test_the_z_loss_of_masked_logits_is_finite_and_sees_the_others_alone(active):
+    found = route_among(active, True)
+    statistics = losses.routing_statistics(
+        *(value[:, :, None] for value in found), None, top_k=min(2, sum(active))
+    )
+    z_loss = losses.z_loss(statistics.squared_logsumexp_N, statistics.tokens)
+    expected = found.logits[..., active].logsumexp(-1).square().mean()
+    torch.testing.assert_close(z_loss, expected)
+    [gradient] = torch.autograd.grad(z_loss, found.logits)
+    assert gradient.isfinite().all()
+    assert not gradient[..., [not takes_part for takes_part in active]].any()
+    assert all(value.isfinite().all() for value in statistics)
 
 
 # The router

@@ -257,7 +257,8 @@ class Window:
         metrics["train/tokens_per_s"] = sum(r.tokens for r in self.results) / self.seconds
         metrics["train/step_time_s"] = self.seconds / count
         if last.statistics is not None:
-            metrics |= routing_metrics(summarize(last.statistics), run.model.site_names)
+            active = [row.takes_part for row in run.model.experts.table]
+            metrics |= routing_metrics(summarize(last.statistics), run.model.site_names, active)
         metrics |= expert_metrics(run.model, last.load_E)
         metrics["system/mem_gb"] = memory_gb()
         return metrics

@@ -44,9 +44,17 @@ def summarize(statistics: RoutingStatistics) -> RoutingSummary:
     )
 
 
-def routing_metrics(summary: RoutingSummary, site_names: list[str]) -> dict[str, float]:
-    """router/… for all sites together, and for each."""
-    dead_N = (summary.usage_NE < DEAD_BELOW).sum(-1)
+def routing_metrics(
+    summary: RoutingSummary, site_names: list[str], active: list[bool] | None = None
+) -> dict[str, float]:
+    """router/… for all sites together, and for each.
+
+    active: which experts take part; the others have no share and are not dead. None: all.
+    """
+    taking_part = torch.ones_like(summary.usage_NE[0], dtype=torch.bool)
+    if active is not None:
+        taking_part = torch.tensor(active)
+    dead_N = (summary.usage_NE[:, taking_part] < DEAD_BELOW).sum(-1)
     max_usage_N = summary.usage_NE.amax(-1)
     metrics = {
         "router/entropy": summary.entropy_N.mean().item(),

@@ -64,6 +64,7 @@ def resume(run: Run, source: str) -> None:
         run.log.say("note: the run has another length than the one it continues")
     for name, value in state.items():
         setattr(run.progress, name, value)
+    run.model.experts.set_progress(run.progress.step, run.progress.step / run.steps)
     for group, rate in zip(run.optimizer.param_groups, run.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     run.sampler.load_state_dict(run.progress.sampler)

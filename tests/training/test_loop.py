@@ -24,10 +24,17 @@ from dylora.config import (
     TrainConfig,
 )
 from dylora.storage.checkpoint import read_description
-from dylora.training.loop import train, train_step
+from dylora.training.data import collate
+from dylora.training.loop import Window, next_batches, train, train_step
 from dylora.training.optim import named_parameters, state_by_name
-from dylora.training.resume import check_same_settings, random_state, restore_random_state
-from dylora.training.setup import prepare
+from dylora.training.resume import (
+    check_same_settings,
+    random_state,
+    restore_random_state,
+    resume,
+    save,
+)
+from dylora.training.setup import prepare, seed_everything
 
 STEPS = 10
 
@@ -378,3 +385,234 @@ def test_checkpoints_hold_adapters_only(make_config):
     shapes = {tuple(t.shape) for t in all_tensors(run.folder / "checkpoint-1").values()}
     assert frozen
     assert not any(vocabulary in shape for shape in shapes)
+
+
+# Counters
+
+
+def steps_of(run, count: int = 3) -> list:
+    """What some steps measured, as the loop takes them."""
+    results = []
+    for _ in range(count):
+        results.append(train_step(run))
+        run.progress.step += 1
+        run.optimizer.zero_grad(set_to_none=True)
+    return results
+
+
+def counters_of(run, results) -> list[torch.Tensor]:
+    """Everything that a run counts: statistics and loads of each step, maturity after the last."""
+    counted = [value.detach() for result in results for value in result.statistics]
+    return counted + [result.load_E for result in results] + list(run.model.maturity)
+
+
+MIXED = {"lora_dropout": 0.0, "expert_dropout": 0.0, "maturity_mode": "usage", "maturity_tau": 1.0}
+
+
+def test_gradient_checkpointing_counts_nothing_twice(make_config):
+    """With every source of randomness on, the counters are the same to the bit."""
+    random = MIXED | {"lora_dropout": 0.1, "expert_dropout": 0.2, "router_noise": 0.5}
+    found = []
+    for name in ("plain", "again"):
+        config = make_config(name, moe=random, gradient_checkpointing=name == "again")
+        run = prepare(config, fresh=True)
+        found.append(counters_of(run, steps_of(run, 1)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][-5].min() > 0  # the maturity
+
+
+@pytest.mark.parametrize(("batch_size", "parts"), [(4, 2), (1, 8)])
+def test_counters_do_not_depend_on_how_a_batch_is_split(make_config, batch_size, parts):
+    found = []
+    for name, size, count in (("whole", 8, 1), ("split", batch_size, parts)):
+        config = make_config(name, moe=MIXED, batch_size=size, gradient_accumulation_steps=count)
+        run = prepare(config, fresh=True)
+        run.model.double()
+        found.append(counters_of(run, steps_of(run)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("extra", [1, 9])
+def test_counters_do_not_see_extra_padding(make_config, monkeypatch, extra):
+    def padded(examples, pad_token_id):
+        batch = collate(examples, pad_token_id)
+        fillers = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
+        pad = torch.nn.functional.pad
+        return {name: pad(batch[name], (0, extra), value=fillers[name]) for name in batch}
+
+    found = []
+    for name, gather in (("plain", collate), ("padded", padded)):
+        monkeypatch.setattr("dylora.training.loop.collate", gather)
+        run = prepare(make_config(name, moe=MIXED), fresh=True)
+        run.model.double()
+        found.append(counters_of(run, steps_of(run)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6, check_dtype=False)
+
+
+# Experts that change in a live run
+
+
+def grow(run) -> None:
+    run.model.experts.create_expert(rank=3, share=0.2, skill="new")
+
+
+def change(run) -> None:
+    run.model.experts.freeze(0)
+
+
+def shrink(run) -> None:
+    run.model.experts.merge(1, 2)
+
+
+def late(run) -> None:
+    run.model.experts.create_expert(share=0.3)
+    run.model.experts.retire(1)
+
+
+# Before which step what happens to a pool that begins with three experts.
+EVENTS = {2: grow, 4: change, 6: shrink, 8: late}
+
+
+def live_run(config, stops: tuple[int, ...]):
+    """STEPS steps with EVENTS between them; at `stops` the run is saved, dropped and resumed."""
+    run = prepare(config, fresh=True)
+    losses = []
+    for step in range(STEPS):
+        if step in stops:
+            save(run)
+            run = prepare(config, fresh=False)
+            resume(run, "latest")
+        if step in EVENTS:
+            EVENTS[step](run)
+        [result] = steps_of(run, 1)
+        losses.append((result.loss, result.grad_norm, result.load_E.tolist()))
+    return run, losses
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_whose_experts_change_resumes_bit_for_bit(make_config, dtype):
+    """Stopped before an event, after one, and with a pool of every state."""
+    settings = {"dtype": dtype, "moe": {"router_noise": 0.1, "expert_dropout": 0.2}}
+    whole, expected = live_run(make_config("whole", **settings), ())
+    parts, found = live_run(make_config("parts", **settings), (2, 3, 5, 7, 8, 9))
+    assert found == expected
+    save(whole)
+    save(parts)
+    tensors = [all_tensors(run.folder / f"checkpoint-{STEPS}") for run in (whole, parts)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert [key for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1][key])] == []
+    moments = [state_by_name(run.optimizer, run.model) for run in (whole, parts)]
+    assert moments[0].keys() == moments[1].keys()
+    assert any("experts_0-0" in name and state for name, state in moments[1].items())
+    assert parts.model.experts.records() == whole.model.experts.records()
+    assert torch.equal(parts.model.maturity.born, whole.model.maturity.born)
+
+
+def test_a_frozen_expert_is_bit_identical_after_a_stop_and_a_growth(make_config):
+    config = make_config(save_steps=2)
+    run = prepare(config, fresh=True)
+    steps_of(run, 2)
+    run.model.experts.freeze(0)
+
+    def values(run) -> dict[str, torch.Tensor]:
+        pairs = run.model.expert_weights(0).items()
+        return {f"{path} {i}": pair[i].clone() for path, pair in pairs for i in (0, 1)}
+
+    before = values(run)
+    save(run)
+    run = prepare(config, fresh=False)
+    resume(run, "latest")
+    steps_of(run, 2)
+    run.model.experts.create_expert(share=0.3)
+    steps_of(run, 3)
+    after = values(run)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_an_expert_created_after_a_resume_is_born_at_the_progress_of_the_run(make_config):
+    config = make_config()
+    run = prepare(config, fresh=True)
+    steps_of(run, 5)
+    save(run)
+    run = prepare(config, fresh=False)
+    resume(run, "latest")
+    number = run.model.experts.create_expert()
+    assert float(run.model.maturity.born[number]) == 0.5
+    assert run.model.experts[number].history == [{"event": "created", "step": 5}]
+
+
+def test_a_retired_expert_is_not_counted_as_dead(make_config):
+    run = prepare(make_config(moe=MIXED), fresh=True)
+    run.model.experts.retire(1)
+    [result] = steps_of(run, 1)
+    window = Window()
+    window.add(result, 1.0)
+    metrics = window.metrics(run, result)
+    assert metrics["router/dead_experts"] == 0
+    assert "expert/1/load" not in metrics
+
+
+# Balance losses and noise
+
+
+def test_both_balance_losses_are_trained_and_logged_with_their_own_coefficients(make_config):
+    both = {"load_balance_loss_type": "aux_loss+switch", "router_z_loss_coef": 0.003}
+    coefficients = {"router_aux_loss_coef": 0.2, "router_switch_loss_coef": 0.7}
+    run = train(make_config(max_steps=3, moe=MIXED | both | coefficients))
+    rows = [row for row in rows_of(run.folder) if "train/loss" in row]
+    assert len(rows) == 3
+    for row in rows:
+        weighted = 0.2 * row["train/aux_loss"] + 0.7 * row["train/switch_loss"]
+        weighted += 0.003 * row["train/z_loss"] + row["train/lm_loss"]
+        assert row["train/loss"] == pytest.approx(weighted, rel=1e-5)
+    # From the second step on the two have fractions of their own.
+    assert rows[0]["train/aux_loss"] == pytest.approx(rows[0]["train/switch_loss"], rel=1e-6)
+    assert rows[1]["train/aux_loss"] != pytest.approx(rows[1]["train/switch_loss"], rel=1e-6)
+
+
+NOISY = MIXED | {"router_noise": 1.0}
+
+
+def losses_with(make_config, name: str, seed: int, **moe) -> list[float]:
+    run = prepare(make_config(name, moe=NOISY | moe, seed=seed), fresh=True)
+    seed_everything(seed)  # the same draws whatever the initial values took
+    return [result.loss for result in steps_of(run)]
+
+
+def test_router_noise_follows_the_seed_of_the_run(make_config):
+    one = losses_with(make_config, "one", 3)
+    assert losses_with(make_config, "again", 3) == one
+    assert losses_with(make_config, "other", 4) != one
+    assert losses_with(make_config, "quiet", 3, router_noise=0.0) != one
+
+
+def test_router_noise_is_off_in_evaluation(make_config):
+    run = prepare(make_config(moe=NOISY), fresh=True)
+    steps_of(run, 2)
+    batch = next_batches(run)[0]
+    gates = [run.model.eval()(**batch).routing.gates for _ in range(2)]
+    assert torch.equal(*gates)
+    gates = [run.model.train()(**batch).routing.gates for _ in range(2)]
+    assert not torch.equal(*gates)
+
+
+def test_noisy_routers_get_the_same_gradients_with_checkpointed_layers(make_config):
+    """A layer that is computed again draws the noise of the first time."""
+    found = []
+    for name in ("plain", "again"):
+        checkpointed = {"gradient_checkpointing": name == "again"}
+        config = make_config(name, moe=NOISY, warmup_steps=0, **checkpointed)
+        run = prepare(config, fresh=True)
+        seed_everything(5)
+        train_step(run)  # before it B is 0, and the routers learn from the balance loss alone
+        run.optimizer.zero_grad()
+        seed_everything(6)
+        train_step(run)
+        named = named_parameters(run.model).items()
+        found.append({key: value.grad for key, value in named})
+    for key, gradient in found[0].items():
+        assert gradient.any(), key
+        torch.testing.assert_close(found[1][key], gradient, rtol=1e-4, atol=1e-7, msg=key)

@@ -1,0 +1,234 @@
+"""Question: which way of maturing suits a short run, and does `hybrid` beat `schedule`?
+
+Method: configs/quickstart.yaml (same base, skills and rates) with fewer rows and steps, once for
+each condition and seed, all at equal steps; `plain LoRA` is one adapter with as many trainable
+parameters. Only the training seed differs between seeds: rows and their order stay.
+Rule, fixed before the runs: one condition beats another when its mean held-out loss is lower by
+more than the larger of the two standard deviations over seeds.
+Result: README.md here and experiments/LOG.md.
+
+    python experiments/maturity/compare.py            # runs what is missing, then prints the table
+    python experiments/maturity/compare.py --table    # of what there is
+    python experiments/maturity/compare.py --plot maturity.png
+
+A run that is in the results is not repeated.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from dylora import DyLoRA_MoE
+from dylora.config import MoELoraConfig, RunConfig
+from dylora.config_file import load_run_config
+from dylora.training.loop import train_step
+from dylora.training.monitor import summarize
+from dylora.training.setup import environment, prepare
+from dylora.training.validation import overall_loss, validate
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results" / "maturity.json"
+PLAIN = "plain LoRA"
+MAIN: dict[str, dict[str, Any]] = {
+    "manual": {"maturity_mode": "manual"},  # nobody sets it: dense to the end
+    "schedule": {"maturity_mode": "schedule"},
+    "usage": {"maturity_mode": "usage"},
+    "plateau": {"maturity_mode": "plateau"},
+    "hybrid": {"maturity_mode": "hybrid"},
+    PLAIN: {"use_moe_routing": False},
+}
+# Other settings, for judging the defaults: what counts as a settled loss.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hybrid, rho 0.1, s 0.025": {"maturity_rho": 0.1, "maturity_s": 0.025},
+    "hybrid, rho 0.2, s 0.05": {"maturity_rho": 0.2, "maturity_s": 0.05},
+}
+CONDITIONS = MAIN | VARIANTS
+SEEDS = (0, 1, 2)
+CURVE_EVERY = 5  # steps between two points of the maturity curves
+LAST = 10  # steps that count as the end of a run
+SIZES = ("rows", "steps", "batch_size", "warmup_steps", "eval_rows")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=400, help="of each skill")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--warmup_steps", type=int, default=10)
+    parser.add_argument("--eval_rows", type=int, default=20, help="held-out rows of each skill")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--plot", type=Path, help="file for the curves; nothing is run")
+    options = parser.parse_args()
+    sizes = {name: getattr(options, name) for name in SIZES}
+    results = {"sizes": sizes, "environment": {}, "runs": []}
+    if options.results.exists():
+        results = json.loads(options.results.read_text())
+    if options.plot:
+        plot(results["runs"], options.plot)
+    if not options.table and not options.plot:
+        if results["sizes"] != sizes:
+            sys.exit(f"error: {options.results} holds runs of other sizes: {results['sizes']}")
+        run_missing(results, options.results)
+    print(table(results["runs"]))
+
+
+def run_missing(results: dict[str, Any], file: Path) -> None:
+    """Seed by seed, so that an interrupted comparison has whole rounds; variants last."""
+    done = {(row["condition"], row["seed"]) for row in results["runs"]}
+    wanted = [(name, seed) for group in (MAIN, VARIANTS) for seed in SEEDS for name in group]
+    for condition, seed in wanted:
+        if (condition, seed) in done:
+            continue
+        row = run_once(condition, seed, results)
+        results["runs"].append(row)
+        replacement = file.with_suffix(".new")
+        replacement.write_text(json.dumps(results) + "\n")
+        replacement.replace(file)
+        print(f"{condition}, seed {seed}: {row['loss']:.4f}", flush=True)
+
+
+def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, Any]:
+    """Train one condition and measure it. Times are of the processor, not of the clock."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepare(configure(condition, seed, results["sizes"], folder), fresh=True)
+        device = run.model.injection.state.maturity_E.device
+        results["environment"] = environment(device)
+        seconds, active, curve = [], [], []
+        matured: dict[int, int] = {}
+        while run.progress.step < run.steps:
+            begun = time.process_time()
+            result = train_step(run)
+            seconds.append(time.process_time() - begun)
+            run.optimizer.zero_grad(set_to_none=True)
+            run.progress.step += 1
+            found = result.statistics
+            active.append(1.0 if found is None else float(summarize(found).active_N.mean()))
+            maturity = run.model.maturity.maturity.tolist()
+            for expert, value in enumerate(maturity):
+                if value == 1 and condition != PLAIN:
+                    matured.setdefault(expert, run.progress.step)
+            if run.progress.step % CURVE_EVERY == 0:
+                curve.append([round(value, 3) for value in maturity])
+        scores = validate(
+            run.model,
+            run.data.validation,
+            batch_size=run.config.eval.batch_size,
+            pad_token_id=run.pad_token_id,
+        )
+        trainable, _ = run.model.count_parameters()
+    return {
+        "condition": condition,
+        "seed": seed,
+        "loss": overall_loss(scores),
+        "losses": {name: score.loss for name, score in scores.items()},
+        "trainable": trainable,
+        "active_end": statistics.mean(active[-LAST:]),
+        "active_mean": statistics.mean(active),
+        "step_cpu_s": statistics.median(seconds),
+        "matured": sorted(matured.values()),
+        "maturity": curve,
+    }
+
+
+def configure(condition: str, seed: int, sizes: dict[str, int], folder: str) -> RunConfig:
+    """The quickstart, smaller; `plain LoRA` with the rank that makes it as large as the mixture."""
+    config = load_run_config(ROOT / "configs" / "quickstart.yaml")
+    changes = dict(CONDITIONS[condition])
+    if condition == PLAIN:
+        changes = plain_lora(config, changes)
+    else:
+        changes = dataclasses.asdict(config.moe) | changes
+    return dataclasses.replace(
+        config,
+        output_dir=folder,
+        moe=MoELoraConfig(**changes),
+        data=dataclasses.replace(
+            config.data,
+            sources=[dataclasses.replace(s, rows=sizes["rows"]) for s in config.data.sources],
+        ),
+        train=dataclasses.replace(
+            config.train,
+            seed=seed,
+            max_steps=sizes["steps"],
+            batch_size=sizes["batch_size"],
+            warmup_steps=sizes["warmup_steps"],
+        ),
+        eval=dataclasses.replace(config.eval, eval_subset=sizes["eval_rows"], skill_answers=0),
+    )
+
+
+def plain_lora(config: RunConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings of one adapter: the ranks of all experts in one, and what the routers weigh on top.
+
+    Its scale is that of the dense mixture of equal gates: alpha / r / E.
+    """
+    mixture, _ = DyLoRA_MoE.from_base(config.model.base, config.moe).count_parameters()
+    single = MoELoraConfig(**changes, r=1)
+    per_rank, _ = DyLoRA_MoE.from_base(config.model.base, single).count_parameters()
+    rank = round(mixture / per_rank)
+    scale = config.moe.lora_alpha / config.moe.r / config.moe.num_experts
+    return changes | {"r": rank, "lora_alpha": scale * rank}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Means over seeds, ± their standard deviation, as Markdown."""
+    lines = [
+        "| condition | runs | held-out loss | active at the end | over the run | CPU s a step "
+        "| matured | first, last at step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for condition in CONDITIONS:
+        rows = [row for row in runs if row["condition"] == condition]
+        if not rows:
+            continue
+        counts = [len(row["matured"]) for row in rows]
+        steps = [f"{row['matured'][0]}–{row['matured'][-1]}" for row in rows if row["matured"]]
+        lines.append(
+            f"| {condition} | {len(rows)} | {spread([row['loss'] for row in rows], 4)} "
+            f"| {spread([row['active_end'] for row in rows], 2)} "
+            f"| {spread([row['active_mean'] for row in rows], 2)} "
+            f"| {spread([row['step_cpu_s'] for row in rows], 3)} "
+            f"| {', '.join(map(str, counts))} | {'; '.join(steps) or 'none'} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def plot(runs: list[dict[str, Any]], out: Path) -> None:
+    """Maturity of every expert over steps: a row of panels, one a condition; the first seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in runs if row["seed"] == SEEDS[0] and row["condition"] != PLAIN]
+    figure, grid = pyplot.subplots(
+        1, len(rows), figsize=(2.2 * len(rows), 2.4), sharey=True, squeeze=False, layout="tight"
+    )
+    for axes, row in zip(grid[0], rows, strict=True):
+        steps = [CURVE_EVERY * (index + 1) for index in range(len(row["maturity"]))]
+        for expert, values in enumerate(zip(*row["maturity"], strict=True)):
+            axes.plot(steps, values, linewidth=1, label=str(expert))
+        axes.set_title(row["condition"], fontsize=8)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=7)
+    grid[0][0].set_ylabel("maturity", fontsize=8)
+    grid[0][0].legend(title="expert", fontsize=6, title_fontsize=6, frameon=False)
+    figure.savefig(out, dpi=80)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
