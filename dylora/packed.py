@@ -78,6 +78,7 @@ class Tall(NamedTuple):
 @torch.no_grad()
 def pack_wide(members: dict[str, Member], dtype: torch.dtype) -> Wide:
     """Lay the members out for one product with A."""
+    exact = torch.promote_types(dtype, torch.float32)  # the scale is not to round what B holds
     parts, experts, spans, Bs, column = [], [], {}, {}, 0
     for name, member in members.items():
         own, first = [], 0
@@ -88,7 +89,7 @@ def pack_wide(members: dict[str, Member], dtype: torch.dtype) -> Wide:
             experts.append(numbers.repeat_interleave(B.shape[1]))
             first += B.shape[0]
         scaled = [
-            (B * s[:, None, None]).flatten(0, 1)
+            (B.to(exact) * s[:, None, None]).flatten(0, 1)
             for B, s in zip(member.Bs, member.scalings, strict=True)
         ]
         parts += own
@@ -100,10 +101,11 @@ def pack_wide(members: dict[str, Member], dtype: torch.dtype) -> Wide:
 @torch.no_grad()
 def pack_tall(members: dict[str, Member], dtype: torch.dtype) -> Tall:
     """Lay the members out for looking up an expert's rows at once."""
+    exact = torch.promote_types(dtype, torch.float32)
     spans, Bs, row = {}, {}, 0
     for name, member in members.items():
         [B], [scaling_E] = member.Bs, member.scalings
-        Bs[name] = (B * scaling_E[:, None, None]).to(dtype)
+        Bs[name] = (B.to(exact) * scaling_E[:, None, None]).to(dtype)
         spans[name] = (row, row := row + B.shape[1])
     A_ERD = torch.cat([member.As[0] for member in members.values()], 1)
     return Tall(A_ERD.to(dtype), spans, Bs)

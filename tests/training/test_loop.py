@@ -23,6 +23,7 @@ from dylora.config import (
     SourceConfig,
     TrainConfig,
 )
+from dylora.losses import target_positions
 from dylora.storage.checkpoint import read_description
 from dylora.training.data import collate
 from dylora.training.loop import Window, next_batches, train, train_step
@@ -439,7 +440,8 @@ def test_counters_do_not_see_extra_padding(make_config, monkeypatch, extra):
         batch = collate(examples, pad_token_id)
         fillers = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
         pad = torch.nn.functional.pad
-        return {name: pad(batch[name], (0, extra), value=fillers[name]) for name in batch}
+        batch = {name: pad(batch[name], (0, extra), value=fillers[name]) for name in fillers}
+        return batch | {"target_positions": target_positions(batch["labels"])}
 
     found = []
     for name, gather in (("plain", collate), ("padded", padded)):

@@ -1,0 +1,381 @@
+"""What the mixture costs, against what others do; one section or all, JSON and tables.
+
+    python experiments/speed/benchmark.py --section all --out experiments/results/speed_cpu.json
+    python experiments/speed/benchmark.py --device cuda --dtype bfloat16 --layers 18 --section all \
+        --out experiments/results/speed_gpu.json
+
+Needs dylora's core dependencies alone; contenders whose package is missing are left out, and said.
+Every number is a median over interleaved rounds, every ratio is taken within a round.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from dylora import MoELoraConfig, adapter, compute
+from dylora.adapter import Site, StackedLoRA
+from dylora.router import RouterOutput, RoutingState
+from experiments.speed import models
+from experiments.speed.timing import interleave, peak_bytes, show
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--section", default="all", choices=["all", *SECTIONS])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--layers", type=int, default=2, help="of codegemma's shape (18 are whole)")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="also time compiled contenders")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    options.device = torch.device(options.device)
+    options.dtype = getattr(torch, options.dtype)
+    models.quiet()
+    results = {"about": about(options)}
+    if options.out and options.out.exists():
+        results = json.loads(options.out.read_text()) | results
+    for name in SECTIONS if options.section == "all" else [options.section]:
+        results[name] = SECTIONS[name](options)
+        if options.out:
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """Where the numbers come from."""
+    device = options.device
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(options.dtype),
+        "torch": torch.__version__,
+        "rounds": options.rounds,
+    }
+
+
+def timed(
+    title: str, ways: dict[str, Callable[[], object]], baseline: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Time, print, and return as JSON types."""
+    timings = interleave(ways, baseline, options.rounds, options.device)
+    show(title, timings, baseline)
+    return {name: timing._asdict() for name, timing in timings.items()}
+
+
+def with_peft(ways: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Contenders that need peft, built; without it none, said aloud."""
+    built = {}
+    for name, build in ways.items():
+        try:
+            built[name] = build()
+        except ImportError as error:
+            print(f"left out {name}: {error}")
+    return built
+
+
+# The update alone: four frozen projections, and what is added to them
+
+
+class Four(nn.Module):
+    """q, k and v of one input, and o of another."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, nn.Linear(width, width, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o_proj(self.q_proj(x) + self.k_proj(x) + self.v_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.self_attn = Four(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.self_attn(x)
+
+
+def adapted(
+    block: Block,
+    experts: int,
+    tokens: int,
+    *,
+    top_k: int | None = None,
+    names: tuple[str, ...] = (),
+) -> Block:
+    """A copy whose projections carry a mixture; with top_k all experts are mature."""
+    block = copy.deepcopy(block)
+    weight = block.self_attn.q_proj.weight
+    config = MoELoraConfig(num_experts=experts, r=16, lora_alpha=32, top_k_experts=top_k or 2)
+    site = Site("self_attn", 0, RoutingState(experts))
+    gates = torch.rand(1, tokens, experts, device=weight.device)
+    mature = None
+    if top_k is not None:
+        gates = gates * gates.scatter(-1, gates.topk(top_k).indices, 2.0).gt(1)
+        mature = [True] * experts
+    gates = (gates / gates.sum(-1, keepdim=True)).requires_grad_()
+    for name in names or ("q_proj", "k_proj", "v_proj", "o_proj"):
+        projection = getattr(block.self_attn, name)
+        sizes = (projection.in_features, projection.out_features)
+        lora = StackedLoRA(site, f"self_attn.{name}", *sizes, config, weight.device)
+        stack = lora.create_stack(0, [16] * experts, [32.0] * experts, projection)
+        nn.init.normal_(stack.lora_B, std=0.02)
+        lora.set_stacks([stack])
+        projection.add_module("dylora_adapter", lora)
+        projection.register_forward_hook(lora.add_update)
+        site.adapters[name] = lora
+
+    def route(module: nn.Module, args: Any) -> None:
+        site.route(module, args, {})
+        site.output = RouterOutput(gates, gates, None, mature)
+
+    block.self_attn.register_forward_pre_hook(route)
+    return block
+
+
+def projections(options: argparse.Namespace) -> dict[str, Any]:
+    """Added time over four frozen projections, against one peft-style LoRA of the same rank."""
+    results = {}
+    for width, tokens in ((512, 512), (512, 1024), (2048, 512)):
+        torch.manual_seed(0)
+        block = Block(width).requires_grad_(False).to(options.device, options.dtype)
+        x = torch.randn(1, tokens, width, device=options.device, dtype=options.dtype)
+
+        def step(module: nn.Module, x: torch.Tensor = x) -> Callable[[], None]:
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            dy = torch.randn_like(x)
+
+            def run() -> None:
+                module(x.detach().requires_grad_()).backward(dy)
+                for parameter in parameters:
+                    parameter.grad = None
+
+            return run
+
+        ways = {"frozen": step(block), "ours, E=8 r=16": step(adapted(block, 8, tokens))}
+        theirs = with_peft({"peft LoRA r=128": lambda block=block: models.peft_lora(block, 128)})
+        ways |= {name: step(model) for name, model in theirs.items()}
+        key = f"width {width}, T={tokens}"
+        results[key] = timed(f"four projections, {key}", ways, "frozen", options)
+        added = {n: t["ratio"] - 1 for n, t in results[key].items() if n != "frozen"}
+        if "peft LoRA r=128" in added:
+            results[key]["added, ours / peft"] = added["ours, E=8 r=16"] / added["peft LoRA r=128"]
+            print(f"added time, ours / peft: {results[key]['added, ours / peft']:.3f}")
+    return results
+
+
+# A whole train step
+
+
+def steps(options: argparse.Namespace) -> dict[str, Any]:
+    """Forward and backward of a whole model, as multiples of the frozen base's."""
+    results = {}
+    cases = [
+        ("hidden 512 x 8, T=1024, E=8", models.small(), (2, 512), 8, False),
+        ("hidden 512 x 8, T=1024, E=64 mature, K=2", models.small(), (2, 512), 64, True),
+        (
+            f"codegemma's width x {options.layers}, T=256, E=8",
+            models.codegemma(options.layers, vocabulary=8192),
+            (1, 256),
+            8,
+            False,
+        ),
+    ]
+    for key, config, shape, experts, mature in cases:
+        base = models.build(config, options.device, options.dtype)
+        ids = torch.randint(config.vocab_size, shape, device=options.device)
+        ours = models.mixture(base, experts, mature=mature)
+        rank = 16 * experts
+
+        def hf(model: nn.Module, ids: torch.Tensor = ids) -> Callable[[], None]:
+            loss = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss  # noqa: E731
+            return models.train_step(model, loss)
+
+        def mixed(model: Any, keep: bool, ids: torch.Tensor = ids) -> Callable[[], None]:
+            loss = lambda: model(ids, labels=ids, keep_logits=keep).loss  # noqa: E731
+            return models.train_step(model, loss)
+
+        @torch.no_grad()
+        def forward(base: Any = base, ids: torch.Tensor = ids) -> None:
+            base(input_ids=ids, use_cache=False)
+
+        ways = {
+            "base, forward alone": forward,
+            "floor": models.floor_step(base, ids),
+            "ours": mixed(ours, True),
+            "ours, loss in chunks": mixed(ours, False),
+        }
+        if options.compile:
+            compiled = models.mixture(base, experts, routing_mode="dense")
+            compiled.base.forward = torch.compile(compiled.base.forward, fullgraph=True)
+            ways["ours, compiled"] = mixed(compiled, True)
+        others: dict[str, Callable[[], Any]] = {
+            "peft LoRA r=16": lambda b=base: models.peft_lora(b, 16)
+        }
+        if not mature:
+            others[f"peft LoRA r={rank}"] = lambda b=base, r=rank: models.peft_lora(b, r)
+            others["peft, adapters in a loop"] = lambda b=base, e=experts: models.peft_lora(
+                b, 16, e
+            )
+            others["peft X-LoRA"] = lambda b=base, e=experts: models.peft_xlora(b, 16, e)
+            ways["N passes"] = models.train_step(
+                ours, lambda m=ours, ids=ids: models.n_pass_step(m, ids)
+            )
+        ways |= {name: hf(model) for name, model in with_peft(others).items()}
+        results[key] = timed(f"train step, {key}", ways, "floor", options)
+        memory = {name: peak_bytes(way, options.device) / 1e6 for name, way in ways.items()}
+        for name, value in memory.items():
+            results[key][name]["peak_mb"] = value
+        print("peak MB:", {name: round(value) for name, value in memory.items()})
+    return results
+
+
+# Prefill and decode
+
+
+def decode(options: argparse.Namespace) -> dict[str, Any]:
+    """A prompt of 512 tokens, and one more token with the cache."""
+    results = {}
+    cases = [
+        ("hidden 512 x 8, E=8", models.small(), 8, False),
+        ("hidden 512 x 8, E=64 mature", models.small(), 64, True),
+        ("hidden 512 x 8, E=256 mature", models.small(), 256, True),
+        (
+            f"codegemma's width x {options.layers}, E=8",
+            models.codegemma(options.layers, vocabulary=8192),
+            8,
+            False,
+        ),
+    ]
+    for key, config, experts, mature in cases:
+        base = models.build(config, options.device, options.dtype)
+        lot = {"base": base, "ours": models.mixture(base, experts, mature=mature).base}
+        lot |= with_peft({"peft LoRA r=16": lambda base=base: models.peft_lora(base, 16).eval()})
+        ids = torch.randint(config.vocab_size, (1, 512), device=options.device)
+        last = ids[:, -1:]
+
+        @torch.no_grad()
+        def prompt(model: Any, ids: torch.Tensor = ids) -> Any:
+            output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            return output.past_key_values
+
+        caches = {name: prompt(model) for name, model in lot.items()}
+
+        @torch.no_grad()
+        def one_more(
+            name: str, lot: Any = lot, caches: Any = caches, last: torch.Tensor = last
+        ) -> None:
+            lot[name](input_ids=last, past_key_values=caches[name], use_cache=True)
+            caches[name].crop(-1)
+
+        baseline = "peft LoRA r=16" if "peft LoRA r=16" in lot else "base"
+        prefill = {name: (lambda m=model: prompt(m)) for name, model in lot.items()}
+        results[f"prefill, {key}"] = timed(f"prefill 512, {key}", prefill, baseline, options)
+        token = {name: (lambda n=name: [one_more(n) for _ in range(8)]) for name in lot}
+        results[f"decode, {key}"] = timed(f"decode 8 tokens, {key}", token, baseline, options)
+    return results
+
+
+# Sparse
+
+
+def sparse(options: argparse.Namespace) -> dict[str, Any]:
+    """One projection of width 512: every way, and the automatic choice, over E and T."""
+    results = {}
+    real = compute.choose_way
+    torch.manual_seed(0)
+    block = Block(512).requires_grad_(False).to(options.device, options.dtype)
+    for tokens in (1, 16, 64, 512, 4096):
+        for experts in (2, 8, 16, 64, 256):
+            x = torch.randn(1, tokens, 512, device=options.device, dtype=options.dtype)
+            grad = tokens > 16
+            lora = adapted(block, experts, tokens, top_k=2, names=("q_proj",)).self_attn
+            parameters = [p for p in lora.parameters() if p.requires_grad]
+
+            def run(
+                way: str | None,
+                lora: Any = lora,
+                x: Any = x,
+                grad: bool = grad,
+                own: Any = parameters,
+            ) -> Callable[[], None]:
+                def step() -> None:
+                    adapter.choose_way = real if way is None else lambda **known: way
+                    with torch.set_grad_enabled(grad):
+                        y = lora.q_proj(lora_input(lora, x, grad))
+                        if grad:
+                            y.backward(torch.ones_like(y))
+                    for parameter in own:
+                        parameter.grad = None
+
+                return step
+
+            other = "grouped" if grad else "gathered"
+            ways = {"wide": run("wide"), other: run(other), "automatic": run(None)}
+            key = f"E={experts}, T={tokens}{'' if grad else ', no gradient'}"
+            results[key] = timed(f"one projection, K=2 r=16, {key}", ways, "wide", options)
+            best = min(results[key]["wide"]["ratio"], results[key][other]["ratio"])
+            results[key]["automatic / best"] = results[key]["automatic"]["ratio"] / best
+    adapter.choose_way = real
+    worst = max(entry["automatic / best"] for entry in results.values())
+    print(f"\nautomatic / the better of the two, at worst: {worst:.3f}")
+    return results
+
+
+def lora_input(four: Any, x: torch.Tensor, grad: bool) -> torch.Tensor:
+    """x as it enters the block: routed, and with a gradient where one is wanted."""
+    x = x.detach().requires_grad_(grad)
+    for hook in four._forward_pre_hooks.values():
+        hook(four, (x,))
+    return x
+
+
+# Memory of a wide vocabulary
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Peak of a train step with 256,000 words, batch 4 x 512, three quarters of it prompt."""
+    config = models.small(layers=2, vocabulary=256_000)
+    base = models.build(config, options.device, options.dtype)
+    ids = torch.randint(config.vocab_size, (4, 512), device=options.device)
+    labels = ids.clone()
+    labels[:, :384] = -100
+    ours = models.mixture(base, 8)
+    ours(ids[:, :8], labels=labels[:, -8:], keep_logits=False)  # the head has been looked for
+    step = models.train_step(ours, lambda: ours(ids, labels=labels, keep_logits=False).loss)
+    whole = models.train_step(ours, lambda: ours(ids, labels=labels).loss)
+    ways = {"ours": step, "ours, logits kept": whole}
+    for name, model in with_peft({"peft LoRA r=128": lambda: models.peft_lora(base, 128)}).items():
+        loss = lambda model=model: model(input_ids=ids, labels=labels, use_cache=False).loss  # noqa: E731
+        ways[name] = models.train_step(model, loss)
+    peaks = {name: peak_bytes(way, options.device) / 1e6 for name, way in ways.items()}
+    print("\npeak MB at vocabulary 256,000, batch 4 x 512, targets in the last quarter")
+    for name, value in peaks.items():
+        print(f"{name:34} {value:10.0f}")
+    return peaks
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "projections": projections,
+    "steps": steps,
+    "decode": decode,
+    "sparse": sparse,
+    "memory": memory,
+}
+
+if __name__ == "__main__":
+    main()
