@@ -11,8 +11,7 @@ Shape letters: T tokens, D input width, O output width, E experts, R rank.
 """
 
 import math
-import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,192 +20,21 @@ from transformers.pytorch_utils import Conv1D
 
 from dylora.compute import (
     Block,
-    Plan,
     add_grouped,
     add_mixture,
-    choose_way,
     plan_pairs,
-    products_with_A,
 )
 from dylora.config import MoELoraConfig
 from dylora.packed import (
     PACKED_TOKENS,
     Member,
-    Pack,
     add_looked_up,
     add_wide,
     gated_products,
     looked_up_products,
 )
-from dylora.router import DynamicHybridRouter, RouterOutput, RoutingState, expand_override
-
-# Projections of a block that get the same tensor, and so share the product with A.
-SHARE_INPUT = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkvz", "in_proj_ba"),
-    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-)
-
-
-class Dense(NamedTuple):
-    """Experts of a stack that every token uses."""
-
-    stack: int  # its place among the stacks
-    rows: Tensor | None  # theirs in it; None: all
-
-
-class Sparse(NamedTuple):
-    """Mature experts of a stack, which only their chosen tokens use."""
-
-    stack: int
-    experts_TK: Tensor  # rows of the stack
-    gates_TK: Tensor  # 0 where a place is not used
-    plan: Plan | None  # None: the gathered way
-
-
-class Mix(NamedTuple):
-    """How the projections of a site compute one pass."""
-
-    dense: list[Dense]
-    gates: Tensor  # [T, E] of the experts in `dense`, in that order
-    sparse: list[Sparse]
-    has_rows: bool = False  # whether `dense` has some experts of a stack only
-
-
-class Site:
-    """The channel between one block's router and the adapters of its projections.
-
-    Handed to both at construction. `route` is a forward pre-hook of the block: it routes the
-    hidden state that enters and leaves the decision in `output`, where the projections inside the
-    block read it.
-    """
-
-    def __init__(self, name: str, index: int, state: RoutingState):
-        self.name = name
-        self.index = index
-        self.state = state
-        self.router: DynamicHybridRouter | None = None  # None: fixed weights, or the first site's
-        self.shares_first = False
-        self.output: RouterOutput | None = None
-        self.adapters: dict[str, StackedLoRA] = {}  # of the block's projections, by their names
-        # Of the pass under way: the mixture's form, and what projections with one input share.
-        self._mix: Mix | None = None
-        self._input: weakref.ref[Tensor] | None = None
-        self._dropped: Tensor | None = None
-        self._products: dict[str, Tensor] = {}  # h of projections that are still to come
-        self._packs: dict[tuple[str, ...], Pack] = {}  # of inference; kept until values change
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out what belongs to a pass: it may be part of a graph."""
-        of_pass = {"output": None, "_mix": None, "_input": None, "_dropped": None}
-        return self.__dict__ | of_pass | {"_products": {}, "_packs": {}}
-
-    def mix(self, stacks: Any, top_k: int) -> Mix:
-        """The form of this pass's mixture; all projections of a site have the same stacks."""
-        if self._mix is None:
-            self._mix = self._choose_mix(stacks, top_k)
-        return self._mix
-
-    def _choose_mix(self, stacks: Any, top_k: int) -> Mix:
-        state, routing = self.state, self.output
-        assert routing is not None
-        gates, mature = routing.gates.flatten(0, -2), routing.mature
-        device = gates.device
-        if mature is None:
-            everyone = [Dense(index, None) for index in range(len(stacks))]
-            return Mix(everyone, _columns(gates, [e for s in stacks for e in s.experts]), [])
-        dense, columns, sparse = [], [], []
-        for index, stack in enumerate(stacks):
-            if not any(state.active[e] for e in stack.experts):
-                continue  # its gates are all 0
-            ripe = [e for e in stack.experts if mature[e]]
-            places = min(top_k, len(ripe))
-            way = choose_way(
-                tokens=gates.shape[0],
-                mature=len(ripe),
-                top_k=places,
-                needs_grad=torch.is_grad_enabled(),
-                device=device.type,
-            )
-            if way == "wide" or not ripe or stack.lora_A is None:
-                dense.append(Dense(index, None))
-                columns += stack.experts
-                continue
-            young = [e for e in stack.experts if not mature[e]]
-            if young:
-                rows = torch.tensor(young, device=device) - stack.first
-                dense.append(Dense(index, rows))
-                columns += young
-            of_ripe = _columns(gates, ripe)
-            gates_TK, chosen_TK = of_ripe.topk(places, dim=-1)
-            if young:
-                chosen_TK = torch.tensor(ripe, device=device)[chosen_TK] - stack.first
-            plan = plan_pairs(chosen_TK, len(stack.ranks)) if way == "grouped" else None
-            sparse.append(Sparse(index, chosen_TK, gates_TK, plan))
-        has_rows = any(part.rows is not None for part in dense)
-        return Mix(dense, _columns(gates, columns), sparse, has_rows)
-
-    def shared_input(self, name: str, x: Tensor) -> tuple[list[str], Tensor]:
-        """The projections that get the input of `name`, and drop(x), drawn once for them."""
-        group = next((names for names in SHARE_INPUT if name in names), (name,))
-        names = [other for other in group if other in self.adapters]
-        if self._input is None or self._input() is not x:
-            self._input, self._products = weakref.ref(x), {}
-            dropped = self.adapters[name].dropout(x)
-            self._dropped = None if dropped is x else dropped
-        return names, x if self._dropped is None else self._dropped
-
-    def pack(self, names: list[str], dtype: torch.dtype) -> Pack:
-        """The matrices of these projections, laid out for a few tokens."""
-        key = tuple(names)
-        pack = self._packs.get(key)
-        if pack is None or not pack.is_current(dtype):
-            members = {name: self.adapters[name].as_member() for name in names}
-            pack = self._packs[key] = Pack(members, dtype)
-        return pack
-
-    def forget_packs(self) -> None:
-        """For when stacks have changed, and before training, which has no use for them."""
-        self._packs.clear()
-
-    def product_with_A(self, name: str, x: Tensor, mix: Mix, dtype: torch.dtype) -> Tensor:
-        """h = drop(x) Aᵀ [T, C] of the projection `name`, of the experts that every token uses.
-
-        The first projection of those that share an input computes it for all of them; the others
-        find it here, as long as they really get the same tensor.
-        """
-        names, dropped = self.shared_input(name, x)
-        if name not in self._products:
-            As = [self.adapters[other].flat_As(mix.dense) for other in names]
-            products = products_with_A(dropped, As, dtype)
-            self._products = dict(zip(names, products, strict=True))
-        return self._products.pop(name)
-
-    def route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the block; reads its first argument, the hidden states [B, S, D]."""
-        state = self.state
-        if not state.enabled:
-            return
-        x = args[0] if args else kwargs["hidden_states"]
-        self._mix = self._input = self._dropped = None
-        if self._packs and torch.is_grad_enabled():
-            self.forget_packs()
-        if state.override is not None:
-            gates = expand_override(state.override, self.index, x.shape[0], x.shape[1])
-            gates = gates[:, -x.shape[1] :]  # Gemma 4's last layers see the last tokens only
-            gates = gates.to(x.device, torch.promote_types(x.dtype, torch.float32))
-            self.output = RouterOutput(gates, gates, None)
-        elif self.router is not None:
-            self.output = self.router(x, state)
-        elif self.shares_first and state.first_site is not None:
-            self.output = state.first_site.last(x.shape[1])
-        else:
-            gates = state.fixed_gates().to(x.device).expand(*x.shape[:-1], -1)
-            self.output = RouterOutput(gates, gates, None)
-        if self.index == 0:
-            state.first_site = self.output if self.router is not None else None
+from dylora.router import RoutingState
+from dylora.site import Dense, Mix, Site
 
 
 class ExpertStack(nn.Module):
@@ -508,15 +336,6 @@ def fitting_gates(gates: Tensor, x: Tensor, path: str) -> Tensor:
             f"{list(gates.shape[:-1])} tokens: leave it out of the targets"
         )
     return gates.reshape(*x.shape[:-1], -1)
-
-
-def _columns(gates: Tensor, experts: list[int]) -> Tensor:
-    """Columns of gates [T, E]; a view where they lie side by side."""
-    if not experts:
-        return gates[:, :0]
-    if experts == list(range(experts[0], experts[-1] + 1)):
-        return gates[:, experts[0] : experts[-1] + 1]
-    return gates.index_select(1, torch.tensor(experts, device=gates.device))
 
 
 def magnitude_ratio(stack: ExpertStack, A_ERD: Tensor, weight: Tensor) -> Tensor:

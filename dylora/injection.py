@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dylora.adapter import BiasShift, Site, StackedLoRA, ends_with
+from dylora.adapter import BiasShift, StackedLoRA, ends_with
 from dylora.config import MoELoraConfig, nearest
 from dylora.router import DynamicHybridRouter, RoutingState
+from dylora.site import Site
 
 ATTENTION_PROJECTIONS = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"),  # llama, gemma, qwen, opt, gptj, …

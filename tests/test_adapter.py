@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dylora import MoELoraConfig
-from dylora.adapter import Site, StackedLoRA
+from dylora.adapter import StackedLoRA
 from dylora.router import RoutingState
+from dylora.site import Site
 
 D, O, E, R = 6, 5, 3, 2  # noqa: E741 - the letters of the design
 

@@ -242,7 +242,7 @@ SPARSE = {
 
 def by(way, monkeypatch, model, ids):
     """Logits and gradients of a model all of whose stacks go one way where they can."""
-    monkeypatch.setattr("dylora.adapter.choose_way", lambda **known: way)
+    monkeypatch.setattr("dylora.site.choose_way", lambda **known: way)
     if way == "gathered":
         with torch.no_grad():
             return model(ids).logits, {}
@@ -313,7 +313,7 @@ def test_a_site_that_matures_changes_its_way_without_a_restart(mixture, monkeypa
         seen.append(real(**known))
         return seen[-1]
 
-    monkeypatch.setattr("dylora.adapter.choose_way", watch)
+    monkeypatch.setattr("dylora.site.choose_way", watch)
     model = mixture(num_experts=16, maturity=[0.0] * 16)
     ids = torch.randint(3, 40, (4, 32))
     model(ids, labels=ids).loss.backward()

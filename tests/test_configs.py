@@ -23,7 +23,8 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/
 LAYERS = (
     ("config",),
     ("config_file", "bases", "compute", "packed", "router", "maturity", "storage", "tasks"),
-    ("adapter", "head", "losses"),
+    ("site", "head", "losses"),
+    ("adapter",),
     ("injection", "stacks"),
     ("model_files", "experts"),
     ("model",),

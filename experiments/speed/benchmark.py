@@ -21,9 +21,11 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from dylora import MoELoraConfig, adapter, compute
-from dylora.adapter import Site, StackedLoRA
+import dylora.site
+from dylora import MoELoraConfig, compute
+from dylora.adapter import StackedLoRA
 from dylora.router import RouterOutput, RoutingState
+from dylora.site import Site
 from experiments.speed import models
 from experiments.speed.timing import interleave, peak_bytes, show
 
@@ -314,7 +316,7 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
                 own: Any = parameters,
             ) -> Callable[[], None]:
                 def step() -> None:
-                    adapter.choose_way = real if way is None else lambda **known: way
+                    dylora.site.choose_way = real if way is None else lambda **known: way
                     with torch.set_grad_enabled(grad):
                         y = lora.q_proj(lora_input(lora, x, grad))
                         if grad:
@@ -330,7 +332,7 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
             results[key] = timed(f"one projection, K=2 r=16, {key}", ways, "wide", options)
             best = min(results[key]["wide"]["ratio"], results[key][other]["ratio"])
             results[key]["automatic / best"] = results[key]["automatic"]["ratio"] / best
-    adapter.choose_way = real
+    dylora.site.choose_way = real
     worst = max(entry["automatic / best"] for entry in results.values())
     print(f"\nautomatic / the better of the two, at worst: {worst:.3f}")
     return results
