@@ -68,7 +68,7 @@ def digest(run: Run) -> str:
 
     def take(name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            contiguous = value.detach().cpu().contiguous()
+            contiguous = value.detach().cpu().contiguous().reshape(-1)
             value = hashlib.sha256(contiguous.view(torch.uint8).numpy().tobytes()).hexdigest()
         elif isinstance(value, dict):
             for key in sorted(value):
@@ -82,7 +82,7 @@ def digest(run: Run) -> str:
 
     take("parameters", dict(named_parameters(run.model)))
     take("moments", state_by_name(run.optimizer, run.model))
-    take("maturity", {k: v.reshape(-1) for k, v in run.model.maturity._asdict().items()})
+    take("maturity", run.model.maturity._asdict())
     take("experts", run.model.experts.records())
     take("schedule", run.scheduler.state_dict())
     take("generators", random_state())

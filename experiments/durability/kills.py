@@ -17,11 +17,13 @@ import ctypes
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 MODES = {"killed before": 1, "killed within": 2, "disk full": 3}
@@ -66,26 +68,26 @@ def campaign(work: Path, base: str, every: int) -> dict[str, dict[str, int]]:
     before = prepare(make_config(work, base, "before", **settings), fresh=True)
 
     counts = {}
-    for scenario, arrange in SCENARIOS.items():
+    out = work / "counts.json"
+    for scenario in SCENARIOS:
         ready = work / "ready" / scenario
         shutil.rmtree(ready, ignore_errors=True)
         ready.mkdir(parents=True)
         # A fork each, so that one scenario's experts and steps do not reach the next.
-        file = work / "counts.json"
-        code = in_child(lambda: try_points(before, fresh, arrange, ready, scenario, every, file))
+        code = in_child(partial(try_points, before, fresh, ready, scenario, every, out))
         assert code == 0, scenario
-        counts |= json.loads(file.read_text())
+        counts |= json.loads(out.read_text())
     return counts
 
 
-def try_points(before, fresh, arrange, ready, scenario, every, out) -> None:
+def try_points(before, fresh, ready, scenario, every, out) -> None:
     """All modes and points of one scenario."""
     shim = ctypes.CDLL(os.environ["DYLORA_SHIM"])
     from dylora.training.resume import random_state
 
     begun = random_state()
     run = before._replace(folder=ready, log=quiet_log(ready))
-    arrange(run)
+    SCENARIOS[scenario](run)
     templates = folder_digests(ready)
     work = ready.with_name(f"{scenario} tried")
 
@@ -96,6 +98,7 @@ def try_points(before, fresh, arrange, ready, scenario, every, out) -> None:
     restart()
     marks = work.with_name("marks")
     expected = digest_in_child(lambda: finish(run, work), marks)
+    assert expected is not None, "the run that was never killed failed"
     restart()
     shim.shim_disarm.restype = ctypes.c_long
 
@@ -139,7 +142,9 @@ def try_kill(run, fresh, shim, work, mode, point, begun, expected, marks) -> str
     if code == 0:
         return "the point was never reached"
     found = digest_in_child(lambda: resume_and_finish(fresh, work, begun), marks)
-    return None if found == expected else f"resumed to another end ({found})"
+    if found is None:
+        return "the resumed run failed"
+    return None if found == expected else "the resumed run came to another end"
 
 
 def try_full_disk(run, shim, work, point, templates, marks) -> str | None:
@@ -281,8 +286,10 @@ def resume_and_finish(fresh, folder: Path, begun):
 def in_child(work: Callable[[], None]) -> int:
     """Run in a forked process; its exit code."""
     sys.stdout.flush()
+    generator = random.getstate()
     child = os.fork()
     if child == 0:
+        random.setstate(generator)  # Python seeds it anew in a forked process
         code = 1
         try:
             work()
@@ -297,13 +304,13 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def digest_in_child(work: Callable, marks: Path) -> str:
-    """The digest of the run that `work` returns, from a forked process."""
+def digest_in_child(work: Callable, marks: Path) -> str | None:
+    """The digest of the run that `work` returns, from a forked process; None if it fails."""
     from common import digest
 
     marks.unlink(missing_ok=True)
-    in_child(lambda: marks.write_text(digest(work())) and None)
-    return marks.read_text() if marks.exists() else "it failed"
+    code = in_child(lambda: marks.write_text(digest(work())) and None)
+    return marks.read_text() if code == 0 else None
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
