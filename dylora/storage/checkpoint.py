@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dylora.storage.peft_format import read_json
@@ -20,6 +20,11 @@ from dylora.storage.peft_format import read_json
 FORMAT_VERSION = 2  # of a mixture's config.json
 MANIFEST = "manifest.json"
 REHEARSAL = "checkpoint-rehearsal"  # written and deleted before the first step
+LOADED = {  # names of all files that a loader reads
+    *("config.json", "router.safetensors", "bias_shifts.safetensors"),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pt", "trainer_state.json"),
+}
 FEWEST_KEPT = 2  # a single checkpoint is lost with the first bit that flips in it
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _CHUNK = 1 << 20
@@ -102,8 +107,15 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raises ValueError naming the first file that is missing or has changed."""
-    for name, expected in _listed_files(folder).items():
+    """Raises ValueError naming the first file that is missing, has changed, or came in later.
+
+    Notes of others may lie beside ours; a file that a loader would read may not.
+    """
+    listed = _listed_files(folder)
+    for path in sorted(folder.rglob("*")):
+        if path.name in LOADED and str(path.relative_to(folder)) not in listed:
+            raise ValueError(f"{path} is not in {MANIFEST}: it came in later")
+    for name, expected in listed.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
@@ -201,6 +213,10 @@ def _listed_files(folder: Path) -> dict[str, dict[str, Any]]:
         and all(isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in files.values())
     ):
         raise ValueError(f"{folder / MANIFEST} lists no files with their size and sha256")
+    for name in files:
+        path = PurePath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise ValueError(f"{folder / MANIFEST}: {name!r} lies outside the folder")
     return files
 
 

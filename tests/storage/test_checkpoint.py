@@ -402,6 +402,22 @@ def test_extra_files_do_not_spoil_a_checkpoint(saved, tiny_base):
     DyLoRA_MoE.from_pretrained(saved[1], base=tiny_base("llama"))
 
 
+@pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "inner/../../secret.txt"])
+def test_a_manifest_that_points_outside_is_refused(name, small):
+    (small.parent / "secret.txt").write_text("years of work")
+    entry = {"size": 13, "sha256": hashlib.sha256(b"years of work").hexdigest()}
+    (small / MANIFEST).write_text(json.dumps({"files": {name: entry}}))
+    with pytest.raises(ValueError, match="lies outside the folder"):
+        verify(small)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "inner/adapter_model.bin"])
+def test_a_file_that_a_loader_would_read_must_be_in_the_manifest(name, small):
+    (small / name).write_bytes(b"slipped in")
+    with pytest.raises(ValueError, match=rf"{name} is not in manifest\.json"):
+        verify(small)
+
+
 # A run's checkpoints
 
 
