@@ -42,7 +42,7 @@ def main() -> None:
         child = start(config, None, folder)
         while not (folder / "metrics.jsonl").exists():
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.8 * length))
+        time.sleep(draw.uniform(0, 0.5 * length))
         os.kill(child, number)
         sent = time.monotonic()
         found = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
