@@ -313,7 +313,7 @@ def test_a_save_killed_or_without_space_at_any_call_loses_nothing(base_folder, t
     """A sample of the calls; experiments/LOG.md has the count of all."""
     script = ROOT / "experiments" / "durability" / "kills.py"
     out = tmp_path / "counts.json"
-    options = ["--work", tmp_path / "work", "--base", base_folder, "--out", out, "--every", "23"]
+    options = ["--work", tmp_path / "work", "--base", base_folder, "--out", out, "--every", "45"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), *map(str, options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
