@@ -397,7 +397,11 @@ class TrainConfig:
     save_steps: int | None = None
     """Checkpoint every so many steps; none: at the end only (and the best one)."""
     save_total_limit: int | None = None
-    """Keep this many newest checkpoints, the best one besides; none: all."""
+    """Keep this many newest checkpoints that verify, at least two, and the best besides; none:
+    all."""
+    max_nonfinite_steps: int = 3
+    """Stop when the loss or the gradient was not finite so many steps in a row; such a step updates
+    nothing, is counted, and the run goes on."""
     early_stopping_patience: int | None = None
     """Stop after so many evaluations without a better validation loss."""
     seed: int = 0
@@ -411,6 +415,7 @@ class TrainConfig:
             "training_subset",
             "save_steps",
             "save_total_limit",
+            "max_nonfinite_steps",
             "early_stopping_patience",
         ):
             value = getattr(self, name)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -28,7 +28,10 @@ class SetRow(NamedTuple):
 
 def report_run(run: Run) -> list[SetRow]:
     """Compare the trained mixture with its own base; print, plot, and write results.json."""
-    options = {"batch_size": run.config.eval.batch_size, "pad_token_id": run.pad_token_id}
+    options: dict[str, Any] = {
+        "batch_size": run.config.eval.batch_size,
+        "pad_token_id": run.pad_token_id,
+    }
     sets, model = run.data.validation, run.model
     trained = validate(model, sets, **options)
     with model.disable_adapters():

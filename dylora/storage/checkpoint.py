@@ -1,7 +1,9 @@
 """Folders that are either whole or absent.
 
 A folder is written under a temporary name, every file is hashed into manifest.json and flushed to
-the disk, and one rename makes it appear. A reader verifies the manifest.
+the disk, one rename makes it appear, and it is read back before anything older is deleted. A reader
+verifies the manifest. Beside checkpoint-<step> a run's folder may hold, for a moment or after a
+crash: .checkpoint-<step>.writing, .replaced and .removing, which `tidy` settles.
 """
 
 import hashlib
@@ -10,13 +12,20 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dylora.storage.peft_format import read_json
 
 FORMAT_VERSION = 2  # of a mixture's config.json
 MANIFEST = "manifest.json"
+REHEARSAL = "checkpoint-rehearsal"  # written and deleted before the first step
+LOADED = {  # names of all files that a loader reads
+    *("config.json", "router.safetensors", "bias_shifts.safetensors"),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pt", "trainer_state.json"),
+}
+FEWEST_KEPT = 2  # a single checkpoint is lost with the first bit that flips in it
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _CHUNK = 1 << 20
 _DESCRIBED = ["base_model_name_or_path", "base_revision", "quantization"]
@@ -30,15 +39,13 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     Raises FileExistsError if it holds something else.
     """
     temporary = folder.with_name(f".{folder.name}.writing")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if replaced.exists() and not folder.exists():
-        replaced.rename(folder)  # a crash came between the two renames below
+    replaced = _replaced(folder)
+    _recover(folder)
     if not _may_replace(folder):
         raise FileExistsError(f"{folder} exists and is no checkpoint of ours: name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (temporary, replaced):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    _make_parents(folder)
+    if temporary.exists():
+        shutil.rmtree(temporary)
     temporary.mkdir()
     try:
         write_files(temporary)
@@ -46,14 +53,49 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
     except BaseException:
-        shutil.rmtree(temporary)  # a disk that is full stays full otherwise
+        shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full stays full otherwise
         raise
     if folder.exists():
         folder.rename(replaced)
     temporary.rename(folder)
     _flush(folder.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    _recover(folder, always=True)
+
+
+def write_file(file: Path, text: str) -> None:
+    """A text file that is the old one or the new one, whatever happens meanwhile."""
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        temporary.rename(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(file.parent)
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a folder to <name>.<why>, with a number where that is taken; returns the new name."""
+    target, count = folder.with_name(f"{folder.name}.{why}"), 1
+    while target.exists():
+        count += 1
+        target = folder.with_name(f"{folder.name}.{why}-{count}")
+    folder.rename(target)
+    _flush(folder.parent)
+    return target
+
+
+def tidy(run_folder: Path) -> None:
+    """Settle what crashes have left: half-written, half-replaced and half-removed folders.
+
+    Only for the process that holds the run's lock: another one's save would look half-written.
+    """
+    for leftover in (".checkpoint-*.writing", ".checkpoint-*.removing", REHEARSAL):
+        for path in run_folder.glob(leftover):
+            shutil.rmtree(path)
+    for path in run_folder.glob(".checkpoint-*.replaced"):
+        _recover(path.with_name(path.name.removeprefix(".").removesuffix(".replaced")))
 
 
 def write_manifest(folder: Path) -> None:
@@ -67,8 +109,15 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raises ValueError naming the first file that is missing or has changed."""
-    for name, expected in _listed_files(folder).items():
+    """Raises ValueError naming the first file that is missing, has changed, or came in later.
+
+    Notes of others may lie beside ours; a file that a loader would read may not.
+    """
+    listed = _listed_files(folder)
+    for path in sorted(folder.rglob("*")):
+        if path.name in LOADED and str(path.relative_to(folder)) not in listed:
+            raise ValueError(f"{path} is not in {MANIFEST}: it came in later")
+    for name, expected in listed.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
@@ -80,7 +129,7 @@ def is_whole(folder: Path) -> bool:
     """Whether `verify` finds nothing wrong."""
     try:
         verify(folder)
-    except ValueError:
+    except (ValueError, OSError):
         return False
     return True
 
@@ -120,7 +169,7 @@ def latest_checkpoint(run_folder: Path, report: Callable[[str], None]) -> Path:
     for path in reversed(checkpoints(run_folder)):
         try:
             verify(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             report(f"skipped {path}: {error}")
         else:
             return path
@@ -128,10 +177,17 @@ def latest_checkpoint(run_folder: Path, report: Callable[[str], None]) -> Path:
 
 
 def prune(run_folder: Path, keep: int, best: Path | None) -> None:
-    """Delete all but the newest `keep` whole checkpoints and the best one; damaged ones stay."""
-    for path in [path for path in checkpoints(run_folder) if is_whole(path)][:-keep]:
+    """Delete all but the newest `keep` whole checkpoints and the best one; damaged ones stay.
+
+    At least FEWEST_KEPT are kept. A folder loses its name before it loses its files, so that a
+    crash leaves no half of a checkpoint.
+    """
+    whole = [path for path in checkpoints(run_folder) if is_whole(path)]
+    for path in whole[: -max(keep, FEWEST_KEPT)]:
         if best is None or path.name != best.name:
-            shutil.rmtree(path)
+            removing = path.with_name(f".{path.name}.removing")
+            path.rename(removing)
+            shutil.rmtree(removing)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -159,6 +215,10 @@ def _listed_files(folder: Path) -> dict[str, dict[str, Any]]:
         and all(isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in files.values())
     ):
         raise ValueError(f"{folder / MANIFEST} lists no files with their size and sha256")
+    for name in files:
+        path = PurePath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise ValueError(f"{folder / MANIFEST}: {name!r} lies outside the folder")
     return files
 
 
@@ -176,9 +236,48 @@ def _may_replace(folder: Path) -> bool:
     return True
 
 
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _recover(folder: Path, *, always: bool = False) -> None:
+    """Decide between a folder and the older one it replaces: the newer if it verifies.
+
+    A crash may have come between the two renames, or before the newer one was read back; `always`
+    reads it back where it replaces nothing, too.
+    Raises what `verify` does, after putting the damaged one aside, where it was just written.
+    """
+    replaced = _replaced(folder)
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
+    elif always or (replaced.exists() and _may_replace(folder)):
+        try:
+            verify(folder)
+        except (ValueError, OSError):
+            set_aside(folder, "damaged")
+            if replaced.exists():
+                replaced.rename(folder)
+            if always:
+                raise
+            return
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+
+def _make_parents(folder: Path) -> None:
+    """The folder's parent, and the entries that lead to it, on the disk."""
+    missing = [path for path in folder.parents if not path.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _flush(path.parent)
+
+
 def _flush(path: Path) -> None:
+    """On the disk, and out of memory where the system allows it: reading it back reads the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

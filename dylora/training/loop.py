@@ -5,7 +5,8 @@ Shape letters: B batch, S sequence, N sites, E experts.
 
 import math
 import time
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from itertools import islice
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ from dylora import losses, maturity
 from dylora.config import RunConfig
 from dylora.losses import Fractions, RoutingStatistics
 from dylora.model import LossScale
-from dylora.storage.checkpoint import checkpoints
+from dylora.storage.checkpoint import tidy
+from dylora.storage.lock import lock_folder
 from dylora.training.data import collate
+from dylora.training.interruption import Interrupted, Interruption
 from dylora.training.monitor import (
     CollapseWatch,
     expert_metrics,
@@ -26,8 +29,8 @@ from dylora.training.monitor import (
     summarize,
 )
 from dylora.training.optim import FOLLOWS_VALIDATION, named_parameters
-from dylora.training.resume import resume, save
-from dylora.training.setup import Run, prepare, record_settings
+from dylora.training.resume import last_good, rehearse_save, resume, save
+from dylora.training.setup import Run, prepare, record_settings, run_folder
 from dylora.training.validation import SetScore, overall_loss, validate
 
 
@@ -44,6 +47,7 @@ class StepResult(NamedTuple):
     tokens: int
     statistics: RoutingStatistics | None
     load_E: Tensor
+    trouble: str | None = None  # what was not finite; then nothing was updated
 
 
 def train(config: RunConfig, resume_from_checkpoint: str | None = None) -> Run:
@@ -53,48 +57,78 @@ def train(config: RunConfig, resume_from_checkpoint: str | None = None) -> Run:
         config: the run.
         resume_from_checkpoint: `latest`, a checkpoint folder, or None for a fresh run.
 
-    Raises ValueError for settings that do not fit together or a loss that is not finite,
-    FileExistsError when a fresh run would write into a folder that holds another one.
+    After SIGTERM or SIGINT it saves at the next step boundary, and ends with SystemExit (143) or
+    KeyboardInterrupt.
+
+    Raises ValueError for settings that do not fit together, for steps in a row that were not finite
+    and for a checkpoint that cannot be saved; FileExistsError when a fresh run would write into a
+    folder that holds another one, or another process trains there.
     """
-    run = prepare(config, fresh=resume_from_checkpoint is None)
-    progress, log = run.progress, run.log
-    if resume_from_checkpoint is not None:
-        resume(run, resume_from_checkpoint)
-    record_settings(run)
-    announce(run)
-
-    with closing(log):
-        log.start(progress.step, run.steps)
-        window, watch = Window(), CollapseWatch(config.log.collapse_steps)
-        while progress.step < run.steps:
-            started = time.perf_counter()
-            result = train_step(run)
-            progress.step += 1
-            progress.targets += result.targets
-            seconds = time.perf_counter() - started
-            window.add(result, seconds)
-            log.advance(result.loss, result.tokens / seconds)
-            warn_of_collapse(run, result, watch)
-
-            last = progress.step == run.steps
-            if _due(progress.step, config.log.logging_steps) or last:
-                metrics = window.metrics(run, result)
-                log.write(progress.step, progress.targets, metrics)
-                log.progress_line(progress.step, metrics)
-                window = Window()
-            run.optimizer.zero_grad(set_to_none=True)
-
-            evaluated = _due(progress.step, config.eval.eval_steps) or last
-            if evaluated:
-                evaluate(run)
-            stopping = evaluated and _is_out_of_patience(run)
-            best = progress.best_step == progress.step
-            if _due(progress.step, config.train.save_steps) or last or stopping or best:
-                save(run)
-            if stopping:
-                log.say(f"stopped: {progress.evaluations_without_gain} evaluations without gain")
-                break
+    with lock_folder(run_folder(config)):
+        tidy(run_folder(config))
+        run = prepare(config, fresh=resume_from_checkpoint is None)
+        if resume_from_checkpoint is not None:
+            resume(run, resume_from_checkpoint)
+        rehearse_save(run)
+        record_settings(run)
+        announce(run)
+        with closing(run.log), Interruption() as interruption:
+            run_steps(run, interruption)
+            if interruption.received is not None:  # just after the last save
+                interruption.leave()
     return run
+
+
+def run_steps(run: Run, interruption: Interruption) -> None:
+    """All steps that are left, with what comes between them."""
+    config, progress, log = run.config, run.progress, run.log
+    log.start(progress.step, run.steps)
+    window, watch = Window(), CollapseWatch(config.log.collapse_steps)
+    stopping = _is_out_of_patience(run)
+    if progress.evaluation_due:
+        stopping = finish_step(run, interruption)
+    while progress.step < run.steps and not stopping:
+        started = time.perf_counter()
+        result = train_step(run)
+        progress.step += 1
+        seconds = time.perf_counter() - started
+        count_trouble(run, result)
+        window.add(result, seconds)
+        log.advance(result.loss, result.tokens / seconds)
+        warn_of_collapse(run, result, watch)
+
+        last = progress.step == run.steps
+        if _due(progress.step, config.log.logging_steps) or last:
+            metrics = window.metrics(run, result)
+            log.write(progress.step, progress.targets, metrics)
+            log.progress_line(progress.step, metrics)
+            window = Window()
+        run.optimizer.zero_grad(set_to_none=True)
+
+        progress.evaluation_due = _due(progress.step, config.eval.eval_steps) or last
+        stopping = finish_step(run, interruption)
+
+
+def finish_step(run: Run, interruption: Interruption) -> bool:
+    """Evaluate and save where they are due, or leave; returns whether training ends early."""
+    config, progress, log = run.config, run.progress, run.log
+    last, evaluated = progress.step == run.steps, False
+    if progress.evaluation_due:
+        # A signal during evaluation leaves it due: the resumed run begins with it.
+        with suppress(Interrupted):
+            evaluate(run, before_batch=interruption.check)
+            evaluated, progress.evaluation_due = True, False
+    stopping = evaluated and _is_out_of_patience(run)
+    best = evaluated and progress.best_step == progress.step
+    wanted = interruption.received is not None
+    if _due(progress.step, config.train.save_steps) or last or stopping or best or wanted:
+        save(run)
+        wanted = wanted or interruption.received is not None
+    if wanted:
+        interruption.leave()
+    if stopping:
+        log.say(f"stopped: {progress.evaluations_without_gain} evaluations without gain")
+    return stopping
 
 
 def announce(run: Run) -> None:
@@ -115,7 +149,8 @@ def announce(run: Run) -> None:
 def train_step(run: Run) -> StepResult:
     """One optimizer step over an accumulated batch: forward, backward, clip, update, observe.
 
-    Raises ValueError, with nothing updated, when the loss or the gradients are not finite.
+    When the loss or the gradients are not finite, nothing is updated but the scale of float16, and
+    the result says so.
     """
     config, model = run.config, run.model
     model.train()
@@ -147,20 +182,18 @@ def train_step(run: Run) -> StepResult:
     limit = config.train.max_grad_norm or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
     loss, lm_loss, aux_loss, switch_loss, z_loss = sums.tolist()
-    step = run.progress.step + 1
-    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
-        raise ValueError(
-            f"step {step}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite "
-            f"(loss {loss}, gradient norm {grad_norm}); nothing was updated. {_last_good(run)} "
-            f"Try a lower train.learning_rate, a warm-up, or model.dtype float32"
-        )
+    load_E = (mass_E / mass_E.sum().clamp_min(1e-12)).cpu()
+    parts = (loss, lm_loss, aux_loss, switch_loss, z_loss, grad_norm)
+    result = StepResult(*parts, int(targets), int(tokens), statistics, load_E)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        run.scaler.update()
+        return result._replace(trouble="gradient" if math.isfinite(loss) else "loss")
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if not math.isfinite(grad_norm):  # float16: the scaler left this step out and will scale less
-        run.progress.skipped_steps += 1
-    elif config.train.lr_scheduler_type not in FOLLOWS_VALIDATION:
+    if config.train.lr_scheduler_type not in FOLLOWS_VALIDATION:
         run.scheduler.step()
 
+    step = run.progress.step + 1
     model.set_maturity(
         maturity.observe(
             model.maturity,
@@ -175,9 +208,34 @@ def train_step(run: Run) -> StepResult:
     if statistics is not None:
         found = losses.fractions_of(statistics)
         run.progress.fractions = {name: f.tolist() for name, f in found._asdict().items()}
-    load_E = (mass_E / mass_E.sum().clamp_min(1e-12)).cpu()
-    parts = (loss, lm_loss, aux_loss, switch_loss, z_loss, grad_norm)
-    return StepResult(*parts, int(targets), int(tokens), statistics, load_E)
+    return result
+
+
+def count_trouble(run: Run, result: StepResult) -> None:
+    """Count a step that was left out, or what a good one trained on.
+
+    Raises ValueError, naming the last good checkpoint, after train.max_nonfinite_steps in a row.
+    """
+    progress, limit = run.progress, run.config.train.max_nonfinite_steps
+    if result.trouble is None:
+        progress.targets += result.targets
+        progress.skipped_in_a_row = 0
+        return
+    progress.skipped_steps += 1
+    # float16 begins with a scale that overflows, and halves it until it fits: that is no trouble.
+    if result.trouble == "gradient" and run.scaler.is_enabled() and run.scaler.get_scale() >= 1:
+        return
+    progress.skipped_in_a_row += 1
+    what = (
+        f"step {progress.step}: the {result.trouble} is not finite (loss {result.loss}, gradient "
+        f"norm {result.grad_norm}); nothing was updated"
+    )
+    if progress.skipped_in_a_row >= limit:
+        raise ValueError(
+            f"{what}, {progress.skipped_in_a_row} steps in a row. {last_good(run)} "
+            f"Try a lower train.learning_rate, a warm-up, or model.dtype float32"
+        )
+    run.log.say(f"warning: {what} ({progress.skipped_in_a_row} in a row, stopping at {limit})")
 
 
 def next_batches(run: Run) -> list[dict[str, Tensor]]:
@@ -203,7 +261,7 @@ def expert_mass(gates: Tensor, token_losses: Tensor, labels: Tensor) -> tuple[Te
 
 def warn_of_collapse(run: Run, result: StepResult, watch: CollapseWatch) -> None:
     """Say so when the routing of a site stays collapsed."""
-    if result.statistics is None or not run.config.moe.use_moe_routing:
+    if result.statistics is None or result.trouble or not run.config.moe.use_moe_routing:
         return
     usage_NE = summarize(result.statistics).usage_NE
     active = [row.takes_part for row in run.model.experts.table]
@@ -211,13 +269,17 @@ def warn_of_collapse(run: Run, result: StepResult, watch: CollapseWatch) -> None
         run.log.say(line)
 
 
-def evaluate(run: Run) -> dict[str, SetScore]:
-    """Validate, log, and remember whether this was the best so far."""
+def evaluate(run: Run, before_batch: Callable[[], None] = lambda: None) -> dict[str, SetScore]:
+    """Validate, log, and remember whether this was the best so far.
+
+    What `before_batch` raises ends it with nothing logged or remembered.
+    """
     scores = validate(
         run.model,
         run.data.validation,
         batch_size=run.config.eval.batch_size,
         pad_token_id=run.pad_token_id,
+        before_batch=before_batch,
     )
     loss, progress = overall_loss(scores), run.progress
     metrics = {"val/loss": loss, "val/ppl": math.exp(min(loss, 700.0))}
@@ -247,12 +309,19 @@ class Window:
         self.seconds += seconds
 
     def metrics(self, run: Run, last: StepResult) -> dict[str, float]:
-        """train/…, router/…, expert/… and system/… of a line of metrics.jsonl."""
+        """train/…, router/…, expert/… and system/… of a line of metrics.jsonl.
+
+        The losses are means over the steps that were not left out, and NaN where there is none.
+        """
         count = len(self.results)
+        applied = [result for result in self.results if result.trouble is None]
         metrics = {
-            f"train/{name}": sum(getattr(result, name) for result in self.results) / count
+            f"train/{name}": sum(getattr(result, name) for result in applied) / len(applied)
+            if applied
+            else math.nan
             for name in ("loss", "lm_loss", "aux_loss", "switch_loss", "z_loss", "grad_norm")
         }
+        metrics["train/skipped_steps"] = float(run.progress.skipped_steps)
         metrics["train/lr"] = float(run.scheduler.get_last_lr()[0])
         metrics["train/tokens_per_s"] = sum(r.tokens for r in self.results) / self.seconds
         metrics["train/step_time_s"] = self.seconds / count
@@ -288,8 +357,3 @@ def _fractions(run: Run, device: torch.device) -> Fractions:
             for name, rows in run.progress.fractions.items()
         }
     )
-
-
-def _last_good(run: Run) -> str:
-    found = checkpoints(run.folder)
-    return f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."

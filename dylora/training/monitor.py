@@ -3,10 +3,14 @@
 metrics.jsonl is the truth; whatever wandb does never changes or stops a run.
 """
 
+import importlib.util
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +23,7 @@ from dylora.losses import RoutingStatistics
 from dylora.model import DyLoRA_MoE
 
 DEAD_BELOW = 0.01  # an expert with less of a site's gate mass counts as dead
+WANDB_SECONDS = 4.0  # that a run waits for wandb at its end
 COLLAPSED_ABOVE = 0.8  # a site whose leading expert has more than this counts as collapsed
 
 
@@ -129,15 +134,21 @@ class CollapseWatch:
 
 
 class RunLog:
-    """metrics.jsonl, the bar or the lines, and wandb."""
+    """metrics.jsonl, the bar or the lines, and wandb.
+
+    None of it can change or stop a run: what cannot be written is left out, and that is said.
+    """
 
     def __init__(
         self, folder: Path, config: LogConfig, run_name: str, settings: dict[str, Any]
     ) -> None:
+        """Raises ValueError when log.wandb is true and wandb is not installed."""
         self._file = folder / "metrics.jsonl"
-        self._every = config.logging_steps
         self._bar: tqdm[Any] | None = None
-        self._wandb = _start_wandb(folder, config, run_name, settings) if config.wandb else None
+        self._mirror = None
+        if config.wandb:
+            self._mirror = WandbMirror(self._file, config.wandb_project, run_name, settings)
+        self._lost_rows = 0
         self._started = time.perf_counter()
 
     def forget_after(self, step: int) -> None:
@@ -157,27 +168,40 @@ class RunLog:
         replacement.replace(self._file)
 
     def start(self, step: int, steps: int) -> None:
-        """Show the bar, if this is a terminal."""
+        """Show the bar, if this is a terminal; start the mirror."""
         self._started, self._first_step, self._steps = time.perf_counter(), step, steps
-        self._bar = tqdm(total=steps, initial=step, disable=None, unit="step", dynamic_ncols=True)
+        with suppress(OSError, ValueError):
+            self._bar = tqdm(
+                total=steps, initial=step, disable=None, unit="step", dynamic_ncols=True
+            )
+        if self._mirror is not None:
+            self._tell(self._mirror.start())
 
     def advance(self, loss: float, tokens_per_s: float) -> None:
         """One step is done."""
         if self._bar is not None and not self._bar.disable:
             shown = f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s"
-            self._bar.set_postfix_str(shown, refresh=False)
-            self._bar.update()
+            with suppress(OSError, ValueError):
+                self._bar.set_postfix_str(shown, refresh=False)
+                self._bar.update()
 
     def write(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        """A row of metrics.jsonl, mirrored."""
-        with self._file.open("a", buffering=1) as file:
-            file.write(json.dumps({"step": step, "tokens": tokens, **metrics}) + "\n")
-        if self._wandb is not None:
-            try:
-                self._wandb.log({"tokens": tokens, **metrics}, step=step)
-            except Exception as error:
-                self.say(f"wandb stopped answering and is left out from here on: {error}")
-                self._wandb = None
+        """A row of metrics.jsonl, mirrored. On a full disk the row is left out, whole."""
+        row = json.dumps({"step": step, "tokens": tokens, **metrics}) + "\n"
+        size = None
+        try:
+            with self._file.open("a") as file:
+                size = file.tell()
+                file.write(row)
+        except OSError as error:
+            self._lost_rows += 1
+            if self._lost_rows == 1:
+                self.say(f"warning: metrics.jsonl lacks rows from step {step} on: {error}")
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self._file, size)
+        if self._mirror is not None:
+            self._tell(self._mirror.trouble())
 
     def progress_line(self, step: int, metrics: dict[str, float]) -> None:
         """A plain line where there is no bar."""
@@ -193,18 +217,90 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for the reader, clear of the bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with suppress(OSError, ValueError):  # nobody reads any more, or the disk is full
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         """End the bar and the mirror."""
         if self._bar is not None:
-            self._bar.close()
-        if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:
-                self.say(f"wandb did not finish: {error}")
+            with suppress(OSError, ValueError):
+                self._bar.close()
+        if self._lost_rows:
+            self.say(f"warning: metrics.jsonl lacks {self._lost_rows} rows that did not fit")
+        if self._mirror is not None:
+            self._tell(self._mirror.finish())
+
+    def _tell(self, trouble: str | None) -> None:
+        if trouble is not None:
+            self.say(f"{trouble}; metrics.jsonl has everything")
+            self._mirror = None
+
+
+class WandbMirror:
+    """The process of training/wandb_mirror.py, seen from the trainer.
+
+    Its methods return a line about what went wrong, after which the mirror is of no more use.
+    """
+
+    def __init__(self, file: Path, project: str, name: str, settings: dict[str, Any]) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError("log.wandb is true, but wandb is not installed: pip install wandb")
+        self._file, self._output = file, file.with_name("wandb.log")
+        self._settings = {
+            "project": project,
+            "name": name,
+            "dir": str(file.parent),
+            "config": settings,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> str | None:
+        """Mirror what is written from now on."""
+        offset = self._file.stat().st_size if self._file.exists() else 0
+        # -P: no module of this folder may pass for one that wandb imports.
+        script = [sys.executable, "-P", str(Path(__file__).with_name("wandb_mirror.py"))]
+        arguments = [str(self._file), str(offset), json.dumps(self._settings)]
+        try:
+            with self._output.open("wb") as output:
+                self._process = subprocess.Popen(
+                    [*script, *arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a Ctrl-C is the trainer's
+                )
+        except OSError as error:
+            return f"wandb could not start ({error})"
+        return None
+
+    def trouble(self) -> str | None:
+        """Why the process has ended, if it has."""
+        if self._process is None or not self._process.poll():
+            return None
+        with suppress(OSError):
+            lines = self._output.read_text(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            return f"wandb stopped, and is left out from here on ({last or 'no reason given'})"
+        return "wandb stopped, and is left out from here on"
+
+    def finish(self) -> str | None:
+        """Let it send the rest, but not for long: a dead server would hold it for minutes."""
+        process = self._process
+        if process is None:
+            return None
+        assert process.stdin is not None
+        with suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(WANDB_SECONDS)
+        except subprocess.TimeoutExpired:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            where = self._file.parent / "wandb"
+            return f"wandb did not finish in {WANDB_SECONDS:g} s (`wandb sync` sends {where} later)"
+        return self.trouble()
 
 
 def memory_gb() -> float:
@@ -221,26 +317,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _start_wandb(
-    folder: Path, config: LogConfig, run_name: str, settings: dict[str, Any]
-) -> Any | None:
-    """A wandb run, offline without a key; None, said aloud, when it cannot start."""
-    try:
-        import wandb
-
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.api.api_key)
-        return wandb.init(
-            project=config.wandb_project,
-            name=run_name,
-            dir=folder,
-            config=settings,
-            mode=None if has_key or "WANDB_MODE" in os.environ else "offline",
-        )
-    except ImportError:
-        message = "log.wandb is true, but wandb is not installed: pip install wandb"
-        raise ValueError(message) from None
-    except Exception as error:
-        print(f"wandb could not start ({error}); metrics.jsonl has everything")
-        return None

@@ -13,6 +13,7 @@ from dylora.model import DyLoRA_MoE
 FOLLOWS_VALIDATION = ("reduce_lr_on_plateau", "greedy")  # stepped with each validation loss
 
 
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's, for each parameter
 DECAYS = ("lora_A", "lora_B", "shared_A")
 
 
@@ -119,7 +120,17 @@ def load_state_by_name(
         raise ValueError(f"the optimizer state does not fit: {name} is on one side only")
     for name, parameter in parameters.items():
         moved = {}
+        if saved[name] and set(saved[name]) != MOMENTS:
+            found = ", ".join(sorted(map(str, saved[name])))
+            raise ValueError(
+                f"the optimizer state does not fit: {name} has {found}, not {', '.join(MOMENTS)}"
+            )
         for key, value in saved[name].items():
+            if key != "step" and value.shape != parameter.shape:
+                raise ValueError(
+                    f"the optimizer state does not fit: {key} of {name} has the shape "
+                    f"{list(value.shape)}, not {list(parameter.shape)}"
+                )
             # AdamW keeps `step` on the CPU unless it is fused.
             keep = key == "step" and not parameter.is_cuda
             moved[key] = value.clone() if keep else value.to(parameter.device, copy=True)

@@ -1,29 +1,93 @@
 """Saving a run and continuing it exactly: the same numbers as if it had never stopped."""
 
+import contextlib
 import dataclasses
 import json
+import pickle
 import random
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 
 from dylora.model_files import load_model, write_model
-from dylora.storage.checkpoint import latest_checkpoint, prune, read_description, write_folder
-from dylora.training.optim import load_state_by_name, regroup, state_by_name
+from dylora.storage.checkpoint import (
+    REHEARSAL,
+    checkpoints,
+    folder_bytes,
+    is_whole,
+    latest_checkpoint,
+    prune,
+    read_description,
+    set_aside,
+    write_file,
+    write_folder,
+)
+from dylora.storage.peft_format import read_json
+from dylora.training.optim import load_state_by_name, named_parameters, regroup, state_by_name
 from dylora.training.setup import Run
 
 
 def save(run: Run) -> Path:
-    """Write checkpoint-<step>, point to the best one, and drop the oldest."""
+    """Write checkpoint-<step>, point to the best one, and drop the oldest.
+
+    Raises ValueError, naming the last good checkpoint, when it cannot be written or read back; the
+    older ones are as they were.
+    """
     progress, config = run.progress, run.config
+    folder = run.folder / f"checkpoint-{progress.step}"
+    write_state(run, folder, state_by_name(run.optimizer, run.model))
+    best = None
+    if progress.best_step is not None:
+        best = run.folder / f"checkpoint-{progress.best_step}"
+        pointer = {"checkpoint": best.name, "val_loss": progress.best_loss}
+        with _told(run, run.folder / "best.json"):
+            write_file(run.folder / "best.json", json.dumps(pointer) + "\n")
+    if config.train.save_total_limit is not None:
+        try:
+            prune(run.folder, config.train.save_total_limit, best)
+        except OSError as error:  # the new one is whole: that is what counts
+            run.log.say(f"warning: older checkpoints could not be deleted: {error}")
+    run.log.say(f"saved {run.model.size_message(folder)}")
+    return folder
+
+
+def rehearse_save(run: Run) -> None:
+    """Write a checkpoint of full size, read it back and delete it: now, not hours from now.
+
+    Raises ValueError when it cannot be written, or when two do not fit on the disk: a new one is
+    whole before an older one goes.
+    """
+    folder = run.folder / REHEARSAL
+    moments = state_by_name(run.optimizer, run.model)
+    for name, parameter in named_parameters(run.model).items():
+        if not moments[name]:  # AdamW makes them in the first step
+            zeros = torch.zeros_like(parameter, device="cpu")
+            moments[name] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    write_state(run, folder, moments)
+    size, free = folder_bytes(folder), shutil.disk_usage(run.folder).free
+    shutil.rmtree(folder)
+    if free < size:
+        raise ValueError(
+            f"a checkpoint of this run has {size / 1e6:.1f} MB, and beside it {free / 1e6:.1f} MB "
+            f"are free for {run.folder}: two do not fit. Free some space, or give another "
+            "--output_dir"
+        )
+
+
+def write_state(run: Run, folder: Path, moments: dict[str, Any]) -> None:
+    """Everything a run is, as a folder that is whole or absent. Raises ValueError as `save`."""
+    progress = run.progress
     progress.sampler = run.sampler.state_dict()
     run.model.training_record |= {"step": progress.step, "targets": progress.targets}
 
     def write_files(folder: Path) -> None:
         write_model(run.model, folder)
-        torch.save(state_by_name(run.optimizer, run.model), folder / "optimizer.pt")
+        torch.save(moments, folder / "optimizer.pt")
         torch.save(
             {"scheduler": run.scheduler.state_dict(), "scaler": run.scaler.state_dict()},
             folder / "scheduler.pt",
@@ -32,22 +96,23 @@ def save(run: Run) -> Path:
         state = dataclasses.asdict(progress) | {"steps": run.steps}
         (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
 
-    folder = run.folder / f"checkpoint-{progress.step}"
-    write_folder(folder, write_files)
-    best = None
-    if progress.best_step is not None:
-        best = run.folder / f"checkpoint-{progress.best_step}"
-        pointer = {"checkpoint": best.name, "val_loss": progress.best_loss}
-        (run.folder / "best.json").write_text(json.dumps(pointer) + "\n")
-    if config.train.save_total_limit is not None:
-        prune(run.folder, config.train.save_total_limit, best)
-    run.log.say(f"saved {run.model.size_message(folder)}")
-    return folder
+    with _told(run, folder):
+        write_folder(folder, write_files)
+
+
+def last_good(run: Run) -> str:
+    """A sentence that names the newest checkpoint that verifies."""
+    for path in reversed(checkpoints(run.folder)):
+        if is_whole(path):
+            return f"The last good checkpoint is {path}."
+    return "There is no checkpoint yet."
 
 
 def resume(run: Run, source: str) -> None:
     """Put a checkpoint's whole state back into a fresh run.
 
+    What the run's folder holds of later steps is set aside, as .damaged or .superseded: it belongs
+    to a future that is not going to be, and the run comes by those names again.
     Raises ValueError or FileNotFoundError naming what is missing or does not fit.
     """
     folder = latest_checkpoint(run.folder, run.log.say) if source == "latest" else Path(source)
@@ -56,10 +121,16 @@ def resume(run: Run, source: str) -> None:
     load_model(run.model, folder, description["experts"])
     regroup(run.optimizer, run.model, run.config.train)
     load_state_by_name(run.optimizer, run.model, _load(folder / "optimizer.pt"))
-    schedule = _load(folder / "scheduler.pt")
+    file = folder / "scheduler.pt"
+    schedule = _load(file)
+    _require_keys(file, schedule, ("scheduler", "scaler"))
+    _require_keys(file, schedule["scheduler"], run.scheduler.state_dict())
+    _require_keys(file, schedule["scaler"], run.scaler.state_dict())
     run.scheduler.load_state_dict(schedule["scheduler"])
     run.scaler.load_state_dict(schedule["scaler"])
-    state = json.loads((folder / "trainer_state.json").read_text())
+    file = folder / "trainer_state.json"
+    state = read_json(file)
+    _require_keys(file, state, ("steps", *dataclasses.asdict(run.progress)))
     if state.pop("steps") != run.steps:
         run.log.say("note: the run has another length than the one it continues")
     for name, value in state.items():
@@ -68,9 +139,17 @@ def resume(run: Run, source: str) -> None:
     for group, rate in zip(run.optimizer.param_groups, run.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     run.sampler.load_state_dict(run.progress.sampler)
-    run.log.forget_after(run.progress.step)
-    restore_random_state(_load(folder / "rng_state.pt"))
-    run.log.say(f"resumed {folder} at step {run.progress.step}")
+    experts, step = run.model.experts, run.progress.step
+    experts.step, experts.progress = step, step / run.steps
+    generators = _load(folder / "rng_state.pt")
+    _require_keys(folder / "rng_state.pt", generators, random_state())
+    for later in checkpoints(run.folder):
+        if int(later.name.rpartition("-")[2]) > step:
+            aside = set_aside(later, "superseded" if is_whole(later) else "damaged")
+            run.log.say(f"set aside as {aside}")
+    run.log.forget_after(step)
+    restore_random_state(generators)
+    run.log.say(f"resumed {folder} at step {step}")
 
 
 def random_state() -> dict[str, Any]:
@@ -106,7 +185,36 @@ def restore_random_state(state: dict[str, Any]) -> None:
 def _load(file: Path) -> Any:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: the run cannot continue exactly without it")
-    return torch.load(file, weights_only=True, map_location="cpu")
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"{file} is not a file of ours that can be read ({reason})") from error
+
+
+def _require_keys(file: Path, found: Any, expected: Iterable[str]) -> None:
+    """Raises ValueError naming the first piece of state that a file lacks, or that is not ours."""
+    expected = set(expected)
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}, but must hold {sorted(expected)}")
+    for key in sorted(expected - found.keys()):
+        raise ValueError(f"{file}: {key} is missing: the run cannot continue exactly without it")
+    for key in sorted(map(str, found.keys() - expected)):
+        raise ValueError(f"{file}: {key} is nothing that this run has")
+
+
+@contextlib.contextmanager
+def _told(run: Run, what: Path) -> Iterator[None]:
+    """Turns the many errors of a full or broken disk into one that says what is left.
+
+    torch raises RuntimeError, safetensors its own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        if isinstance(error, FileExistsError):
+            raise
+        raise ValueError(f"{what} could not be saved ({error}). {last_good(run)}") from error
 
 
 def check_same_settings(run: Run, folder: Path, description: dict[str, Any]) -> None:

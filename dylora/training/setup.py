@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dylora.bases import choose_device, load_tokenizer
 from dylora.config import RunConfig, dump_run_config
 from dylora.model import DyLoRA_MoE
-from dylora.storage.checkpoint import checkpoints
+from dylora.storage.checkpoint import checkpoints, write_file
 from dylora.training.data import InterleavedSampler, PreparedData, load_data
 from dylora.training.monitor import RunLog
 from dylora.training.optim import build_optimizer, build_scheduler
@@ -34,7 +34,9 @@ class Progress:
     best_loss: float = math.inf
     best_step: int | None = None
     evaluations_without_gain: int = 0
-    skipped_steps: int = 0  # float16 only: steps the loss scaler left out
+    skipped_steps: int = 0  # whose loss or gradient was not finite: they updated nothing
+    skipped_in_a_row: int = 0  # of those, the latest without a good step between
+    evaluation_due: bool = False  # stopped after this step, before it was evaluated
     # f of the balance losses, [N, E] each: the previous step's assignment fractions over its whole
     # accumulated batch, so that the loss does not depend on how the batch is split.
     fractions: dict[str, list[list[float]]] | None = None
@@ -67,7 +69,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     """Load and build everything, in the order in which it can fail cheaply."""
     if not config.data.sources:
         raise ValueError("data.sources is empty: name at least one set to train on")
-    folder = Path(config.output_dir) / config.name
+    folder = run_folder(config)
     if fresh and checkpoints(folder):
         raise FileExistsError(
             f"{folder} already holds checkpoints: give --resume_from_checkpoint latest, "
@@ -120,6 +122,11 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     )
 
 
+def run_folder(config: RunConfig) -> Path:
+    """Where everything of a run lies."""
+    return Path(config.output_dir) / config.name
+
+
 def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     """The sets of a run, cut to its subsets. Raises ValueError as `load_data` does."""
     return load_data(
@@ -133,9 +140,8 @@ def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
 def record_settings(run: Run) -> None:
     """config.yaml and env.json; only once nothing speaks against the run any more."""
     device = run.model.injection.state.maturity_E.device
-    text = dump_run_config(run.config)
-    (run.folder / "config.yaml").write_text(text, encoding="utf-8")
-    (run.folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+    write_file(run.folder / "config.yaml", dump_run_config(run.config))
+    write_file(run.folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
 
 
 def seed_everything(seed: int) -> None:

@@ -1,6 +1,7 @@
 """Loss and routing on held-out sets."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,11 +27,17 @@ class SetScore(NamedTuple):
 
 @torch.no_grad()
 def validate(
-    model: DyLoRA_MoE, sets: list[TokenizedSet], *, batch_size: int, pad_token_id: int
+    model: DyLoRA_MoE,
+    sets: list[TokenizedSet],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, SetScore]:
     """Score every set, in evaluation mode; the model's own mode is put back.
 
-    Rows of similar length share a batch: that changes the padding, not the result.
+    Rows of similar length share a batch: that changes the padding, not the result. What
+    `before_batch` raises ends the scoring.
     """
     device = model.injection.state.maturity_E.device
     was_training = model.training
@@ -42,6 +49,7 @@ def validate(
         targets = torch.zeros((), dtype=torch.long, device=device)
         statistics: RoutingStatistics | None = None
         for begin in range(0, len(order), batch_size):
+            before_batch()
             rows = [examples[index] for index in order[begin : begin + batch_size]]
             batch = {key: value.to(device) for key, value in collate(rows, pad_token_id).items()}
             output = model(**batch, keep_logits=False)

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from dylora.storage.checkpoint import (
     checkpoints,
     latest_checkpoint,
     prune,
+    set_aside,
+    tidy,
     verify,
+    write_file,
     write_folder,
     write_manifest,
 )
@@ -398,6 +402,22 @@ def test_extra_files_do_not_spoil_a_checkpoint(saved, tiny_base):
     DyLoRA_MoE.from_pretrained(saved[1], base=tiny_base("llama"))
 
 
+@pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "inner/../../secret.txt"])
+def test_a_manifest_that_points_outside_is_refused(name, small):
+    (small.parent / "secret.txt").write_text("years of work")
+    entry = {"size": 13, "sha256": hashlib.sha256(b"years of work").hexdigest()}
+    (small / MANIFEST).write_text(json.dumps({"files": {name: entry}}))
+    with pytest.raises(ValueError, match="lies outside the folder"):
+        verify(small)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "inner/adapter_model.bin"])
+def test_a_file_that_a_loader_would_read_must_be_in_the_manifest(name, small):
+    (small / name).write_bytes(b"slipped in")
+    with pytest.raises(ValueError, match=rf"{name} is not in manifest\.json"):
+        verify(small)
+
+
 # A run's checkpoints
 
 
@@ -474,8 +494,22 @@ def test_pruning_keeps_the_newest_by_step(run_folder):
 
 
 def test_pruning_keeps_the_best(run_folder):
-    prune(run_folder, keep=1, best=run_folder / "checkpoint-9")
-    assert names(checkpoints(run_folder)) == ["checkpoint-9", "checkpoint-100"]
+    prune(run_folder, keep=2, best=run_folder / "checkpoint-2")
+    expected = ["checkpoint-2", "checkpoint-10", "checkpoint-100"]
+    assert names(checkpoints(run_folder)) == expected
+
+
+def test_pruning_never_leaves_a_single_checkpoint(run_folder):
+    prune(run_folder, keep=1, best=None)
+    assert names(checkpoints(run_folder)) == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_a_checkpoint_loses_its_name_before_its_files(run_folder, monkeypatch):
+    """Else a crash in between leaves half a checkpoint under the name of a whole one."""
+    removed = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path: removed.append(path.name))
+    prune(run_folder, keep=3, best=None)
+    assert removed == [".checkpoint-2.removing"]
 
 
 def test_pruning_fewer_than_it_keeps_deletes_nothing(run_folder):
@@ -488,15 +522,154 @@ def test_pruning_leaves_everything_else_alone(run_folder):
     (run_folder / "metrics.jsonl").write_text("{}")
     (run_folder / "checkpoint-best").mkdir()
     (run_folder / ".checkpoint-1.writing").mkdir()
-    prune(run_folder, keep=1, best=None)
-    expected = {"metrics.jsonl", "checkpoint-best", ".checkpoint-1.writing", "checkpoint-100"}
+    prune(run_folder, keep=2, best=None)
+    expected = {"metrics.jsonl", "checkpoint-best", ".checkpoint-1.writing"}
+    expected |= {"checkpoint-10", "checkpoint-100"}
     assert {path.name for path in run_folder.iterdir()} == expected
 
 
 def test_pruning_counts_whole_checkpoints_only(run_folder):
     flip_bit(run_folder / "checkpoint-100" / "b.txt", 0)
-    prune(run_folder, keep=1, best=None)
-    assert latest_checkpoint(run_folder, print).name == "checkpoint-10"
+    prune(run_folder, keep=2, best=None)
+    expected = ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert names(checkpoints(run_folder)) == expected
+
+
+# Reading back, and settling what crashes leave
+
+
+@pytest.fixture
+def bad_disk(monkeypatch):
+    """A disk that changes a bit of b.txt whenever a folder gets its name."""
+    rename = Path.rename
+
+    def corrupting(self, target):
+        renamed = rename(self, target)
+        if (renamed / "b.txt").exists() and self.name.endswith(".writing"):
+            flip_bit(renamed / "b.txt", 0)
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", corrupting)
+
+
+def test_a_folder_that_reads_back_wrong_is_an_error_and_set_aside(tmp_path, bad_disk):
+    with pytest.raises(ValueError, match=r"b\.txt has changed"):
+        write_folder(tmp_path / "checkpoint-1", write_text("one"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1.damaged"]
+
+
+def test_a_folder_that_reads_back_wrong_replaces_nothing(tmp_path, monkeypatch, request):
+    write_folder(tmp_path / "checkpoint-1", write_text("one"))
+    request.getfixturevalue("bad_disk")
+    with pytest.raises(ValueError, match=r"b\.txt has changed"):
+        write_folder(tmp_path / "checkpoint-1", write_text("two"))
+    verify(tmp_path / "checkpoint-1")
+    assert content(tmp_path / "checkpoint-1")["inner/a.txt"] == b"one"
+
+
+def test_tidying_settles_every_kind_of_leftover(run_folder):
+    (run_folder / ".checkpoint-3.writing" / "inner").mkdir(parents=True)
+    (run_folder / "checkpoint-2").rename(run_folder / ".checkpoint-2.removing")
+    (run_folder / "checkpoint-9").rename(run_folder / ".checkpoint-9.replaced")
+    shutil.copytree(run_folder / "checkpoint-10", run_folder / ".checkpoint-10.replaced")
+    shutil.copytree(run_folder / "checkpoint-100", run_folder / ".checkpoint-100.replaced")
+    flip_bit(run_folder / "checkpoint-100" / "b.txt", 0)
+    tidy(run_folder)
+    expected = ["checkpoint-10", "checkpoint-100", "checkpoint-100.damaged", "checkpoint-9"]
+    assert sorted(path.name for path in run_folder.iterdir()) == expected
+    verify(run_folder / "checkpoint-100")
+
+
+def test_tidying_takes_no_foreign_folder_for_a_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "thesis.txt").write_text("years of work")
+    (tmp_path / ".checkpoint-1.replaced").mkdir()
+    tidy(tmp_path)
+    assert (tmp_path / "checkpoint-1" / "thesis.txt").exists()
+
+
+def test_a_name_that_is_taken_gets_a_number_when_set_aside(run_folder):
+    set_aside(run_folder / "checkpoint-9", "damaged")
+    shutil.copytree(run_folder / "checkpoint-10", run_folder / "checkpoint-9")
+    assert set_aside(run_folder / "checkpoint-9", "damaged").name == "checkpoint-9.damaged-2"
+
+
+def test_a_text_file_is_the_old_one_when_the_disk_is_full(tmp_path, monkeypatch):
+    write_file(tmp_path / "best.json", "old")
+
+    def full(self, text, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_file(tmp_path / "best.json", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_skipped(run_folder, monkeypatch):
+    original = checkpoint.hash_file
+
+    def failing(path):
+        if "checkpoint-100" in str(path):
+            raise OSError(5, "Input/output error")
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "hash_file", failing)
+    said = []
+    assert latest_checkpoint(run_folder, said.append).name == "checkpoint-10"
+    assert "Input/output error" in said[0]
+
+
+# Two hundred flips, thirty truncations, every file deleted once
+
+
+def damage_is_found(run_folder, file):
+    """Whether the newest is refused with the file's name, and the one before it is taken."""
+    said = []
+    taken = latest_checkpoint(run_folder, said.append)
+    return taken.name == "checkpoint-6" and str(file) in said[0]
+
+
+@pytest.fixture
+def two_saved(saved_once, tmp_path):
+    """A run's folder with a mixture's checkpoints 6 and 7."""
+    shutil.copytree(saved_once[1], tmp_path / "checkpoint-6")
+    return Path(shutil.copytree(saved_once[1], tmp_path / "checkpoint-7")).parent
+
+
+def test_two_hundred_flipped_bits_are_all_found_and_the_older_checkpoint_is_used(two_saved):
+    draw = random.Random(5)
+    files = sorted(p for p in (two_saved / "checkpoint-7").rglob("*") if p.is_file())
+    for _ in range(200):
+        file = draw.choice(files)
+        before = file.read_bytes()
+        flip_bit(file, draw.randrange(len(before)), bit=draw.randrange(8))
+        # A flip in the manifest may name another file, or another place of the manifest.
+        named = file if file.name != MANIFEST else file.parent
+        assert damage_is_found(two_saved, named), file
+        file.write_bytes(before)
+    assert latest_checkpoint(two_saved, print).name == "checkpoint-7"
+
+
+def test_thirty_truncations_are_all_found_and_the_older_checkpoint_is_used(two_saved):
+    draw = random.Random(6)
+    files = sorted(p for p in (two_saved / "checkpoint-7").rglob("*") if p.is_file())
+    for _ in range(30):
+        file = draw.choice(files)
+        before = file.read_bytes()
+        os.truncate(file, draw.randrange(len(before) - (file.name == MANIFEST)))
+        assert damage_is_found(two_saved, file), file
+        file.write_bytes(before)
+
+
+def test_each_deleted_file_is_found_and_the_older_checkpoint_is_used(two_saved):
+    for file in sorted(p for p in (two_saved / "checkpoint-7").rglob("*") if p.is_file()):
+        before = file.read_bytes()
+        file.unlink()
+        named = file if file.name != MANIFEST else file.parent
+        assert damage_is_found(two_saved, named), file
+        file.write_bytes(before)
 
 
 # Mixtures there and back

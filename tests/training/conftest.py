@@ -1,10 +1,25 @@
-"""A small byte-level tokenizer, made on the spot: no download."""
+"""A small byte-level tokenizer, made on the spot, a base with it, and a run of thirty rows."""
 
+import dataclasses
+import json
 import string
+from pathlib import Path
 
 import pytest
+from runs import STEPS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from dylora.config import (
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    MoELoraConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
 
 CORPUS = [
     "### Instruction:\nWrite a function to add two numbers.\n\n### Input:\n3, 5\n\n### Response:\n",
@@ -74,3 +89,69 @@ def make_tokenizer():
 @pytest.fixture(scope="session")
 def spaced_tokenizer():
     return build_spaced_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory, llama, tokenizer) -> Path:
+    """A random Llama with its tokenizer, saved as transformers saves it."""
+    folder = tmp_path_factory.mktemp("base")
+    llama(vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [
+        {"question": f"Add {n} and {n + 1}." + " Please." * (n % 3), "answer": f"{2 * n + 1}" * 2}
+        for n in range(30)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def make_config(tmp_path, base_folder, rows_file):
+    """A run of ten steps with every source of randomness on; sections take changes by name."""
+
+    def make(
+        name: str = "a", *, dtype: str = "float32", moe=None, wandb: bool = False, **changes
+    ) -> RunConfig:
+        train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
+        eval_changes = {k: v for k, v in changes.items() if k not in train_fields}
+        train_changes = {k: v for k, v in changes.items() if k in train_fields}
+        return RunConfig(
+            name=name,
+            output_dir=str(tmp_path / "runs"),
+            model=ModelConfig(base=str(base_folder), dtype=dtype, device="cpu"),
+            moe=MoELoraConfig(
+                **{"r": 2, "num_experts": 3, "lora_dropout": 0.1, "expert_dropout": 0.2}
+                | (moe or {})
+            ),
+            data=DataConfig(
+                sources=[
+                    SourceConfig(
+                        name="rows",
+                        path=str(rows_file),
+                        instruction_column="question",
+                        output_column="answer",
+                    )
+                ],
+                max_length=64,
+            ),
+            train=TrainConfig(
+                **{
+                    "max_steps": STEPS,
+                    "batch_size": 2,
+                    "gradient_accumulation_steps": 2,
+                    "learning_rate": 1e-2,
+                    "warmup_steps": 2,
+                }
+                | train_changes
+            ),
+            eval=EvalConfig(**{"batch_size": 2} | eval_changes),
+            log=LogConfig(logging_steps=1, wandb=wandb),
+        )
+
+    return make

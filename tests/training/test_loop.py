@@ -3,26 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from runs import STEPS, all_tensors, rows_of
 from transformers.trainer_utils import SchedulerType
 
-from dylora.config import (
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    ModelConfig,
-    MoELoraConfig,
-    RunConfig,
-    Schedule,
-    SourceConfig,
-    TrainConfig,
-)
+from dylora.config import DataConfig, Schedule
 from dylora.losses import target_positions
 from dylora.storage.checkpoint import read_description
 from dylora.training.data import collate
@@ -30,96 +20,13 @@ from dylora.training.loop import Window, next_batches, train, train_step
 from dylora.training.optim import named_parameters, state_by_name
 from dylora.training.resume import (
     check_same_settings,
+    last_good,
     random_state,
     restore_random_state,
     resume,
     save,
 )
 from dylora.training.setup import prepare, seed_everything
-
-STEPS = 10
-
-
-@pytest.fixture(scope="session")
-def base_folder(tmp_path_factory, llama, tokenizer) -> Path:
-    """A random Llama with its tokenizer, saved as transformers saves it."""
-    folder = tmp_path_factory.mktemp("base")
-    llama(vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def rows_file(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = [
-        {"question": f"Add {n} and {n + 1}." + " Please." * (n % 3), "answer": f"{2 * n + 1}" * 2}
-        for n in range(30)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.fixture
-def make_config(tmp_path, base_folder, rows_file):
-    """A run of ten steps with every source of randomness on; sections take changes by name."""
-
-    def make(name: str = "a", *, dtype: str = "float32", moe=None, **changes) -> RunConfig:
-        train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
-        eval_changes = {k: v for k, v in changes.items() if k not in train_fields}
-        train_changes = {k: v for k, v in changes.items() if k in train_fields}
-        return RunConfig(
-            name=name,
-            output_dir=str(tmp_path / "runs"),
-            model=ModelConfig(base=str(base_folder), dtype=dtype, device="cpu"),
-            moe=MoELoraConfig(
-                **{"r": 2, "num_experts": 3, "lora_dropout": 0.1, "expert_dropout": 0.2}
-                | (moe or {})
-            ),
-            data=DataConfig(
-                sources=[
-                    SourceConfig(
-                        name="rows",
-                        path=str(rows_file),
-                        instruction_column="question",
-                        output_column="answer",
-                    )
-                ],
-                max_length=64,
-            ),
-            train=TrainConfig(
-                **{
-                    "max_steps": STEPS,
-                    "batch_size": 2,
-                    "gradient_accumulation_steps": 2,
-                    "learning_rate": 1e-2,
-                    "warmup_steps": 2,
-                }
-                | train_changes
-            ),
-            eval=EvalConfig(**{"batch_size": 2} | eval_changes),
-            log=LogConfig(logging_steps=1),
-        )
-
-    return make
-
-
-def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: adapters, routers, maturity and moments."""
-    tensors = {}
-    for file in sorted(checkpoint.rglob("*.safetensors")):
-        found = load_file(file).items()
-        tensors |= {f"{file.relative_to(checkpoint)}: {key}": value for key, value in found}
-    for name, state in torch.load(checkpoint / "optimizer.pt", weights_only=True).items():
-        tensors |= {f"optimizer.pt: {name} {key}": value for key, value in state.items()}
-    return tensors
-
-
-def rows_of(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what a clock or the machine decides."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("train/tokens_per_s", "train/step_time_s", "system/mem_gb")
-    return [{key: value for key, value in row.items() if key not in clocks} for row in rows]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -245,26 +152,101 @@ def test_gradient_checkpointing_changes_neither_weights_nor_counters(make_config
     torch.testing.assert_close(again.model.maturity, plain.model.maturity, rtol=1e-4, atol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(make_config):
+def state_of(run) -> dict[str, object]:
+    """What only a good step may change."""
+    return {
+        "parameters": {n: p.detach().clone() for n, p in named_parameters(run.model).items()},
+        "moments": {n: dict(s) for n, s in state_by_name(run.optimizer, run.model).items()},
+        "maturity": run.model.maturity,
+        "steps": [row.steps for row in run.model.experts.table],
+        "rate": run.scheduler.get_last_lr(),
+    }
+
+
+@pytest.fixture
+def break_losses(monkeypatch):
+    """Makes the losses of the given steps of a run infinite or not a number."""
+
+    def install(run, values: dict[int, float]) -> None:
+        forward = type(run.model).forward
+
+        def broken(model, *args, **kwargs):
+            output = forward(model, *args, **kwargs)
+            value = values.get(run.progress.step + 1)
+            if value is None or not model.training:
+                return output
+            return output._replace(loss=output.loss * value)
+
+        monkeypatch.setattr(type(run.model), "forward", broken)
+
+    return install
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_whose_loss_is_not_finite_updates_nothing(make_config, break_losses, value):
     run = prepare(make_config(), fresh=True)
-    before = {name: p.clone() for name, p in named_parameters(run.model).items()}
-    with torch.no_grad():
-        run.model.base.lm_head.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="step 1: the loss is not finite"):
-        train_step(run)
-    for name, parameter in named_parameters(run.model).items():
-        assert torch.equal(parameter, before[name]), name
-    assert not any(state_by_name(run.optimizer, run.model).values())
+    break_losses(run, {1: value})
+    before = state_of(run)
+    result = train_step(run)
+    assert result.trouble == "loss"
+    torch.testing.assert_close(state_of(run), before, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(make_config):
+def test_a_step_whose_gradient_is_not_finite_updates_nothing(make_config):
     run = prepare(make_config(), fresh=True)
     _, parameter = next(run.model.expert_parameters())
-    before = parameter.detach().clone()
     parameter.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(ValueError, match="step 1: the gradient is not finite"):
-        train_step(run)
-    assert torch.equal(parameter, before)
+    before = state_of(run)
+    assert train_step(run).trouble == "gradient"
+    torch.testing.assert_close(state_of(run), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture
+def train_broken(make_config, break_losses, monkeypatch):
+    """A whole run some of whose losses are NaN; settings as make_config takes them."""
+
+    def start(broken: tuple[int, ...], resume: str | None = None, **settings):
+        found = []
+
+        def prepare_broken(*args, **kwargs):
+            found.append(prepare(*args, **kwargs))
+            break_losses(found[-1], dict.fromkeys(broken, float("nan")))
+            return found[-1]
+
+        monkeypatch.setattr("dylora.training.loop.prepare", prepare_broken)
+        train(make_config(**settings), resume)
+        return found[-1]
+
+    return start
+
+
+def test_steps_that_were_left_out_are_counted_and_in_the_log(train_broken, capsys):
+    run = train_broken((3, 4, 6))
+    assert run.progress.skipped_steps == 3
+    rows = {row["step"]: row for row in rows_of(run.folder) if "train/loss" in row}
+    assert [rows[step]["train/skipped_steps"] for step in (2, 3, 4, 5, 6, 10)] == [0, 1, 2, 2, 3, 3]
+    assert [math.isnan(rows[step]["train/loss"]) for step in (2, 3, 4, 5)] == [0, 1, 1, 0]
+    printed = capsys.readouterr().out
+    assert "step 4: the loss is not finite (loss nan, gradient norm nan); nothing was" in printed
+    assert "(2 in a row, stopping at 3)" in printed
+
+
+def test_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(train_broken):
+    with pytest.raises(ValueError, match=r"step 7: .* 3 steps in a row.*checkpoint-6\."):
+        train_broken((3, 5, 6, 7), save_steps=2, max_nonfinite_steps=3, save_total_limit=2)
+
+
+def test_a_damaged_checkpoint_is_not_named_as_the_last_good_one(make_config):
+    run = train(make_config(max_steps=4, save_steps=2))
+    (run.folder / "checkpoint-4" / "optimizer.pt").unlink()
+    assert last_good(run) == f"The last good checkpoint is {run.folder / 'checkpoint-2'}."
+
+
+def test_the_count_in_a_row_outlives_a_resume(train_broken):
+    with pytest.raises(ValueError, match="step 4"):
+        train_broken((2, 3, 4), save_steps=1)
+    with pytest.raises(ValueError, match=r"step 4: .* 3 steps in a row"):
+        train_broken((4,), resume="latest", save_steps=1)
 
 
 def test_training_never_changes_a_base_weight(make_config):

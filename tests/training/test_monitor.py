@@ -1,12 +1,17 @@
+import io
 import json
 import sys
-import types
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from runs import rows_of
 
 from dylora.config import LogConfig
 from dylora.losses import RoutingStatistics
+from dylora.training import monitor
+from dylora.training.loop import train
 from dylora.training.monitor import CollapseWatch, RunLog, routing_metrics, summarize
 
 
@@ -79,34 +84,134 @@ def test_a_pool_of_one_has_nothing_to_collapse():
     assert watched(1, [[0.0, 1.0, 0.0]], active=(False, True, False)) == [[]]
 
 
-@pytest.fixture
-def refusing_wandb(monkeypatch):
-    """A wandb that refuses at the given call."""
+FAKE_WANDB = """
+import json, os, pathlib, signal, time, types
+api = types.SimpleNamespace(api_key=None)
+AT, HOW = os.environ["FAKE_WANDB"].split(",")
 
-    def install(at: str) -> None:
-        def refuse(*args, **kwargs):
+def act(name):
+    if name == AT:
+        if HOW == "refuses":
             raise RuntimeError("the server said no")
+        if HOW == "fills the disk":
+            raise OSError(28, "No space left on device")
+        if HOW == "crashes":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if HOW == "hangs":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
 
-        run = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
-        module = types.ModuleType("wandb")
-        module.api = types.SimpleNamespace(api_key=None)
-        module.init = lambda **kwargs: run
-        setattr(module if at == "init" else run, at, refuse)
-        monkeypatch.setitem(sys.modules, "wandb", module)
+class Run:
+    def log(self, row, step):
+        act("log")
+        self.file.write(json.dumps({"step": step, **row}) + "\\n")
+    def finish(self):
+        act("finish")
+        self.file.close()
+
+def init(**settings):
+    act("init")
+    run = Run()
+    run.file = (pathlib.Path(settings["dir"]) / "mirrored.jsonl").open("w")
+    return run
+"""
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch, tmp_path):
+    """A wandb that misbehaves in a given way at a given call; `none` never."""
+
+    def install(at: str, how: str) -> None:
+        package = tmp_path / "site" / "wandb"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(FAKE_WANDB)
+        monkeypatch.setenv("PYTHONPATH", str(package.parent))
+        monkeypatch.setenv("FAKE_WANDB", f"{at},{how}")
 
     return install
 
 
 @pytest.mark.parametrize("at", ["init", "log", "finish"])
-def test_a_refusing_wandb_changes_nothing_and_is_told(refusing_wandb, tmp_path, capsys, at):
-    refusing_wandb(at)
+@pytest.mark.parametrize("how", ["refuses", "fills the disk", "crashes", "hangs"])
+def test_whatever_wandb_does_the_rows_are_there_and_it_is_told(
+    fake_wandb, tmp_path, monkeypatch, capsys, at, how
+):
+    fake_wandb(at, how)
+    monkeypatch.setattr(monitor, "WANDB_SECONDS", 1.0 if how == "hangs" else 30.0)
     log = RunLog(tmp_path, LogConfig(wandb=True), "run", {})
+    log.start(0, 2)
     log.write(1, 10, {"train/loss": 2.0})
     log.write(2, 20, {"train/loss": 1.0})
+    began = time.monotonic()
     log.close()
+    if how == "hangs":
+        assert time.monotonic() - began < 5
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["train/loss"] for row in rows] == [2.0, 1.0]
-    assert "the server said no" in capsys.readouterr().out
+    said = {
+        "refuses": "the server said no",
+        "fills the disk": "No space left on device",
+        "crashes": "wandb stopped",
+        "hangs": "wandb did not finish in 1 s",
+    }
+    assert said[how] in capsys.readouterr().out
+
+
+def test_wandb_gets_every_row_of_this_run_and_none_of_before(fake_wandb, tmp_path, monkeypatch):
+    fake_wandb("none", "none")
+    monkeypatch.setattr(monitor, "WANDB_SECONDS", 30.0)
+    log = RunLog(tmp_path, LogConfig(wandb=True), "run", {})
+    log.write(1, 10, {"train/loss": 3.0})  # of the run that is resumed
+    log.start(1, 3)
+    log.write(2, 20, {"train/loss": 2.0})
+    log.write(3, 30, {"train/loss": 1.0})
+    log.close()
+    mirrored = [json.loads(line) for line in (tmp_path / "mirrored.jsonl").read_text().splitlines()]
+    assert mirrored == [
+        {"step": 2, "tokens": 20, "train/loss": 2.0},
+        {"step": 3, "tokens": 30, "train/loss": 1.0},
+    ]
+
+
+def test_a_hanging_wandb_changes_no_loss(fake_wandb, make_config, monkeypatch):
+    plain = train(make_config("plain", max_steps=3))
+    fake_wandb("init", "hangs")
+    monkeypatch.setattr(monitor, "WANDB_SECONDS", 0.2)
+    mirrored = train(make_config("mirrored", max_steps=3, wandb=True))
+    assert rows_of(plain.folder) == rows_of(mirrored.folder)
+
+
+def test_a_full_disk_costs_whole_rows_and_nothing_else(tmp_path, monkeypatch, capsys):
+    log = RunLog(tmp_path, LogConfig(), "run", {})
+    log.write(1, 1, {"train/loss": 1.0})
+    original = Path.open
+
+    class Full(io.TextIOWrapper):
+        def write(self, text):
+            super().write(text[:7])
+            self.flush()
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, mode: Full(original(self, "ab")))
+        log.write(2, 2, {"train/loss": 1.0})
+        log.write(3, 3, {"train/loss": 1.0})
+    log.write(4, 4, {"train/loss": 1.0})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 4]
+    printed = capsys.readouterr().out
+    assert "metrics.jsonl lacks rows from step 2 on" in printed
+    assert "metrics.jsonl lacks 2 rows" in printed
+
+
+def test_a_closed_standard_output_stops_no_run(make_config, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    assert train(make_config(max_steps=2)).progress.step == 2
 
 
 def test_wandb_that_is_not_installed_is_a_clear_error(monkeypatch, tmp_path):

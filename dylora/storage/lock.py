@@ -1,0 +1,58 @@
+"""One writer per folder: a lock that dies with its process, however that ends."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+LOCK_FILE = "trainer.lock"
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold `folder`, which is made; a folder that ends up empty is taken away again.
+
+    The kernel lets go of the lock when the process ends, so a killed one leaves nothing to clean.
+    Raises FileExistsError, naming the process, when another one holds it, and ValueError on a file
+    system without locks.
+    """
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK_FILE
+    descriptor = _acquire(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+        if not existed:
+            with contextlib.suppress(OSError):  # it holds a run, as it should
+                folder.rmdir()
+
+
+def _acquire(file: Path) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it before may have removed the file between our two calls.
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return descriptor
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise FileExistsError(
+                f"{file.parent} is being trained by {holder or 'another process'}: wait for its "
+                "end, or give another --name"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise ValueError(
+                f"{file} cannot be locked ({error.strerror}): give an --output_dir on a disk that "
+                "has locks, or two trainers could write over each other"
+            ) from None
+        os.close(descriptor)
