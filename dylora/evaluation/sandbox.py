@@ -65,7 +65,9 @@ class Limits:
 class Result(NamedTuple):
     """How one program ended."""
 
-    outcome: Outcome  # failed: an assertion of the tests; error: any other exception, or an early end
+    outcome: (
+        Outcome  # failed: an assertion of the tests; error: any other exception, or an early end
+    )
     detail: str  # one line for a reader
     output: str  # what it printed, up to the limit
     seconds: float  # wall-clock time
@@ -162,7 +164,7 @@ class Sandbox:
         # Modules are found through the open folder, so that a user who cannot pass the folders
         # above it (an interpreter below /root) imports them all the same.
         environment = {"PYTHONHOME": prefix, "PYTHONHASHSEED": "0"}
-        command = [os.path.realpath(sys.executable), *"-s -S -P -B -X utf8".split()]
+        command = [os.path.realpath(sys.executable), *["-s", "-S", "-P", "-B", "-X", "utf8"]]
         self._process = subprocess.Popen(
             [*command, str(_LAUNCHER)],
             stdin=subprocess.PIPE,

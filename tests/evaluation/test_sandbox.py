@@ -157,7 +157,9 @@ def test_values_of_pythons_own_types_pass_the_border_unchanged(box: Sandbox):
 
 
 def test_a_value_of_a_class_of_the_programs_equals_nothing(box: Sandbox):
-    _, values = box.call("class A:\n    __eq__ = lambda s, o: True\ndef f(): return A()", [("f", [])])
+    _, values = box.call(
+        "class A:\n    __eq__ = lambda s, o: True\ndef f(): return A()", [("f", [])]
+    )
     assert isinstance(values[0], Opaque)
     assert values[0] != 4
 
@@ -318,6 +320,8 @@ def test_the_numbers_of_system_calls_are_the_kernels():
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():
         pytest.skip("needs the kernel's headers for x86_64")
-    numbers = dict(line.split()[1:] for line in header.read_text().splitlines() if "__NR" in line[:14])
+    numbers = dict(
+        line.split()[1:] for line in header.read_text().splitlines() if "__NR" in line[:14]
+    )
     table = launcher.ALLOWED["x86_64"] | launcher.KILLED["x86_64"] | launcher.KILLED_EVERYWHERE
     assert {name: int(numbers[f"__NR_{name}"]) for name in table} == table
