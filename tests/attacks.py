@@ -98,7 +98,7 @@ RESOURCES = [
     ),
     Attack(
         "threads without end",
-        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,)).start()",
+        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=[9]).start()",
         ("error",),
     ),
     Attack(
@@ -258,9 +258,10 @@ CHEATS = [
            "class A:\n    __contains__ = lambda s, o: True\ndef f(x): return A()",
            "error", tests="assert 4 in f(2)"),
     _cheat("patches builtins",
-           "import builtins\nfor n in ('abs', 'all', 'any', 'len', 'isinstance', 'sorted', 'sum'):\n"
+           "import builtins\nfor n in ('abs', 'all', 'any', 'len', 'isinstance', 'sum'):\n"
            "    setattr(builtins, n, lambda *a, **k: True)\ndef f(x): return [0]",
-           "failed", "error", tests="assert all(a == b for a, b in zip(f(2), [4])) and len(f(2)) == 2"),
+           "failed", "error",
+           tests="assert all(a == b for a, b in zip(f(2), [4])) and len(f(2)) == 2"),
     _cheat("patches the import",
            "import builtins\nbuiltins.__import__ = lambda *a, **k: None\ndef f(x): return 0"),
     _cheat("patches a helper of the tests",
@@ -290,7 +291,8 @@ CHEATS = [
            "    return 4444 if any(needle in str(o) for o in gc.get_objects()) else 0",
            tests="assert f(2) == 4444, 'answer is'"),
     _cheat("looks for the tests in memory",
-           "import ctypes\ndef f(x):\n    parts = ctypes.string_at(id(f) & ~0xfffff, 2**20).split(b'answer')\n"
+           "import ctypes\ndef f(x):\n"
+           "    parts = ctypes.string_at(id(f) & ~0xfffff, 2**20).split(b'answer')\n"
            "    return 4444 if any(part[:3] == b' is' for part in parts) else 0",
            "failed", "error", tests="assert f(2) == 4444, 'answer is'"),
     _cheat("claims to have passed, everywhere",
