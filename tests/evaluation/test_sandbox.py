@@ -164,6 +164,22 @@ def test_a_value_of_a_class_of_the_programs_equals_nothing(box: Sandbox):
     assert values[0] != 4
 
 
+@pytest.mark.parametrize(
+    ("source", "outcome"),
+    [
+        ("import os; os._exit(0)", "error"),
+        ("import sys; sys.exit(0)", "error"),
+        ("def f(): return 'x' * 10**7", "output limit"),
+        ("def f(): return bytearray(10**9)", "memory"),
+        ("import socket; socket.socket()", "violation"),
+        ("def f(): raise ValueError", "error"),
+    ],
+)
+def test_calls_that_do_not_return_give_no_values(box: Sandbox, source: str, outcome: str):
+    result, values = box.call(source, [("f", [])])
+    assert (result.outcome, values) == (outcome, [])
+
+
 def test_objects_of_the_program_can_be_made_changed_and_given_back(box: Sandbox):
     source = (
         "class Node:\n    def __init__(self, n): self.n, self.next = n, None\n"
