@@ -55,7 +55,7 @@ RESOURCES = [
         ("timeout",),
     ),
     Attack("3 GB at once", "x = bytearray(3 * 2**30)", ("memory",)),
-    Attack("3 GB bit by bit", "x = []\nwhile True: x.append(bytearray(2**22))", ("memory",)),
+    Attack("3 GB bit by bit", "x = []\nwhile True: x.append(bytearray(2**27))", ("memory",)),
     Attack(
         "3 GB of shared memory",
         "import mmap\nx = [mmap.mmap(-1, 2**28) for _ in range(12)]",
@@ -288,7 +288,9 @@ CHEATS = [
            tests="assert f(2) == 4444, 'answer is'"),
     _cheat("looks for the tests among all objects",
            "import gc\ndef f(x):\n    needle = ' '.join(['answer', 'is'])\n"
-           "    return 4444 if any(needle in str(o) for o in gc.get_objects()) else 0",
+           "    def has(o):\n        try: return needle in str(o)\n"
+           "        except Exception: return False\n"
+           "    return 4444 if any(map(has, gc.get_objects())) else 0",
            tests="assert f(2) == 4444, 'answer is'"),
     _cheat("looks for the tests in memory",
            "import ctypes\ndef f(x):\n"

@@ -20,7 +20,7 @@ from dylora.evaluation import launcher, sandbox
 from dylora.evaluation.sandbox import Limits, Opaque, Sandbox, run_all
 
 USERS = ["root", "ordinary"] if os.geteuid() == 0 else ["ordinary"]
-SHORT = Limits(seconds=1, wall_seconds=2.0)
+SHORT = Limits(seconds=1, wall_seconds=4.0)
 AS_ORDINARY = """
 import os, sys
 source = open({launcher!r}).read()
