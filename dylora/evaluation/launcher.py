@@ -371,7 +371,7 @@ ALLOWED = {
         "membarrier": 283, "statx": 291, "rseq": 293, "close_range": 436, "faccessat2": 439,
     },
 }  # fmt: skip
-"""System calls that run; `CHECKED` says of some with which arguments. The rest fail with EPERM."""
+"""System calls that run, a few with some arguments only (`_filter`). The rest fail with EPERM."""
 
 KILLED = {
     "x86_64": {
