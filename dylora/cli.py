@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -77,6 +78,43 @@ def _evaluate(options: Namespace, overrides: list[str]) -> None:
     evaluate_checkpoint(config, options.checkpoint)
 
 
+def _benchmark(options: Namespace, overrides: list[str]) -> None:
+    config = load_run_config(options.config, overrides)
+    files = dict(_pair(item) for item in _items(options.task_files))
+    from dylora.evaluation.benchmark import BenchmarkOptions, benchmark_checkpoint
+
+    if not all(item.isdecimal() for item in _items(options.k)):
+        raise ValueError(f"--k is {options.k!r}, but must be numbers with commas between")
+    chosen = BenchmarkOptions(
+        tasks=tuple(_items(options.tasks)),
+        files=files,
+        split=options.split,
+        limit=options.limit,
+        samples=options.samples,
+        k=tuple(int(item) for item in _items(options.k)),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        include_trained=options.include_trained,
+        unsafe=options.unsafe_exec,
+        workers=options.workers,
+    )
+    out = options.out or Path(config.output_dir, config.name, "benchmark")
+    benchmark_checkpoint(config, options.checkpoint, chosen, Path(out))
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not equals:
+        raise ValueError(f"--task_files has {text!r}, but each item must be SUITE=FILE")
+    return name, file
+
+
 def _generate(options: Namespace, overrides: list[str]) -> None:
     if options.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens is {options.max_new_tokens}, but must be at least 1")
@@ -138,6 +176,7 @@ def _info(options: Namespace, overrides: list[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Namespace, list[str]], None], str]] = {
     "train": (_train, "Train the experts that a config describes."),
     "evaluate": (_evaluate, "Loss and perplexity of a checkpoint on each of a config's data sets."),
+    "benchmark": (_benchmark, "pass@k of the base and a checkpoint on published suites."),
     "generate": (_generate, "Continue a prompt with a checkpoint."),
     "validate": (_validate, "Check on this machine that a checkpoint computes what it should."),
     "export": (_export, "Write experts of a checkpoint as PEFT adapters."),
@@ -190,7 +229,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         )
         subcommands.add_subcommand(name, commands[name], help=description)
         commands[name].prog = f"run.py {name}"
-    for name in ("train", "evaluate", "info"):
+    for name in ("train", "evaluate", "benchmark", "info"):
         commands[name].add_argument(
             "--config",
             required=name != "info",
@@ -203,7 +242,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         commands[name].add_argument(
             "--print_config", action="store_true", help="Print the resolved config and stop."
         )
-    for name in ("evaluate", "generate", "validate", "export", "info"):
+    for name in ("evaluate", "benchmark", "generate", "validate", "export", "info"):
         commands[name].add_argument(
             "--checkpoint", metavar="DIR", required=name != "info", help="Folder of a checkpoint."
         )
@@ -216,6 +255,8 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     )
 
     commands["evaluate"].usage = f"run.py evaluate {CONFIG_USAGE} --checkpoint DIR"
+
+    _add_benchmark_options(commands["benchmark"])
 
     generate = commands["generate"]
     generate.usage = "run.py generate --checkpoint DIR --prompt TEXT [OPTIONS]"
@@ -265,6 +306,43 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
 
     commands["info"].usage = f"run.py info --checkpoint DIR | {CONFIG_USAGE}"
     return parser, commands
+
+
+def _add_benchmark_options(command: ArgumentParser) -> None:
+    command.usage = f"run.py benchmark {CONFIG_USAGE} --checkpoint DIR --tasks NAMES [OPTIONS]"
+    command.add_argument(
+        "--tasks",
+        required=True,
+        help="mbpp, mbpp_sanitized, humaneval, humaneval+; commas between.",
+    )
+    command.add_argument(
+        "--task_files",
+        default="",
+        metavar="SUITE=FILE,...",
+        help="Read a suite from a file in its original format instead of the hub.",
+    )
+    command.add_argument("--split", default="test", help="Of MBPP's published splits, or all.")
+    command.add_argument("--limit", type=int, help="Only the first so many tasks of each suite.")
+    command.add_argument("--samples", type=int, default=1, help="Programs for each task.")
+    command.add_argument("--k", default="1", help="The k of pass@k; commas between.")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: greedy.")
+    command.add_argument("--top_p", type=float, default=1.0, help="Share of likely tokens kept.")
+    command.add_argument("--max_new_tokens", type=int, default=512, help="Most tokens to add.")
+    command.add_argument("--seed", type=int, default=0, help="Of the samples and the intervals.")
+    command.add_argument(
+        "--include-trained",
+        action="store_true",
+        help="Score tasks that the checkpoint was trained on, too; the results say so.",
+    )
+    command.add_argument(
+        "--unsafe-exec",
+        action="store_true",
+        help="Run the model's programs without protection. Only in a machine you can lose.",
+    )
+    command.add_argument("--workers", type=int, default=2, help="Programs run side by side.")
+    command.add_argument(
+        "--out", metavar="DIR", help="Default: benchmark/ in the folder of the config's run."
+    )
 
 
 def _config_help() -> str:

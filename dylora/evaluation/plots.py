@@ -9,7 +9,7 @@ from torch import Tensor
 
 def plot_loss(metrics_file: Path, out: Path) -> None:
     """Training and validation loss (nats per target token) over steps, from metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    rows = read_rows(metrics_file)
     figure, axes = _figure(7, 4)
     for key, label, style in [
         ("train/lm_loss", "training", {"color": "0.6"}),
@@ -29,7 +29,7 @@ def plot_loss(metrics_file: Path, out: Path) -> None:
 
 def plot_maturity(metrics_file: Path, out: Path) -> None:
     """Maturity of each expert over steps."""
-    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    rows = read_rows(metrics_file)
     rows = [row for row in rows if "expert/0/maturity" in row]
     figure, axes = _figure(7, 3)
     expert = 0
@@ -75,6 +75,17 @@ def plot_usage(usage_of: dict[str, Tensor], out: Path) -> None:
     figure.colorbar(image, ax=grid, label="share of the gate mass × experts (1 = balanced)")
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
+
+
+def read_rows(metrics_file: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without a last line that was cut short."""
+    rows = []
+    for line in metrics_file.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
