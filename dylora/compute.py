@@ -276,12 +276,13 @@ def _add_rows(target_TO: Tensor, rows_PO: Tensor, plan: Plan) -> None:
 # The rule
 
 
-# Measured by experiments/speed/thresholds.py (numbers in docs/performance.md): the grouped way wins
-# where a token leaves out enough experts, and needs enough tokens to fill its products.
+# Measured by experiments/speed/benchmark.py --section sparse (numbers in docs/performance.md): the
+# grouped way wins where a token leaves out enough experts and there are tokens to fill its products
+# (on CUDA not measured: an estimate); looking rows up wins where reading all experts costs more.
 GROUPED_FROM = {"cpu": 4.0, "cuda": 16.0}  # mature experts per place of the top-k
 GROUPED_TOKENS = 64
-GATHERED_TOKENS = 8
-GATHERED_FROM = 2.0
+GATHERED_TOKENS = 16
+GATHERED_FROM = 32.0
 
 
 def choose_way(*, tokens: int, mature: int, top_k: int, needs_grad: bool, device: str) -> str:

@@ -220,7 +220,8 @@ def test_the_rule_looks_at_experts_tokens_and_gradients():
     assert choose_way(tokens=4, mature=64, top_k=2, **train) == "wide"
     step = {"needs_grad": False, "device": "cpu"}
     assert choose_way(tokens=1, mature=64, top_k=2, **step) == "gathered"
-    assert choose_way(tokens=1, mature=2, top_k=2, **step) == "wide"
+    assert choose_way(tokens=1, mature=16, top_k=2, **step) == "wide"
+    assert choose_way(tokens=40, mature=64, top_k=2, **step) == "wide"
 
 
 SPARSE = {

@@ -327,11 +327,20 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
                 return step
 
             other = "grouped" if grad else "gathered"
-            ways = {"wide": run("wide"), other: run(other), "automatic": run(None)}
+            frozen = copy.deepcopy(block).self_attn
+            ways = {"frozen": run("wide", frozen, own=[]), "wide": run("wide")}
+            ways |= {other: run(other), "automatic": run(None)}
             key = f"E={experts}, T={tokens}{'' if grad else ', no gradient'}"
             results[key] = timed(f"one projection, K=2 r=16, {key}", ways, "wide", options)
-            best = min(results[key]["wide"]["ratio"], results[key][other]["ratio"])
-            results[key]["automatic / best"] = results[key]["automatic"]["ratio"] / best
+            found = {name: timing["median_ms"] for name, timing in results[key].items()}
+            best = min(found["wide"], found[other])
+            results[key]["automatic / best"] = found["automatic"] / best
+            added = {name: value - found["frozen"] for name, value in found.items()}
+            results[key]["wide / automatic, added"] = added["wide"] / added["automatic"]
+            print(
+                f"added to the frozen projection, wide / automatic: "
+                f"{results[key]['wide / automatic, added']:.2f}"
+            )
     dylora.site.choose_way = real
     worst = max(entry["automatic / best"] for entry in results.values())
     print(f"\nautomatic / the better of the two, at worst: {worst:.3f}")
