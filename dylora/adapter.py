@@ -26,12 +26,9 @@ from dylora.compute import (
 )
 from dylora.config import MoELoraConfig
 from dylora.packed import (
-    PACKED_TOKENS,
     Member,
     add_looked_up,
     add_wide,
-    gated_products,
-    looked_up_products,
 )
 from dylora.router import RoutingState
 from dylora.site import Dense, Mix, Site
@@ -214,7 +211,7 @@ class StackedLoRA(nn.Module):
         if torch.compiler.is_compiling():  # the compiler fuses the plain form as well as can be
             return output + self(x, gates).to(output.dtype)
         mix = self.site.mix(self.stacks, self.config.top_k_experts)
-        if self._is_packable(mix, x, output):
+        if mix.few and x.dtype == output.dtype and output.is_contiguous() and not self._drops():
             return self._add_packed(mix, x, output)
         if mix.dense:
             h = self.site.product_with_A(self.name, x, mix, output.dtype)
@@ -231,31 +228,15 @@ class StackedLoRA(nn.Module):
             output = add_grouped(output, dropped, weights_TK, plan, *matrices)
         return output
 
-    def _is_packable(self, mix: Mix, x: Tensor, output: Tensor) -> bool:
-        """Whether this is a step of decoding: a few tokens, no gradient, one way for all."""
-        if torch.is_grad_enabled() or mix.gates.shape[0] > PACKED_TOKENS:
-            return False
-        looked_up = len(mix.sparse) == len(self.stacks) == 1 and not mix.dense
-        wide = not mix.sparse and len(mix.dense) == len(self.stacks) and not mix.has_rows
-        dropped = self.training and self.config.lora_dropout > 0
-        plain = x.dtype == output.dtype and output.is_contiguous() and not dropped
-        return plain and (wide or looked_up)
+    def _drops(self) -> bool:
+        return self.training and self.config.lora_dropout > 0
 
     def _add_packed(self, mix: Mix, x: Tensor, output: Tensor) -> Tensor:
         """The update of a few tokens, in place."""
-        names, _ = self.site.shared_input(self.name, x)
-        pack, products = self.site.pack(names, x.dtype), self.site._products
-        x_TD = x.view(-1, x.shape[-1])
-        if not mix.sparse:
-            if self.name not in products:
-                products.update(gated_products(pack.wide, x_TD, mix.gates))
-            return add_wide(pack.wide, self.name, products.pop(self.name), output)
-        [sparse] = mix.sparse
-        if self.name not in products:
-            found = looked_up_products(pack.tall, x_TD, sparse.gates_TK, sparse.experts_TK)
-            products.update(found)
-        gated = products.pop(self.name)
-        return add_looked_up(pack.tall, self.name, gated, sparse.experts_TK, output)
+        pack, gated = self.site.packed_product(self.name, x, mix)
+        if mix.sparse:
+            return add_looked_up(pack.tall, self.name, gated, mix.sparse[0].experts_TK, output)
+        return add_wide(pack.wide, self.name, gated, output)
 
     def as_member(self) -> Member:
         """The matrices of all stacks, for packing."""

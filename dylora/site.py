@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dylora.compute import Plan, choose_way, plan_pairs, products_with_A
-from dylora.packed import Pack
+from dylora.packed import PACKED_TOKENS, Pack, gated_products, looked_up_products
 from dylora.router import DynamicHybridRouter, RouterOutput, RoutingState, expand_override
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class Mix(NamedTuple):
     dense: list[Dense]
     gates: Tensor  # [T, E] of the experts in `dense`, in that order
     sparse: list[Sparse]
-    has_rows: bool = False  # whether `dense` has some experts of a stack only
+    # Whether this is a step of decoding (a few tokens, no gradient) that goes one way for all.
+    few: bool = False
 
 
 class Site:
@@ -67,17 +68,19 @@ class Site:
         self.shares_first = False
         self.output: RouterOutput | None = None
         self.adapters: dict[str, StackedLoRA] = {}  # of the block's projections, by their names
+        self._groups: dict[str, list[str]] = {}  # of those, which share an input
         # Of the pass under way: the mixture's form, and what projections with one input share.
         self._mix: Mix | None = None
         self._input: weakref.ref[Tensor] | None = None
         self._dropped: Tensor | None = None
         self._products: dict[str, Tensor] = {}  # h of projections that are still to come
         self._packs: dict[tuple[str, ...], Pack] = {}  # of inference; kept until values change
+        self._pack: Pack | None = None  # the one of the products above
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a pass: it may be part of a graph."""
         of_pass = {"output": None, "_mix": None, "_input": None, "_dropped": None}
-        return self.__dict__ | of_pass | {"_products": {}, "_packs": {}}
+        return self.__dict__ | of_pass | {"_products": {}, "_packs": {}, "_pack": None}
 
     def mix(self, stacks: Any, top_k: int) -> Mix:
         """The form of this pass's mixture; all projections of a site have the same stacks."""
@@ -92,7 +95,8 @@ class Site:
         device = gates.device
         if mature is None:
             everyone = [Dense(index, None) for index in range(len(stacks))]
-            return Mix(everyone, _columns(gates, [e for s in stacks for e in s.experts]), [])
+            columns = _columns(gates, [e for s in stacks for e in s.experts])
+            return Mix(everyone, columns, [], self._are_few(gates))
         dense, columns, sparse = [], [], []
         for index, stack in enumerate(stacks):
             if not any(state.active[e] for e in stack.experts):
@@ -121,13 +125,20 @@ class Site:
                 chosen_TK = torch.tensor(ripe, device=device)[chosen_TK] - stack.first
             plan = plan_pairs(chosen_TK, len(stack.ranks)) if way == "grouped" else None
             sparse.append(Sparse(index, chosen_TK, gates_TK, plan))
-        has_rows = any(part.rows is not None for part in dense)
-        return Mix(dense, _columns(gates, columns), sparse, has_rows)
+        whole = len(dense) == len(stacks) and all(part.rows is None for part in dense)
+        looked_up = len(sparse) == len(stacks) == 1 and not dense
+        few = self._are_few(gates) and (whole or looked_up)
+        return Mix(dense, _columns(gates, columns), sparse, few)
+
+    def _are_few(self, gates: Tensor) -> bool:
+        return gates.shape[0] <= PACKED_TOKENS and not torch.is_grad_enabled()
 
     def shared_input(self, name: str, x: Tensor) -> tuple[list[str], Tensor]:
         """The projections that get the input of `name`, and drop(x), drawn once for them."""
-        group = next((names for names in SHARE_INPUT if name in names), (name,))
-        names = [other for other in group if other in self.adapters]
+        names = self._groups.get(name)
+        if names is None:
+            group = next((names for names in SHARE_INPUT if name in names), (name,))
+            names = self._groups[name] = [other for other in group if other in self.adapters]
         if self._input is None or self._input() is not x:
             self._input, self._products = weakref.ref(x), {}
             dropped = self.adapters[name].dropout(x)
@@ -143,9 +154,24 @@ class Site:
             pack = self._packs[key] = Pack(members, dtype)
         return pack
 
+    def packed_product(self, name: str, x: Tensor, mix: Mix) -> tuple[Pack, Tensor]:
+        """The gated h of the projection `name` for a few tokens: [T, C], or [T, K, R] looked up."""
+        names, _ = self.shared_input(name, x)
+        if name not in self._products:
+            self._pack = pack = self.pack(names, x.dtype)
+            x_TD = x.flatten(0, -2)
+            if mix.sparse:
+                _, experts_TK, gates_TK, _ = mix.sparse[0]
+                self._products = looked_up_products(pack.tall, x_TD, gates_TK, experts_TK)
+            else:
+                self._products = gated_products(pack.wide, x_TD, mix.gates)
+        assert self._pack is not None
+        return self._pack, self._products.pop(name)
+
     def forget_packs(self) -> None:
         """For when stacks have changed, and before training, which has no use for them."""
         self._packs.clear()
+        self._pack = None
 
     def product_with_A(self, name: str, x: Tensor, mix: Mix, dtype: torch.dtype) -> Tensor:
         """h = drop(x) Aᵀ [T, C] of the projection `name`, of the experts that every token uses.

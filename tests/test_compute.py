@@ -328,7 +328,7 @@ def test_a_site_that_matures_changes_its_way_without_a_restart(mixture, monkeypa
 
 
 def as_if_not_packed(monkeypatch):
-    monkeypatch.setattr("dylora.adapter.PACKED_TOKENS", 0)
+    monkeypatch.setattr("dylora.site.PACKED_TOKENS", 0)
 
 
 @pytest.mark.parametrize("settings", [*SPARSE, "newborn", "one A"])
