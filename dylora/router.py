@@ -100,16 +100,24 @@ class RoutingState(nn.Module):
     def set_maturity(self, maturity_E: Tensor) -> None:
         """What each expert's maturity is from here on; [E] on the CPU."""
         self.maturity_E.copy_(maturity_E)
-        self.mature = [value == 1 for value in maturity_E.tolist()]
-        self.all_newborn = not any(maturity_E.tolist())
+        self._know_maturity(maturity_E.tolist())
+
+    def _know_maturity(self, values: list[float]) -> None:
+        self.mature = [value == 1 for value in values]
+        self.all_newborn = not any(values)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Values loaded past `set_maturity` and `set_active` are known here as well."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._know_maturity(self.maturity_E.tolist())
+        self.active = self.active_E.tolist()
 
     def resize(self, maturity: list[float], fixed_weights: list[float]) -> None:
         """Room for another number of experts, all of them taking part."""
         device = self.maturity_E.device
         self.maturity_E = torch.tensor(maturity, dtype=self.maturity_E.dtype, device=device)
         self.fixed_weights_E = torch.tensor(fixed_weights, device=device).to(self.maturity_E)
-        self.mature = [value == 1 for value in maturity]
-        self.all_newborn = not any(maturity)
+        self._know_maturity(maturity)
         self.set_active([True] * len(maturity))
 
     def fixed_gates(self) -> Tensor:
@@ -161,7 +169,7 @@ class DynamicHybridRouter(nn.Module):
         if self.training and self.config.router_noise:
             logits = logits + self.config.router_noise * torch.randn_like(logits)
         if state.active_count < state.num_experts:
-            logits = logits.masked_fill(~state.active_E, -math.inf)
+            logits = logits.masked_fill(~state.active_E.to(logits.device), -math.inf)
         probabilities = (logits / self.config.router_temperature).softmax(-1)
         gates = self.gate(probabilities, state)
         return RouterOutput(gates, probabilities, logits, self.mature_experts(state))

@@ -1,5 +1,6 @@
 """The whole model: what its logits, gradients and losses equal, and what leaves them alone."""
 
+import copy
 import hashlib
 import math
 
@@ -894,3 +895,19 @@ def test_recomputed_layers_see_the_wishes_of_their_own_pass(mixture, ids):
         expected = expected or gradients
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("maturity", [[1.0, 1.0, 1.0], [1.0, 0.0, 0.6]])
+def test_a_state_dict_brings_maturity_and_choice_along(mixture, ids, maturity):
+    model = mixture(maturity=maturity)
+    model.experts.set_active_expert(1)
+    model.experts.activate_all_experts()
+    other = mixture(maturity=[0.0] * 3)
+    for path, adapter in other.injection.adapters.items():  # the same stacks
+        theirs = model.injection.adapters[path].stacks
+        assert len(theirs) == 3
+        adapter.set_stacks([copy.deepcopy(stack) for stack in theirs])
+    other.load_state_dict(model.state_dict())
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(other(ids).logits, model(ids).logits)
