@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import COMMON, FAMILIES
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dylora import DyLoRA_MoE, MoELoraConfig
+from families import COMMON, FAMILIES
 
 torch.set_num_threads(1)  # the models are too small to share
 

@@ -1,11 +1,11 @@
 """StackedLoRA: the folded mixture is the sum over experts, with its gradients."""
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import oracles
 from dylora import MoELoraConfig
 from dylora.adapter import StackedLoRA
 from dylora.router import RoutingState

@@ -3,11 +3,11 @@
 import copy
 from itertools import pairwise
 
-import oracles
 import pytest
 import torch
 from torch.autograd import gradcheck
 
+import oracles
 from dylora import compute
 from dylora.compute import (
     Block,

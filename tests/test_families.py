@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CHECKS, FAMILIES, WINDOW, document
 from transformers.pytorch_utils import Conv1D
 
 from dylora import DyLoRA_MoE, MoELoraConfig
+from families import CHECKS, FAMILIES, WINDOW, document
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 LENGTH = 12  # three windows

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from families import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dylora import head as head_module
 from dylora.head import find_head
 from dylora.losses import target_positions
+from families import FAMILIES
 
 
 def labels_for(ids):

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from families import SPLIT
 from torch import nn
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.adapter import StackedLoRA
 from dylora.injection import find_targets, shortest_targets
+from families import SPLIT
 
 
 def targets_of(base, **settings):

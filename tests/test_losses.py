@@ -2,11 +2,11 @@
 
 import math
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 
+import oracles
 from dylora.losses import (
     assignment_fractions,
     balance_loss,

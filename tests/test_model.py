@@ -4,13 +4,13 @@ import copy
 import hashlib
 import math
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
 
+import oracles
 from dylora import DyLoRA_MoE
 from dylora.losses import fractions_of
 from dylora.model import LossScale

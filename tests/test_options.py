@@ -4,9 +4,9 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import options
 import pytest
 
+import options
 from dylora import MoELoraConfig
 from dylora.cli import _config_help
 

@@ -3,10 +3,10 @@
 import math
 from itertools import pairwise
 
-import oracles
 import pytest
 import torch
 
+import oracles
 from dylora import DynamicHybridRouter, MoELoraConfig, losses
 from dylora.router import (
     RoutingState,

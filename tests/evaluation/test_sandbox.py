@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import attacks
 import pytest
-from attacks import ATTACKS, Attack
 
+import attacks
+from attacks import ATTACKS, Attack
 from dylora.evaluation import launcher, sandbox
 from dylora.evaluation.sandbox import Limits, Opaque, Sandbox, run_all
 

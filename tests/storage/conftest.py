@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dylora import DyLoRA_MoE, ExpertMaturity, MoELoraConfig
+from families import FAMILIES
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import string
 from pathlib import Path
 
 import pytest
-from runs import STEPS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +19,7 @@ from dylora.config import (
     SourceConfig,
     TrainConfig,
 )
+from runs import STEPS
 
 CORPUS = [
     "### Instruction:\nWrite a function to add two numbers.\n\n### Input:\n3, 5\n\n### Response:\n",

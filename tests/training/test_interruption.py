@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import STEPS, all_tensors, rows_of
 
 from dylora.storage.checkpoint import verify, write_manifest
 from dylora.storage.lock import LOCK_FILE, lock_folder
 from dylora.training import loop
 from dylora.training.loop import train
+from runs import STEPS, all_tensors, rows_of
 
 ROOT = Path(__file__).parents[2]
 

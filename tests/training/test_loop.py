@@ -9,7 +9,6 @@ from typing import get_args
 
 import pytest
 import torch
-from runs import STEPS, all_tensors, rows_of
 from transformers.trainer_utils import SchedulerType
 
 from dylora.config import DataConfig, Schedule
@@ -27,6 +26,7 @@ from dylora.training.resume import (
     save,
 )
 from dylora.training.setup import prepare, seed_everything
+from runs import STEPS, all_tensors, rows_of
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

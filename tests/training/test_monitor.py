@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import rows_of
 
 from dylora.config import LogConfig
 from dylora.losses import RoutingStatistics
 from dylora.training import monitor
 from dylora.training.loop import train
 from dylora.training.monitor import CollapseWatch, RunLog, routing_metrics, summarize
+from runs import rows_of
 
 
 def statistics(gate_NE: list[list[float]], tokens: float) -> RoutingStatistics:
