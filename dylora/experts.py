@@ -283,6 +283,7 @@ class ExpertManager:
             bias[i] = shares[0] * bias[i] + shares[1] * bias[j] + temperature * entropy
         state = self.model.injection.state
         state.fixed_weights_E[i] += state.fixed_weights_E[j]
+        state.fixed_weights_E[j] = 0
         a, b = shares
         # An expert that has seen nothing has no averages yet, and no share in these.
         fast, slow = (

@@ -142,9 +142,9 @@ class DyLoRA_MoE(nn.Module):
         state = self.injection.state
         if routing_weights is not None:
             self._check_routing_weights(routing_weights, input_ids)
-        state.requested = routing_weights
-        kwargs.setdefault("use_cache", False)
         head = self._find_head() if labels is not None and not keep_logits else None
+        state.requested = routing_weights  # for the next pass, so after the one that finds a head
+        kwargs.setdefault("use_cache", False)
         last: Any = self.base.get_output_embeddings()
         with nullcontext() if head is None else head_at(last) as seen:
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
 
 ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
+FIXED = "fixed_weights"  # [E], of router_type fixed
 # The shifts of trained biases as they are: an adapter holds base + shift, which rounds.
 SHIFTS_FILE = "bias_shifts.safetensors"
 
@@ -46,6 +47,7 @@ def write_model(model: "DyLoRA_MoE", folder: Path) -> None:
             write_adapter(folder / ADAPTERS / row.name, expert_adapter(model, expert))
     tensors = {f"router.{name}": p.detach().cpu() for name, p in model.router_parameters()}
     tensors |= {f"maturity.{name}": v for name, v in model.maturity._asdict().items()}
+    tensors[FIXED] = model.injection.state.fixed_weights_E.cpu()  # a merge adds two of them up
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ROUTER_FILE)
     if shifts := bias_shifts(model):
         save_file({k: v.cpu().contiguous() for k, v in shifts.items()}, folder / SHIFTS_FILE)
@@ -183,7 +185,13 @@ def _load_routers(model: "DyLoRA_MoE", file: Path) -> None:
     tensors = read_tensors(file)
     routers = {f"router.{name}": p for name, p in model.router_parameters()}
     maturity = {f"maturity.{name}": v for name, v in model.maturity._asdict().items()}
-    _check_same_keys(file, set(tensors), {*routers, *maturity})
+    _check_same_keys(file, set(tensors), {*routers, *maturity, FIXED})
+    weights_E = model.injection.state.fixed_weights_E
+    _copy(weights_E, tensors[FIXED], f"{file}: {FIXED}")
+    if not bool((weights_E.isfinite() & (weights_E >= 0)).all()):
+        raise ValueError(
+            f"{file}: {FIXED} is {weights_E.tolist()}, but must be finite and at least 0"
+        )
     for name, parameter in routers.items():
         _copy(parameter, tensors[name], f"{file}: {name}")
         if not parameter.isfinite().all():

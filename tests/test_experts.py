@@ -571,3 +571,15 @@ def test_the_table_says_who_is_who(mixture):
         ["expert_3", "active"],
     ]
     assert lines[4].endswith("sql")
+
+
+def test_fixed_weights_that_were_merged_come_back(mixture, ids, tmp_path):
+    model = mixture(router_type="fixed", fixed_routing_weights=[0.5, 0.3, 0.2])
+    base = copy.deepcopy(mixture().unload())
+    model.experts.merge(0, 1)
+    model.save_pretrained(tmp_path / "saved")
+    again = DyLoRA_MoE.from_pretrained(tmp_path / "saved", base=base).eval()
+    torch.testing.assert_close(
+        again.get_routing_weights(ids)[0, 0, 0], torch.tensor([0.8, 0.0, 0.2])
+    )
+    assert torch.equal(again(ids).logits, model(ids).logits)

@@ -118,3 +118,10 @@ def test_a_form_that_is_not_known_is_not_guessed(llama):
 
     base.forward = odd
     assert find_head(base) is None
+
+
+def test_weights_of_a_caller_hold_for_the_first_pass_in_chunks_as_well(mixture, ids):
+    weights = torch.eye(3)[[1, 2]]
+    expected = mixture()(ids, labels=ids, routing_weights=weights).loss
+    ours = mixture()(ids, labels=ids, routing_weights=weights, keep_logits=False).loss
+    torch.testing.assert_close(ours, expected)
