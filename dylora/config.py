@@ -1,8 +1,8 @@
-"""Every setting of the package, each default once.
+"""The settings of a mixture, each default once.
 
-`MoELoraConfig` describes the mixture and travels with a checkpoint; the other dataclasses are the
-sections of a run's YAML file. All are frozen and validate themselves: a bad value is a
-`ValueError` that names the field and the value it got.
+`MoELoraConfig` travels with a checkpoint; `run_config.py` has the other sections of a run's YAML
+file. All are frozen and validate themselves: a bad value is a `ValueError` that names the field and
+the value it got.
 """
 
 import difflib
@@ -16,24 +16,7 @@ RouterScope = Literal["site", "shared"]
 RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
 BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "none"]
-Precision = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "bnb-4bit", "bnb-8bit", "torchao-int8"]
-Schedule = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "reduce_lr_on_plateau",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "warmup_stable_decay",
-    "greedy",
-]
-"""The schedules of `transformers.get_scheduler`, copied because importing them takes seconds."""
-SplitScheme = Literal["published", "70/10/20", "90/10"]
 _ONE_A = "unset with share_A: the experts have one A"
 
 ROUTING_FIELDS = (
@@ -147,53 +130,53 @@ class MoELoraConfig:
     """Shares of the run between which mode schedule raises maturity from 0 to 1."""
 
     def __post_init__(self) -> None:
-        _check_literals(self)
-        _require(self.r >= 1, "r", self.r, "at least 1")
-        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        check_literals(self)
+        require(self.r >= 1, "r", self.r, "at least 1")
+        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
         self._check_ranks()
         if self.use_moe_routing:
-            _require(
+            require(
                 self.num_experts >= 2, "num_experts", self.num_experts, "at least 2 with routing"
             )
         else:
-            _require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
+            require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
             self._warn_of_unused_routing()
-        _require(
+        require(
             1 <= self.top_k_experts <= max(self.num_experts, 2 if not self.use_moe_routing else 0),
             "top_k_experts",
             self.top_k_experts,
             f"from 1 to num_experts ({self.num_experts})",
         )
         hidden = self.router_hidden_size
-        _require(hidden is None or hidden >= 1, "router_hidden_size", hidden, "at least 1")
-        _require(
+        require(hidden is None or hidden >= 1, "router_hidden_size", hidden, "at least 1")
+        require(
             self.router_temperature > 0, "router_temperature", self.router_temperature, "above 0"
         )
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_noise"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         switch = self.router_switch_loss_coef
-        _require(switch is None or switch >= 0, "router_switch_loss_coef", switch, "at least 0")
+        require(switch is None or switch >= 0, "router_switch_loss_coef", switch, "at least 0")
         capacity = self.expert_capacity_factor
-        _require(capacity is None or capacity > 0, "expert_capacity_factor", capacity, "above 0")
-        _require(0 <= self.expert_dropout < 1, "expert_dropout", self.expert_dropout, "in [0, 1)")
+        require(capacity is None or capacity > 0, "expert_capacity_factor", capacity, "above 0")
+        require(0 <= self.expert_dropout < 1, "expert_dropout", self.expert_dropout, "in [0, 1)")
         weights = self.fixed_routing_weights
         if weights is not None:
-            _require(
+            require(
                 len(weights) == self.num_experts and all(0 <= w < math.inf for w in weights),
                 "fixed_routing_weights",
                 weights,
                 f"{self.num_experts} finite weights of at least 0",
             )
-            _require(
+            require(
                 self.router_type == "fixed",
                 "fixed_routing_weights",
                 weights,
                 "unset unless router_type is fixed",
             )
         for name in ("maturity_tau", "maturity_s", "maturity_fast", "maturity_slow"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        _require(
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        require(
             0 < self.maturity_threshold <= 1,
             "maturity_threshold",
             self.maturity_threshold,
@@ -201,7 +184,7 @@ class MoELoraConfig:
         )
         if self.maturity_mode in ("hybrid", "plateau") and self.maturity_threshold < 1:
             highest = 1 / (1 + math.exp(-self.maturity_rho / self.maturity_s))
-            _require(
+            require(
                 highest >= self.maturity_threshold,
                 "maturity_threshold",
                 self.maturity_threshold,
@@ -209,7 +192,7 @@ class MoELoraConfig:
                 "which is all that a settled loss gives",
             )
         begin, end = self.maturity_schedule
-        _require(0 <= begin < end, "maturity_schedule", self.maturity_schedule, "two rising shares")
+        require(0 <= begin < end, "maturity_schedule", self.maturity_schedule, "two rising shares")
 
     def _check_ranks(self) -> None:
         """Ranks and alphas of experts and projections, and what goes with them."""
@@ -217,7 +200,7 @@ class MoELoraConfig:
         for name in ("expert_ranks", "expert_alphas"):
             values = getattr(self, name)
             rule = f"{count} values above 0, one an expert"
-            _require(
+            require(
                 values is None or (len(values) == count and all(v > 0 for v in values)),
                 name,
                 values,
@@ -225,16 +208,14 @@ class MoELoraConfig:
             )
         for name in ("rank_pattern", "alpha_pattern"):
             values = getattr(self, name)
-            _require(all(v > 0 for v in values.values()), name, values, "of values above 0")
+            require(all(v > 0 for v in values.values()), name, values, "of values above 0")
         if self.share_A:
-            _require(self.expert_ranks is None, "expert_ranks", self.expert_ranks, _ONE_A)
+            require(self.expert_ranks is None, "expert_ranks", self.expert_ranks, _ONE_A)
             own = self.init_lora_weights != "orthogonal"
-            _require(
-                own, "init_lora_weights", self.init_lora_weights, f"true or gaussian: {_ONE_A}"
-            )
+            require(own, "init_lora_weights", self.init_lora_weights, f"true or gaussian: {_ONE_A}")
         if self.init_lora_weights == "orthogonal":
             ranks = [self.r, *(self.expert_ranks or []), *self.rank_pattern.values()]
-            _require(all(r % 2 == 0 for r in ranks), "r", ranks, "even for orthogonal values")
+            require(all(r % 2 == 0 for r in ranks), "r", ranks, "even for orthogonal values")
 
     def _warn_of_unused_routing(self) -> None:
         defaults = {item.name: item.default for item in fields(self)}
@@ -286,231 +267,19 @@ class MoELoraConfig:
         return cls(**values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The frozen base."""
-
-    base: str = "google/codegemma-2b"
-    """A hub name, a folder, or tiny-code-llama (the embedded model)."""
-    revision: str | None = None
-    """Commit, tag or branch on the hub."""
-    dtype: Precision = "bfloat16"
-    """Precision of the base and its activations; experts and routers are float32 always."""
-    device: str = "auto"
-    """auto: cuda when there is one, else cpu; or a torch device."""
-    attn_implementation: str | None = None
-    """Attention back end of transformers; none: its own choice."""
-    quantization: Quantization = "none"
-    """How the base's linear layers are stored (4 bit: nf4); all but none need dylora[quant]."""
-
-    def __post_init__(self) -> None:
-        _check_literals(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """One set of instruction-shaped rows."""
-
-    name: str
-    """code_alpaca, mbpp, skill/<skill>, or a name of your own for a file or hub set."""
-    path: str | None = None
-    """A .json, .jsonl or .parquet file, or a hub name; none: where the built-in source lives."""
-    revision: str | None = None
-    """Commit, tag or branch on the hub."""
-    instruction_column: str | None = None
-    """Column of the instruction; needed for a source of your own."""
-    input_column: str | None = None
-    """Column of an optional further input."""
-    output_column: str | None = None
-    """Column of the answer; needed for a source of your own."""
-    split_scheme: SplitScheme | None = None
-    """code_alpaca and your own: 90/10; mbpp: published (default) or 70/10/20."""
-    rows: int | None = None
-    """Skills only: training examples to generate."""
-
-    def __post_init__(self) -> None:
-        _check_literals(self)
-        _require(bool(self.name), "name", self.name, "a word")
-        _require(self.rows is None or self.rows >= 1, "rows", self.rows, "at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is trained and validated on."""
-
-    sources: list[SourceConfig] = field(default_factory=list)
-    """The sets, in the order of their reports."""
-    max_length: int = 512
-    """Most tokens of an example, BOS and EOS included."""
-    over_long: Literal["truncate", "drop"] = "drop"
-    """What happens to a longer one; both are counted."""
-    interleaved_sampling: bool = True
-    """True: equal shares of each set, smaller ones repeated; false: in proportion to their size."""
-    seed: int = 0
-    """Seed of the splits and of the order."""
-
-    def __post_init__(self) -> None:
-        _check_literals(self)
-        _require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
-        names = [source.name for source in self.sources]
-        _require(len(names) == len(set(names)), "sources", names, "of different names")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The training loop."""
-
-    epochs: float = 1.0
-    """Passes over the data; max_steps goes before it."""
-    max_steps: int | None = None
-    """Optimizer steps; none: from epochs."""
-    batch_size: int = 2
-    """Examples in a forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes in an optimizer step."""
-    learning_rate: float = 2e-4
-    """Of the experts."""
-    router_learning_rate: float | None = None
-    """Of the routers; none: learning_rate."""
-    weight_decay: float = 0.01
-    """Of the matrices A and B; routers and biases have none."""
-    adam_beta1: float = 0.9
-    """Decay of AdamW's first moment."""
-    adam_beta2: float = 0.999
-    """Decay of AdamW's second moment."""
-    adam_epsilon: float = 1e-8
-    """AdamW's epsilon."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0: not clipped."""
-    lr_scheduler_type: Schedule = "cosine"
-    """Any schedule of transformers.get_scheduler."""
-    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Its own settings, such as num_cycles for cosine_with_restarts."""
-    warmup_steps: int = 0
-    """Steps over which the rate rises from 0."""
-    label_smoothing: float = 0.0
-    """Share of the target probability spread over the vocabulary."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
-    training_subset: int | None = None
-    """Use only this many training rows of each set."""
-    save_steps: int | None = None
-    """Checkpoint every so many steps; none: at the end only (and the best one)."""
-    save_total_limit: int | None = None
-    """Keep this many newest checkpoints that verify, at least two, and the best besides; none:
-    all."""
-    max_nonfinite_steps: int = 3
-    """Stop when the loss or the gradient was not finite so many steps in a row; such a step updates
-    nothing, is counted, and the run goes on."""
-    early_stopping_patience: int | None = None
-    """Stop after so many evaluations without a better validation loss."""
-    seed: int = 0
-    """Of the adapters' initial values and of dropout."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (
-            "max_steps",
-            "training_subset",
-            "save_steps",
-            "save_total_limit",
-            "max_nonfinite_steps",
-            "early_stopping_patience",
-        ):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("epochs", "learning_rate", "adam_epsilon"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("adam_beta1", "adam_beta2", "label_smoothing"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        rate = self.router_learning_rate
-        _require(rate is None or rate > 0, "router_learning_rate", rate, "above 0")
-        _check_literals(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Validation during and after training."""
-
-    eval_steps: int | None = None
-    """Evaluate every so many steps; none: at the end only."""
-    batch_size: int = 8
-    """Examples in a forward pass."""
-    eval_subset: int | None = None
-    """Use only this many validation rows of each set."""
-    skill_answers: int = 0
-    """Test answers of each embedded skill to generate and check before and after training."""
-
-    def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _require(self.skill_answers >= 0, "skill_answers", self.skill_answers, "at least 0")
-        for name in ("eval_steps", "eval_subset"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """What a run tells."""
-
-    logging_steps: int = 10
-    """Steps between two lines of metrics."""
-    collapse_steps: int = 100
-    """Warn when a site has been collapsed for so many steps: see training/monitor.py."""
-    wandb: bool = False
-    """Mirror the metrics to Weights & Biases (offline without a key)."""
-    wandb_project: str = "dylora"
-    """Its project."""
-
-    def __post_init__(self) -> None:
-        for name in ("logging_steps", "collapse_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One run: everything it writes lies under <output_dir>/<name>/."""
-
-    name: str = "run"
-    """Name of the run and of its folder."""
-    output_dir: str = "runs"
-    """Folder of all runs."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    moe: MoELoraConfig = field(default_factory=MoELoraConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-
-    def __post_init__(self) -> None:
-        plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
-        _require(plain, "name", self.name, "the name of a folder, without slashes")
-
-
-def dump_run_config(config: RunConfig) -> str:
-    """All settings as YAML that `load_run_config` reads back as the same config."""
-    import yaml  # comes with transformers
-
-    values = asdict(config)
-    values["moe"] = config.moe.to_dict()
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-
-
 def nearest(word: str, known: list[str]) -> str:
     """'; did you mean …?' with the closest of the known words, or what there is."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid are {', '.join(sorted(known))}"
 
 
-def _require(condition: bool, name: str, value: Any, rule: str) -> None:
+def require(condition: bool, name: str, value: Any, rule: str) -> None:
+    """Raises ValueError with the field's name, the value it got and the rule."""
     if not condition:
         raise ValueError(f"{name} is {value!r}, but must be {rule}")
 
 
-def _check_literals(config: Any) -> None:
+def check_literals(config: Any) -> None:
     """Enumerated fields hold one of their values; dataclasses do not check that themselves."""
     for item in fields(config):
         choices = _literal_choices(item.type)

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_typ
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from dylora.config import RunConfig
+from dylora.run_config import RunConfig
 
 COMMAND_LINE = "command line"
 Origin = Callable[[str], str]

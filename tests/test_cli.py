@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from dylora.cli import COMMANDS, main
-from dylora.config import RunConfig, dump_run_config
 from dylora.config_file import load_run_config, split_overrides
+from dylora.run_config import RunConfig, dump_run_config
 
 ROOT = Path(__file__).parents[1]
 SOURCES = "data: {sources: [{name: mbpp}, {name: skill/sql, rows: 5}]}\n"

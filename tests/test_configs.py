@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dylora.config import RunConfig, dump_run_config
 from dylora.config_file import load_run_config
+from dylora.run_config import RunConfig, dump_run_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dylora"
@@ -22,6 +22,7 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/
 # for its modules, which may import each other.
 LAYERS = (
     ("config",),
+    ("run_config",),
     ("config_file", "bases", "compute", "packed", "router", "maturity", "storage", "tasks"),
     ("site", "head", "losses"),
     ("adapter",),
@@ -30,6 +31,7 @@ LAYERS = (
     ("model",),
     ("skills",),
     ("training", "evaluation"),  # either may use the other, but see the test of cycles
+    ("commands",),
     ("cli",),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.bases import choose_device, load_tokenizer
-from dylora.config import RunConfig
 from dylora.evaluation.passk import bootstrap, compare, pass_at_k
 from dylora.evaluation.sandbox import Result, Sandbox, run_all
 from dylora.evaluation.skills import pad_left
@@ -31,6 +30,7 @@ from dylora.evaluation.suites import (
     read_suite,
 )
 from dylora.model import DyLoRA_MoE
+from dylora.run_config import RunConfig
 from dylora.training.prompts import encode_prompts, pad_token_id
 from dylora.training.sources import derived_seed
 

@@ -5,8 +5,8 @@ import math
 import torch
 
 from dylora.bases import choose_device, load_tokenizer
-from dylora.config import RunConfig
 from dylora.model import DyLoRA_MoE
+from dylora.run_config import RunConfig
 from dylora.training.prompts import pad_token_id
 from dylora.training.resume import what_rows
 from dylora.training.setup import load_run_data

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.config import DataConfig, SourceConfig
 from dylora.losses import target_positions
+from dylora.run_config import DataConfig, SourceConfig
 from dylora.training.prompts import PROMPT_WITH_INPUT
 from dylora.training.sources import SourceRows, content_hash, derived_seed, read_source
 from dylora.training.tokenized import (

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dylora import losses, maturity
-from dylora.config import RunConfig
 from dylora.losses import Fractions, RoutingStatistics
 from dylora.model import LossScale
+from dylora.run_config import RunConfig
 from dylora.storage.checkpoint import tidy
 from dylora.storage.lock import lock_folder
 from dylora.training.data import collate

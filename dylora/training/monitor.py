@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dylora.config import LogConfig
 from dylora.losses import RoutingStatistics
 from dylora.model import DyLoRA_MoE
+from dylora.run_config import LogConfig
 
 DEAD_BELOW = 0.01  # an expert with less of a site's gate mass counts as dead
 WANDB_SECONDS = 4.0  # that a run waits for wandb at its end

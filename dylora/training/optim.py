@@ -7,8 +7,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from dylora.config import TrainConfig
 from dylora.model import DyLoRA_MoE
+from dylora.run_config import TrainConfig
 
 FOLLOWS_VALIDATION = ("reduce_lr_on_plateau", "greedy")  # stepped with each validation loss
 

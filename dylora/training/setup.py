@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.bases import choose_device, load_tokenizer
-from dylora.config import RunConfig, dump_run_config
 from dylora.model import DyLoRA_MoE
+from dylora.run_config import RunConfig, dump_run_config
 from dylora.storage.checkpoint import checkpoints, write_file
 from dylora.training.data import InterleavedSampler, PreparedData, load_data
 from dylora.training.monitor import RunLog

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dylora.config import SourceConfig, SplitScheme, nearest
+from dylora.config import nearest
+from dylora.run_config import SourceConfig, SplitScheme
 from dylora.training.prompts import mbpp_instruction
 from dylora.training.records import Malformed, Record, read_records
 

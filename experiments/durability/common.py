@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from dylora.config import (
+from dylora.config import MoELoraConfig
+from dylora.run_config import (
     DataConfig,
     EvalConfig,
     LogConfig,
     ModelConfig,
-    MoELoraConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,

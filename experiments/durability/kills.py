@@ -234,7 +234,7 @@ SCENARIOS: dict[str, Callable] = {
 
 
 def quiet_log(folder: Path):
-    from dylora.config import LogConfig
+    from dylora.run_config import LogConfig
     from dylora.training.monitor import RunLog
 
     class Quiet(RunLog):

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from dylora import DyLoRA_MoE
-from dylora.config import MoELoraConfig, RunConfig
+from dylora.config import MoELoraConfig
 from dylora.config_file import load_run_config
+from dylora.run_config import RunConfig
 from dylora.training.loop import train_step
 from dylora.training.monitor import summarize
 from dylora.training.setup import environment, prepare

@@ -22,14 +22,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dylora.bases import load_base
-from dylora.config import (
-    DataConfig,
-    ModelConfig,
-    MoELoraConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from dylora.config import MoELoraConfig
+from dylora.run_config import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from dylora.training.loop import train_step
 from dylora.training.setup import prepare
 from experiments.speed.models import quiet

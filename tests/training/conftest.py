@@ -9,12 +9,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dylora.config import (
+from dylora.config import MoELoraConfig
+from dylora.run_config import (
     DataConfig,
     EvalConfig,
     LogConfig,
     ModelConfig,
-    MoELoraConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dylora.config import DataConfig, SourceConfig
 from dylora.losses import target_positions
+from dylora.run_config import DataConfig, SourceConfig
 from dylora.training.data import InterleavedSampler, collate, load_data
 from dylora.training.tokenized import TokenizedSet
 

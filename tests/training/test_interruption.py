@@ -97,7 +97,7 @@ def test_a_second_sigint_does_not_wait_for_the_step_to_end(make_config, monkeypa
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_command_ends_with_the_signals_exit_code(make_config, tmp_path, number, code):
-    from dylora.config import dump_run_config
+    from dylora.run_config import dump_run_config
 
     config = tmp_path / "config.yaml"
     config.write_text(dump_run_config(make_config(max_steps=100_000)))

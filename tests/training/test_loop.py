@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers.trainer_utils import SchedulerType
 
-from dylora.config import DataConfig, Schedule
 from dylora.losses import target_positions
+from dylora.run_config import DataConfig, Schedule
 from dylora.storage.checkpoint import read_description
 from dylora.training.data import collate
 from dylora.training.loop import Window, next_batches, train, train_step

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dylora.config import LogConfig
 from dylora.losses import RoutingStatistics
+from dylora.run_config import LogConfig
 from dylora.training import monitor
 from dylora.training.loop import train
 from dylora.training.monitor import CollapseWatch, RunLog, routing_metrics, summarize

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dylora.config import SourceConfig
+from dylora.run_config import SourceConfig
 from dylora.training.sources import MAX_PROBLEMS, mbpp_split, read_source
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"

@@ -1,0 +1,237 @@
+"""The settings of a run, each default once: the sections of its YAML file beside the mixture's."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from dylora.config import MoELoraConfig, Quantization, check_literals, require
+
+Precision = Literal["float32", "bfloat16", "float16"]
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+]
+"""The schedules of `transformers.get_scheduler`, copied because importing them takes seconds."""
+SplitScheme = Literal["published", "70/10/20", "90/10"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base."""
+
+    base: str = "google/codegemma-2b"
+    """A hub name, a folder, or tiny-code-llama (the embedded model)."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    dtype: Precision = "bfloat16"
+    """Precision of the base and its activations; experts and routers are float32 always."""
+    device: str = "auto"
+    """auto: cuda when there is one, else cpu; or a torch device."""
+    attn_implementation: str | None = None
+    """Attention back end of transformers; none: its own choice."""
+    quantization: Quantization = "none"
+    """How the base's linear layers are stored (4 bit: nf4); all but none need dylora[quant]."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One set of instruction-shaped rows."""
+
+    name: str
+    """code_alpaca, mbpp, skill/<skill>, or a name of your own for a file or hub set."""
+    path: str | None = None
+    """A .json, .jsonl or .parquet file, or a hub name; none: where the built-in source lives."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    instruction_column: str | None = None
+    """Column of the instruction; needed for a source of your own."""
+    input_column: str | None = None
+    """Column of an optional further input."""
+    output_column: str | None = None
+    """Column of the answer; needed for a source of your own."""
+    split_scheme: SplitScheme | None = None
+    """code_alpaca and your own: 90/10; mbpp: published (default) or 70/10/20."""
+    rows: int | None = None
+    """Skills only: training examples to generate."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        require(bool(self.name), "name", self.name, "a word")
+        require(self.rows is None or self.rows >= 1, "rows", self.rows, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained and validated on."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """The sets, in the order of their reports."""
+    max_length: int = 512
+    """Most tokens of an example, BOS and EOS included."""
+    over_long: Literal["truncate", "drop"] = "drop"
+    """What happens to a longer one; both are counted."""
+    interleaved_sampling: bool = True
+    """True: equal shares of each set, smaller ones repeated; false: in proportion to their size."""
+    seed: int = 0
+    """Seed of the splits and of the order."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
+        names = [source.name for source in self.sources]
+        require(len(names) == len(set(names)), "sources", names, "of different names")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: float = 1.0
+    """Passes over the data; max_steps goes before it."""
+    max_steps: int | None = None
+    """Optimizer steps; none: from epochs."""
+    batch_size: int = 2
+    """Examples in a forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes in an optimizer step."""
+    learning_rate: float = 2e-4
+    """Of the experts."""
+    router_learning_rate: float | None = None
+    """Of the routers; none: learning_rate."""
+    weight_decay: float = 0.01
+    """Of the matrices A and B; routers and biases have none."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: not clipped."""
+    lr_scheduler_type: Schedule = "cosine"
+    """Any schedule of transformers.get_scheduler."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Its own settings, such as num_cycles for cosine_with_restarts."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises from 0."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread over the vocabulary."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    training_subset: int | None = None
+    """Use only this many training rows of each set."""
+    save_steps: int | None = None
+    """Checkpoint every so many steps; none: at the end only (and the best one)."""
+    save_total_limit: int | None = None
+    """Keep this many newest checkpoints that verify, at least two, and the best besides; none:
+    all."""
+    max_nonfinite_steps: int = 3
+    """Stop when the loss or the gradient was not finite so many steps in a row; such a step updates
+    nothing, is counted, and the run goes on."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations without a better validation loss."""
+    seed: int = 0
+    """Of the adapters' initial values and of dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in (
+            "max_steps",
+            "training_subset",
+            "save_steps",
+            "save_total_limit",
+            "max_nonfinite_steps",
+            "early_stopping_patience",
+        ):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("epochs", "learning_rate", "adam_epsilon"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        rate = self.router_learning_rate
+        require(rate is None or rate > 0, "router_learning_rate", rate, "above 0")
+        check_literals(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Validation during and after training."""
+
+    eval_steps: int | None = None
+    """Evaluate every so many steps; none: at the end only."""
+    batch_size: int = 8
+    """Examples in a forward pass."""
+    eval_subset: int | None = None
+    """Use only this many validation rows of each set."""
+    skill_answers: int = 0
+    """Test answers of each embedded skill to generate and check before and after training."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.skill_answers >= 0, "skill_answers", self.skill_answers, "at least 0")
+        for name in ("eval_steps", "eval_subset"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run tells."""
+
+    logging_steps: int = 10
+    """Steps between two lines of metrics."""
+    collapse_steps: int = 100
+    """Warn when a site has been collapsed for so many steps: see training/monitor.py."""
+    wandb: bool = False
+    """Mirror the metrics to Weights & Biases (offline without a key)."""
+    wandb_project: str = "dylora"
+    """Its project."""
+
+    def __post_init__(self) -> None:
+        for name in ("logging_steps", "collapse_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: everything it writes lies under <output_dir>/<name>/."""
+
+    name: str = "run"
+    """Name of the run and of its folder."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoELoraConfig = field(default_factory=MoELoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
+        require(plain, "name", self.name, "the name of a folder, without slashes")
+
+
+def dump_run_config(config: RunConfig) -> str:
+    """All settings as YAML that `load_run_config` reads back as the same config."""
+    import yaml  # comes with transformers
+
+    values = asdict(config)
+    values["moe"] = config.moe.to_dict()
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
