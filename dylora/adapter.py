@@ -215,7 +215,7 @@ class StackedLoRA(nn.Module):
             return self._add_packed(mix, x, output)
         if mix.dense:
             h = self.site.product_with_A(self.name, x, mix, output.dtype)
-            Bs = [self._rows(dense, "lora_B").flatten(0, 1) for dense in mix.dense]
+            Bs = [self._rows(dense, "lora_B") for dense in mix.dense]
             scalings = [self._rows(dense, "scaling_E") for dense in mix.dense]
             scaling_E = scalings[0] if len(scalings) == 1 else torch.cat(scalings)
             output = add_mixture(output, h, mix.gates, scaling_E, self.blocks(mix.dense), Bs)
@@ -248,11 +248,11 @@ class StackedLoRA(nn.Module):
             [stack.scaling_E for stack in self.stacks],
         )
 
-    def flat_As(self, dense: list[Dense]) -> list[Tensor]:
-        """A of the experts that every token uses, [C, D] by stack; the one they share."""
+    def As_of(self, dense: list[Dense]) -> list[Tensor]:
+        """A of the experts that every token uses, [E, R, D] by stack; or the one they share."""
         if self.shared_A is not None:
-            return [self.shared_A.flatten(0, 1)]
-        return [self._rows(part, "lora_A").flatten(0, 1) for part in dense]
+            return [self.shared_A]
+        return [self._rows(part, "lora_A") for part in dense]
 
     def blocks(self, dense: list[Dense]) -> list[Block]:
         """Their columns in h."""

@@ -19,6 +19,7 @@ Shape letters: T tokens, D input width, O output width, E experts, R rank, C col
 over stacks), K top-k, P pairs of a token and an expert (T·K).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -45,12 +46,15 @@ class Block(NamedTuple):
 
 
 def products_with_A(x: Tensor, As: list[list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
-    """x [..., D] and for every projection its A's, [C, D] each -> h [T, C] of every projection."""
-    sizes = [sum(A.shape[0] for A in own) for own in As]
+    """x [..., D] and for every projection its A's -> h [T, C] of every projection.
+
+    An A is [E, R, D] of a stack, or [C, D].
+    """
+    sizes = [sum(A.shape[:-1].numel() for A in own) for own in As]
     flat = [A for own in As for A in own]
     if torch.is_grad_enabled():
         return list(_ProductsWithA.apply(x, dtype, sizes, *flat))  # type: ignore[misc]
-    return list((x.flatten(0, -2).to(dtype) @ _joined(flat, dtype).T).split(sizes, 1))
+    return list((_rows(x).to(dtype) @ _joined(flat, dtype).T).split(sizes, 1))
 
 
 def add_mixture(
@@ -58,8 +62,8 @@ def add_mixture(
 ) -> Tensor:
     """y [..., O] + the mixture, in place where y lies in one piece.
 
-    h [T, C]; gates [T, E] of all experts; scaling_E: of those in the blocks, in order; Bs: [C, O]
-    of each block.
+    h [T, C]; gates [T, E] of all experts; scaling_E: of those in the blocks, in order; Bs: of each
+    block, [E, R, O] or [C, O].
     """
     if torch.is_grad_enabled():
         return _AddMixture.apply(y, h, gates, scaling_E, blocks, *Bs)  # type: ignore[return-value]
@@ -76,8 +80,8 @@ class _ProductsWithA(torch.autograd.Function):
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *As)
         ctx.dtype, ctx.like_x = dtype, (x.shape, x.dtype)
         with _without_autocast(x):
-            h = x.flatten(0, -2).to(dtype) @ _joined(As, dtype).T
-        return tuple(h.split(sizes, 1))
+            h = _rows(x).to(dtype) @ _joined(As, dtype).T
+        return h.split(sizes, 1)
 
     @staticmethod
     @once_differentiable
@@ -85,20 +89,13 @@ class _ProductsWithA(torch.autograd.Function):
         x, *As = ctx.saved_tensors
         dh = dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1)
         dx = None
-        wanted = ctx.needs_input_grad[3:]
+        gradients: list[Tensor | None] = [None] * len(As)
         with _without_autocast(dh):
             if ctx.needs_input_grad[0]:
                 shape, dtype = ctx.like_x
                 dx = (dh @ _joined(As, ctx.dtype)).view(shape).to(dtype)
-            gradients: list[Tensor | None] = [None] * len(As)
-            if any(wanted):
-                x_TD = x.flatten(0, -2).to(ctx.dtype)
-                rows = [A.shape[0] for A in As]
-                for first, last in _runs(wanted):
-                    begin = sum(rows[:first])
-                    width = sum(rows[first:last])
-                    dA = dh[:, begin : begin + width].T @ x_TD
-                    gradients[first:last] = dA.split(rows[first:last])
+            if x is not None:
+                _fill_products(gradients, As, ctx.needs_input_grad[3:], dh, _rows(x).to(ctx.dtype))
         return (dx, None, None, *gradients)
 
 
@@ -127,30 +124,18 @@ class _AddMixture(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         h, gates, scaling_E, *Bs = ctx.saved_tensors
-        blocks = ctx.blocks
-        dy_TO = dy.flatten(0, -2).to(h.dtype)
+        blocks, wanted = ctx.blocks, ctx.needs_input_grad[5:]
+        dy_TO = _rows(dy).to(h.dtype)
         gradients: list[Tensor | None] = [None] * len(Bs)
         with _without_autocast(h):
             weights = _weights(gates, scaling_E, blocks, h.dtype)
-            wanted = ctx.needs_input_grad[5:]
             if any(wanted):
-                gated = _gated(h, weights, blocks)
-                columns = [B.shape[0] for B in Bs]
-                for first, last in _runs(wanted):
-                    begin, width = sum(columns[:first]), sum(columns[first:last])
-                    dB = gated[:, begin : begin + width].T @ dy_TO
-                    gradients[first:last] = dB.split(columns[first:last])
+                _fill_products(gradients, Bs, wanted, _gated(h, weights, blocks), dy_TO)
             dgated = dy_TO @ _joined(Bs, h.dtype).T  # [T, C]
             dh, dweights = _ungated(dgated, h, weights, blocks)
             dgates = None
             if ctx.needs_input_grad[2]:
-                dgates = torch.zeros_like(gates)
-                begin = 0
-                for block in blocks:
-                    own = slice(block.first, block.first + block.experts)
-                    part = slice(begin, begin + block.experts)
-                    dgates[:, own] = dweights[:, part] * scaling_E[part]
-                    begin += block.experts
+                dgates = _gates_gradient(dweights * scaling_E, gates, blocks)
         return (dy, dh, dgates, None, None, *gradients)
 
 
@@ -308,17 +293,34 @@ def choose_way(*, tokens: int, mature: int, top_k: int, needs_grad: bool, device
 # Pieces
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] -> [T, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+# One stack of one rank is what nearly every mixture has, and at short sequences a step's time goes
+# into the number of operations: so the pieces below take it without slices and lists.
+
+
+def _is_plain(blocks: list[Block]) -> bool:
+    return len(blocks) == 1 and not blocks[0].shared
+
+
 def _weights(gates: Tensor, scaling_E: Tensor, blocks: list[Block], dtype: torch.dtype) -> Tensor:
     """g·s [T, E] of the blocks' experts, in their order."""
-    if len(blocks) == 1:
-        own = gates[:, blocks[0].first : blocks[0].first + blocks[0].experts]
-    else:
+    if len(blocks) > 1:
         own = torch.cat([gates[:, b.first : b.first + b.experts] for b in blocks], 1)
+    else:
+        own = gates
+        if blocks[0].experts < gates.shape[1]:
+            own = gates[:, blocks[0].first : blocks[0].first + blocks[0].experts]
     return (own * scaling_E).to(dtype)
 
 
 def _gated(h: Tensor, weights: Tensor, blocks: list[Block]) -> Tensor:
     """h [T, C] times the weight of each column's expert, [T, C]."""
+    if _is_plain(blocks):
+        return (h.view(*weights.shape, -1) * weights[..., None]).view(h.shape)
     parts, column, expert = [], 0, 0
     for b in blocks:
         own = h[:, column : column + b.h_columns].unflatten(1, (-1, b.rank))  # [T, E or 1, R]
@@ -331,7 +333,14 @@ def _gated(h: Tensor, weights: Tensor, blocks: list[Block]) -> Tensor:
 def _ungated(
     dgated: Tensor, h: Tensor, weights: Tensor, blocks: list[Block]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of h [T, C] and of the weights [T, E] from that of their product."""
+    """Gradients of h [T, C] and of the weights [T, E] from that of their product.
+
+    May write over `dgated`.
+    """
+    if _is_plain(blocks):
+        grad = dgated.view(*weights.shape, -1)  # [T, E, R]
+        dweights = (grad * h.view(grad.shape)).sum(-1)
+        return grad.mul_(weights[..., None]).view(h.shape), dweights
     dhs, dweights, column, expert, out = [], [], 0, 0, 0
     for b in blocks:
         width = b.experts * b.rank
@@ -349,6 +358,39 @@ def _ungated(
     return dh, dweights[0] if len(dweights) == 1 else torch.cat(dweights, 1)
 
 
+def _gates_gradient(own: Tensor, gates: Tensor, blocks: list[Block]) -> Tensor:
+    """The gradient of the blocks' experts [T, E], laid out like the gates; 0 for all others."""
+    if len(blocks) == 1 and blocks[0].experts == gates.shape[1]:
+        return own.to(gates.dtype)
+    dgates, column = torch.zeros_like(gates), 0
+    for b in blocks:
+        dgates[:, b.first : b.first + b.experts] = own[:, column : column + b.experts]
+        column += b.experts
+    return dgates
+
+
+def _fill_products(
+    gradients: list[Tensor | None],
+    parts: list[Tensor],
+    wanted: tuple[bool, ...],
+    left: Tensor,
+    right: Tensor,
+) -> None:
+    """leftᵀ right for the parts that want a gradient: left [T, C of all parts], right [T, N].
+
+    One product for neighbours that want it, none for the others.
+    """
+    if len(parts) == 1:
+        gradients[0] = (left.T @ right).view(parts[0].shape)
+        return
+    rows = [part.shape[:-1].numel() for part in parts]
+    for first, last in _runs(wanted):
+        begin, width = sum(rows[:first]), sum(rows[first:last])
+        found = (left[:, begin : begin + width].T @ right).split(rows[first:last])
+        for index, gradient in enumerate(found, first):
+            gradients[index] = gradient.view(parts[index].shape)
+
+
 def _add_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """y [..., O] + left [T, C] right [C, O]; y itself where it can be viewed as [T, O]."""
     if y.is_contiguous() and y.dtype == left.dtype:
@@ -358,10 +400,13 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _joined(parts: Any, dtype: torch.dtype) -> Tensor:
-    """Rows of several matrices under each other, in one precision; one alone is not copied."""
+    """Rows of several matrices (or stacks of them) under each other, in one precision.
+
+    One alone is not copied.
+    """
     if len(parts) == 1:
-        return parts[0].to(dtype)
-    return torch.cat([part.to(dtype) for part in parts])
+        return _rows(parts[0]).to(dtype)
+    return torch.cat([_rows(part).to(dtype) for part in parts])
 
 
 def _runs(wanted: tuple[bool, ...]) -> list[tuple[int, int]]:
@@ -376,6 +421,9 @@ def _runs(wanted: tuple[bool, ...]) -> list[tuple[int, int]]:
     return runs
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Operands are cast by hand here: an addition in place is not autocast."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -181,7 +181,7 @@ class Site:
         """
         names, dropped = self.shared_input(name, x)
         if name not in self._products:
-            As = [self.adapters[other].flat_As(mix.dense) for other in names]
+            As = [self.adapters[other].As_of(mix.dense) for other in names]
             products = products_with_A(dropped, As, dtype)
             self._products = dict(zip(names, products, strict=True))
         return self._products.pop(name)
