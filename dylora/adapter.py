@@ -18,20 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dylora.compute import (
-    Block,
-    add_grouped,
-    add_mixture,
-    plan_pairs,
-)
+from dylora.compute import Block, add_grouped, add_mixture, plan_pairs
 from dylora.config import MoELoraConfig
-from dylora.packed import (
-    Member,
-    add_looked_up,
-    add_wide,
-)
+from dylora.packed import Member
 from dylora.router import RoutingState
-from dylora.site import Dense, Mix, Site
+from dylora.site import Dense, Site
 
 
 class ExpertStack(nn.Module):
@@ -202,7 +193,9 @@ class StackedLoRA(nn.Module):
             return output
         routing = self.site.output
         assert routing is not None, f"{self.site.name} has not routed"
-        x = args[0]
+        x, few = args[0], self.site.few
+        if few is not None and few.fits(x, output):
+            return few.add(self.name, x, output)
         gates = fitting_gates(routing.gates, x, self.path)
         if self.config.use_dora:
             return self._add_dora(module, x, gates, output)
@@ -211,8 +204,6 @@ class StackedLoRA(nn.Module):
         if torch.compiler.is_compiling():  # the compiler fuses the plain form as well as can be
             return output + self(x, gates).to(output.dtype)
         mix = self.site.mix(self.stacks, self.config.top_k_experts)
-        if mix.few and x.dtype == output.dtype and output.is_contiguous() and not self._drops():
-            return self._add_packed(mix, x, output)
         if mix.dense:
             h = self.site.product_with_A(self.name, x, mix, output.dtype)
             Bs = [self._rows(dense, "lora_B") for dense in mix.dense]
@@ -228,15 +219,12 @@ class StackedLoRA(nn.Module):
             output = add_grouped(output, dropped, weights_TK, plan, *matrices)
         return output
 
-    def _drops(self) -> bool:
-        return self.training and self.config.lora_dropout > 0
-
-    def _add_packed(self, mix: Mix, x: Tensor, output: Tensor) -> Tensor:
-        """The update of a few tokens, in place."""
-        pack, gated = self.site.packed_product(self.name, x, mix)
-        if mix.sparse:
-            return add_looked_up(pack.tall, self.name, gated, mix.sparse[0].experts_TK, output)
-        return add_wide(pack.wide, self.name, gated, output)
+    @property
+    def can_be_packed(self) -> bool:
+        """Whether the update is the plain sum that packed matrices compute."""
+        config = self.config
+        drops = self.training and config.lora_dropout > 0
+        return not (config.use_dora or config.bias != "none" or drops)
 
     def as_member(self) -> Member:
         """The matrices of all stacks, for packing."""

@@ -63,7 +63,7 @@ class Wide(NamedTuple):
 
     A_CD: Tensor
     expert_C: Tensor  # whose column it is
-    spans: dict[str, tuple[int, int]]  # columns of each member
+    columns: dict[str, int]  # how many are each member's
     Bs: dict[str, Tensor]  # [C, O] of each member, the scale inside
 
 
@@ -71,15 +71,59 @@ class Tall(NamedTuple):
     """All members of an expert under each other."""
 
     A_ERD: Tensor  # R summed over the members
-    spans: dict[str, tuple[int, int]]  # rows of each member
+    rows: dict[str, int]  # how many are each member's
     Bs: dict[str, Tensor]  # [E, R, O] of each member, the scale inside
+
+
+class FewTokens:
+    """One pass of a few tokens through a site: what its projections share.
+
+    gates [T, E], or with `experts_TK` the gates [T, K] of those experts, which are looked up;
+    packs: of each projection.
+    """
+
+    def __init__(self, packs: dict[str, Pack], gates: Tensor, experts_TK: Tensor | None = None):
+        self.packs = packs
+        self.gates = gates
+        self.tokens = gates.shape[0]
+        self.experts_TK = experts_TK
+        self._input: Tensor | None = None
+        self._products: dict[str, Tensor] = {}  # gated h of projections that are still to come
+
+    def fits(self, x: Tensor, y: Tensor) -> bool:
+        """Whether y [..., O], the output for x, can take the update in place."""
+        same = x.dtype == self.gates.dtype == y.dtype and y.is_contiguous()
+        return same and x.numel() == self.tokens * x.shape[-1]
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y + the mixture's update of the projection `name`, in place.
+
+        The first projection of those that share an input computes the products with A for all.
+        """
+        pack, tokens = self.packs[name], self.tokens
+        if self._input is not x or name not in self._products:
+            x_TD = x.view(tokens, -1)
+            self._input = x
+            if self.experts_TK is None:
+                self._products = gated_products(pack.wide, x_TD, self.gates)
+            else:
+                self._products = looked_up_products(pack.tall, x_TD, self.gates, self.experts_TK)
+        gated, y_TO = self._products.pop(name), y.view(tokens, -1)
+        if self.experts_TK is None:
+            y_TO.addmm_(gated, pack.wide.Bs[name])
+        elif tokens == 1:
+            y_TO.addmm_(gated.view(1, -1), _looked_up(pack.tall.Bs[name], self.experts_TK))
+        else:
+            B_TCO = pack.tall.Bs[name][self.experts_TK].flatten(1, 2)
+            y_TO[:, None].baddbmm_(gated.reshape(tokens, 1, -1), B_TCO)
+        return y
 
 
 @torch.no_grad()
 def pack_wide(members: dict[str, Member], dtype: torch.dtype) -> Wide:
     """Lay the members out for one product with A."""
     exact = torch.promote_types(dtype, torch.float32)  # the scale is not to round what B holds
-    parts, experts, spans, Bs, column = [], [], {}, {}, 0
+    parts, experts, Bs = [], [], {}
     for name, member in members.items():
         own, first = [], 0
         for index, B in enumerate(member.Bs):
@@ -94,52 +138,46 @@ def pack_wide(members: dict[str, Member], dtype: torch.dtype) -> Wide:
         ]
         parts += own
         Bs[name] = torch.cat(scaled).to(dtype)
-        spans[name] = (column, column := column + len(Bs[name]))
-    return Wide(torch.cat(parts).to(dtype), torch.cat(experts), spans, Bs)
+    columns = {name: B.shape[0] for name, B in Bs.items()}
+    return Wide(torch.cat(parts).to(dtype), torch.cat(experts), columns, Bs)
 
 
 @torch.no_grad()
 def pack_tall(members: dict[str, Member], dtype: torch.dtype) -> Tall:
     """Lay the members out for looking up an expert's rows at once."""
     exact = torch.promote_types(dtype, torch.float32)
-    spans, Bs, row = {}, {}, 0
+    Bs = {}
     for name, member in members.items():
         [B], [scaling_E] = member.Bs, member.scalings
         Bs[name] = (B.to(exact) * scaling_E[:, None, None]).to(dtype)
-        spans[name] = (row, row := row + B.shape[1])
     A_ERD = torch.cat([member.As[0] for member in members.values()], 1)
-    return Tall(A_ERD.to(dtype), spans, Bs)
+    return Tall(A_ERD.to(dtype), {name: B.shape[1] for name, B in Bs.items()}, Bs)
 
 
 def gated_products(wide: Wide, x_TD: Tensor, gates_TE: Tensor) -> dict[str, Tensor]:
     """x -> the gated h [T, C] of every member."""
-    gated = F.linear(x_TD, wide.A_CD) * gates_TE.index_select(1, wide.expert_C).to(x_TD.dtype)
-    return {name: gated[:, begin:end] for name, (begin, end) in wide.spans.items()}
+    gated = F.linear(x_TD, wide.A_CD)
+    gated *= gates_TE.index_select(1, wide.expert_C)
+    return dict(zip(wide.columns, gated.split(list(wide.columns.values()), 1), strict=True))
 
 
 def looked_up_products(
     tall: Tall, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor
 ) -> dict[str, Tensor]:
     """x -> the gated h [T, K, R] of every member, for the chosen experts."""
-    A_TKRD = tall.A_ERD[experts_TK]
-    h_TKR = torch.matmul(A_TKRD, x_TD[:, None, :, None]).squeeze(-1)
-    gated = h_TKR * gates_TK[..., None].to(x_TD.dtype)
-    return {name: gated[..., begin:end] for name, (begin, end) in tall.spans.items()}
+    if x_TD.shape[0] == 1:
+        A_CD = _looked_up(tall.A_ERD, experts_TK)
+        h_TKR = F.linear(x_TD, A_CD).view(*experts_TK.shape, -1)
+    else:
+        h_TKR = torch.matmul(tall.A_ERD[experts_TK], x_TD[:, None, :, None]).squeeze(-1)
+    h_TKR *= gates_TK[..., None]
+    pieces = h_TKR.split(list(tall.rows.values()), -1)
+    return {n: piece.contiguous() for n, piece in zip(tall.rows, pieces, strict=True)}
 
 
-def add_wide(wide: Wide, name: str, gated_TC: Tensor, y: Tensor) -> Tensor:
-    """y [..., O] + gated h B, in place."""
-    y.view(-1, y.shape[-1]).addmm_(gated_TC, wide.Bs[name])
-    return y
-
-
-def add_looked_up(
-    tall: Tall, name: str, gated_TKR: Tensor, experts_TK: Tensor, y: Tensor
-) -> Tensor:
-    """y [..., O] + Σ over the chosen experts of gated h B, in place."""
-    B_TCO = tall.Bs[name][experts_TK].flatten(1, 2)
-    y.view(-1, 1, y.shape[-1]).baddbmm_(gated_TKR.flatten(1)[:, None], B_TCO)
-    return y
+def _looked_up(stack: Tensor, experts_1K: Tensor) -> Tensor:
+    """The matrices of one token's experts, [E, R, N] -> [K·R, N]."""
+    return stack.index_select(0, experts_1K[0]).flatten(0, 1)
 
 
 def _state(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Any, ...]:

@@ -84,11 +84,16 @@ class DataConfig:
     """What happens to a longer one; both are counted."""
     interleaved_sampling: bool = True
     """True: equal shares of each set, smaller ones repeated; false: in proportion to their size."""
+    length_window: int = 1
+    """Steps whose rows are sorted by length together, so that a step holds rows of similar length
+    and computes less padding; 1: as they are drawn. What a row shares a step with then depends on
+    its length."""
     seed: int = 0
     """Seed of the splits and of the order."""
 
     def __post_init__(self) -> None:
         check_literals(self)
+        require(self.length_window >= 1, "length_window", self.length_window, "at least 1")
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
         names = [source.name for source in self.sources]
         require(len(names) == len(set(names)), "sources", names, "of different names")

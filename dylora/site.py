@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dylora.compute import Plan, choose_way, plan_pairs, products_with_A
-from dylora.packed import PACKED_TOKENS, Pack, gated_products, looked_up_products
+from dylora.packed import PACKED_TOKENS, FewTokens, Pack
 from dylora.router import DynamicHybridRouter, RouterOutput, RoutingState, expand_override
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ class Mix(NamedTuple):
     dense: list[Dense]
     gates: Tensor  # [T, E] of the experts in `dense`, in that order
     sparse: list[Sparse]
-    # Whether this is a step of decoding (a few tokens, no gradient) that goes one way for all.
-    few: bool = False
 
 
 class Site:
@@ -70,17 +68,17 @@ class Site:
         self.adapters: dict[str, StackedLoRA] = {}  # of the block's projections, by their names
         self._groups: dict[str, list[str]] = {}  # of those, which share an input
         # Of the pass under way: the mixture's form, and what projections with one input share.
+        self.few: FewTokens | None = None  # with a few tokens, without gradient
         self._mix: Mix | None = None
         self._input: weakref.ref[Tensor] | None = None
         self._dropped: Tensor | None = None
         self._products: dict[str, Tensor] = {}  # h of projections that are still to come
-        self._packs: dict[tuple[str, ...], Pack] = {}  # of inference; kept until values change
-        self._pack: Pack | None = None  # the one of the products above
+        self._packs: dict[str, Pack] = {}  # of inference, by projection; kept until values change
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a pass: it may be part of a graph."""
-        of_pass = {"output": None, "_mix": None, "_input": None, "_dropped": None}
-        return self.__dict__ | of_pass | {"_products": {}, "_packs": {}, "_pack": None}
+        of_pass = {"output": None, "few": None, "_mix": None, "_input": None, "_dropped": None}
+        return self.__dict__ | of_pass | {"_products": {}, "_packs": {}}
 
     def mix(self, stacks: Any, top_k: int) -> Mix:
         """The form of this pass's mixture; all projections of a site have the same stacks."""
@@ -96,7 +94,7 @@ class Site:
         if mature is None:
             everyone = [Dense(index, None) for index in range(len(stacks))]
             columns = _columns(gates, [e for s in stacks for e in s.experts])
-            return Mix(everyone, columns, [], self._are_few(gates))
+            return Mix(everyone, columns, [])
         dense, columns, sparse = [], [], []
         for index, stack in enumerate(stacks):
             if not any(state.active[e] for e in stack.experts):
@@ -125,53 +123,57 @@ class Site:
                 chosen_TK = torch.tensor(ripe, device=device)[chosen_TK] - stack.first
             plan = plan_pairs(chosen_TK, len(stack.ranks)) if way == "grouped" else None
             sparse.append(Sparse(index, chosen_TK, gates_TK, plan))
-        whole = len(dense) == len(stacks) and all(part.rows is None for part in dense)
-        looked_up = len(sparse) == len(stacks) == 1 and not dense
-        few = self._are_few(gates) and (whole or looked_up)
-        return Mix(dense, _columns(gates, columns), sparse, few)
+        return Mix(dense, _columns(gates, columns), sparse)
 
-    def _are_few(self, gates: Tensor) -> bool:
-        return gates.shape[0] <= PACKED_TOKENS and not torch.is_grad_enabled()
+    def _begin_few(self, dtype: torch.dtype) -> FewTokens | None:
+        """For a pass without gradient: its few tokens, where the packed matrices can serve them."""
+        assert self.output is not None
+        first = next(iter(self.adapters.values()))
+        gates = self.output.gates
+        if gates.shape[:-1].numel() > PACKED_TOKENS or not first.can_be_packed:
+            return None
+        mix = self.mix(first.stacks, first.config.top_k_experts)
+        whole = len(mix.dense) == len(first.stacks) and all(d.rows is None for d in mix.dense)
+        looked_up = len(mix.sparse) == len(first.stacks) == 1 and not mix.dense
+        if whole:
+            return FewTokens(self.packs(dtype), mix.gates.to(dtype))
+        if looked_up:
+            [sparse] = mix.sparse
+            return FewTokens(self.packs(dtype), sparse.gates_TK.to(dtype), sparse.experts_TK)
+        return None
 
-    def shared_input(self, name: str, x: Tensor) -> tuple[list[str], Tensor]:
-        """The projections that get the input of `name`, and drop(x), drawn once for them."""
+    def group(self, name: str) -> list[str]:
+        """The projections that get the same input as `name`, itself among them."""
         names = self._groups.get(name)
         if names is None:
             group = next((names for names in SHARE_INPUT if name in names), (name,))
             names = self._groups[name] = [other for other in group if other in self.adapters]
+        return names
+
+    def shared_input(self, name: str, x: Tensor) -> tuple[list[str], Tensor]:
+        """The projections that get the input of `name`, and drop(x), drawn once for them."""
+        names = self.group(name)
         if self._input is None or self._input() is not x:
             self._input, self._products = weakref.ref(x), {}
             dropped = self.adapters[name].dropout(x)
             self._dropped = None if dropped is x else dropped
         return names, x if self._dropped is None else self._dropped
 
-    def pack(self, names: list[str], dtype: torch.dtype) -> Pack:
-        """The matrices of these projections, laid out for a few tokens."""
-        key = tuple(names)
-        pack = self._packs.get(key)
-        if pack is None or not pack.is_current(dtype):
-            members = {name: self.adapters[name].as_member() for name in names}
-            pack = self._packs[key] = Pack(members, dtype)
-        return pack
-
-    def packed_product(self, name: str, x: Tensor, mix: Mix) -> tuple[Pack, Tensor]:
-        """The gated h of the projection `name` for a few tokens: [T, C], or [T, K, R] looked up."""
-        names, _ = self.shared_input(name, x)
-        if name not in self._products:
-            self._pack = pack = self.pack(names, x.dtype)
-            x_TD = x.flatten(0, -2)
-            if mix.sparse:
-                _, experts_TK, gates_TK, _ = mix.sparse[0]
-                self._products = looked_up_products(pack.tall, x_TD, gates_TK, experts_TK)
-            else:
-                self._products = gated_products(pack.wide, x_TD, mix.gates)
-        assert self._pack is not None
-        return self._pack, self._products.pop(name)
+    def packs(self, dtype: torch.dtype) -> dict[str, Pack]:
+        """The matrices of every projection, laid out for a few tokens."""
+        for name in self.adapters:
+            names = self.group(name)
+            if name != names[0]:
+                continue
+            pack = self._packs.get(name)
+            if pack is None or not pack.is_current(dtype):
+                pack = Pack({other: self.adapters[other].as_member() for other in names}, dtype)
+                self._packs |= dict.fromkeys(names, pack)
+        return self._packs
 
     def forget_packs(self) -> None:
         """For when stacks have changed, and before training, which has no use for them."""
-        self._packs.clear()
-        self._pack = None
+        self._packs = {}
 
     def product_with_A(self, name: str, x: Tensor, mix: Mix, dtype: torch.dtype) -> Tensor:
         """h = drop(x) Aᵀ [T, C] of the projection `name`, of the experts that every token uses.
@@ -192,8 +194,9 @@ class Site:
         if not state.enabled:
             return
         x = args[0] if args else kwargs["hidden_states"]
-        self._mix = self._input = self._dropped = None
-        if self._packs and torch.is_grad_enabled():
+        self.few = self._mix = self._input = self._dropped = None
+        learns = torch.is_grad_enabled()
+        if self._packs and learns:
             self.forget_packs()
         if state.override is not None:
             gates = expand_override(state.override, self.index, x.shape[0], x.shape[1])
@@ -209,12 +212,15 @@ class Site:
             self.output = RouterOutput(gates, gates, None)
         if self.index == 0:
             state.first_site = self.output if self.router is not None else None
+        if not learns and not torch.compiler.is_compiling():
+            self.few = self._begin_few(x.dtype)
 
 
 def _columns(gates: Tensor, experts: list[int]) -> Tensor:
     """Columns of gates [T, E]; a view where they lie side by side."""
     if not experts:
         return gates[:, :0]
-    if experts == list(range(experts[0], experts[-1] + 1)):
-        return gates[:, experts[0] : experts[-1] + 1]
+    first, count = experts[0], len(experts)
+    if experts == list(range(first, first + count)):
+        return gates if count == gates.shape[1] else gates[:, first : first + count]
     return gates.index_select(1, torch.tensor(experts, device=gates.device))

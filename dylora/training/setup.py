@@ -19,10 +19,11 @@ from dylora.bases import choose_device, load_tokenizer
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import RunConfig, dump_run_config
 from dylora.storage.checkpoint import checkpoints, write_file
-from dylora.training.data import InterleavedSampler, PreparedData, load_data
+from dylora.training.data import PreparedData, load_data
 from dylora.training.monitor import RunLog
 from dylora.training.optim import build_optimizer, build_scheduler
 from dylora.training.prompts import pad_token_id
+from dylora.training.sampler import InterleavedSampler
 
 
 @dataclass
@@ -78,10 +79,14 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     device = choose_device(config.model.device)
     tokenizer = load_tokenizer(config.model.base, config.model.revision)
     data = load_run_data(config, tokenizer)
+    per_step = config.train.batch_size * config.train.gradient_accumulation_steps
     sampler = InterleavedSampler(
         [len(examples) for examples in data.train],
         interleaved=config.data.interleaved_sampling,
         seed=config.data.seed,
+        window=config.data.length_window,
+        rows_per_step=per_step,
+        tokens=[examples.all_lengths for examples in data.train],
     )
     seed_everything(config.train.seed)
     model = DyLoRA_MoE.from_base(
@@ -97,7 +102,6 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     if config.train.gradient_checkpointing:
         model.enable_checkpointing()
 
-    per_step = config.train.batch_size * config.train.gradient_accumulation_steps
     steps = config.train.max_steps or max(1, round(config.train.epochs * len(sampler) / per_step))
     targets_per_step = per_step * sampler.mean([rows.mean_targets for rows in data.train])
     optimizer = build_optimizer(model, config.train)

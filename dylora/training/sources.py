@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from dylora.config import nearest
 from dylora.run_config import SourceConfig, SplitScheme
 from dylora.training.prompts import mbpp_instruction
@@ -114,6 +116,11 @@ def content_hash(*parts: str | int) -> str:
 def derived_seed(*parts: str | int) -> int:
     """A seed in [0, 2^63) for one purpose: near seeds and other purposes share no sequence."""
     return int(content_hash(*parts)[:16], 16) >> 1
+
+
+def seeded_generator(*parts: str | int) -> torch.Generator:
+    """A generator of its own for whatever the parts name."""
+    return torch.Generator().manual_seed(derived_seed(*parts))
 
 
 # The three kinds of source

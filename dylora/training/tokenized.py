@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
+from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.training.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
@@ -101,6 +103,11 @@ class TokenizedSet:
     def length(self, index: int) -> int:
         """Tokens of an example, BOS and EOS included."""
         return self._ends[index + 1] - self._ends[index]
+
+    @property
+    def all_lengths(self) -> Tensor:
+        """Tokens of every example, [examples]."""
+        return torch.tensor(self._ends).diff()
 
     @property
     def tokens(self) -> int:

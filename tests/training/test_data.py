@@ -1,8 +1,6 @@
-import itertools
 import json
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from dylora.losses import target_positions
 from dylora.run_config import DataConfig, SourceConfig
-from dylora.training.data import InterleavedSampler, collate, load_data
+from dylora.training.data import collate, load_data
 from dylora.training.tokenized import TokenizedSet
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
@@ -241,96 +239,3 @@ def test_the_stamp_changes_with_one_character_and_not_with_the_order(tmp_path, t
     assert stamp(lines[::-1]) == first
     changed = stamp([line.replace('"A', '"B') for line in lines])
     assert changed["training_sha256"] != first["training_sha256"]
-
-
-# Order
-
-
-def stream(sampler, count):
-    return list(itertools.islice(sampler, count))
-
-
-def test_small_sets_are_repeated_not_truncated():
-    epoch = stream(InterleavedSampler([10, 3]), 20)
-    counts = Counter(epoch)
-    assert all(counts[0, row] == 1 for row in range(10))
-    assert sorted(counts[1, row] for row in range(3)) == [3, 3, 4]
-
-
-def test_a_small_set_comes_whole_each_time_round_in_a_fresh_order():
-    rows = [row for index, row in stream(InterleavedSampler([40, 8]), 80) if index == 1]
-    rounds = [rows[i : i + 8] for i in range(0, 40, 8)]
-    assert all(sorted(part) == list(range(8)) for part in rounds)
-    assert len(set(map(tuple, rounds))) == 5
-
-
-def test_each_group_has_one_example_of_each_set_in_a_drawn_order():
-    epoch = stream(InterleavedSampler([50, 20, 5]), 150)
-    groups = [tuple(index for index, _ in epoch[i : i + 3]) for i in range(0, 150, 3)]
-    assert all(sorted(group) == [0, 1, 2] for group in groups)
-    assert len(set(groups)) == 6
-
-
-def test_proportional_sampling_gives_every_example_once():
-    sampler = InterleavedSampler([10, 3, 1], interleaved=False)
-    epoch = stream(sampler, len(sampler))
-    everything = [(i, row) for i, length in enumerate([10, 3, 1]) for row in range(length)]
-    assert sorted(epoch) == everything
-    assert epoch != everything
-
-
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_a_resumed_sampler_continues_the_same_sequence(interleaved):
-    lengths = [7, 4]
-    whole = stream(InterleavedSampler(lengths, seed=5, interleaved=interleaved), 60)
-    for taken in range(45):
-        first = InterleavedSampler(lengths, seed=5, interleaved=interleaved)
-        stream(first, taken)
-        state = json.loads(json.dumps(first.state_dict()))
-        second = InterleavedSampler(lengths, seed=5, interleaved=interleaved)
-        second.load_state_dict(state)
-        assert stream(second, 15) == whole[taken : taken + 15]
-
-
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_epochs_and_seeds_have_orders_of_their_own(interleaved):
-    sampler = InterleavedSampler([30, 30], interleaved=interleaved)
-    first, second = stream(sampler, 60), stream(sampler, 60)
-    assert sorted(first) == sorted(second)
-    for index in range(2):
-        assert [row for i, row in first if i == index] != [row for i, row in second if i == index]
-    assert (sampler.epoch, sampler.position) == (2, 0)
-    assert first == stream(InterleavedSampler([30, 30], interleaved=interleaved), 60)
-    assert first != stream(InterleavedSampler([30, 30], seed=1, interleaved=interleaved), 60)
-
-
-def test_equal_sets_do_not_share_a_permutation():
-    epoch = stream(InterleavedSampler([30, 30]), 60)
-    assert [r for i, r in epoch if i == 0] != [r for i, r in epoch if i == 1]
-
-
-def test_an_epoch_has_as_many_examples_as_it_says():
-    assert len(InterleavedSampler([10, 3])) == 20
-    assert len(InterleavedSampler([10, 3], interleaved=False)) == 13
-
-
-def test_the_mean_goes_by_the_shares_of_an_epoch():
-    assert InterleavedSampler([9, 1]).mean([10.0, 20.0]) == 15
-    assert InterleavedSampler([9, 1], interleaved=False).mean([10.0, 20.0]) == 11
-
-
-def test_the_state_of_other_sets_is_refused():
-    state = InterleavedSampler([10, 3]).state_dict()
-    with pytest.raises(ValueError, match=r"lengths \[10, 3\], but the data now has \[10, 4\]"):
-        InterleavedSampler([10, 4]).load_state_dict(state)
-    with pytest.raises(ValueError, match="interleaved"):
-        InterleavedSampler([10, 3], interleaved=False).load_state_dict(state)
-    with pytest.raises(ValueError, match="position is 20"):
-        InterleavedSampler([10, 3]).load_state_dict(state | {"position": 20})
-    with pytest.raises(ValueError, match="a sampler's state has"):
-        InterleavedSampler([10, 3]).load_state_dict({})
-
-
-def test_an_empty_set_is_an_error():
-    with pytest.raises(ValueError, match=r"the lengths are \[3, 0\]"):
-        InterleavedSampler([3, 0])
