@@ -8,6 +8,7 @@ from dylora.bases import choose_device, load_tokenizer
 from dylora.config import Quantization
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import read_description
+from dylora.storage.description import named_base
 from dylora.training.prompts import encode_prompts, format_prompt, pad_token_id
 
 
@@ -31,7 +32,8 @@ def generate_text(
         show_routing: print each token's leading expert and the mean share of every expert.
         quantization: how the base's linear layers are stored; by default as in training.
     """
-    name = base or read_description(Path(checkpoint))["base_model_name_or_path"]
+    folder = Path(checkpoint)
+    name = base or named_base(folder, read_description(folder))
     device = choose_device("auto")
     model = DyLoRA_MoE.from_pretrained(
         checkpoint, name, device=device, quantization=quantization
