@@ -23,6 +23,7 @@ from dylora.run_config import RunConfig
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 128 << 10  # of a config: reading as much takes a second
+MAX_BRACKETS = 100  # open at a time; the parser takes a second for a few thousand
 MAX_NODES = 20_000  # of its tree, with every alias written out
 Origin = Callable[[str], str]
 
@@ -129,6 +130,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str, where: str) -> Any:
+    depth = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > MAX_BRACKETS:
+            raise ValueError(f"{where}: more than {MAX_BRACKETS} brackets in one another")
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:

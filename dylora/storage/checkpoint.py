@@ -15,9 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from dylora.bounded import check_link, is_whole_number, open_regular, read_json, shown
+from dylora.bounded import (
+    MAX_JSON,
+    check_link,
+    is_whole_number,
+    open_regular,
+    read_json,
+    shown,
+)
 from dylora.storage.description import check_description
-from dylora.storage.tensor_files import MAX_FILE
+from dylora.storage.tensor_files import MAX_FILE, check_archive, read_headers
 
 MANIFEST = "manifest.json"
 REHEARSAL = "checkpoint-rehearsal"  # written and deleted before the first step
@@ -29,6 +36,7 @@ LOADED = {  # names of all files that a loader reads
 FEWEST_KEPT = 2  # a single checkpoint is lost with the first bit that flips in it
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _CHUNK = 1 << 20
+_LARGE = 64 << 20  # bytes, hashed in a twentieth of a second
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -126,6 +134,8 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{path} is missing" if not path.exists() else f"{path} is no file")
         if path.stat().st_size != expected["size"]:
             raise ValueError(f"{path} has changed since it was written")
+        if path.name in LOADED:
+            _check_size(path, expected["size"])
     for name, expected in listed.items():
         if hash_file(folder / name) != expected["sha256"]:
             raise ValueError(f"{folder / name} has changed since it was written")
@@ -229,6 +239,16 @@ def _listed_files(folder: Path) -> dict[str, dict[str, Any]]:
                 f"most {MAX_FILE:,} bytes and a sha256"
             )
     return files
+
+
+def _check_size(path: Path, size: int) -> None:
+    """Raises ValueError for what a loader would refuse, where to hash it first would take long."""
+    if path.suffix == ".json" and size > MAX_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, but may have {MAX_JSON:,}")
+    if path.suffix == ".safetensors" and size > _LARGE:
+        read_headers(path)
+    if path.suffix == ".pt" and size > _LARGE:
+        check_archive(path)
 
 
 def _entries(folder: Path) -> Iterator[Path]:

@@ -9,9 +9,10 @@ import io
 import math
 import pickle
 import pickletools
+import struct
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +28,10 @@ _NAMED = {  # all that the pickles of `training/resume.py` name
     *("collections OrderedDict", "torch._utils _rebuild_tensor_v2"),
     *("torch FloatStorage", "torch DoubleStorage", "torch LongStorage", "torch ByteStorage"),
 }
+_MALFORMED = (  # torch's reader, zipfile and pickletools raise them all over broken files
+    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, AssertionError, OSError),
+    *(ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, struct.error),
+)
 _END_OF_ARCHIVE = 22 + 20 + 56  # bytes of the three records that end an archive of torch.save
 
 
@@ -106,20 +111,27 @@ def read_state(file: Path) -> Any:
     Raises ValueError naming the file for an archive that is compressed, that claims more than it
     holds or that names anything besides tensors; FileNotFoundError when it is missing.
     """
-    check_link(file, file.parent)
+    check_archive(file)
     try:
-        _check_pickle(file, _pickle_of(file))
         return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    except FileNotFoundError:
-        raise
-    except (
-        *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, AssertionError),
-        *(ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
-    ) as error:  # torch's reader raises them all over malformed programs
-        reason = str(error).split("\n", 1)[0]
-        if reason.startswith(str(file)):
-            raise
-        raise ValueError(f"{file} is not a file of ours that can be read ({reason})") from error
+    except _MALFORMED as error:
+        raise _unreadable(file, error) from error
+
+
+def check_archive(file: Path) -> None:
+    """All that can be said of a file of `read_state` before it is loaded. Raises likewise."""
+    check_link(file, file.parent)
+    with open_regular(file, MAX_FILE) as stream:
+        try:
+            program = _pickle_of(stream)
+            _check_pickle(program)
+        except _MALFORMED as error:
+            raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    reason = str(error).split("\n", 1)[0]
+    return ValueError(f"{file} is not a file of ours that can be read ({reason})")
 
 
 def is_plain(value: Any, dtype: torch.dtype) -> bool:
@@ -133,43 +145,42 @@ def is_plain(value: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def _pickle_of(file: Path) -> bytes:
+def _pickle_of(stream: BinaryIO) -> bytes:
     """The pickle inside an archive whose records are stored as they are, each under a name of its
     own and all in one folder: so every reader finds the same one."""
-    with open_regular(file, MAX_FILE) as stream:
-        size = stream.seek(0, io.SEEK_END)
-        if size < _END_OF_ARCHIVE:
-            raise ValueError("it is too short")
-        stream.seek(-_END_OF_ARCHIVE, io.SEEK_END)
-        end = stream.read()
-        # The last 22 bytes: a mark, where the table of contents lies, and a comment that is empty.
-        if end[-22:-18] != b"PK\x05\x06" or end[-2:] != b"\0\0":
-            raise ValueError("it does not end as an archive of torch.save")
-        table = int.from_bytes(end[-10:-6], "little")
-        if table == 2**32 - 1:  # it stands in the record before
-            table = int.from_bytes(end[40:48], "little")
-        if table > MAX_HEADER:
-            raise ValueError(f"its table of contents has {table:,} bytes")
-        with zipfile.ZipFile(stream) as archive:
-            records = archive.infolist()
-            names = {record.filename for record in records}
-            folders = {name.partition("/")[0] for name in names}
-            if len(names) < len(records) or len(folders) != 1:
-                raise ValueError("its records have not each a name of its own in one folder")
-            if any(r.compress_type or r.file_size != r.compress_size for r in records):
-                raise ValueError("its records are compressed, which torch.save never does")
-            if sum(record.file_size for record in records) > size:
-                raise ValueError("its records claim more than the file has")
-            (folder,) = folders
-            if f"{folder}/data.pkl" not in names:
-                raise ValueError("it holds no data.pkl")
-            found = archive.getinfo(f"{folder}/data.pkl")
-            if found.file_size > MAX_HEADER:
-                raise ValueError(f"its pickle has {found.file_size:,} bytes")
-            return archive.read(found)
+    size = stream.seek(0, io.SEEK_END)
+    if size < _END_OF_ARCHIVE:
+        raise ValueError("it is too short")
+    stream.seek(-_END_OF_ARCHIVE, io.SEEK_END)
+    end = stream.read()
+    # The last 22 bytes: a mark, where the table of contents lies, and a comment that is empty.
+    if end[-22:-18] != b"PK\x05\x06" or end[-2:] != b"\0\0":
+        raise ValueError("it does not end as an archive of torch.save")
+    table = int.from_bytes(end[-10:-6], "little")
+    if table == 2**32 - 1:  # it stands in the record before
+        table = int.from_bytes(end[40:48], "little")
+    if table > MAX_HEADER:
+        raise ValueError(f"its table of contents has {table:,} bytes")
+    with zipfile.ZipFile(stream) as archive:
+        records = archive.infolist()
+        names = {record.filename for record in records}
+        folders = {name.partition("/")[0] for name in names}
+        if len(names) < len(records) or len(folders) != 1:
+            raise ValueError("its records have not each a name of its own in one folder")
+        if any(r.compress_type or r.file_size != r.compress_size for r in records):
+            raise ValueError("its records are compressed, which torch.save never does")
+        if sum(record.file_size for record in records) > size:
+            raise ValueError("its records claim more than the file has")
+        (folder,) = folders
+        if f"{folder}/data.pkl" not in names:
+            raise ValueError("it holds no data.pkl")
+        found = archive.getinfo(f"{folder}/data.pkl")
+        if found.file_size > MAX_HEADER:
+            raise ValueError(f"its pickle has {found.file_size:,} bytes")
+        return archive.read(found)
 
 
-def _check_pickle(file: Path, program: bytes) -> None:
+def _check_pickle(program: bytes) -> None:
     """Raises ValueError for a pickle that names anything but what makes dense tensors.
 
     weights_only would let through constructors that allocate what they are told, sparse tensors and
@@ -177,8 +188,8 @@ def _check_pickle(file: Path, program: bytes) -> None:
     """
     for opcode, argument, _ in pickletools.genops(program):
         if opcode.name == "GLOBAL" and argument not in _NAMED:
-            raise ValueError(f"{file} names {shown(argument)}, which no state of ours holds")
+            raise ValueError(f"it names {shown(argument)}, which no state of ours holds")
         if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX") or (
             opcode.name.startswith(("EXT", "BYTEARRAY", "LONG4"))
         ):
-            raise ValueError(f"{file} holds {opcode.name}, which no state of ours needs")
+            raise ValueError(f"it holds {opcode.name}, which no state of ours needs")
