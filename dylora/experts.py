@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dylora import maturity, stacks
+from dylora.bounded import is_name, shown
 
 if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
@@ -162,6 +163,8 @@ class ExpertManager:
         rank, alpha = rank or config.r, alpha or config.lora_alpha
         if rank < 1 or alpha <= 0:
             raise ValueError(f"rank is {rank} and alpha {alpha}, but both must be above 0")
+        if skill is not None and not is_name(skill):
+            raise ValueError(f"skill is {shown(skill)}, but must be a short text of one line")
         if config.share_A and rank != config.r:
             raise ValueError(f"rank is {rank}, but with share_A it must be r ({config.r})")
         if not 0 < share < 1:

@@ -1,5 +1,6 @@
 """`run.py generate`: one answer, and on request how its tokens were routed."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ def generate_text(
     model = DyLoRA_MoE.from_pretrained(
         checkpoint, name, device=device, quantization=quantization
     ).eval()
+    if base is None:  # whoever made the checkpoint chose it
+        print(f"base: {name}, as {checkpoint} names it", file=sys.stderr)
     tokenizer = load_tokenizer(name)
     text = prompt if raw else format_prompt(prompt)
     ids = torch.tensor(encode_prompts(tokenizer, [text]), device=device)

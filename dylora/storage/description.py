@@ -5,7 +5,6 @@ routers) is held against the headers of the folder's own files. A mixture that i
 checked description is therefore as large as its files, or as its base demands.
 """
 
-import re
 import warnings
 from pathlib import Path, PurePath
 from typing import Any, get_args
@@ -17,9 +16,8 @@ from dylora.storage.tensor_files import Header, read_headers
 
 ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
 FORMAT_VERSION = 2  # of a mixture's config.json
-MAX_FILLING = 32  # a stack is as wide as its widest expert: so many times what its files hold
+MAX_FILLING = 64  # a stack is as wide as its widest expert: so many times what its files hold
 STATES = ("active", "frozen", "retired")
-_REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 _MATURITY = ("maturity", "evidence", "fast", "slow", "born")
 
 
@@ -68,7 +66,7 @@ def _is_text(value: Any) -> bool:
 def _is_revision(value: Any) -> bool:
     if value is None:
         return True
-    return is_name(value, 200) and bool(_REVISION.fullmatch(value)) and ".." not in value
+    return is_name(value, 200) and value[0] != "/" and ".." not in value.split("/")
 
 
 def _are_paths(value: Any) -> bool:

@@ -22,7 +22,8 @@ from torch import Tensor
 from dylora.bounded import check_link, is_whole_number, open_regular, parse_json, shown
 
 MAX_FILE = 32 << 30  # bytes of one file of tensors
-MAX_HEADER = 16 << 20  # of safetensors; of a pickle and of an archive's table of contents likewise
+MAX_HEADER = 16 << 20  # bytes that name 100,000 tensors
+MAX_PICKLE = 32 << 20  # and as many moments; of an archive's table of contents likewise
 _BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _NAMED = {  # all that the pickles of `training/resume.py` name
     *("collections OrderedDict", "torch._utils _rebuild_tensor_v2"),
@@ -159,7 +160,7 @@ def _pickle_of(stream: BinaryIO) -> bytes:
     table = int.from_bytes(end[-10:-6], "little")
     if table == 2**32 - 1:  # it stands in the record before
         table = int.from_bytes(end[40:48], "little")
-    if table > MAX_HEADER:
+    if table > MAX_PICKLE:
         raise ValueError(f"its table of contents has {table:,} bytes")
     with zipfile.ZipFile(stream) as archive:
         records = archive.infolist()
@@ -175,7 +176,7 @@ def _pickle_of(stream: BinaryIO) -> bytes:
         if f"{folder}/data.pkl" not in names:
             raise ValueError("it holds no data.pkl")
         found = archive.getinfo(f"{folder}/data.pkl")
-        if found.file_size > MAX_HEADER:
+        if found.file_size > MAX_PICKLE:
             raise ValueError(f"its pickle has {found.file_size:,} bytes")
         return archive.read(found)
 

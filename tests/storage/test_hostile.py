@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import harm
 import hostile
 from dylora import DyLoRA_MoE
 from dylora.bounded import check_link, read_json
@@ -56,7 +57,7 @@ def stranger(tiny_base, mixture_on, tmp_path_factory) -> Path:
     model.base_name = str(tree / "base")
     model.training_record = {"step": 7, "targets": 100, "seed": 0}
     model.save_pretrained(tree / "checkpoint")
-    (tree / "secret").write_text(hostile.SECRET)
+    (tree / "secret").write_text(harm.SECRET)
     return tree
 
 
@@ -64,7 +65,7 @@ def stranger(tiny_base, mixture_on, tmp_path_factory) -> Path:
 def tree(stranger, tmp_path) -> Path:
     """A fresh copy without the base, which no case changes."""
     shutil.copytree(stranger / "checkpoint", tmp_path / "checkpoint")
-    (tmp_path / "secret").write_text(hostile.SECRET)
+    (tmp_path / "secret").write_text(harm.SECRET)
     return tmp_path
 
 
@@ -107,10 +108,10 @@ def one_line(capsys, arguments: list[str]) -> str:
 def test_a_hostile_adapter_is_refused(case, tree):
     adapter = tree / "checkpoint" / "peft_adapters" / "expert_1"
     case.damage(adapter / case.file)
-    message = hostile.refusal(lambda: read_adapter(adapter), tree)
+    message = harm.refusal(lambda: read_adapter(adapter), tree)
     assert str(adapter / case.file) in message
     assert case.words in message
-    assert hostile.SECRET not in message
+    assert harm.SECRET not in message
 
 
 ADAPTERS = [case._replace(file=f"peft_adapters/expert_1/{case.file}") for case in hostile.ADAPTER]
@@ -124,17 +125,17 @@ def test_a_hostile_checkpoint_is_refused_by_python_and_by_a_command(
     checkpoint = tree / "checkpoint"
     case.damage(checkpoint / case.file)
     if case not in hostile.MANIFESTS:
-        hostile.seal(checkpoint)
+        harm.seal(checkpoint)
     before = weights_hash(base)
-    messages = [hostile.refusal(lambda: DyLoRA_MoE.from_pretrained(checkpoint, base=base), tree)]
+    messages = [harm.refusal(lambda: DyLoRA_MoE.from_pretrained(checkpoint, base=base), tree)]
     assert weights_hash(base) == before
     command = WHO_SEES[case.where][number % len(WHO_SEES[case.where])]
     arguments = COMMANDS[command](checkpoint, stranger / "base", tree / "out")
-    messages.append(hostile.refusal(lambda: one_line(capsys, arguments), tree))
+    messages.append(harm.refusal(lambda: one_line(capsys, arguments), tree))
     for message in messages:
         assert str(checkpoint) in message
         assert case.file in message
-        assert hostile.SECRET not in message
+        assert harm.SECRET not in message
         # Of an adapter's pipe or link `verify` speaks before `read_adapter` could.
         assert case.words in message or case in ADAPTERS
 
@@ -156,8 +157,8 @@ def test_each_command_meets_many_kinds_of_harm(command):
 @pytest.mark.parametrize("entry", ["python", "generate", "validate"])
 def test_a_base_out_of_here_is_not_followed(name, entry, tree, capsys):
     checkpoint = tree / "checkpoint"
-    hostile.in_json("base_model_name_or_path", to=name)(checkpoint / "config.json")
-    hostile.seal(checkpoint)
+    harm.in_json("base_model_name_or_path", to=name)(checkpoint / "config.json")
+    harm.seal(checkpoint)
     calls = {
         "python": lambda: DyLoRA_MoE.from_pretrained(checkpoint),
         "generate": lambda: one_line(
@@ -165,13 +166,13 @@ def test_a_base_out_of_here_is_not_followed(name, entry, tree, capsys):
         ),
         "validate": lambda: one_line(capsys, ["validate", "--checkpoint", str(checkpoint)]),
     }
-    message = hostile.refusal(calls[entry], tree)
+    message = harm.refusal(calls[entry], tree)
     assert f"{checkpoint}/config.json names the base '{name}'" in message
 
 
 def test_a_base_that_is_given_is_used_whatever_the_checkpoint_names(tree, base):
-    hostile.in_json("base_model_name_or_path", to="../evil")(tree / "checkpoint" / "config.json")
-    hostile.seal(tree / "checkpoint")
+    harm.in_json("base_model_name_or_path", to="../evil")(tree / "checkpoint" / "config.json")
+    harm.seal(tree / "checkpoint")
     model = DyLoRA_MoE.from_pretrained(tree / "checkpoint", base=base)
     assert model.unload() is base
 
@@ -184,9 +185,9 @@ def test_the_code_that_comes_with_a_base_is_never_run(stranger, tree):
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Evil"}
     (base / "config.json").write_text(json.dumps(config))
     (base / "evil.py").write_text(f"open({str(tree / 'owned')!r}, 'w')\n")
-    hostile.in_json("base_model_name_or_path", to=str(base))(tree / "checkpoint" / "config.json")
-    hostile.seal(tree / "checkpoint")
-    message = hostile.refusal(lambda: DyLoRA_MoE.from_pretrained(tree / "checkpoint"), tree)
+    harm.in_json("base_model_name_or_path", to=str(base))(tree / "checkpoint" / "config.json")
+    harm.seal(tree / "checkpoint")
+    message = harm.refusal(lambda: DyLoRA_MoE.from_pretrained(tree / "checkpoint"), tree)
     assert f"cannot load the model {str(base)!r}" in message
 
 
@@ -195,8 +196,8 @@ def test_the_code_that_comes_with_a_base_is_never_run(stranger, tree):
 
 def test_a_vast_rank_for_newcomers_costs_nothing_until_one_comes(tree, base):
     """Every expert may have been merged to a rank below that of the configuration."""
-    hostile.in_json("moe", "r", to=65_536)(tree / "checkpoint" / "config.json")
-    hostile.seal(tree / "checkpoint")
+    harm.in_json("moe", "r", to=65_536)(tree / "checkpoint" / "config.json")
+    harm.seal(tree / "checkpoint")
 
     def load() -> None:
         model = DyLoRA_MoE.from_pretrained(tree / "checkpoint", base=base)
@@ -204,7 +205,7 @@ def test_a_vast_rank_for_newcomers_costs_nothing_until_one_comes(tree, base):
         model.unload()
         raise ValueError(f"largest {max(sizes)}")
 
-    assert hostile.refusal(load, tree) == "largest 192"
+    assert harm.refusal(load, tree) == "largest 192"
 
 
 def test_the_table_that_is_checked_is_the_one_that_is_written():
@@ -253,6 +254,6 @@ def test_a_hostile_config_is_refused(case, entry, tmp_path, capsys):
         "python": lambda: load_run_config(file),
         "info": lambda: one_line(capsys, ["info", "--config", str(file)]),
     }
-    message = hostile.refusal(calls[entry], tmp_path)
+    message = harm.refusal(calls[entry], tmp_path)
     assert str(file) in message
     assert case.words in message

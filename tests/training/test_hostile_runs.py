@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import harm
 import hostile
 from dylora.cli import main
 from dylora.run_config import SourceConfig, dump_run_config
@@ -50,7 +51,7 @@ def run(trained, make_config, tmp_path_factory) -> Run:
 @pytest.fixture
 def tree(trained, tmp_path) -> Path:
     shutil.copytree(trained, tmp_path / "tree" / "checkpoint")
-    (tmp_path / "tree" / "secret").write_text(hostile.SECRET)
+    (tmp_path / "tree" / "secret").write_text(harm.SECRET)
     return tmp_path / "tree"
 
 
@@ -66,10 +67,10 @@ def base_hash(run: Run) -> str:
 def test_a_hostile_state_is_refused_and_changes_no_folder(case, run, tree):
     checkpoint = tree / "checkpoint"
     case.damage(checkpoint / case.file)
-    hostile.seal(checkpoint)
-    before = base_hash(run), hostile.snapshot(run.folder)
-    message = hostile.refusal(lambda: resume(run, str(checkpoint)), tree)
-    assert (base_hash(run), hostile.snapshot(run.folder)) == before
+    harm.seal(checkpoint)
+    before = base_hash(run), harm.snapshot(run.folder)
+    message = harm.refusal(lambda: resume(run, str(checkpoint)), tree)
+    assert (base_hash(run), harm.snapshot(run.folder)) == before
     assert str(checkpoint) in message
     assert case.file in message
     assert case.words in message
@@ -82,7 +83,7 @@ def test_the_command_says_in_one_line_why_it_does_not_resume(
 ):
     case = next(case for case in hostile.RUN if case.name == name)
     case.damage(tree / "checkpoint" / case.file)
-    hostile.seal(tree / "checkpoint")
+    harm.seal(tree / "checkpoint")
     config = tmp_path / "config.yaml"
     config.write_text(dump_run_config(make_config(max_steps=2)))
     arguments = ["train", "--config", str(config), "--resume_from_checkpoint"]
@@ -131,7 +132,7 @@ def test_hostile_data_is_refused(case, rows):
     file = rows / case.file
     file.touch()
     case.damage(file)
-    message = hostile.refusal(lambda: read_source(source(file)), rows)
+    message = harm.refusal(lambda: read_source(source(file)), rows)
     assert str(file) in message
     assert case.words in message
 
