@@ -14,11 +14,12 @@ import torch
 import harm
 import hostile
 from dylora import DyLoRA_MoE
+from dylora.adapter import StackedLoRA
 from dylora.bounded import check_link, read_json
 from dylora.cli import main
 from dylora.config_file import load_run_config
 from dylora.experts import Expert
-from dylora.storage.checkpoint import read_description
+from dylora.storage.checkpoint import MANIFEST, hash_file, read_description
 from dylora.storage.description import RECORD
 from dylora.storage.peft_format import read_adapter
 
@@ -150,6 +151,25 @@ def test_each_command_meets_many_kinds_of_harm(command):
     assert len(met) >= 15
 
 
+def test_files_behind_a_link_are_found_where_the_manifest_leaves_them_out(tree):
+    checkpoint = tree / "checkpoint"
+    harm.moved_out(checkpoint / "peft_adapters")
+    listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    kept = {name: entry for name, entry in listed.items() if "peft_adapters" not in name}
+    (checkpoint / MANIFEST).write_text(json.dumps({"files": kept}))
+    message = harm.refusal(lambda: read_description(checkpoint), tree)
+    assert f"{checkpoint}/peft_adapters is a link that leads out" in message
+
+
+def test_a_file_that_no_loader_reads_is_not_hashed_through_a_link(tree):
+    checkpoint = tree / "checkpoint"
+    (checkpoint / "notes.txt").symlink_to(tree / "secret")
+    files = {"notes.txt": {"size": 9, "sha256": hash_file(tree / "secret")}}
+    harm.in_json("files", to=lambda old: old | files)(checkpoint / MANIFEST)
+    message = harm.refusal(lambda: read_description(checkpoint), tree)
+    assert f"{checkpoint}/notes.txt is a link that leads out" in message
+
+
 # The base that a stranger names
 
 
@@ -177,8 +197,10 @@ def test_a_base_that_is_given_is_used_whatever_the_checkpoint_names(tree, base):
     assert model.unload() is base
 
 
-def test_the_code_that_comes_with_a_base_is_never_run(stranger, tree):
+def test_the_code_that_comes_with_a_base_is_never_run(stranger, tree, monkeypatch):
     """Nor is anybody asked whether it may: transformers would, on the terminal."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
     base = Path(shutil.copytree(stranger / "base", tree / "base"))
     config = json.loads((base / "config.json").read_text())
     config |= {"model_type": "evil", "architectures": ["Evil"]}
@@ -189,23 +211,26 @@ def test_the_code_that_comes_with_a_base_is_never_run(stranger, tree):
     harm.seal(tree / "checkpoint")
     message = harm.refusal(lambda: DyLoRA_MoE.from_pretrained(tree / "checkpoint"), tree)
     assert f"cannot load the model {str(base)!r}" in message
+    assert asked == []
 
 
 # What is not refused takes no more than its files
 
 
-def test_a_vast_rank_for_newcomers_costs_nothing_until_one_comes(tree, base):
+def test_a_vast_rank_for_newcomers_costs_nothing_until_one_comes(tree, base, monkeypatch):
     """Every expert may have been merged to a rank below that of the configuration."""
     harm.in_json("moe", "r", to=65_536)(tree / "checkpoint" / "config.json")
     harm.seal(tree / "checkpoint")
+    made = []
 
-    def load() -> None:
-        model = DyLoRA_MoE.from_pretrained(tree / "checkpoint", base=base)
-        sizes = [parameter.numel() for _, parameter in model.expert_parameters()]
-        model.unload()
-        raise ValueError(f"largest {max(sizes)}")
+    def create_stack(self, first, ranks, *rest, **options):
+        made.extend(ranks)
+        return original(self, first, ranks, *rest, **options)
 
-    assert harm.refusal(load, tree) == "largest 192"
+    original = StackedLoRA.create_stack
+    monkeypatch.setattr(StackedLoRA, "create_stack", create_stack)
+    DyLoRA_MoE.from_pretrained(tree / "checkpoint", base=base).unload()
+    assert set(made) == {3}
 
 
 def test_the_table_that_is_checked_is_the_one_that_is_written():
