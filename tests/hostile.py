@@ -282,9 +282,9 @@ CHECKPOINT = [
     Case("a step that is a text", CONFIG, in_json("training", "step", to="x"), "training.step"),
     Case("data that is a number", CONFIG, in_json("training", "data", to=5), "training.data"),
     Case(
-        "a data set without rows",
+        "a data set without a name",
         CONFIG,
-        in_json("training", "data", to={"sources": [{"name": "x"}]}),
+        in_json("training", "data", to={"sources": [{"rows": 5}]}),
         "sources[0]",
     ),
     Case(

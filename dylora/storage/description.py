@@ -180,11 +180,11 @@ def _check_training(file: Path, training: dict[str, Any]) -> None:
             isinstance(source, dict)
             and is_name(source.get("name"))
             and _is_text(source.get("split_scheme"))
-            and is_whole_number(source.get("training_rows"))
+            and is_whole_number(source.get("training_rows", 0))
         ):
             raise ValueError(
-                f"{file}: {where} is {shown(source)}, but must have name, split_scheme and "
-                "training_rows"
+                f"{file}: {where} is {shown(source)}, but must have a name; split_scheme is a text "
+                "and training_rows a number"
             )
         for key, is_right in (("task_ids", is_whole_number), ("row_sha256", is_name)):
             items = source.get(key, [])

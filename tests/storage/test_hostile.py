@@ -214,6 +214,16 @@ def test_the_code_that_comes_with_a_base_is_never_run(stranger, tree, monkeypatc
     assert asked == []
 
 
+def test_info_says_what_there_is_of_a_record_that_says_little(tree, capsys):
+    harm.in_json("training", to={"step": 1, "data": {"sources": [{"name": "mine"}]}})(
+        tree / "checkpoint" / "config.json"
+    )
+    harm.in_json("moe", to={"num_experts": 2})(tree / "checkpoint" / "config.json")
+    harm.seal(tree / "checkpoint")
+    assert main(["info", "--checkpoint", str(tree / "checkpoint")]) == 0
+    assert "mine: ? rows, split generated" in capsys.readouterr().out
+
+
 # What is not refused takes no more than its files
 
 
