@@ -126,9 +126,16 @@ class StackedLoRA(nn.Module):
         return alpha / (rank**0.5 if self.config.use_rslora else rank)
 
     def create_stack(
-        self, first: int, ranks: list[int], alphas: list[float], projection: nn.Module
+        self,
+        first: int,
+        ranks: list[int],
+        alphas: list[float],
+        projection: nn.Module,
+        *,
+        drawn: bool = True,
     ) -> ExpertStack:
-        """Fresh experts `first`, `first + 1`, … of these ranks and alphas.
+        """Fresh experts `first`, `first + 1`, … of these ranks and alphas; all 0 unless `drawn`,
+        for a loader.
 
         A is random and different for each expert (equal ones would stay twins for ever) and B is
         0, so that they change nothing (with init orthogonal: B·A is 0 up to rounding).
@@ -141,7 +148,7 @@ class StackedLoRA(nn.Module):
         if self.shared_A is None:
             A = torch.zeros(count, widest, self.in_features, device=self.device)
         B = torch.zeros(count, widest, self.out_features, device=self.device)
-        for expert, rank in enumerate(own):
+        for expert, rank in enumerate(own if drawn else ()):
             if config.init_lora_weights == "orthogonal":
                 assert A is not None
                 A[expert, :rank], B[expert, :rank] = orthogonal_pair(

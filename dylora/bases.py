@@ -33,7 +33,8 @@ def load_base(
 
     Raises ValueError where it cannot be loaded, with what to do.
     """
-    options: dict[str, Any] = {}
+    # Left out, transformers would ask on the terminal whether to run code that comes with a base.
+    options: dict[str, Any] = {"trust_remote_code": False}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if quantization != "none":
@@ -99,7 +100,9 @@ def stored_bytes(parameter: torch.Tensor) -> int:
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `name`. Raises ValueError where it cannot be loaded."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_base(name), revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_base(name), revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("tokenizer", name, error)) from error
     # For a folder without its files transformers may make one without words, and says nothing.

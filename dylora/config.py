@@ -8,8 +8,12 @@ the value it got.
 import difflib
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from dylora.bounded import shown
 
 RouterType = Literal["learned", "learned_with_maturity", "fixed"]
 RouterScope = Literal["site", "shared"]
@@ -17,6 +21,8 @@ RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
 BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "none"]
 Quantization = Literal["none", "bnb-4bit", "bnb-8bit", "torchao-int8"]
+LARGEST = 65_536  # ranks, experts and hidden widths; no projection of any base is as wide
+MAX_ALPHA = 1e6
 _ONE_A = "unset with share_A: the experts have one A"
 
 ROUTING_FIELDS = (
@@ -130,17 +136,19 @@ class MoELoraConfig:
     """Shares of the run between which mode schedule raises maturity from 0 to 1."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_literals(self)
-        require(self.r >= 1, "r", self.r, "at least 1")
-        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
+        require(1 <= self.r <= LARGEST, "r", self.r, f"from 1 to {LARGEST}")
+        alpha = self.lora_alpha
+        require(0 < alpha <= MAX_ALPHA, "lora_alpha", alpha, f"above 0 and at most {MAX_ALPHA:.0f}")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
         self._check_ranks()
+        experts = self.num_experts
+        require(experts <= LARGEST, "num_experts", experts, f"at most {LARGEST}")
         if self.use_moe_routing:
-            require(
-                self.num_experts >= 2, "num_experts", self.num_experts, "at least 2 with routing"
-            )
+            require(experts >= 2, "num_experts", experts, "at least 2 with routing")
         else:
-            require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
+            require(experts >= 1, "num_experts", experts, "at least 1")
             self._warn_of_unused_routing()
         require(
             1 <= self.top_k_experts <= max(self.num_experts, 2 if not self.use_moe_routing else 0),
@@ -149,7 +157,8 @@ class MoELoraConfig:
             f"from 1 to num_experts ({self.num_experts})",
         )
         hidden = self.router_hidden_size
-        require(hidden is None or hidden >= 1, "router_hidden_size", hidden, "at least 1")
+        in_bounds = hidden is None or 1 <= hidden <= LARGEST
+        require(in_bounds, "router_hidden_size", hidden, f"from 1 to {LARGEST}")
         require(
             self.router_temperature > 0, "router_temperature", self.router_temperature, "above 0"
         )
@@ -197,18 +206,15 @@ class MoELoraConfig:
     def _check_ranks(self) -> None:
         """Ranks and alphas of experts and projections, and what goes with them."""
         count = self.expert_count
-        for name in ("expert_ranks", "expert_alphas"):
+        for suffix, most in (("rank", LARGEST), ("alpha", MAX_ALPHA)):
+            rule = f"values above 0 and at most {most:.0f}"
+            name = f"expert_{suffix}s"
             values = getattr(self, name)
-            rule = f"{count} values above 0, one an expert"
-            require(
-                values is None or (len(values) == count and all(v > 0 for v in values)),
-                name,
-                values,
-                rule,
-            )
-        for name in ("rank_pattern", "alpha_pattern"):
+            fit = values is None or (len(values) == count and all(0 < v <= most for v in values))
+            require(fit, name, values, f"{count} {rule}, one an expert")
+            name = f"{suffix}_pattern"
             values = getattr(self, name)
-            require(all(v > 0 for v in values.values()), name, values, "of values above 0")
+            require(all(0 < v <= most for v in values.values()), name, values, f"of {rule}")
         if self.share_A:
             require(self.expert_ranks is None, "expert_ranks", self.expert_ranks, _ONE_A)
             own = self.init_lora_weights != "orthogonal"
@@ -260,9 +266,10 @@ class MoELoraConfig:
         known = [item.name for item in fields(cls)]
         for key in values:
             if key not in known:
-                raise ValueError(f"unknown field {key!r} in the MoELoraConfig{nearest(key, known)}")
+                near = nearest(key[:100], known)
+                raise ValueError(f"unknown field {shown(key)} in the MoELoraConfig{near}")
         values = dict(values)
-        if "maturity_schedule" in values:
+        if isinstance(values.get("maturity_schedule"), list):
             values["maturity_schedule"] = tuple(values["maturity_schedule"])
         return cls(**values)
 
@@ -276,7 +283,74 @@ def nearest(word: str, known: list[str]) -> str:
 def require(condition: bool, name: str, value: Any, rule: str) -> None:
     """Raises ValueError with the field's name, the value it got and the rule."""
     if not condition:
-        raise ValueError(f"{name} is {value!r}, but must be {rule}")
+        raise ValueError(f"{name} is {shown(value)}, but must be {rule}")
+
+
+def check_types(config: Any) -> None:
+    """Fields hold what they are declared as, and finite numbers; JSON brings anything.
+
+    Raises ValueError.
+    """
+    for item in fields(config):
+        value = getattr(config, item.name)
+        require(_fits(value, item.type), item.name, value, describe_type(item.type))
+        numbers = [number for number in _leaves(value) if isinstance(number, float)]
+        require(all(map(math.isfinite, numbers)), item.name, value, "finite")
+
+
+def describe_type(annotation: Any) -> str:
+    """A type in words, to stand after "must be"."""
+    plain = {float: "a float", int: "an int", bool: "true or false", str: "a string"}
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if annotation in plain:
+        return plain[annotation]
+    if annotation is NoneType:
+        return "null"
+    if kind is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if kind in (Union, UnionType):
+        return ", or ".join(map(describe_type, parts))
+    if kind is list:
+        return f"a list, each item {describe_type(parts[0])}"
+    if kind is tuple:
+        return f"a list of {len(parts)} items, each {describe_type(parts[0])}"
+    if kind is dict:
+        return "a mapping" + ("" if parts[1] is Any else f", each value {describe_type(parts[1])}")
+    return str(annotation)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of a declared type; a Literal is `check_literals`' business."""
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if annotation is float and isinstance(value, float):
+        return True
+    if annotation in (int, float):  # an int may stand for a float
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and abs(value) < 2**63
+    if kind is Literal or annotation is Any:
+        return True
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if kind is tuple:
+        right = isinstance(value, tuple) and len(value) == len(parts)
+        return right and all(map(_fits, value, parts))
+    if kind is dict:
+        return isinstance(value, dict) and all(
+            _fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items()
+        )
+    return isinstance(value, annotation)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """A field's value, or what is in its list or mapping."""
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list | tuple):
+        yield from value
+    else:
+        yield value
 
 
 def check_literals(config: Any) -> None:
@@ -285,9 +359,9 @@ def check_literals(config: Any) -> None:
         choices = _literal_choices(item.type)
         value = getattr(config, item.name)
         if choices and value not in choices:
-            shown = ", ".join(map(str, choices))
+            listed = ", ".join(map(str, choices))
             hint = nearest(value, [str(c) for c in choices]) if isinstance(value, str) else ""
-            raise ValueError(f"{item.name} is {value!r}, but must be one of {shown}{hint}")
+            raise ValueError(f"{item.name} is {shown(value)}, but must be one of {listed}{hint}")
 
 
 def _literal_choices(annotation: Any) -> tuple[Any, ...]:

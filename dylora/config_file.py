@@ -11,15 +11,20 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from dylora.bounded import read_bytes, shown
+from dylora.config import describe_type
 from dylora.run_config import RunConfig
 
 COMMAND_LINE = "command line"
+MAX_BYTES = 128 << 10  # of a config: reading as much takes a second
+MAX_BRACKETS = 100  # open at a time; the parser takes a second for a few thousand
+MAX_NODES = 20_000  # of its tree, with every alias written out
 Origin = Callable[[str], str]
 
 
@@ -90,6 +95,13 @@ class _StrictLoader(yaml.SafeLoader):
     In YAML 1.1 1e-4 is a string for want of a dot; `_typed` reads it as the number it means.
     """
 
+    def get_single_node(self) -> yaml.Node | None:
+        """The tree, refused while it is still small: ten lines of aliases can stand for 10^9."""
+        root: yaml.Node | None = super().get_single_node()
+        if root is not None:
+            _count_nodes(root, {})
+        return root
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
         for key_node, _ in node.value:
@@ -105,13 +117,11 @@ class _StrictLoader(yaml.SafeLoader):
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The file's mapping; raises in one line that names the file and, where known, the line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, MAX_BYTES).decode()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error.reason})") from error
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         what = "is empty" if tree is None else f"is a {type(tree).__name__}"
@@ -120,14 +130,42 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str, where: str) -> Any:
+    depth = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > MAX_BRACKETS:
+            raise ValueError(f"{where}: more than {MAX_BRACKETS} brackets in one another")
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ValueError(f"{where}{line}: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of a date or number that is none
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: too many lists and mappings in one another") from error
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a tree stands for, each alias written out. Raises ValueError for too many,
+    and for one that holds itself."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise yaml.MarkedYAMLError(None, None, "an alias of itself", node.start_mark)
+        return known[id(node)]
+    known[id(node)] = 0  # under way
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    count = 1 + sum(_count_nodes(part, known) for part in parts)
+    if count > MAX_NODES:
+        what = f"its aliases stand for more than {MAX_NODES:,} values"
+        raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
+    known[id(node)] = count
+    return count
 
 
 # Overriding
@@ -187,7 +225,8 @@ def _index_of(items: list[Any], part: str, path: str) -> int:
 
 def _mapping(value: Any, path: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{COMMAND_LINE}: {path} is {value!r} in the file, so it has no fields")
+        given = f"{path} is {shown(value)} in the file"
+        raise ValueError(f"{COMMAND_LINE}: {given}, so it has no fields")
     return value or {}
 
 
@@ -200,7 +239,7 @@ def _typed_fields(raw: Any, cls: type, path: str, origin: Origin) -> dict[str, A
     raw = {} if raw is None else raw  # "train:" with nothing under it
     if not isinstance(raw, dict):
         wanted = f"but must have the fields {', '.join(hints)}"
-        raise ValueError(f"{origin(path)}: {path} is {raw!r}, {wanted}")
+        raise ValueError(f"{origin(path)}: {path} is {shown(raw)}, {wanted}")
     siblings = [_join(path, name) for name in hints]
     for name in raw:
         if name not in hints:
@@ -224,7 +263,8 @@ def _typed(value: Any, annotation: Any, key: str, origin: Origin) -> Any:
         if isinstance(value, str):  # --data.sources '[{name: mbpp}]'
             value = _parse_yaml(value, f"{origin(key)}: {key}")
         if not isinstance(value, list):
-            raise ValueError(f"{origin(key)}: {key} is {value!r}, but must be a list of mappings")
+            given = f"{key} is {shown(value)}"
+            raise ValueError(f"{origin(key)}: {given}, but must be a list of mappings")
         return [
             _typed_fields(item, item_type, f"{key}[{index}]", origin)
             for index, item in enumerate(value)
@@ -235,9 +275,9 @@ def _typed(value: Any, annotation: Any, key: str, origin: Origin) -> Any:
             raise ArgumentError(None, "null")
         return _value_parser(annotation).parse_object({"value": value}).value
     except ArgumentError:
-        shown = "null" if value is None else repr(value)
-        must = f"{key} is {shown}, but must be {_describe(annotation)}"
-        near = difflib.get_close_matches(str(value), _words(annotation), n=1)
+        given = "null" if value is None else shown(value)
+        must = f"{key} is {given}, but must be {describe_type(annotation)}"
+        near = difflib.get_close_matches(given, _words(annotation), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"{origin(key)}: {must}{hint}") from None
 
@@ -247,27 +287,6 @@ def _value_parser(annotation: Any) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=annotation)
     return parser
-
-
-def _describe(annotation: Any) -> str:
-    """A type in words, to stand after "must be"."""
-    plain = {float: "a float", int: "an int", bool: "true or false", str: "a string"}
-    kind, parts = get_origin(annotation), get_args(annotation)
-    if annotation in plain:
-        return plain[annotation]
-    if annotation is NoneType:
-        return "null"
-    if kind is Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    if kind in (Union, UnionType):
-        return ", or ".join(map(_describe, parts))
-    if kind is list:
-        return f"a list, each item {_describe(parts[0])}"
-    if kind is tuple:
-        return f"a list of {len(parts)} items, each {_describe(parts[0])}"
-    if kind is dict:
-        return "a mapping" + ("" if parts[1] is Any else f", each value {_describe(parts[1])}")
-    return str(annotation)
 
 
 def _words(annotation: Any) -> list[str]:

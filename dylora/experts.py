@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dylora import maturity, stacks
+from dylora.bounded import is_name, shown
 
 if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
@@ -63,8 +64,16 @@ class MergeReport(NamedTuple):
 class ExpertManager:
     """The table of a model's experts, and everything that changes it."""
 
-    def __init__(self, model: "DyLoRA_MoE"):
+    def __init__(self, model: "DyLoRA_MoE", records: list[dict[str, Any]] | None = None):
+        """Those of a saved table, or else those that the configuration begins with."""
         self.model = model
+        self.step = 0  # of the run, for the histories
+        self.progress = 0.0  # share of the run that is done
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.table: list[Expert] = []
+        if records is not None:
+            self.restore(records)
+            return
         config = model.config
         ranks = config.expert_ranks or [config.r] * config.expert_count
         alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
@@ -72,9 +81,6 @@ class ExpertManager:
             Expert(f"expert_{index}", rank, alpha)
             for index, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True))
         ]
-        self.step = 0  # of the run, for the histories
-        self.progress = 0.0  # share of the run that is done
-        self._optimizer: torch.optim.Optimizer | None = None
 
     def __len__(self) -> int:
         """All that ever were: the width of the gates. Numbers are never used again."""
@@ -157,6 +163,8 @@ class ExpertManager:
         rank, alpha = rank or config.r, alpha or config.lora_alpha
         if rank < 1 or alpha <= 0:
             raise ValueError(f"rank is {rank} and alpha {alpha}, but both must be above 0")
+        if skill is not None and not is_name(skill):
+            raise ValueError(f"skill is {shown(skill)}, but must be a short text of one line")
         if config.share_A and rank != config.r:
             raise ValueError(f"rank is {rank}, but with share_A it must be r ({config.r})")
         if not 0 < share < 1:
@@ -315,12 +323,12 @@ class ExpertManager:
         return [asdict(row) for row in self.table]
 
     def restore(self, records: list[dict[str, Any]]) -> None:
-        """Give the model the experts of a saved table, with fresh values that a loader overwrites.
+        """Give the model the experts of a saved table, with values that a loader overwrites.
 
         Raises ValueError for a record that does not read. An optimizer has to be built anew.
         """
         try:
-            table = [Expert(**record) for record in records]
+            table = [Expert(**{k: v for k, v in r.items() if k != "maturity"}) for r in records]
         except TypeError as error:
             raise ValueError(f"the table of experts does not read: {error}") from None
         model, first = self.model, self.table
@@ -339,7 +347,8 @@ class ExpertManager:
                 fresh = []
                 for run in runs_of(table):
                     ranks, alphas = [table[e].rank for e in run], [table[e].alpha for e in run]
-                    fresh.append(adapter.create_stack(run[0], ranks, alphas, projection))
+                    stack = adapter.create_stack(run[0], ranks, alphas, projection, drawn=False)
+                    fresh.append(stack)
                 adapter.set_stacks(fresh)
                 adapter.train(model.training)
         self.table = table

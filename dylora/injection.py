@@ -42,8 +42,10 @@ class Injection(NamedTuple):
     handles: list[RemovableHandle]
 
 
-def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
+def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool = True) -> Injection:
     """Freeze the base and add routers and adapters to its sites, in place.
+
+    Without experts the adapters are empty: a loader makes those that its files hold.
 
     Raises ValueError when the base has been injected before, when no projection matches, when a
     block holds no place for a router, or when DoRA or trained biases find nothing to work on.
@@ -95,7 +97,8 @@ def inject(base: PreTrainedModel, config: MoELoraConfig) -> Injection:
             projection = base.get_submodule(path)
             sizes = projection_sizes(projection)
             adapter = StackedLoRA(site, path, *sizes, config, device_of(base, path))
-            adapter.stacks.append(adapter.create_stack(0, ranks, alphas, projection))
+            if with_experts:
+                adapter.stacks.append(adapter.create_stack(0, ranks, alphas, projection))
             projection.add_module(ADAPTER_NAME, adapter)
             handles.append(projection.register_forward_hook(adapter.add_update))
             adapters[path] = adapter

@@ -23,6 +23,7 @@ from dylora.maturity import ExpertMaturity
 from dylora.model_files import load_model, write_model
 from dylora.router import DynamicHybridRouter, check_routing_weights
 from dylora.storage.checkpoint import folder_bytes, read_description, write_folder
+from dylora.storage.description import named_base
 
 
 class Routing(NamedTuple):
@@ -65,18 +66,24 @@ class DyLoRA_MoE(nn.Module):
         *,
         base_name: str | None = None,
         base_revision: str | None = None,
+        records: list[dict[str, Any]] | None = None,
     ):
-        """Inject experts into `base`, in place. See `from_base` and `from_pretrained`."""
+        """Inject experts into `base`, in place: those of `records`, a saved table, or else those
+        that the configuration begins with. See `from_base` and `from_pretrained`."""
         super().__init__()
         self.base = base
         self.config = config
         self.base_name = base_name or base.config.name_or_path or None
         self.base_revision = base_revision
-        self.injection = injection.inject(base, config)
+        self.injection = injection.inject(base, config, with_experts=records is None)
         self.training = base.training
         self._head: tuple[Head | None] | None = None  # not looked for yet
         self.maturity = ExpertMaturity.create(config.expert_count)
-        self.experts = ExpertManager(self)
+        try:
+            self.experts = ExpertManager(self, records)
+        except ValueError:  # a base that was given is as it was
+            injection.remove(base, self.injection)
+            raise
         self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
         # Saving an injected model would write files that reload with fresh weights.
         base.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
@@ -376,7 +383,9 @@ class DyLoRA_MoE(nn.Module):
         """A mixture from a folder written by `save_pretrained` or by training.
 
         Args:
-            base: the base by name or as a model; by default the one the folder names.
+            base: the base by name or as a model; by default the one the folder names, which a
+                stranger may have chosen: `run.py info` says which it is. No code that comes with
+                a base is ever run.
             quantization: of a base given by name; by default as it was in training.
 
         Raises ValueError or FileNotFoundError naming the file when the folder is not whole or
@@ -384,21 +393,24 @@ class DyLoRA_MoE(nn.Module):
         """
         folder = Path(folder)
         description = read_description(folder)
-        kept = description["base_model_name_or_path"]
-        base = kept if base is None else base
+        kept, records = description["base_model_name_or_path"], description["experts"]
         if base is None:
-            raise ValueError(f"{folder}/config.json names no base model: give one as base=")
-        model = cls.from_base(
-            base,
-            MoELoraConfig.from_dict(description["moe"]),
-            revision=description["base_revision"] if base == kept else None,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
-            quantization=quantization or description["quantization"],
-        )
+            base = named_base(folder, description)
+        revision = description["base_revision"] if base == kept else None
+        name = base if isinstance(base, str) else None
+        if isinstance(base, str):
+            base = load_base(
+                base,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                attn_implementation=attn_implementation,
+                quantization=quantization or description["quantization"],
+            )
+        config = MoELoraConfig.from_dict(description["moe"])
+        model = cls(base, config, base_name=name, base_revision=revision, records=records)
         try:
-            load_model(model, folder, description["experts"])
+            load_model(model, folder, records)
         except Exception:
             model.unload()  # a base that was given is as it was
             raise

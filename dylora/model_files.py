@@ -4,6 +4,7 @@ The layout is DESIGN section 4's; `storage` knows the formats, this file knows t
 """
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,21 +16,21 @@ from transformers.pytorch_utils import Conv1D
 from dylora import injection
 from dylora.adapter import ExpertStack
 from dylora.bases import quantization_of
+from dylora.bounded import shown
 from dylora.maturity import ExpertMaturity
-from dylora.storage.checkpoint import FORMAT_VERSION
+from dylora.storage.description import ADAPTERS, FORMAT_VERSION, ROUTER_FILE
 from dylora.storage.peft_format import (
     PeftAdapter,
     adapter_config,
     read_adapter,
-    read_tensors,
     scaling_of,
     write_adapter,
 )
+from dylora.storage.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
 
-ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
 FIXED = "fixed_weights"  # [E], of router_type fixed
 # The shifts of trained biases as they are: an adapter holds base + shift, which rounds.
 SHIFTS_FILE = "bias_shifts.safetensors"
@@ -121,7 +122,7 @@ def load_model(model: "DyLoRA_MoE", folder: Path, records: list[dict]) -> None:
     Raises ValueError, naming file and tensor, where the folder does not fit the model.
     """
     try:
-        model.experts.restore([{k: v for k, v in r.items() if k != "maturity"} for r in records])
+        model.experts.restore(records)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
     shared: dict[str, Tensor] = {}
@@ -190,21 +191,28 @@ def _load_routers(model: "DyLoRA_MoE", file: Path) -> None:
     _copy(weights_E, tensors[FIXED], f"{file}: {FIXED}")
     if not bool((weights_E.isfinite() & (weights_E >= 0)).all()):
         raise ValueError(
-            f"{file}: {FIXED} is {weights_E.tolist()}, but must be finite and at least 0"
+            f"{file}: {FIXED} is {shown(weights_E.tolist())}, but must be finite and at least 0"
         )
     for name, parameter in routers.items():
         _copy(parameter, tensors[name], f"{file}: {name}")
         if not parameter.isfinite().all():
             raise ValueError(f"{file}: {name} holds values that are not finite")
-    for name, value in maturity.items():  # fast and slow may be NaN: before the first token
-        if tensors[name].shape != value.shape:
-            raise ValueError(f"{file}: {name} has shape {list(tensors[name].shape)}")
-    share = tensors["maturity.maturity"]
-    if not bool(((share >= 0) & (share <= 1)).all()):
-        raise ValueError(f"{file}: maturity.maturity is {share.tolist()}, but must be in [0, 1]")
-    model.set_maturity(
-        ExpertMaturity(**{name.partition(".")[2]: tensors[name] for name in maturity})
-    )
+    state = {name.partition(".")[2]: tensors[name] for name in maturity}
+    for name, value in maturity.items():
+        if tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
+            raise ValueError(
+                f"{file}: {name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected "
+                f"{value.dtype} {list(value.shape)}"
+            )
+    bounds = {"maturity": 1.0, "born": 1.0} | dict.fromkeys(("evidence", "fast", "slow"), math.inf)
+    for name, most in bounds.items():
+        value = state[name]
+        unseen = value.isnan() if name in ("fast", "slow") else False  # before the first token
+        if not bool((unseen | ((value >= 0) & (value <= most) & ~value.isinf())).all()):
+            raise ValueError(
+                f"{file}: maturity.{name} is {shown(value.tolist())}, but must be in [0, {most:g}]"
+            )
+    model.set_maturity(ExpertMaturity(**state))
 
 
 def _check_same_keys(source: Path, found: set[str], expected: set[str]) -> None:

@@ -179,7 +179,7 @@ def test_two_keys_in_one_line_are_a_duplicate_too(config_file, refusal):
 def test_a_file_that_is_not_there_or_not_a_text_is_named(config_file, refusal):
     config_file("")
     assert refusal("train", "--config", "configs/y.yaml") == "configs/y.yaml: no such file"
-    assert refusal("train", "--config", "configs") == "configs: Is a directory"
+    assert refusal("train", "--config", "configs") == "configs is a folder, not a file"
     Path("configs/x.yaml").write_bytes(b"name: \xff")
     assert "not a text in UTF-8" in refusal("train", "--config", "configs/x.yaml")
 

@@ -21,6 +21,7 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/
 # A module imports only from the rows above its own. Names are relative to dylora; a folder stands
 # for its modules, which may import each other.
 LAYERS = (
+    ("bounded",),
     ("config",),
     ("run_config",),
     ("config_file", "bases", "compute", "packed", "router", "maturity", "storage", "tasks"),

@@ -1,5 +1,6 @@
 """`run.py generate`: one answer, and on request how its tokens were routed."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from dylora.bases import choose_device, load_tokenizer
 from dylora.config import Quantization
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import read_description
+from dylora.storage.description import named_base
 from dylora.training.prompts import encode_prompts, format_prompt, pad_token_id
 
 
@@ -31,11 +33,14 @@ def generate_text(
         show_routing: print each token's leading expert and the mean share of every expert.
         quantization: how the base's linear layers are stored; by default as in training.
     """
-    name = base or read_description(Path(checkpoint))["base_model_name_or_path"]
+    folder = Path(checkpoint)
+    name = base or named_base(folder, read_description(folder))
     device = choose_device("auto")
     model = DyLoRA_MoE.from_pretrained(
         checkpoint, name, device=device, quantization=quantization
     ).eval()
+    if base is None:  # whoever made the checkpoint chose it
+        print(f"base: {name}, as {checkpoint} names it", file=sys.stderr)
     tokenizer = load_tokenizer(name)
     text = prompt if raw else format_prompt(prompt)
     ids = torch.tensor(encode_prompts(tokenizer, [text]), device=device)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dylora.config import MoELoraConfig
 from dylora.storage.checkpoint import folder_bytes, read_description
 
 
@@ -12,7 +13,7 @@ def print_info(checkpoint: str) -> None:
     """
     folder = Path(checkpoint)
     description = read_description(folder)
-    moe, training = description["moe"], description["training"]
+    moe, training = MoELoraConfig().to_dict() | description["moe"], description["training"]
     print(f"{folder}: whole, {folder_bytes(folder) / 1e6:.1f} MB, every file as written")
     revision = description["base_revision"] or "any revision"
     print(f"base        {description['base_model_name_or_path']} ({revision})")
@@ -29,11 +30,11 @@ def print_info(checkpoint: str) -> None:
             f"trained {expert['steps']} steps, {size / 1e6:.2f} MB"
             + (f", skill {expert['skill']}" if expert["skill"] else "")
         )
-    if "step" in training:
+    if {"step", "targets", "seed"} <= training.keys():
         print(
             f"trained     {training['step']} steps, {training['targets']:,} target tokens, "
             f"seed {training['seed']}"
         )
     for source in training.get("data", {}).get("sources", []):
-        scheme = source["split_scheme"] or "generated"
-        print(f"data        {source['name']}: {source['training_rows']} rows, split {scheme}")
+        scheme, rows = source.get("split_scheme") or "generated", source.get("training_rows", "?")
+        print(f"data        {source['name']}: {rows} rows, split {scheme}")

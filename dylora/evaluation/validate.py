@@ -26,6 +26,7 @@ from dylora.evaluation.cost import Cost, describe_cost, measure_cost, n_passes, 
 from dylora.model import DyLoRA_MoE
 from dylora.model_files import ADAPTERS, expert_adapter
 from dylora.storage.checkpoint import read_description, verify
+from dylora.storage.description import named_base
 from dylora.storage.peft_format import PeftAdapter, read_adapter, scaling_of
 
 # Differences of logits are relative to the largest logit, and two orders of the same sums always
@@ -122,9 +123,7 @@ def validate_checkpoint(
         raise ValueError(f"--out is {out!r}, but must be a file in a folder that exists")
     description = read_description(folder)
     kept = description["base_model_name_or_path"]
-    name = base or kept
-    if name is None:
-        raise ValueError(f"{folder}/config.json names no base model: give one as --base")
+    name = base or named_base(folder, description)
     revision = description["base_revision"] if name == kept else None
     try:
         place = choose_device(device)

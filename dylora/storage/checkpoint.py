@@ -11,13 +11,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from dylora.storage.peft_format import read_json
+from dylora.bounded import (
+    MAX_JSON,
+    check_link,
+    is_whole_number,
+    open_regular,
+    read_json,
+    shown,
+)
+from dylora.storage.description import check_description
+from dylora.storage.tensor_files import MAX_FILE, check_archive, read_headers
 
-FORMAT_VERSION = 2  # of a mixture's config.json
 MANIFEST = "manifest.json"
 REHEARSAL = "checkpoint-rehearsal"  # written and deleted before the first step
 LOADED = {  # names of all files that a loader reads
@@ -28,8 +36,8 @@ LOADED = {  # names of all files that a loader reads
 FEWEST_KEPT = 2  # a single checkpoint is lost with the first bit that flips in it
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _CHUNK = 1 << 20
-_DESCRIBED = ["base_model_name_or_path", "base_revision", "quantization"]
-_DESCRIBED += ["moe", "experts", "training"]
+_LARGE = 64 << 20  # bytes, hashed in a twentieth of a second
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
@@ -111,18 +119,26 @@ def write_manifest(folder: Path) -> None:
 def verify(folder: Path) -> None:
     """Raises ValueError naming the first file that is missing, has changed, or came in later.
 
-    Notes of others may lie beside ours; a file that a loader would read may not.
+    Notes of others may lie beside ours; a file that a loader would read may not. Sizes and links
+    are looked at before anything is hashed. A manifest is proof against accidents; whoever writes
+    the files can write one that fits, so what they hold is checked where it is read.
     """
     listed = _listed_files(folder)
-    for path in sorted(folder.rglob("*")):
+    for path in _entries(folder):
         if path.name in LOADED and str(path.relative_to(folder)) not in listed:
             raise ValueError(f"{path} is not in {MANIFEST}: it came in later")
     for name, expected in listed.items():
         path = folder / name
+        check_link(path, folder)
         if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        if path.stat().st_size != expected["size"] or hash_file(path) != expected["sha256"]:
+            raise ValueError(f"{path} is missing" if not path.exists() else f"{path} is no file")
+        if path.stat().st_size != expected["size"]:
             raise ValueError(f"{path} has changed since it was written")
+        if path.name in LOADED:
+            _check_size(path, expected["size"])
+    for name, expected in listed.items():
+        if hash_file(folder / name) != expected["sha256"]:
+            raise ValueError(f"{folder / name} has changed since it was written")
 
 
 def is_whole(folder: Path) -> bool:
@@ -135,19 +151,16 @@ def is_whole(folder: Path) -> bool:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """config.json of a verified folder. Raises ValueError for another format version."""
+    """config.json of a verified folder, as far as its files bear it out.
+
+    Raises ValueError for another format version, for a key or value that cannot be, and for a
+    mixture larger than the folder's files: see `check_description`.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint {folder} does not exist")
     verify(folder)
     description = read_json(folder / "config.json")
-    if description.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}/config.json has format_version {description.get('format_version')!r}; "
-            f"this version reads {FORMAT_VERSION}"
-        )
-    for key in _DESCRIBED:
-        if key not in description:
-            raise ValueError(f"{folder}/config.json: {key!r} is missing")
+    check_description(folder, description)
     return description
 
 
@@ -198,7 +211,7 @@ def folder_bytes(folder: Path) -> int:
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -209,17 +222,44 @@ def _listed_files(folder: Path) -> dict[str, dict[str, Any]]:
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder} is no whole checkpoint: it has no {MANIFEST}")
     files = read_json(folder / MANIFEST).get("files")
-    if not (
-        isinstance(files, dict)
-        and files
-        and all(isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in files.values())
-    ):
+    if not isinstance(files, dict) or not files:
         raise ValueError(f"{folder / MANIFEST} lists no files with their size and sha256")
-    for name in files:
+    for name, entry in files.items():
         path = PurePath(name)
         if path.is_absolute() or ".." in path.parts or "\0" in name:
-            raise ValueError(f"{folder / MANIFEST}: {name!r} lies outside the folder")
+            raise ValueError(f"{folder / MANIFEST}: {shown(name)} lies outside the folder")
+        if not (
+            isinstance(entry, dict)
+            and is_whole_number(entry.get("size"), 0, MAX_FILE)
+            and isinstance(entry.get("sha256"), str)
+            and _SHA256.fullmatch(entry["sha256"])
+        ):
+            raise ValueError(
+                f"{folder / MANIFEST}: {shown(name)} has {shown(entry)}, but needs a size of at "
+                f"most {MAX_FILE:,} bytes and a sha256"
+            )
     return files
+
+
+def _check_size(path: Path, size: int) -> None:
+    """Raises ValueError for what a loader would refuse, where to hash it first would take long."""
+    if path.suffix == ".json" and size > MAX_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, but may have {MAX_JSON:,}")
+    if path.suffix == ".safetensors" and size > _LARGE:
+        read_headers(path)
+    if path.suffix == ".pt" and size > _LARGE:
+        check_archive(path)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, links to folders not followed.
+
+    Raises ValueError for one that leads outside: a loader would follow it.
+    """
+    for parent, folders, files in os.walk(folder):
+        for name in folders:
+            check_link(Path(parent, name), folder)
+        yield from (Path(parent, name) for name in sorted(files))
 
 
 def _may_replace(folder: Path) -> bool:

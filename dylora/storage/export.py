@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from dylora.storage.checkpoint import read_description, write_folder
+from dylora.storage.description import ADAPTERS
 from dylora.storage.peft_format import PeftAdapter, portable_form, read_adapter, write_adapter
-
-ADAPTERS = "peft_adapters"
 
 
 def export_checkpoint(

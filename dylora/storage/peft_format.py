@@ -5,7 +5,6 @@ GPT-2's Conv1D not transposed but marked by fan_in_fan_out.
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +12,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+
+from dylora.bounded import is_number, is_whole_number, read_json, shown
+from dylora.config import LARGEST, MAX_ALPHA
+from dylora.storage.tensor_files import Header, read_headers, read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, OLD_WEIGHTS_FILE = (
     "adapter_config.json",
@@ -24,7 +26,9 @@ CONFIG_FILE, WEIGHTS_FILE, OLD_WEIGHTS_FILE = (
 )
 _PREFIX = "base_model.model."
 _MATRIX = re.compile(r"(?P<path>.+)\.lora_(?P<matrix>[AB])\.weight")
-_PLAIN_NAME = re.compile(r"[\w.]+")
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+_NAMING = ("target_modules", "exclude_modules", "layers_pattern")  # peft matches texts as regexes
+_FLAGS = ("use_rslora", "use_dora", "fan_in_fan_out")
 _MAGNITUDE = ".lora_magnitude_vector"
 _ADAPTED_BIAS, _BIAS = ".base_layer.bias", ".bias"
 
@@ -107,63 +111,102 @@ def read_adapter(folder: Path) -> PeftAdapter:
     with or without biases: unknown keys, one matrix without the other, ranks that differ from the
     configuration's, values that are not finite. FileNotFoundError for a missing file.
     """
-    config = read_json(folder / CONFIG_FILE)
-    if config.get("peft_type") != "LORA":
-        found = config.get("peft_type")
-        raise ValueError(f"{folder / CONFIG_FILE}: peft_type is {found!r}, not LORA")
-    for key in ("r", "lora_alpha", "target_modules"):
-        if key not in config:
-            raise ValueError(f"{folder / CONFIG_FILE}: {key!r} is missing")
-    r, alpha = config["r"], config["lora_alpha"]
-    if not isinstance(r, int) or r < 1:
-        raise ValueError(f"{folder / CONFIG_FILE}: r is {r!r}, but must be a whole number above 0")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"{folder / CONFIG_FILE}: lora_alpha is {alpha!r}, but must be a number")
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(key) or {}
-        kind = int if key == "rank_pattern" else int | float
-        if not isinstance(pattern, dict) or not all(
-            isinstance(value, kind) and 0 < value < math.inf for value in pattern.values()
-        ):
-            raise ValueError(
-                f"{folder / CONFIG_FILE}: {key} {pattern!r} does not map names to numbers above 0"
-            )
-        for name in pattern:
-            if not _PLAIN_NAME.fullmatch(name):
-                raise ValueError(
-                    f"{folder / CONFIG_FILE}: {key} names {name!r}, a regular expression; "
-                    "only the words at the end of a path are read"
-                )
-    if config.get("bias", "none") not in ("none", "lora_only", "all"):
-        raise ValueError(f"{folder / CONFIG_FILE}: bias {config['bias']!r} is not known")
-    for key in ("modules_to_save", *_MORE_THAN_LORA):
-        if config.get(key):
-            raise ValueError(f"{folder / CONFIG_FILE}: {key} is not supported yet")
-    if config.get("kasa_config") is not None:  # peft acts on an empty one, too
-        raise ValueError(f"{folder / CONFIG_FILE}: kasa_config is not supported yet")
-    if (init := config.get("init_lora_weights", True)) not in _HARMLESS_INITS:
-        raise ValueError(f"{folder / CONFIG_FILE}: init_lora_weights {init!r} changes the base")
+    config = read_adapter_config(folder)
     file = folder / WEIGHTS_FILE
-    tensors = read_tensors(file)
-    if not tensors:
-        raise ValueError(f"{file}: holds no tensors")
-    halves: dict[str, dict[str, Tensor]] = {}
-    magnitudes, biases = {}, {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        match = _MATRIX.fullmatch(name)
+    _sort_tensors(file, config, read_headers(file))  # before anything is allocated
+    found = _sort_tensors(file, config, read_tensors(file))
+    for key, tensor in found.by_key.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{file}: {key!r} holds values that are not finite")
-        if match is not None and tensor.ndim == 2 and key.startswith(_PREFIX):
-            halves.setdefault(match["path"], {})[match["matrix"]] = tensor
-        elif name.endswith(_MAGNITUDE) and tensor.ndim == 1 and config.get("use_dora"):
-            magnitudes[name.removesuffix(_MAGNITUDE)] = tensor
-        elif name.endswith(_BIAS) and tensor.ndim == 1 and config.get("bias", "none") != "none":
-            biases[name.removesuffix(_ADAPTED_BIAS).removesuffix(_BIAS)] = tensor
+    weights = {path: (pair["A"], pair["B"]) for path, pair in found.halves.items()}
+    return PeftAdapter(config, weights, found.magnitudes, found.biases)
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """r, D and O of every projection of a LoRA, from its headers alone. Raises as `read_adapter`
+    for all but the values."""
+    file = folder / WEIGHTS_FILE
+    found = _sort_tensors(file, read_adapter_config(folder), read_headers(file))
+    return {path: (*p["A"].shape, p["B"].shape[0]) for path, p in found.halves.items()}
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json, if it describes a LoRA that `read_adapter` reads. Raises likewise."""
+    file = folder / CONFIG_FILE
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is {shown(config.get('peft_type'))}, not LORA")
+    for key in ("r", "lora_alpha", "target_modules"):
+        if key not in config:
+            raise ValueError(f"{file}: {key!r} is missing")
+    for key, is_right, rule in (
+        ("r", _is_rank, f"a whole number from 1 to {LARGEST:,}"),
+        ("lora_alpha", _is_alpha, f"a number above 0 and at most {MAX_ALPHA:,.0f}"),
+    ):
+        if not is_right(config[key]):
+            raise ValueError(f"{file}: {key} is {shown(config[key])}, but must be {rule}")
+    for key, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
+            raise ValueError(
+                f"{file}: {key} {shown(pattern)} does not map names to numbers as "
+                f"{'r' if is_right is _is_rank else 'lora_alpha'} may have"
+            )
+        _require_plain(file, key, pattern)
+    for key in _NAMING:
+        names = config.get(key)
+        if names is not None:
+            _require_plain(file, key, [names] if isinstance(names, str) else names)
+    for key in _FLAGS:
+        if type(config.get(key, False)) is not bool:
+            raise ValueError(f"{file}: {key} is {shown(config[key])}, but must be true or false")
+    if config.get("bias", "none") not in ("none", "lora_only", "all"):
+        raise ValueError(f"{file}: bias {shown(config['bias'])} is not known")
+    for key in ("modules_to_save", *_MORE_THAN_LORA):
+        if config.get(key):
+            raise ValueError(f"{file}: {key} is not supported yet")
+    if config.get("kasa_config") is not None:  # peft acts on an empty one, too
+        raise ValueError(f"{file}: kasa_config is not supported yet")
+    if (init := config.get("init_lora_weights", True)) not in _HARMLESS_INITS:
+        raise ValueError(f"{file}: init_lora_weights {shown(init)} changes the base")
+    return config
+
+
+class _Sorted(NamedTuple):
+    """The tensors of an adapter, or their headers, by what they are."""
+
+    by_key: Mapping[str, Any]
+    halves: dict[str, dict[str, Any]]  # path -> A and B
+    magnitudes: dict[str, Any]
+    biases: dict[str, Any]
+
+
+def _sort_tensors(
+    file: Path, config: dict[str, Any], tensors: Mapping[str, Tensor] | Mapping[str, Header]
+) -> _Sorted:
+    """Raises ValueError for a tensor that is no part of the LoRA `config` names, or misses one."""
+    if not tensors:
+        raise ValueError(f"{file}: holds no tensors")
+    found = _Sorted(tensors, {}, {}, {})
+    for key, tensor in tensors.items():
+        name, dimensions = key.removeprefix(_PREFIX), len(tensor.shape)
+        match = _MATRIX.fullmatch(name)
+        if not key.startswith(_PREFIX) or not _PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"{file}: {shown(key)} is not {_PREFIX}<path of a tensor>")
+        if match is not None and dimensions == 2:
+            found.halves.setdefault(match["path"], {})[match["matrix"]] = tensor
+        elif name.endswith(_MAGNITUDE) and dimensions == 1 and config.get("use_dora"):
+            found.magnitudes[name.removesuffix(_MAGNITUDE)] = tensor
+        elif name.endswith(_BIAS) and dimensions == 1 and config.get("bias", "none") != "none":
+            path = name.removesuffix(_ADAPTED_BIAS).removesuffix(_BIAS)
+            if path in found.biases:
+                raise ValueError(f"{file}: {path} has two biases")
+            found.biases[path] = tensor
         else:
-            raise ValueError(f"{file}: {key!r} is not a part of the LoRA its configuration names")
-    weights = {}
-    for path, pair in halves.items():
+            raise ValueError(
+                f"{file}: {shown(key)} is not a part of the LoRA its configuration names"
+            )
+    for path, pair in found.halves.items():
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"{file}: {path} has lora_{next(iter(pair))} alone")
         rank = rank_of(config, path)
@@ -172,34 +215,33 @@ def read_adapter(folder: Path) -> PeftAdapter:
                 f"{file}: {path} has A {list(pair['A'].shape)} and B {list(pair['B'].shape)}, "
                 f"but the rank is {rank}"
             )
-        weights[path] = (pair["A"], pair["B"])
     if config.get("use_dora"):
-        for path in weights.keys() ^ magnitudes.keys():
+        for path in found.halves.keys() ^ found.magnitudes.keys():
             raise ValueError(f"{file}: {path} has a DoRA magnitude or matrices alone")
-    return PeftAdapter(config, weights, magnitudes, biases)
+        for path, magnitude in found.magnitudes.items():
+            if magnitude.shape[0] != found.halves[path]["B"].shape[0]:
+                raise ValueError(f"{file}: {path} has a DoRA magnitude of another width than B")
+    return found
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError that names the file; FileNotFoundError when missing."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file} does not exist") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return content
+def _is_rank(value: Any) -> bool:
+    return is_whole_number(value, 1, LARGEST)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A safetensors file. Raises ValueError that names the file; FileNotFoundError when missing."""
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+def _is_alpha(value: Any) -> bool:
+    return is_number(value, 0, MAX_ALPHA) and value > 0
+
+
+def _require_plain(file: Path, key: str, names: Any) -> None:
+    """Raises ValueError for a regular expression: one can hang, and peft would follow it."""
+    if not isinstance(names, list | dict):
+        raise ValueError(f"{file}: {key} is {shown(names)}, but must be a list of names")
+    for name in names:
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise ValueError(
+                f"{file}: {key} names {shown(name)}, which is no plain name; regular expressions "
+                "are not read: write the words at the end of a path"
+            )
 
 
 def portable_form(adapter: PeftAdapter) -> PeftAdapter:
@@ -225,17 +267,17 @@ def portable_form(adapter: PeftAdapter) -> PeftAdapter:
 
 def rank_of(config: dict[str, Any], path: str) -> int:
     """The rank at a projection: of the first name in rank_pattern that ends its path, else r."""
-    return _matching(config.get("rank_pattern"), path, config["r"])
+    return matching(config.get("rank_pattern"), path, config["r"])
 
 
 def scaling_of(config: dict[str, Any], path: str = "") -> float:
     """alpha / r, or alpha / sqrt(r) with rslora, at a projection."""
     rank = rank_of(config, path)
-    alpha = _matching(config.get("alpha_pattern"), path, config["lora_alpha"])
+    alpha = matching(config.get("alpha_pattern"), path, config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _matching(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
+def matching(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
     """PEFT reads the names as regular expressions; plain ones are the last words of a path."""
     found = (v for name, v in (pattern or {}).items() if f".{path}".endswith(f".{name}"))
     return next(found, default)

@@ -1,5 +1,6 @@
 """AdamW over experts and routers, the learning-rate schedule, and their state by name."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,8 +8,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from dylora.bounded import shown
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import TrainConfig
+from dylora.storage.tensor_files import is_plain
 
 FOLLOWS_VALIDATION = ("reduce_lr_on_plateau", "greedy")  # stepped with each validation loss
 
@@ -114,22 +117,37 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: DyLoRA_MoE) -> dict[s
 def load_state_by_name(
     optimizer: torch.optim.Optimizer, model: DyLoRA_MoE, saved: dict[str, Any]
 ) -> None:
-    """Put saved moments back. Raises ValueError naming a parameter that has none or is unknown."""
+    """Put copies of saved moments back.
+
+    Raises ValueError naming a parameter that has none, is unknown, or whose moments are not finite
+    float32 of its shape.
+    """
     parameters = named_parameters(model)
+    if not isinstance(saved, dict):
+        raise ValueError(f"the optimizer state does not fit: it is a {type(saved).__name__}")
     for name in [*(parameters.keys() - saved.keys()), *(saved.keys() - parameters.keys())]:
-        raise ValueError(f"the optimizer state does not fit: {name} is on one side only")
+        raise ValueError(f"the optimizer state does not fit: {shown(name)} is on one side only")
     for name, parameter in parameters.items():
-        moved = {}
-        if saved[name] and set(saved[name]) != MOMENTS:
-            found = ", ".join(sorted(map(str, saved[name])))
+        moved, state = {}, saved[name]
+        if not isinstance(state, dict) or (state and set(state) != MOMENTS):
+            found = ", ".join(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
             raise ValueError(
                 f"the optimizer state does not fit: {name} has {found}, not {', '.join(MOMENTS)}"
             )
-        for key, value in saved[name].items():
-            if key != "step" and value.shape != parameter.shape:
+        for key, value in state.items():
+            shape = torch.Size() if key == "step" else parameter.shape
+            if torch.is_tensor(value) and value.shape != shape:
                 raise ValueError(
                     f"the optimizer state does not fit: {key} of {name} has the shape "
-                    f"{list(value.shape)}, not {list(parameter.shape)}"
+                    f"{list(value.shape)}, not {list(shape)}"
+                )
+            least = -math.inf if key == "exp_avg" else 0
+            if not is_plain(value, torch.float32) or not bool(
+                (value.isfinite() & (value >= least)).all()
+            ):
+                raise ValueError(
+                    f"the optimizer state does not fit: {key} of {name} must be finite float32"
+                    + (" of at least 0" if least == 0 else "")
                 )
             # AdamW keeps `step` on the CPU unless it is fused.
             keep = key == "step" and not parameter.is_cuda

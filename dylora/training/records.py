@@ -3,14 +3,19 @@
 Raises ValueError only where a source cannot be used at all; a bad record comes out as a problem.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dylora.bounded import distinct, open_regular, read_bytes
 from dylora.config import nearest
 
+MAX_LINE = 16 << 20  # bytes of a line, longer ones are malformed
+MAX_ARRAY = 256 << 20  # bytes of a .json file that is one array: it is read whole
+MAX_TABLE = 64 << 30  # bytes of a parquet file once decompressed
 FILE_TYPES = (".json", ".jsonl", ".parquet")
 
 
@@ -46,6 +51,7 @@ def read_records(
         raise ValueError(f"{path} is of an unknown type; known are {', '.join(FILE_TYPES)}")
     if revision is not None:
         raise ValueError(f"{path} is a file, so the revision {revision!r} means nothing; remove it")
+    open_regular(file).close()
     if file.suffix.lower() == ".parquet":
         return _parquet_records(file, columns)
     return _json_records(file, columns)
@@ -55,7 +61,7 @@ def _json_records(file: Path, columns: list[str]) -> Iterator[Record]:
     """Our own parser: `datasets` gives up on a whole file for one bad line, and names no line."""
     is_array = False
     if file.suffix.lower() == ".json":
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             is_array = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
     found: set[str] = set()
     for line, value in _array_values(file) if is_array else _line_values(file):
@@ -72,12 +78,20 @@ def _json_records(file: Path, columns: list[str]) -> Iterator[Record]:
 
 def _line_values(file: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and values of JSON lines; blank lines are skipped."""
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+    with open_regular(file) as stream:
+        for number in itertools.count(1):
+            line = stream.readline(MAX_LINE + 1)
+            if not line:
+                return
+            if len(line) > MAX_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(MAX_LINE)
+                yield number, Malformed(f"longer than {MAX_LINE:,} bytes")
+                continue
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8-sig"))
+                yield number, json.loads(line.decode("utf-8-sig"), object_pairs_hook=distinct)
             except UnicodeDecodeError as error:
                 yield number, Malformed(f"not UTF-8 at byte {error.start + 1}")
             except json.JSONDecodeError as error:
@@ -89,13 +103,14 @@ def _line_values(file: Path) -> Iterator[tuple[int, Any]]:
 def _array_values(file: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and values of one JSON array. Raises ValueError where its syntax breaks: what
     follows could not be told apart."""
-    data = file.read_bytes()
+    data = read_bytes(file, MAX_ARRAY)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{file}:{line}: not UTF-8; the file cannot be read") from error
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    decoder = json.JSONDecoder(object_pairs_hook=distinct)
+    space = re.compile(r"\s*")
 
     def after_space(start: int) -> int:
         match = space.match(text, start)
@@ -121,13 +136,20 @@ def _array_values(file: Path) -> Iterator[tuple[int, Any]]:
             f"{file}:{error.lineno}: not JSON: {error.msg}; mend the file, or write an object a "
             "line (.jsonl), where a broken line costs only itself"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}:{line}: not JSON: {error}") from error
 
 
 def _parquet_records(file: Path, columns: list[str]) -> Iterator[Record]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
+    from pyarrow.parquet import read_metadata
 
     try:
+        groups = read_metadata(file)
+        size = sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
+        if size > MAX_TABLE:
+            raise ValueError(f"it has {size:,} bytes once decompressed")
         table = load_dataset("parquet", data_files=str(file), split="train")
     except (DatasetsError, OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as parquet: {error}") from error

@@ -3,14 +3,11 @@
 import contextlib
 import dataclasses
 import json
-import pickle
-import random
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from safetensors import SafetensorError
 
@@ -27,9 +24,16 @@ from dylora.storage.checkpoint import (
     write_file,
     write_folder,
 )
-from dylora.storage.peft_format import read_json
+from dylora.storage.tensor_files import read_state
 from dylora.training.optim import load_state_by_name, named_parameters, regroup, state_by_name
 from dylora.training.setup import Run
+from dylora.training.state import (
+    check_random_state,
+    random_state,
+    read_progress,
+    require_same_form,
+    restore_random_state,
+)
 
 
 def save(run: Run) -> Path:
@@ -120,29 +124,34 @@ def resume(run: Run, source: str) -> None:
     check_same_settings(run, folder, description)
     load_model(run.model, folder, description["experts"])
     regroup(run.optimizer, run.model, run.config.train)
-    load_state_by_name(run.optimizer, run.model, _load(folder / "optimizer.pt"))
+    file = folder / "optimizer.pt"
+    moments = _load(file)
+    try:
+        load_state_by_name(run.optimizer, run.model, moments)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     file = folder / "scheduler.pt"
     schedule = _load(file)
-    _require_keys(file, schedule, ("scheduler", "scaler"))
-    _require_keys(file, schedule["scheduler"], run.scheduler.state_dict())
-    _require_keys(file, schedule["scaler"], run.scaler.state_dict())
+    ours = {"scheduler": run.scheduler.state_dict(), "scaler": run.scaler.state_dict()}
+    require_same_form(file, "", schedule, ours)
     run.scheduler.load_state_dict(schedule["scheduler"])
     run.scaler.load_state_dict(schedule["scaler"])
     file = folder / "trainer_state.json"
-    state = read_json(file)
-    _require_keys(file, state, ("steps", *dataclasses.asdict(run.progress)))
+    state = read_progress(file, len(run.model.site_names), len(run.model.experts))
+    try:
+        run.sampler.load_state_dict(state["sampler"])
+    except ValueError as error:
+        raise ValueError(f"{file}: sampler: {error}") from error
     if state.pop("steps") != run.steps:
         run.log.say("note: the run has another length than the one it continues")
     for name, value in state.items():
         setattr(run.progress, name, value)
-    run.model.experts.set_progress(run.progress.step, run.progress.step / run.steps)
+    step = run.progress.step
+    run.model.experts.set_progress(step, step / run.steps)
     for group, rate in zip(run.optimizer.param_groups, run.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
-    run.sampler.load_state_dict(run.progress.sampler)
-    experts, step = run.model.experts, run.progress.step
-    experts.step, experts.progress = step, step / run.steps
     generators = _load(folder / "rng_state.pt")
-    _require_keys(folder / "rng_state.pt", generators, random_state())
+    check_random_state(folder / "rng_state.pt", generators)
     for later in checkpoints(run.folder):
         if int(later.name.rpartition("-")[2]) > step:
             aside = set_aside(later, "superseded" if is_whole(later) else "damaged")
@@ -152,55 +161,10 @@ def resume(run: Run, source: str) -> None:
     run.log.say(f"resumed {folder} at step {step}")
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every generator, in types that torch.load(weights_only=True) reads."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = numpy.random.get_state()
-    name, keys, position, has_gauss, cached = numpy_state
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(words), gauss],
-        "numpy": [
-            str(name),
-            torch.from_numpy(keys.astype("int64")),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-    }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo `random_state`."""
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
-
-
 def _load(file: Path) -> Any:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: the run cannot continue exactly without it")
-    try:
-        return torch.load(file, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"{file} is not a file of ours that can be read ({reason})") from error
-
-
-def _require_keys(file: Path, found: Any, expected: Iterable[str]) -> None:
-    """Raises ValueError naming the first piece of state that a file lacks, or that is not ours."""
-    expected = set(expected)
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}, but must hold {sorted(expected)}")
-    for key in sorted(expected - found.keys()):
-        raise ValueError(f"{file}: {key} is missing: the run cannot continue exactly without it")
-    for key in sorted(map(str, found.keys() - expected)):
-        raise ValueError(f"{file}: {key} is nothing that this run has")
+    return read_state(file)
 
 
 @contextlib.contextmanager

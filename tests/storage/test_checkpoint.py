@@ -272,7 +272,7 @@ def small(tmp_path):
 def saved_once(tiny_base, mixture_on, tmp_path_factory):
     """A mixture on a tiny llama and the folder it was saved to; not to be changed."""
     mixture = mixture_on(tiny_base("llama"))
-    mixture.training_record = {"step": 7, "data": ["a set"]}
+    mixture.training_record = {"step": 7, "data": {"max_length": 64}}
     folder = tmp_path_factory.mktemp("saved") / "checkpoint-7"
     mixture.save_pretrained(folder)
     return mixture, folder
@@ -754,7 +754,7 @@ def test_the_configuration_comes_back(kind, there_and_back):
 
 def test_the_training_record_comes_back(saved, tiny_base):
     model = DyLoRA_MoE.from_pretrained(saved[1], base=tiny_base("llama"))
-    assert model.training_record == {"step": 7, "data": ["a set"]}
+    assert model.training_record == {"step": 7, "data": {"max_length": 64}}
 
 
 def test_saving_what_came_back_gives_the_same_files(there_and_back, tmp_path):
