@@ -185,7 +185,7 @@ class Sandbox:
 
     def _start(self, level: str) -> str:
         """Starts the launcher; what protects. Raises _Refused with the reason."""
-        python = [os.path.realpath(sys.executable), *("-s", "-S", "-P", "-B", "-X", "utf8")]
+        python = [os.path.realpath(sys.executable), *("-s", "-S", "-P", "-B", "-u", "-X", "utf8")]
         command = [*python, str(_LAUNCHER / "__main__.py")]
         home, prefix, walls, place = None, sys.base_prefix, level, "/"
         if level == "bubblewrap":

@@ -84,12 +84,12 @@ class Launcher:
         self._empty_folder()
         content = result.pop("content", b"")
         result["cpu_seconds"] = max(used for _, used in ends)
-        if any(signal_ == signal.SIGSYS for signal_, _ in ends):
+        signals = {signal_ for signal_, _ in ends}
+        if signal.SIGSYS in signals:
             result |= {"outcome": "violation", "detail": "a forbidden system call"}
-        elif (
-            result["detail"] == ENDED_EARLY and result["cpu_seconds"] > 0.9 * self.limits["seconds"]
+        elif result["detail"] == ENDED_EARLY and (
+            signal.SIGXCPU in signals or result["cpu_seconds"] > self.limits["seconds"]
         ):
-            # The kernel counts the limit a few per cent ahead of what it reports.
             result |= {"outcome": "timeout", "detail": "processor time"}
         write_frame(1, json.dumps(result).encode())
         write_frame(1, content)
