@@ -27,13 +27,18 @@ ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # what dropping root made unreadable, as
 main()
 """
 BWRAP_AS_ORDINARY = """#!{python}
-import os, sys
-words = sys.argv[1:]
+import ctypes, os, sys
+libc, words = ctypes.CDLL(None), sys.argv[1:]
+here = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "seen")
+if "--ro-bind" in words:  # what lies where root alone can pass is shown in a place for all
+    if libc.unshare(0x20000) or libc.mount(b"", b"/", None, 0x44000, None):
+        sys.exit("bwrap: No permissions to create a new namespace")
+    assert libc.mount(b"tmpfs", here.encode(), b"tmpfs", 0, b"mode=755") == 0
 for place, word in enumerate(words):
-    if word in ("--ro-bind", "--dev-bind"):  # opened here: some lie where only root can pass
-        descriptor = os.open(words[place + 1], os.O_PATH)
-        os.set_inheritable(descriptor, True)
-        words[place + 1] = f"/proc/self/fd/{{descriptor}}"
+    if word == "--ro-bind":
+        source, words[place + 1] = words[place + 1], f"{{here}}/{{place}}"
+        os.mkdir(words[place + 1]) if os.path.isdir(source) else open(words[place + 1], "w").close()
+        assert libc.mount(source.encode(), words[place + 1].encode(), None, 0x1000, None) == 0
 os.setgroups([]), os.setresgid(12345, 12345, 12345), os.setresuid(12345, 12345, 12345)
 os.execv({bwrap!r}, ["bwrap", *words])
 """
@@ -45,6 +50,8 @@ def started(level: str, user: str, limits: Limits | None = None) -> Iterator[San
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         if user == "ordinary" and ROOT and level == "bubblewrap" and shutil.which("bwrap"):
             words = {"python": os.path.realpath(sys.executable), "bwrap": shutil.which("bwrap")}
+            Path(folder).chmod(0o755)
+            Path(folder, "seen").mkdir()
             script = Path(folder, "bwrap")
             script.write_text(BWRAP_AS_ORDINARY.format(**words))
             script.chmod(0o755)

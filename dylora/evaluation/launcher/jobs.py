@@ -38,6 +38,7 @@ class Launcher:
         self.level = f"{walls} + seccomp + rlimits, unprivileged"
         if self.guard is None:
             self.level = "unsafe: resource limits only"
+        os.listdir(self.folder)  # raises where there is none
         if os.geteuid() == 0:
             os.chown(self.folder, NOBODY, NOBODY)
 
