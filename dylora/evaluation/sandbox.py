@@ -45,7 +45,8 @@ class Limits:
     """What one program may use. Each must be above 0."""
 
     seconds: int = 5
-    """Processor time of the program, and of its tests: the same however busy the machine is."""
+    """Processor time of the program, and of its tests: the same however busy the machine is.
+    A program deaf to the signal that ends it is killed a third, but at least 1 s, later."""
     wall_seconds: float = 20.0
     """Wall-clock time of both together, for programs that wait."""
     memory_mb: int = 512
