@@ -17,7 +17,7 @@ MESSAGE_BYTES = 8 * 2**20
 DETAIL_LENGTH = 300
 """So much is told of an exception's message."""
 EQUAL_HASHES = 100
-"""A set or dictionary with more keys of one hash is no honest value: to build it takes hours."""
+"""With more keys of one hash a set or dictionary is not honest: to build it can take minutes."""
 
 
 class Closed(Exception):
