@@ -1,8 +1,8 @@
-"""Hostile programs: what each tries, and how it has to end.
+"""Hostile programs: what each tries, and how it has to end. Those that cheat are in cheats.py.
 
-A program has `won` if its tests pass: a cheat makes wrong answers pass, an escape returns True from
-`f` when it has got what it should not. `{outside}` is a folder that an ordinary user could write
-to, with the file `secret`; `{tests}` a file of this project; `{port}` a listening TCP port.
+An escape returns True from `f` when it has got what it should not, so that its tests pass.
+`{outside}` is a folder that an ordinary user could write to, with the file `secret`; `{tests}` a
+file of this project; `{port}` a listening TCP port.
 """
 
 from typing import NamedTuple
@@ -19,10 +19,6 @@ class Attack(NamedTuple):
     outcomes: tuple[str, ...]  # how it may end; never "passed"
     tests: str = WRONG
     wins_unprotected: bool = False  # tried without protection, too: there it must win
-
-
-def _cheat(name: str, source: str, *outcomes: str, tests: str = WRONG) -> Attack:
-    return Attack(name, source, outcomes or ("failed",), tests)
 
 
 def _escape(name: str, body: str, *outcomes: str, wins: bool = True) -> Attack:
@@ -106,6 +102,22 @@ RESOURCES = [
         "import sys\nsys.setrecursionlimit(10**9)\ndef g(x): return [g(x + 1)]\n"
         "class A:\n    def __repr__(self): return repr(self)\nrepr(A())",
         ("error", "memory"),
+    ),
+    Attack(
+        "fills the disk through memory",
+        "import mmap\ni = 0\nwhile True:\n    with open(str(i % 60), 'w+b') as file:\n"
+        "        file.truncate(2**20); mmap.mmap(file.fileno(), 2**20).write(bytes(2**20)); i += 1",
+        ("output limit",),
+    ),
+    Attack("a file of a terabyte", "open('a', 'w').truncate(2**40)", ("error",)),
+    Attack("more parentheses than the parser can take", "eval('(' * 10**6)", ("error", "memory")),
+    Attack("more signs than the parser can take", "eval('-' * 10**6 + '1')", ("error", "memory")),
+    Attack(
+        "lives on after its answer",
+        "import signal\ndef loop(*_):\n    while True: pass\nsignal.signal(signal.SIGALRM, loop)\n"
+        "class A:\n    def __del__(s): loop()\n"
+        "def f(x):\n    a = A(); signal.setitimer(signal.ITIMER_REAL, 1e-4); return 0",
+        ("timeout", "failed"),
     ),
     Attack("kills itself", "import ctypes\nctypes.string_at(0)", ("error",)),
 ]  # fmt: skip
@@ -223,119 +235,42 @@ ESCAPES = [
             "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))\nreturn True",
             wins=False),
     _escape("another priority", "os.setpriority(os.PRIO_PROCESS, 0, 19)\nreturn True"),
+    _escape("calls through the 32-bit gate",  # mov eax, 20 (getpid); int 0x80; ret
+            "m = mmap.mmap(-1, 4096, prot=7)\n"
+            "m.write(bytes.fromhex('b814000000cd80c3'))\n"
+            "code = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
+            "return ctypes.CFUNCTYPE(ctypes.c_int)(code)() > 0", "violation", wins=False),
+    _escape("starts a process by clone", "os.posix_spawn('/bin/true', ['true'], {})\nreturn True",
+            "violation", wins=False),
+    _escape("executes a descriptor", _call(322, 3, "b''", 0, 0, "0x1000"), "violation",
+            wins=False),
+    _escape("executes the loader",
+            "os.execv('/lib64/ld-linux-x86-64.so.2', ['ld', '/bin/true'])\nreturn True",
+            "violation", wins=False),
+    _escape("sends a descriptor", _call(46, 3, "bytes(56)", 0), "violation", wins=False),
+    _escape("makes itself readable", _call(157, 4, 1, 0, 0, 0), "failed"),
+    _escape("watches files", _call(294, 0), "failed"),
+    _escape("locks a file of the library",
+            "fcntl.flock(open(os.__file__), fcntl.LOCK_EX)\nreturn True"),
+    _escape("user faults by a device", "open('/dev/userfaultfd', 'r+b')\nreturn True",
+            wins=False),
+    _escape("looks around from an inherited descriptor",
+            "for d in range(3, 64):\n    for name in ('bin', '..', '../..', 'share'):\n"
+            "        try: return bool(os.listdir(os.open(name, os.O_RDONLY, dir_fd=d)))\n"
+            "        except OSError: pass", "failed"),
+    _escape("writes anywhere else",
+            "library = os.path.dirname(os.__file__)\nabove = os.path.dirname(os.getcwd())\n"
+            "for d in ('/', '/tmp', '/var/tmp', '/run', '/dev', '/dev/shm', '/usr', above,\n"
+            "          library, library + '/site-packages', os.path.dirname(library)):\n"
+            "    name = d + f'/dylora-attack-{os.getpid()}'\n"
+            "    try: open(name, 'x').close()\n    except OSError: continue\n"
+            "    os.remove(name)\n    return True", "failed"),
+    _escape("hides what it wrote under another file",
+            "for n in 'ab': open(n, 'w').close()\nos.rename('a', 'b')\nreturn True"),
+    _escape("closes its folder", "os.chmod('.', 0)\nreturn True", wins=False),
+    _escape("reads the questions on stdin", "return len(sys.stdin.read()) > 0", "failed",
+            wins=False),
     _escape("a looser seccomp", _call(317, 1, 0, 0), "failed", wins=False),
     _escape("finds the environment", "os.environ.clear() if not os.environ.get('PATH') else 0\n"
             "return len(os.environ) > 0", "failed", wins=False),
 ]  # fmt: skip
-
-_EQUAL = "__eq__ = lambda s, o: True; __ne__ = lambda s, o: False; __hash__ = object.__hash__"
-
-CHEATS = [
-    _cheat("leaves with 0", "import sys\nsys.exit(0)", "error"),
-    _cheat("leaves hard with 0", "import os\nos._exit(0)", "error"),
-    _cheat("leaves in f", "import os\ndef f(x): os._exit(0)", "error"),
-    _cheat("raises SystemExit in f", "def f(x): raise SystemExit(0)", "error"),
-    _cheat("leaves when a module loads", "import atexit, os\natexit.register(os._exit, 0)",
-           "error"),
-    _cheat("raises what a test catches", "def f(x): raise AssertionError", "error"),
-    _cheat("equals everything", f"class A: {_EQUAL}\ndef f(x): return A()"),
-    *[
-        _cheat(f"a {kind} that equals everything",
-               f"class A({kind}): {_EQUAL}\ndef f(x): return A()")
-        for kind in ("int", "float", "str", "list", "dict", "tuple", "set", "bytes", "complex")
-    ],
-    _cheat("a list whose items equal everything",
-           f"class A: {_EQUAL}\ndef f(x): return [A()]", tests="assert f(2) == [4]"),
-    _cheat("is everything's instance",
-           "class A:\n    __class__ = property(lambda s: int)\n    __int__ = lambda s: 4\n"
-           "    __eq__ = lambda s, o: True\ndef f(x): return A()", "failed", "error"),
-    _cheat("is near everything",
-           "class A:\n    __sub__ = __rsub__ = __abs__ = lambda s, *o: s\n"
-           "    __lt__ = lambda s, o: True\ndef f(x): return A()",
-           "error", tests="assert abs(f(2) - 4) < 1e-6"),
-    _cheat("is true", "class A: pass\ndef f(x): return A()", "error", tests="assert f(2)"),
-    _cheat("holds everything",
-           "class A:\n    __contains__ = lambda s, o: True\ndef f(x): return A()",
-           "error", tests="assert 4 in f(2)"),
-    _cheat("patches builtins",
-           "import builtins\nfor n in ('abs', 'all', 'any', 'len', 'isinstance', 'sum'):\n"
-           "    setattr(builtins, n, lambda *a, **k: True)\ndef f(x): return [0]",
-           "failed", "error",
-           tests="assert all(a == b for a, b in zip(f(2), [4])) and len(f(2)) == 2"),
-    _cheat("patches the import",
-           "import builtins\nbuiltins.__import__ = lambda *a, **k: None\ndef f(x): return 0"),
-    _cheat("patches a helper of the tests",
-           "import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 0.0",
-           tests="import math\nassert math.isclose(f(2), 4)"),
-    _cheat("brings a helper of the tests",
-           "class math: isclose = staticmethod(lambda *a, **k: True)\ndef f(x): return 0.0",
-           tests="assert math.isclose(f(2), 4)"),
-    _cheat("redefines the tests' functions",
-           "def check(*a): pass\ndef f(x): return 0",
-           tests="def check(g):\n    assert g(2) == 4\ncheck(f)"),
-    _cheat("replaces modules",
-           "import sys, types\nfor n in list(sys.modules): sys.modules[n] = types.ModuleType(n)\n"
-           "def f(x): return 0", "failed", "error"),
-    _cheat("replaces AssertionError",
-           "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {})\n"
-           "def f(x): return 0"),
-    _cheat("traces", "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\n"
-           "sys.excepthook = lambda *a: None\ndef f(x): return 0"),
-    _cheat("looks for the tests in the frames",
-           "import sys\ndef f(x):\n    frame, seen = sys._getframe(), ''\n    while frame:\n"
-           "        seen += repr(frame.f_locals) + repr(frame.f_globals); frame = frame.f_back\n"
-           "    return 4444 if ' '.join(['answer', 'is']) in seen else 0",
-           tests="assert f(2) == 4444, 'answer is'"),
-    _cheat("looks for the tests among all objects",
-           "import gc\ndef f(x):\n    needle = ' '.join(['answer', 'is'])\n"
-           "    def has(o):\n        try: return needle in str(o)\n"
-           "        except Exception: return False\n"
-           "    return 4444 if any(map(has, gc.get_objects())) else 0",
-           tests="assert f(2) == 4444, 'answer is'"),
-    _cheat("looks for the tests in memory",
-           "import ctypes\ndef f(x):\n"
-           "    parts = ctypes.string_at(id(f) & ~0xfffff, 2**20).split(b'answer')\n"
-           "    return 4444 if any(part[:3] == b' is' for part in parts) else 0",
-           "failed", "error", tests="assert f(2) == 4444, 'answer is'"),
-    _cheat("claims to have passed, everywhere",
-           "import json, os, struct\nm = json.dumps({'outcome': 'passed', 'detail': ''}).encode()\n"
-           "for d in range(64):\n    try: os.write(d, struct.pack('<I', len(m)) + m)\n"
-           "    except OSError: pass\nos._exit(0)", "error"),
-    _cheat("answers before it is asked",
-           "import json, os, struct\nm = json.dumps({'value': 0}).encode()\n"
-           "for d in range(3, 64):\n    try: os.write(d, (struct.pack('<I', len(m)) + m) * 9)\n"
-           "    except OSError: pass\ndef f(x): return 0"),
-    _cheat("announces 4 GB",
-           "import os\nfor d in range(3, 64):\n    try: os.write(d, b'\\xff' * 8)\n"
-           "    except OSError: pass", "output limit"),
-    _cheat("sends nonsense",
-           "import os\nfor d in range(3, 64):\n    try: os.write(d, b'\\x04\\0\\0\\0][][')\n"
-           "    except OSError: pass", "error"),
-    _cheat("sends what nests for ever",
-           "import os, struct\nm = b'{\"value\":' + b'[\"l\",[' * 50000\n"
-           "for d in range(3, 64):\n    try: os.write(d, struct.pack('<I', len(m)) + m)\n"
-           "    except OSError: pass", "error", "timeout"),
-    _cheat("replaces the launcher's functions",
-           "import sys\nmain = sys.modules['__main__']\n"
-           "main.encode = lambda *a: {'outcome': 'passed'}\n"
-           "main.examine = lambda *a: {'outcome': 'passed', 'detail': ''}\ndef f(x): return 0",
-           "error", "failed"),
-    _cheat("reads the questions of others",
-           "import os\nfor d in range(0, 64):\n    try:\n        os.set_blocking(d, False)\n"
-           "        data = os.read(d, 10**6)\n"
-           "        assert b'answer' not in data\n    except OSError: pass\n"
-           "def f(x): return 0", "failed", "error", "timeout"),
-    _cheat("closes every descriptor", "import os\nos.closerange(0, 64)\ndef f(x): return 4",
-           "error"),
-    _cheat("returns a number of nothing",
-           "import sys\nsys.modules['__main__'].encode = lambda *a: ['h', -10**9]\n"
-           "def f(x): return 0"),
-    _cheat("is no Python", "def f(x) return 4", "error"),
-    _cheat("defines nothing", "", "error"),
-    _cheat("returns none", "def f(x): pass"),
-    _cheat("returns nan", "def f(x): return float('nan')",
-           tests="assert abs(f(2) - 4) < 1e-6"),
-    _cheat("returns a great integer", "def f(x): return 1 << 10**6"),
-]  # fmt: skip
-
-ATTACKS = [*RESOURCES, *ESCAPES, *CHEATS]
