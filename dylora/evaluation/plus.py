@@ -80,7 +80,7 @@ _VERDICTS = {
     "or abs(given - _upright_surface(*arguments)) <= {atol}",
     "digit_distance_nums": "given == expected or given == _padded_distance(*arguments)",
 }
-"""MBPP+'s questions with more than one right answer, by entry point, as EvalPlus 0.3 judges them."""
+"""MBPP+'s questions with several right answers, by entry point, as EvalPlus 0.3 judges them."""
 
 
 def humaneval_plus(task: dict[str, Any]) -> Problem:

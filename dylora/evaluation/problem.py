@@ -1,6 +1,5 @@
 """One task of a benchmark, and what a model's text for it amounts to."""
 
-import hashlib
 import re
 from typing import Any, NamedTuple
 
@@ -30,14 +29,6 @@ def program_of(problem: Problem, text: str) -> str:
         text = fenced[1] if fenced else text
     ends = [at for at in (text.find(stop) for stop in problem.stops) if at >= 0]
     return problem.prefix + text[: min(ends, default=len(text))]
-
-
-def text_hash(text: str) -> str:
-    """12 hex digits of SHA-256, whatever the white space: equal for what reads the same.
-
-    With 10,000 tasks and 100,000 rows two different texts share one with a chance of 1 in 280,000.
-    """
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
 
 
 def unix(text: str) -> str:

@@ -123,8 +123,8 @@ def _room(model: DyLoRA_MoE, problem: Problem, ids: Sequence[int], wanted: int) 
         return wanted
     if len(ids) >= limit:
         raise ValueError(
-            f"{problem.task_id} has {len(ids)} tokens, but {model.base_name} has {limit} positions: "
-            "nothing could follow; leave the task out"
+            f"{problem.task_id} has {len(ids)} tokens and {model.base_name} {limit} positions, so "
+            "nothing could follow; take another base, or --limit the tasks"
         )
     return min(wanted, limit - len(ids))
 

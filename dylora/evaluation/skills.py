@@ -62,7 +62,7 @@ def _problem(task: Task, number: int) -> Problem:
 
 
 def judge_answer(sandbox: Sandbox, check: dict[str, Any], answer: str) -> Result:
-    """Runs an answer in the sandbox and compares what it gives; "failed": it gave something else."""
+    """Runs an answer in the sandbox and compares; "failed" means that it gave something else."""
     job = {key: item for key, item in check.items() if key != "expected"}
     source = Path(worker.__file__).read_text(encoding="utf-8")
     call = ("answer_values", [job | {"source": answer.strip()}])

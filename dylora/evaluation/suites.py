@@ -10,11 +10,16 @@ from typing import Any, NamedTuple
 
 from dylora.config import nearest
 from dylora.evaluation.plus import CONTINUATION_STOPS, humaneval_plus, mbpp_plus
-from dylora.evaluation.problem import Problem, text_hash, unix
-from dylora.evaluation.skills import SKILL_SUITES, skill_problems
+from dylora.evaluation.problem import Problem, unix
+from dylora.evaluation.skills import (
+    ANSWER_LIMITS,
+    ANSWER_TOKENS,
+    SKILL_SUITES,
+    skill_problems,
+)
 from dylora.training.prompts import format_prompt, mbpp_instruction
 from dylora.training.records import read_records
-from dylora.training.sources import MBPP, MBPP_PUBLISHED
+from dylora.training.sources import MBPP, MBPP_PUBLISHED, text_hash
 
 INSTRUCTION_STOPS = ("\nassert ", "\nif __name__", "\n```", "\n### ")
 SHOTS = 3
@@ -58,7 +63,8 @@ class Tasks(NamedTuple):
     source: Source
     prompt: str  # how they are put, in words
     shots: int
-    seconds: int
+    seconds: int  # of processor time for a program over all its tests
+    max_new_tokens: int = 512
 
 
 def read_suite(
@@ -93,7 +99,7 @@ def read_suite(
         problems = skill_problems(name, limit, seed)
         source = Source(f"generated with seed {seed}", None, None, "test")
         prompt = "0-shot, the instruction template with the task"
-        return Tasks(problems, source, prompt, 0, seconds=2)
+        return Tasks(problems, source, prompt, 0, ANSWER_LIMITS.seconds, ANSWER_TOKENS)
     if name not in SUITES:
         raise ValueError(f"unknown suite {name!r}{nearest(name, suite_names())}")
     suite, splits = SUITES[name], [*MBPP_PUBLISHED, "all"] if takes_shots(name) else ["test"]
@@ -116,12 +122,10 @@ def read_suite(
                 raise ValueError(record.problem)
             task = record.fields
             if shots and int(task["task_id"]) in SHOT_IDS:
-                examples[int(task["task_id"])] = _shot_prompt(task) + SHOT_ANSWER.format(
-                    code=unix(task["code"]).rstrip()
-                )
-            if takes_shots(name) and split != "all":
-                if int(task["task_id"]) not in MBPP_PUBLISHED[split]:
-                    continue
+                answer = SHOT_ANSWER.format(code=unix(task["code"]).rstrip())
+                examples[int(task["task_id"])] = _shot_prompt(task) + answer
+            if split in MBPP_PUBLISHED and takes_shots(name) and not _is_in(split, task):
+                continue
             problem = suite.to_problem(task)
             if shots:
                 problem = problem._replace(prompt=_shot_prompt(task), stops=("[DONE]",))
@@ -139,9 +143,7 @@ def read_suite(
     if shots:
         missing = [number for number in SHOT_IDS if number not in examples]
         if missing:
-            raise ValueError(
-                f"{where} lacks task {missing[0]}, which a prompt of 3 shots begins with"
-            )
+            raise ValueError(f"{where} lacks task {missing[0]}, which 3 shots need")
         before = "".join(examples[number] for number in SHOT_IDS)
         problems = [problem._replace(prompt=before + problem.prompt) for problem in problems]
     source = Source(where, revision, _sha256(path) if path else None, split)
@@ -185,6 +187,10 @@ def _sha256(path: str) -> str:
 
 
 # MBPP
+
+
+def _is_in(split: str, task: dict[str, Any]) -> bool:
+    return int(task["task_id"]) in MBPP_PUBLISHED[split]
 
 
 def _mbpp_text(task: dict[str, Any]) -> str:
@@ -290,7 +296,7 @@ SUITES: dict[str, Suite] = {
         (*_HUMANEVAL, *_INPUTS),
         humaneval_plus,
         _AS_PUBLISHED,
-        seconds=20,
+        seconds=30,
     ),
     "mbpp+": Suite(
         "evalplus/mbppplus",
@@ -300,6 +306,6 @@ SUITES: dict[str, Suite] = {
         (*_HUMANEVAL, *_INPUTS),
         mbpp_plus,
         "0-shot, the published docstring (question and first test) is continued as it stands",
-        seconds=20,
+        seconds=30,
     ),
 }

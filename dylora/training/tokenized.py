@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.training.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
-from dylora.training.sources import content_hash
+from dylora.training.sources import content_hash, text_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,6 +120,7 @@ class TokenizedSplit(NamedTuple):
     report: SplitReport
     row_ids: list[str]  # of the examples' rows
     content_hashes: list[str]  # likewise
+    text_hashes: set[str]  # of their questions and of their answers
 
 
 def tokenize_rows(
@@ -136,6 +137,7 @@ def tokenize_rows(
     limit = len(rows) if wanted is None else wanted
     step = min(max(limit, 1), ENCODED_AT_ONCE)
     row_ids, hashes = [], []
+    text_hashes: set[str] = set()
     examined = truncated = dropped = target_tokens = 0
     for start in range(0, len(rows), step):
         batch: dict[str, list[str]] = rows[start : start + step]
@@ -155,6 +157,8 @@ def tokenize_rows(
             examples.append(prompt, target)
             row_ids.append(row_id)
             hashes.append(content_hash(*text))
+            question = " ".join(text[:2])
+            text_hashes |= {text_hash(question), text_hash(text[0]), text_hash(text[2])}
         if len(examples) == limit:
             break
     report = SplitReport(
@@ -166,7 +170,7 @@ def tokenize_rows(
         tokens=examples.tokens,
         target_tokens=target_tokens,
     )
-    return TokenizedSplit(examples, report, row_ids, hashes)
+    return TokenizedSplit(examples, report, row_ids, hashes, text_hashes)
 
 
 def fit(
