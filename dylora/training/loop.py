@@ -29,14 +29,7 @@ from dylora.training.monitor import (
     summarize,
 )
 from dylora.training.optim import FOLLOWS_VALIDATION, named_parameters
-from dylora.training.resume import (
-    last_good,
-    random_state,
-    rehearse_save,
-    restore_random_state,
-    resume,
-    save,
-)
+from dylora.training.resume import last_good, rehearse_save, resume, save
 from dylora.training.setup import Run, prepare, record_settings, run_folder
 from dylora.training.validation import SetScore, overall_loss, validate
 
@@ -157,14 +150,11 @@ def benchmark(run: Run, interruption: Interruption) -> None:
     """
     from dylora.evaluation.in_training import benchmark_step
 
-    generators = random_state()
     try:
         benchmark_step(run, interruption.check)
         run.progress.benchmark_due = False
     except Interrupted:
         interruption.leave()
-    finally:
-        restore_random_state(generators)
 
 
 def announce(run: Run) -> None:
