@@ -120,12 +120,12 @@ def _add_benchmark(command: ArgumentParser) -> None:
 def _benchmark(options: Namespace, overrides: list[str]) -> None:
     config = load_run_config(options.config, overrides)
     files = dict(_pair(item) for item in _items(options.task_files))
-    from dylora.evaluation.benchmark import BenchmarkOptions, benchmark_checkpoint
+    from dylora.evaluation.benchmark import BenchmarkOptions, benchmark_checkpoint, expand_tasks
 
     if not all(item.isdecimal() for item in _items(options.k)):
         raise ValueError(f"--k is {options.k!r}, but must be numbers with commas between")
     chosen = BenchmarkOptions(
-        tasks=tuple(_items(options.tasks)),
+        tasks=expand_tasks(_items(options.tasks)),
         files=files,
         split=options.split,
         shots=options.shots,

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class BenchmarkOptions:
     """What to run and how. Raises ValueError with the option's name."""
 
     tasks: tuple[str, ...]
-    """Names of suites; `skills` stands for all of them."""
+    """Names of suites, as `expand_tasks` gives them."""
     files: dict[str, str]
     """Suites that are read from a local file instead of the hub."""
     split: str = "test"
@@ -72,7 +73,6 @@ class BenchmarkOptions:
     """Sandboxes side by side."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", expand_tasks(self.tasks))
         for name in ("samples", "max_new_tokens", "workers", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -94,7 +94,7 @@ class BenchmarkOptions:
             )
 
 
-def expand_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
+def expand_tasks(names: Iterable[str]) -> tuple[str, ...]:
     """The names with `skills` as the suite of each skill, none twice."""
     expanded = [one for name in names for one in (SKILL_SUITES if name == "skills" else [name])]
     return tuple(dict.fromkeys(expanded))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 
-from dylora.evaluation.benchmark import BenchmarkOptions, describe, read_tasks
+from dylora.evaluation.benchmark import BenchmarkOptions, describe, expand_tasks, read_tasks
 from dylora.evaluation.judging import score
 from dylora.evaluation.problem import Problem
 from dylora.evaluation.sampling import Sampling, sample_to_file
@@ -25,7 +25,7 @@ FOLDER = "benchmark"
 def options_of(config: EvalConfig) -> BenchmarkOptions:
     """The benchmark that a run's settings describe: greedy, one program a task."""
     return BenchmarkOptions(
-        tasks=tuple(config.benchmark_tasks),
+        tasks=expand_tasks(config.benchmark_tasks),
         files=dict(config.benchmark_files),
         limit=config.benchmark_limit,
     )

@@ -101,7 +101,7 @@ def humaneval_plus(task: dict[str, Any]) -> Problem:
         ),
         entry_points=(name,),
         reference=prompt + answer,
-        texts=(prompt, answer, prompt + answer),
+        texts=(prompt, prompt + answer),
     )
 
 

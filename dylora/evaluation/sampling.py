@@ -113,7 +113,7 @@ def generate(
             **(drawn if temperature > 0 else {}),
         )
     rows = output[:, ids.shape[1] :].tolist()
-    return [_text(tokenizer, row[:limit], special) for row, limit in zip(rows, room, strict=True)]
+    return [_text(tokenizer, row, special) for row in rows]  # a row that is done is padded
 
 
 def _room(model: DyLoRA_MoE, problem: Problem, ids: Sequence[int], wanted: int) -> int:

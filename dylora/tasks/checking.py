@@ -119,7 +119,7 @@ def is_right(check: dict[str, Any], values: Any) -> bool:
             expected = [_sorted(rows) for rows in expected]
         same = _is_same_number if check["kind"] == "arithmetic" else _is_same
         return all(map(same, values, expected))
-    except (TypeError, ValueError, RecursionError):  # no values of JSON's: from a hostile answer
+    except (TypeError, OverflowError):  # a set among rows, an integer beyond all floats
         return False
 
 

@@ -222,7 +222,7 @@ DIGITS = plus_row(
     "digit_distance_nums",
     "def digit_distance_nums(a, b):\n    return sum(map(int, str(abs(a - b))))\n",
     [[1, 2]],
-    [[123, 256]],
+    [[19, 21]],
 )
 SEARCH = plus_row(
     434,
@@ -237,6 +237,7 @@ SEARCH = plus_row(
     ("row", "program", "expected"),
     [
         (SHARED, "def similar_elements(a, b):\n    return sorted(set(b) & set(a))", "passed"),
+        (SHARED, "def similar_elements(a, b):\n    return set(a + ()) & set(b + ())", "passed"),
         (SHARED, "def similar_elements(a, b):\n    return a", "failed"),
         (MEAN, "def mean(v):\n    return sum(x / len(v) for x in v)", "passed"),
         (MEAN, "def mean(v):\n    return sum(v) / len(v) + 1e-4", "failed"),
