@@ -23,9 +23,18 @@ FOLDER = "benchmark"
 
 
 def options_of(config: EvalConfig) -> BenchmarkOptions:
-    """The benchmark that a run's settings describe: greedy, one program a task."""
+    """The benchmark that a run's settings describe: greedy, one program a task.
+
+    Raises ValueError for a file of a suite that is not asked for.
+    """
+    tasks = expand_tasks(config.benchmark_tasks)
+    for name in config.benchmark_files:
+        if name not in tasks:
+            raise ValueError(
+                f"eval.benchmark_files names {name!r}, which eval.benchmark_tasks does not"
+            )
     return BenchmarkOptions(
-        tasks=expand_tasks(config.benchmark_tasks),
+        tasks=tasks,
         files=dict(config.benchmark_files),
         limit=config.benchmark_limit,
     )

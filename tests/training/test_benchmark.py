@@ -130,6 +130,8 @@ def test_a_suite_that_cannot_be_used_is_told_before_the_first_step(benchmarked, 
     with pytest.raises(ValueError, match="unknown suite 'mbp'; did you mean 'mbpp'"):
         train(benchmarked("a", benchmark_tasks=["mbp"], benchmark_files={}))
     assert not list((tmp_path / "runs" / "a").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match=r"eval\.benchmark_files names 'mbpp', which eval"):
+        train(benchmarked("a", benchmark_tasks=["skills/sql"]))
     with pytest.raises(ValueError, match=r"benchmark_tasks is \[\]"):
         benchmarked("b", benchmark_tasks=[])
 
