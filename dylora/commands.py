@@ -79,7 +79,8 @@ def _add_benchmark(command: ArgumentParser) -> None:
     command.add_argument(
         "--tasks",
         required=True,
-        help="mbpp, mbpp_sanitized, humaneval, humaneval+; commas between.",
+        help="mbpp, mbpp_sanitized, mbpp+, humaneval, humaneval+, skills or one of them as "
+        "skills/sql; commas between.",
     )
     command.add_argument(
         "--task_files",
@@ -88,12 +89,17 @@ def _add_benchmark(command: ArgumentParser) -> None:
         help="Read a suite from a file in its original format instead of the hub.",
     )
     command.add_argument("--split", default="test", help="Of MBPP's published splits, or all.")
+    command.add_argument(
+        "--shots", type=int, default=0, help="Solved tasks before each question of MBPP: 0 or 3."
+    )
     command.add_argument("--limit", type=int, help="Only the first so many tasks of each suite.")
     command.add_argument("--samples", type=int, default=1, help="Programs for each task.")
     command.add_argument("--k", default="1", help="The k of pass@k; commas between.")
     command.add_argument("--temperature", type=float, default=0.0, help="0: greedy.")
     command.add_argument("--top_p", type=float, default=1.0, help="Share of likely tokens kept.")
-    command.add_argument("--max_new_tokens", type=int, default=512, help="Most tokens to add.")
+    command.add_argument(
+        "--max_new_tokens", type=int, help="Most tokens to add; default 512, and 64 for skills."
+    )
     command.add_argument("--seed", type=int, default=0, help="Of the samples and the intervals.")
     command.add_argument(
         "--include-trained",
@@ -114,14 +120,15 @@ def _add_benchmark(command: ArgumentParser) -> None:
 def _benchmark(options: Namespace, overrides: list[str]) -> None:
     config = load_run_config(options.config, overrides)
     files = dict(_pair(item) for item in _items(options.task_files))
-    from dylora.evaluation.benchmark import BenchmarkOptions, benchmark_checkpoint
+    from dylora.evaluation.benchmark import BenchmarkOptions, benchmark_checkpoint, expand_tasks
 
     if not all(item.isdecimal() for item in _items(options.k)):
         raise ValueError(f"--k is {options.k!r}, but must be numbers with commas between")
     chosen = BenchmarkOptions(
-        tasks=tuple(_items(options.tasks)),
+        tasks=expand_tasks(_items(options.tasks)),
         files=files,
         split=options.split,
+        shots=options.shots,
         limit=options.limit,
         samples=options.samples,
         k=tuple(int(item) for item in _items(options.k)),
@@ -314,7 +321,9 @@ COMMANDS = {
         "Loss and perplexity of a checkpoint on each of a config's data sets.",
     ),
     "benchmark": Command(
-        _benchmark, _add_benchmark, "pass@k of the base and a checkpoint on published suites."
+        _benchmark,
+        _add_benchmark,
+        "pass@k of the base and a checkpoint on published suites, and on the embedded skills.",
     ),
     "generate": Command(_generate, _add_generate, "Continue a prompt with a checkpoint."),
     "validate": Command(

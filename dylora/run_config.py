@@ -21,6 +21,7 @@ Schedule = Literal[
     "greedy",
 ]
 """The schedules of `transformers.get_scheduler`, copied because importing them takes seconds."""
+BenchmarkStrategy = Literal["none", "epoch", "final"]
 SplitScheme = Literal["published", "70/10/20", "90/10"]
 
 
@@ -186,13 +187,31 @@ class EvalConfig:
     """Use only this many validation rows of each set."""
     skill_answers: int = 0
     """Test answers of each embedded skill to generate and check before and after training."""
+    benchmark_strategy: BenchmarkStrategy = "none"
+    """When benchmark_tasks are run in training, each time after a save: final: after the last step;
+    epoch: also after each step that ends a pass over the data (with a max_steps below one pass,
+    after the last step alone)."""
+    benchmark_tasks: list[str] = field(default_factory=list)
+    """Suites, as --tasks of run.py benchmark names them."""
+    benchmark_limit: int | None = None
+    """Only the first so many tasks of each suite."""
+    benchmark_files: dict[str, str] = field(default_factory=dict)
+    """Suites that are read from a local file instead of the hub."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.skill_answers >= 0, "skill_answers", self.skill_answers, "at least 0")
-        for name in ("eval_steps", "eval_subset"):
+        for name in ("eval_steps", "eval_subset", "benchmark_limit"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
+        check_literals(self)
+        wanted = self.benchmark_strategy != "none"
+        require(
+            bool(self.benchmark_tasks) or not wanted,
+            "benchmark_tasks",
+            self.benchmark_tasks,
+            "the names of suites, since benchmark_strategy asks for them",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,8 @@
 
 import math
 
-import torch
-
-from dylora.bases import choose_device, load_tokenizer
-from dylora.model import DyLoRA_MoE
+from dylora.bases import load_tokenizer
+from dylora.evaluation.loading import load_checkpoint
 from dylora.run_config import RunConfig
 from dylora.training.prompts import pad_token_id
 from dylora.training.resume import what_rows
@@ -20,14 +18,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> dict[str, SetScor
     """
     tokenizer = load_tokenizer(config.model.base, config.model.revision)
     data = load_run_data(config, tokenizer)
-    model = DyLoRA_MoE.from_pretrained(
-        checkpoint,
-        config.model.base,
-        dtype=getattr(torch, config.model.dtype),
-        device=choose_device(config.model.device),
-        attn_implementation=config.model.attn_implementation,
-        quantization=config.model.quantization,
-    )
+    model = load_checkpoint(checkpoint, config.model)
     trained_on = model.training_record.get("data", data.stamp)
     if what_rows(trained_on) != what_rows(data.stamp):
         print("note: the checkpoint was trained on other data or another split than is scored here")

@@ -39,12 +39,14 @@ def report_run(run: Run) -> list[SetRow]:
 
     count = run.config.eval.skill_answers
     skills = [s.name.removeprefix(SKILL_PREFIX) for s in sets if s.name.startswith(SKILL_PREFIX)]
-    trained_skills, base_skills = {}, {}
+    trained_skills, base_skills, level = {}, {}, None
     if count and skills:
         run.log.say(f"answering {count} test tasks of {len(skills)} skills, base and trained …")
         trained_skills = score_skills(model, run.tokenizer, skills, count)
         with model.disable_adapters():
             base_skills = score_skills(model, run.tokenizer, skills, count)
+        level = trained_skills[skills[0]].level
+        run.log.say(f"answers ran under {level}")
 
     rows = []
     for name, score in trained.items():
@@ -69,6 +71,7 @@ def report_run(run: Run) -> list[SetRow]:
     results = {
         "step": run.progress.step,
         "test_answers_per_skill": count,
+        "sandbox": level,
         "sets": [row._asdict() for row in rows],
         "answers": {name: score.answers for name, score in trained_skills.items()},
         "written": time.strftime("%Y-%m-%dT%H:%M:%S"),

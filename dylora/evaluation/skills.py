@@ -1,15 +1,29 @@
-"""The share of an embedded skill's tasks that a model answers so that its checker passes."""
+"""The embedded skills as tasks: generated questions, and answers that are run to be judged.
+
+Answers run in the sandbox, where worker.py's `answer_values` takes them through what their kind
+asks for; what comes out is compared here.
+"""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+import dylora.tasks.worker as worker
+from dylora.evaluation.problem import Problem, program_of
+from dylora.evaluation.sampling import generate_in_batches
+from dylora.evaluation.sandbox import Limits, Result, Sandbox, run_all
 from dylora.model import DyLoRA_MoE
-from dylora.tasks import Task, check_answers, generate_tasks
-from dylora.training.prompts import encode_prompts, format_prompt, pad_token_id
+from dylora.tasks import SKILLS, Task, check_answers, generate_tasks
+from dylora.tasks.checking import is_right
+from dylora.training.prompts import format_prompt
+
+SKILL_SUITES = tuple(f"skills/{skill}" for skill in SKILLS)
+TASKS_OF_A_SKILL = 100
+ANSWER_TOKENS = 64
+"""The longest reference has half of that on the embedded tokenizer."""
+ANSWER_LIMITS = Limits(seconds=2, wall_seconds=10)
 
 
 class SkillScore(NamedTuple):
@@ -18,10 +32,44 @@ class SkillScore(NamedTuple):
     passed: int
     total: int
     answers: list[str]
+    level: str  # what kept the machine from the answers while they ran
 
     @property
     def share(self) -> float:
         return self.passed / self.total
+
+
+def skill_problems(suite: str, count: int | None = None, seed: int = 0) -> list[Problem]:
+    """Test tasks of one of `SKILL_SUITES`. They share no literal with what training may see."""
+    skill = suite.rpartition("/")[2]
+    tasks = generate_tasks(skill, "test", count or TASKS_OF_A_SKILL, seed)
+    return [_problem(task, number) for number, task in enumerate(tasks)]
+
+
+def _problem(task: Task, number: int) -> Problem:
+    return Problem(
+        task_id=f"skills/{task.skill}/{number}",
+        prompt=format_prompt(task.instruction),
+        prefix="",
+        stops=("\n### ",),
+        setup="",
+        tests="",
+        entry_points=(),
+        reference=task.answer,
+        texts=(task.instruction,),  # two tasks may well have one answer
+        check=task.check,
+    )
+
+
+def judge_answer(sandbox: Sandbox, check: dict[str, Any], answer: str) -> Result:
+    """Runs an answer in the sandbox and compares; "failed" means that it gave something else."""
+    job = {key: item for key, item in check.items() if key != "expected"}
+    source = Path(worker.__file__).read_text(encoding="utf-8")
+    call = ("answer_values", [job | {"source": answer.strip()}])
+    result, values = sandbox.call(source, [call])
+    if result.outcome == "passed" and not is_right(check, values[0]):
+        return result._replace(outcome="failed", detail="not what was expected")
+    return result
 
 
 def score_skills(
@@ -30,23 +78,37 @@ def score_skills(
     skills: Sequence[str],
     count: int,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = ANSWER_TOKENS,
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[str, SkillScore]:
     """Answer `count` test tasks of each skill greedily and run the answers.
 
-    Answers are generated in this process and run in others, with limits: see tasks/checking.py.
+    In the sandbox; on a machine that has none, in separate processes with limits (see
+    tasks/checking.py). `level` tells which.
     """
     scores = {}
     for skill in skills:
         tasks = generate_tasks(skill, "test", count, seed)
         answers = answer(model, tokenizer, tasks, max_new_tokens, batch_size)
-        scores[skill] = SkillScore(sum(check_answers(tasks, answers)), len(tasks), answers)
+        passed, level = check_in_sandbox(tasks, answers)
+        scores[skill] = SkillScore(sum(passed), len(tasks), answers, level)
     return scores
 
 
-@torch.no_grad()
+def check_in_sandbox(tasks: Sequence[Task], answers: Sequence[str]) -> tuple[list[bool], str]:
+    """Whether each answer is right, and what protected the machine meanwhile."""
+    try:
+        with Sandbox(ANSWER_LIMITS) as sandbox:
+            level = sandbox.level
+    except ValueError as refusal:
+        return check_answers(tasks, answers), f"resource limits only ({refusal})"
+    jobs = list(zip(tasks, answers, strict=True))
+    found = run_all(jobs, lambda box, job: judge_answer(box, job[0].check, job[1]),
+                    limits=ANSWER_LIMITS)  # fmt: skip
+    return [result.outcome == "passed" for result in found], level
+
+
 def answer(
     model: DyLoRA_MoE,
     tokenizer: PreTrainedTokenizerBase,
@@ -55,36 +117,8 @@ def answer(
     batch_size: int,
 ) -> list[str]:
     """Greedy answers, in the tasks' order; prompts of similar length share a batch."""
-    was_training = model.training
-    model.eval()
-    prompts = encode_prompts(tokenizer, [format_prompt(task.instruction) for task in tasks])
-    order = sorted(range(len(tasks)), key=lambda index: len(prompts[index]))
-    answers = [""] * len(tasks)
-    for begin in range(0, len(order), batch_size):
-        chosen = order[begin : begin + batch_size]
-        ids, mask = pad_left([prompts[index] for index in chosen], pad_token_id(tokenizer))
-        device = model.injection.state.maturity_E.device
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad_token_id(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text
-    model.train(was_training)
-    return answers
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token lists -> ids and mask [B, S], padded in front, as generation needs it."""
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, length - len(row) :] = torch.tensor(row)
-        mask[index, length - len(row) :] = 1
-    return ids, mask
+    problems = [_problem(task, number) for number, task in enumerate(tasks)]
+    texts = generate_in_batches(
+        model, tokenizer, problems, batch_size, max_new_tokens=max_new_tokens
+    )
+    return [program_of(problem, text) for problem, text in zip(problems, texts, strict=True)]

@@ -1,33 +1,37 @@
-"""The published suites of programming tasks: read from their original files or the hub.
-
-What the tests need besides the program stands in `setup`, which the program cannot touch.
-"""
+"""The published suites of programming tasks: read from their original files or the hub."""
 
 import ast
-import json
+import hashlib
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dylora.config import nearest
+from dylora.evaluation.plus import CONTINUATION_STOPS, humaneval_plus, mbpp_plus
+from dylora.evaluation.problem import Problem, unix
+from dylora.evaluation.skills import (
+    ANSWER_LIMITS,
+    ANSWER_TOKENS,
+    SKILL_SUITES,
+    skill_problems,
+)
 from dylora.training.prompts import format_prompt, mbpp_instruction
 from dylora.training.records import read_records
-from dylora.training.sources import MBPP, MBPP_PUBLISHED, content_hash
+from dylora.training.sources import MBPP, MBPP_PUBLISHED, text_hash
 
-
-class Problem(NamedTuple):
-    """One task of a suite."""
-
-    task_id: str  # as EvalPlus writes it: Mbpp/11, HumanEval/0
-    prompt: str  # what the model is given, whole
-    prefix: str  # stands before the model's text to make the program; "" where it writes it all
-    stops: tuple[str, ...]  # the model's text ends before the first of these
-    setup: str  # Python that the tests' process runs first
-    tests: str  # Python; calls the entry points
-    entry_points: tuple[str, ...]
-    reference: str  # a program that passes
-    content_hash: str  # SHA-256 of question, answer and tests
+INSTRUCTION_STOPS = ("\nassert ", "\nif __name__", "\n```", "\n### ")
+SHOTS = 3
+SHOT_IDS = (2, 3, 4)
+"""The tasks of MBPP's prompt split that Austin et al. (2021) show before each question."""
+SHOT_PROMPT = (
+    "You are an expert Python programmer, and here is your task: {text} "
+    "Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+)
+SHOT_ANSWER = "{code}\n[DONE]\n\n"
+"""Their form, from the README of the data (google-research/mbpp), as lm-evaluation-harness joins
+the examples: by an empty line."""
 
 
 class Suite(NamedTuple):
@@ -36,65 +40,126 @@ class Suite(NamedTuple):
     hub: str
     hub_config: str | None
     hub_splits: tuple[str, ...]
-    columns: tuple[str, ...]
+    hub_columns: tuple[str, ...]
+    file_columns: tuple[str, ...]  # of a JSON file in the original format
     to_problem: Callable[[dict[str, Any]], Problem]
     prompt: str  # how tasks are put to the model, for the results
+    seconds: int = 5  # of processor time for a program over all its tests
 
 
-_STOPS = ("\ndef ", "\nclass ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n@", "\n```", "\n\n\n\n")
-"""A continuation of a function ends where unindented text begins (Chen et al. 2021, and more)."""
-_INSTRUCTION_STOPS = ("\nassert ", "\nif __name__", "\n```", "\n### ")
+class Source(NamedTuple):
+    """What was read, for the results."""
+
+    path: str  # a file, a name of the hub, or the generator
+    revision: str | None
+    sha256: str | None  # of the file; None for the hub
+    split: str
+
+
+class Tasks(NamedTuple):
+    """The problems of one suite, ready to be put to a model."""
+
+    problems: list[Problem]
+    source: Source
+    prompt: str  # how they are put, in words
+    shots: int
+    seconds: int  # of processor time for a program over all its tests
+    max_new_tokens: int = 512
 
 
 def read_suite(
-    name: str, path: str | None = None, *, split: str = "test", revision: str | None = None
-) -> list[Problem]:
-    """The problems of a suite, in its order.
+    name: str,
+    path: str | None = None,
+    *,
+    split: str = "test",
+    revision: str | None = None,
+    shots: int = 0,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Tasks:
+    """The tasks of a suite, in its order.
 
     Args:
-        name: one of `SUITES`.
+        name: one of `SUITES`, or skills/<skill>.
         path: a local file in the suite's original format; none: the hub.
         split: MBPP's published splits by task id: train (601–974), validation (511–600), test
             (11–510), prompt (1–10), or all. Others have test only.
         revision: of the hub's data set.
+        shots: solved tasks before each question: 0, or 3 for MBPP.
+        limit: only the first so many tasks.
+        seed: of the generated tasks of a skill.
 
     Raises:
         ValueError: An unknown suite or split, a file that cannot be read, or a bad row: a suite
             with a task missing would give another score.
     """
+    if name in SKILL_SUITES:
+        if path is not None:
+            raise ValueError(f"{name} is generated, so there is no file to read: {path}")
+        problems = skill_problems(name, limit, seed)
+        source = Source(f"generated with seed {seed}", None, None, "test")
+        prompt = "0-shot, the instruction template with the task"
+        return Tasks(problems, source, prompt, 0, ANSWER_LIMITS.seconds, ANSWER_TOKENS)
     if name not in SUITES:
-        raise ValueError(f"unknown suite {name!r}{nearest(name, list(SUITES))}")
-    is_mbpp = name.startswith("mbpp")
-    splits = [*MBPP_PUBLISHED, "all"] if is_mbpp else ["test"]
+        raise ValueError(f"unknown suite {name!r}{nearest(name, suite_names())}")
+    suite, splits = SUITES[name], [*MBPP_PUBLISHED, "all"] if takes_shots(name) else ["test"]
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}{nearest(split, splits)}")
-    suite = SUITES[name]
+    if shots not in (0, SHOTS) or (shots and not takes_shots(name)):
+        raise ValueError(f"{name} has no prompt of {shots} shots: 0, or {SHOTS} for MBPP")
+    is_json = path is not None and Path(path).suffix.lower() != ".parquet"
     records = read_records(
         path or suite.hub,
         revision,
-        columns=list(suite.columns),
+        columns=list(suite.file_columns if is_json else suite.hub_columns),
         hub_config=suite.hub_config if path is None else None,
         hub_splits=suite.hub_splits,
     )
-    problems = []
+    problems, examples = [], {}
     for record in records:
         try:
             if record.problem:
                 raise ValueError(record.problem)
             task = record.fields
-            if is_mbpp and split != "all" and int(task["task_id"]) not in MBPP_PUBLISHED[split]:
+            if shots and int(task["task_id"]) in SHOT_IDS:
+                answer = SHOT_ANSWER.format(code=unix(task["code"]).rstrip())
+                examples[int(task["task_id"])] = _shot_prompt(task) + answer
+            if split in MBPP_PUBLISHED and takes_shots(name) and not _is_in(split, task):
                 continue
-            problems.append(suite.to_problem(task))
+            problem = suite.to_problem(task)
+            if shots:
+                problem = problem._replace(prompt=_shot_prompt(task), stops=("[DONE]",))
+            problems.append(problem)
         except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
             why = f"{type(error).__name__}: {error}" if not record.problem else record.problem
             raise ValueError(f"{record.place}: no task of {name} ({why})") from None
+    where = path or suite.hub
     seen = [problem.task_id for problem in problems]
     if not seen:
-        raise ValueError(f"{path or suite.hub} has no task of {name}'s split {split}")
+        raise ValueError(f"{where} has no task of {name}'s split {split}")
     if len(set(seen)) < len(seen):
         twice = next(task_id for task_id in seen if seen.count(task_id) > 1)
-        raise ValueError(f"{path or suite.hub}: {twice} stands there twice")
-    return problems
+        raise ValueError(f"{where}: {twice} stands there twice")
+    if shots:
+        missing = [number for number in SHOT_IDS if number not in examples]
+        if missing:
+            raise ValueError(f"{where} lacks task {missing[0]}, which 3 shots need")
+        before = "".join(examples[number] for number in SHOT_IDS)
+        problems = [problem._replace(prompt=before + problem.prompt) for problem in problems]
+    source = Source(where, revision, _sha256(path) if path else None, split)
+    words = f"{SHOTS}-shot, tasks 2, 3 and 4 solved before the question, all tests shown"
+    prompt = words if shots else suite.prompt
+    return Tasks(problems[:limit], source, prompt, shots, suite.seconds)
+
+
+def suite_names() -> list[str]:
+    """Every name that `read_suite` takes."""
+    return [*SUITES, *SKILL_SUITES]
+
+
+def takes_shots(name: str) -> bool:
+    """Whether a suite is MBPP's own rows, with its splits."""
+    return name in ("mbpp", "mbpp_sanitized")
 
 
 def leave_out_trained(
@@ -102,34 +167,63 @@ def leave_out_trained(
 ) -> tuple[list[Problem], list[Problem]]:
     """(Kept, left out): the second were trained on, as the checkpoint's data stamp tells.
 
-    By MBPP's task ids, which the sanitized and the + set share; by the rows' content hashes where
-    the stamp has them (`row_sha256`).
+    By MBPP's task ids, which the sanitized and the + set share; and by content, whatever file it
+    came from: a row whose question or answer reads like the task's (`text_hashes`).
     """
     sources = data_stamp.get("sources", [])
     ids = {f"Mbpp/{number}" for source in sources for number in source.get("task_ids", [])}
-    hashes: Collection[str] = {one for source in sources for one in source.get("row_sha256", [])}
+    hashes = {one for source in sources for one in source.get("text_hashes", "").split()}
     kept: list[Problem] = []
     trained: list[Problem] = []
     for problem in problems:
-        known = problem.task_id in ids or problem.content_hash in hashes
+        known = problem.task_id in ids or any(text_hash(text) in hashes for text in problem.texts)
         (trained if known else kept).append(problem)
     return kept, trained
 
 
-def program_of(problem: Problem, text: str) -> str:
-    """The program that a model's text amounts to: the text up to a stop, behind its prefix.
-
-    An instruction's answer may come in a fenced block, which is then taken alone.
-    """
-    if not problem.prefix:
-        fenced = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", text, re.DOTALL)
-        text = fenced[1] if fenced else text
-    ends = [at for at in (text.find(stop) for stop in problem.stops) if at >= 0]
-    return problem.prefix + text[: min(ends, default=len(text))]
+def _sha256(path: str) -> str:
+    with Path(path).expanduser().open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _unix(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+# MBPP
+
+
+def _is_in(split: str, task: dict[str, Any]) -> bool:
+    return int(task["task_id"]) in MBPP_PUBLISHED[split]
+
+
+def _mbpp_text(task: dict[str, Any]) -> str:
+    return unix(task["text"] if "text" in task else task["prompt"])  # the sanitized set's name
+
+
+def _mbpp(task: dict[str, Any]) -> Problem:
+    text, code = _mbpp_text(task), unix(task["code"])
+    checks = [unix(check) for check in task["test_list"]]
+    before = unix(task.get("test_setup_code") or "")
+    imports = [unix(line) for line in task.get("test_imports") or []]
+    # After the entry points: setups build trees of the program's own nodes.
+    tests = "\n".join([*imports, before, *checks])
+    entry_points = _defined(code, tests)
+    if not entry_points:
+        raise ValueError("its tests call no function of its program")
+    instruction = mbpp_instruction(text, checks[0])
+    return Problem(
+        task_id=f"Mbpp/{int(task['task_id'])}",
+        prompt=format_prompt(instruction),
+        prefix="",
+        stops=INSTRUCTION_STOPS,
+        setup="",
+        tests=tests,
+        entry_points=entry_points,
+        reference=code,
+        texts=(text, instruction, code),
+    )
+
+
+def _shot_prompt(task: dict[str, Any]) -> str:
+    tests = "\n".join(unix(check) for check in task["test_list"])
+    return SHOT_PROMPT.format(text=_mbpp_text(task), tests=tests)
 
 
 def _defined(source: str, used_in: str) -> tuple[str, ...]:
@@ -142,89 +236,37 @@ def _defined(source: str, used_in: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name in used))
 
 
-def _mbpp(task: dict[str, Any]) -> Problem:
-    text = task["text"] if "text" in task else task["prompt"]  # the sanitized set's name for it
-    code, checks = _unix(task["code"]), [_unix(check) for check in task["test_list"]]
-    before = _unix(task.get("test_setup_code") or "")
-    imports = [_unix(line) for line in task.get("test_imports") or []]
-    # After the entry points: setups build trees of the program's own nodes.
-    tests = "\n".join([*imports, before, *checks])
-    entry_points = _defined(code, tests)
-    if not entry_points:
-        raise ValueError("its tests call no function of its program")
-    instruction = mbpp_instruction(text, checks[0])
-    return Problem(
-        task_id=f"Mbpp/{int(task['task_id'])}",
-        prompt=format_prompt(instruction),
-        prefix="",
-        stops=_INSTRUCTION_STOPS,
-        setup="",
-        tests=tests,
-        entry_points=entry_points,
-        reference=code,
-        content_hash=content_hash(instruction.strip(), "", code.rstrip()),  # as training's rows
-    )
+# HumanEval
 
 
 def _humaneval(task: dict[str, Any]) -> Problem:
-    prompt, name = _unix(task["prompt"]), task["entry_point"]
-    answer, test = _unix(task["canonical_solution"]), _unix(task["test"])
+    prompt, name = unix(task["prompt"]), task["entry_point"]
+    answer, test = unix(task["canonical_solution"]), unix(task["test"])
     return Problem(
         task_id=task["task_id"],
         prompt=prompt,
         prefix=prompt,
-        stops=_STOPS,
+        stops=CONTINUATION_STOPS,
         setup=prompt,  # helpers that the tests use come from here, not from the program
         tests=f"{test}\n\ncheck({name})\n",
         entry_points=(name,),
         reference=prompt + answer,
-        content_hash=content_hash(prompt.strip(), "", answer.rstrip()),
+        texts=(prompt, prompt + answer),  # a body alone may be anybody's
     )
 
 
-_COMPARE = """
-import copy, math
-
-def _close(given, expected, atol):
-    if isinstance(expected, float) and type(given) in (int, float):
-        return math.isclose(given, expected, rel_tol=1e-7, abs_tol=atol)
-    if isinstance(expected, (list, tuple)) and type(given) is type(expected):
-        return len(given) == len(expected) and all(
-            _close(one, other, atol) for one, other in zip(given, expected)
-        )
-    return given == expected
-
-def _check_all(candidate, reference, inputs, atol):
-    for arguments in inputs:
-        expected = reference(*copy.deepcopy(arguments))
-        given = candidate(*copy.deepcopy(arguments))
-        assert given == expected or _close(given, expected, atol or 1e-6)
-"""
-
-
-def _humaneval_plus(task: dict[str, Any]) -> Problem:
-    """Inputs instead of tests: what is expected the reference computes, beside the tests."""
-    base = _humaneval(task | {"test": ""})
-    name, inputs = task["entry_point"], [*task["base_input"], *task["plus_input"]]
-    atol = float(task["atol"])
-    # find_zero has many right answers: its own definition decides (HumanEval/32).
-    check = f"_check_all({name}, _reference, _inputs, {atol!r})"
-    if name == "find_zero":
-        check = f"for (xs,) in _inputs: assert abs(poly(xs, {name}(xs))) <= {atol or 1e-4!r}"
-    return base._replace(
-        setup=f"{base.reference}\n_reference = {name}\n{_COMPARE}",
-        tests=f"import json\n_inputs = json.loads({json.dumps(inputs)!r})\n{check}\n",
-        content_hash=base.content_hash,
-    )
-
-
-_HUMANEVAL_COLUMNS = ("task_id", "prompt", "canonical_solution", "entry_point")
+_AS_PUBLISHED = "0-shot, the published prompt is continued as it stands"
+_HUMANEVAL = ("task_id", "prompt", "canonical_solution", "entry_point")
+_MBPP = ("task_id", "text", "code", "test_list", "test_setup_code")
+_SANITIZED = ("task_id", "prompt", "code", "test_list", "test_imports")
+_INPUTS = ("base_input", "plus_input", "atol")
 SUITES: dict[str, Suite] = {
     "mbpp": Suite(
         MBPP,
         "full",
         tuple(MBPP_PUBLISHED),
-        ("task_id", "text", "code", "test_list", "test_setup_code"),
+        _MBPP,
+        _MBPP,
         _mbpp,
         "0-shot, the instruction template with the text and the first test",
     ),
@@ -232,7 +274,8 @@ SUITES: dict[str, Suite] = {
         MBPP,
         "sanitized",
         tuple(MBPP_PUBLISHED),
-        ("task_id", "prompt", "code", "test_list", "test_imports"),
+        _SANITIZED,
+        _SANITIZED,
         _mbpp,
         "0-shot, the instruction template with the prompt and the first test",
     ),
@@ -240,16 +283,29 @@ SUITES: dict[str, Suite] = {
         "openai/openai_humaneval",
         None,
         ("test",),
-        (*_HUMANEVAL_COLUMNS, "test"),
+        (*_HUMANEVAL, "test"),
+        (*_HUMANEVAL, "test"),
         _humaneval,
-        "0-shot, the published prompt is continued as it stands",
+        _AS_PUBLISHED,
     ),
     "humaneval+": Suite(
         "evalplus/humanevalplus",
         None,
         ("test",),
-        (*_HUMANEVAL_COLUMNS, "base_input", "plus_input", "atol"),
-        _humaneval_plus,
-        "0-shot, the published prompt is continued as it stands",
+        (*_HUMANEVAL, "test"),
+        (*_HUMANEVAL, *_INPUTS),
+        humaneval_plus,
+        _AS_PUBLISHED,
+        seconds=30,
+    ),
+    "mbpp+": Suite(
+        "evalplus/mbppplus",
+        None,
+        ("test",),
+        ("task_id", "prompt", "code", "test_list", "test"),
+        (*_HUMANEVAL, *_INPUTS),
+        mbpp_plus,
+        "0-shot, the published docstring (question and first test) is continued as it stands",
+        seconds=30,
     ),
 }

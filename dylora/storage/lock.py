@@ -11,8 +11,10 @@ LOCK_FILE = "trainer.lock"
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, option: str = "--name") -> Iterator[None]:
     """Hold `folder`, which is made; a folder that ends up empty is taken away again.
+
+    `option` is the one of the command line that names another folder.
 
     The kernel lets go of the lock when the process ends, so a killed one leaves nothing to clean.
     Raises FileExistsError, naming the process, when another one holds it, and ValueError on a file
@@ -21,7 +23,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK_FILE
-    descriptor = _acquire(file)
+    descriptor = _acquire(file, option)
     try:
         yield
     finally:
@@ -32,7 +34,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _acquire(file: Path) -> int:
+def _acquire(file: Path, option: str) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -46,8 +48,8 @@ def _acquire(file: Path) -> int:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
             raise FileExistsError(
-                f"{file.parent} is being trained by {holder or 'another process'}: wait for its "
-                "end, or give another --name"
+                f"{file.parent} is in use by {holder or 'another process'}: wait for its "
+                f"end, or give another {option}"
             ) from None
         except OSError as error:
             os.close(descriptor)

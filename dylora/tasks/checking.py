@@ -58,7 +58,7 @@ def check_answers(
                 job = {key: item for key, item in tasks[index].check.items() if key != "expected"}
                 job |= {"source": answers[index].strip(), "timeout_s": timeout_s}
                 reply = _ask(process, json.dumps(job).encode() + b"\n", timeout_s + _GRACE_S)
-                verdicts[index] = _is_right(tasks[index].check, reply)
+                verdicts[index] = _is_right_reply(tasks[index].check, reply)
                 if not reply.endswith(b"\n"):  # the worker died, and only this answer with it
                     process = None
 
@@ -100,19 +100,27 @@ def _ask(process: subprocess.Popen[bytes], job: bytes, limit_s: float) -> bytes:
         watch.cancel()
 
 
-def _is_right(check: dict[str, Any], reply: bytes) -> bool:
+def _is_right_reply(check: dict[str, Any], reply: bytes) -> bool:
     try:
         values = json.loads(reply)
     except (ValueError, RecursionError):  # empty, cut off, or an integer beyond Python's limit
         return False
+    return is_right(check, values)
+
+
+def is_right(check: dict[str, Any], values: Any) -> bool:
+    """Whether an answer's values, one for each input of its check, are those expected."""
     expected = check["expected"]
     if not isinstance(values, list) or len(values) != len(expected):
         return False
-    if check.get("compare") == "unordered":
-        values = [_sorted(rows) for rows in values]
-        expected = [_sorted(rows) for rows in expected]
-    same = _is_same_number if check["kind"] == "arithmetic" else _is_same
-    return all(map(same, values, expected))
+    try:
+        if check.get("compare") == "unordered":
+            values = [_sorted(rows) for rows in values]
+            expected = [_sorted(rows) for rows in expected]
+        same = _is_same_number if check["kind"] == "arithmetic" else _is_same
+        return all(map(same, values, expected))
+    except (TypeError, OverflowError):  # a set among rows, an integer beyond all floats
+        return False
 
 
 def _sorted(rows: Any) -> Any:

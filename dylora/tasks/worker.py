@@ -21,7 +21,6 @@ import resource
 import select
 import shutil
 import signal
-import sqlite3
 import sys
 import tempfile
 import time
@@ -69,8 +68,15 @@ def run_query(source: str, databases: list[dict[str, Any]]) -> list[list[list[An
 
     Raises a sqlite3 error when the source is no query, several statements, or writes.
     """
+    import sqlite3  # here: each answer has a process of its own, and few are queries
+
     table, columns = databases[0]["table"], databases[0]["columns"]
     results = []
+
+    def allow_reading(action: int, *_: str | None) -> int:
+        allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
+        return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
+
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         connection.execute(f"create table {table} ({', '.join(columns)})")
         connection.execute("begin")
@@ -79,14 +85,9 @@ def run_query(source: str, databases: list[dict[str, Any]]) -> list[list[list[An
             connection.execute(f"delete from {table}")
             marks = ", ".join("?" * len(columns))
             connection.executemany(f"insert into {table} values ({marks})", database["rows"])
-            connection.set_authorizer(_allow_reading)
+            connection.set_authorizer(allow_reading)
             results.append([list(row) for row in connection.execute(source).fetchall()])
     return results
-
-
-def _allow_reading(action: int, *_: str | None) -> int:
-    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
-    return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
 
 
 def run_answer(job: dict[str, Any]) -> list[Any]:
@@ -108,6 +109,11 @@ def run_answer(job: dict[str, Any]) -> list[Any]:
         case "arithmetic":
             return [calculate(source) for _ in inputs]
     raise ValueError(f"unknown kind of answer {job['kind']!r}")
+
+
+def answer_values(job: dict[str, Any]) -> list[Any]:
+    """`run_answer`, and TypeError where it gives what JSON has no type for."""
+    return [_plain(value) for value in run_answer(job)]
 
 
 def _plain(value: Any) -> Any:
@@ -139,7 +145,7 @@ def _child(job: dict[str, Any], folder: str, write: int) -> None:
         (resource.RLIMIT_NPROC, 0),  # no effect for root
     ):
         resource.setrlimit(limit, (bound, bound))
-    values = json.dumps([_plain(value) for value in run_answer(job)]).encode()
+    values = json.dumps(answer_values(job)).encode()
     while values:
         values = values[os.write(write, values) :]
 

@@ -70,6 +70,10 @@ def train(config: RunConfig, resume_from_checkpoint: str | None = None) -> Run:
         if resume_from_checkpoint is not None:
             resume(run, resume_from_checkpoint)
         rehearse_save(run)
+        if run.config.eval.benchmark_strategy != "none":
+            from dylora.evaluation.in_training import check_benchmark
+
+            check_benchmark(run)
         record_settings(run)
         announce(run)
         with closing(run.log), Interruption() as interruption:
@@ -85,10 +89,10 @@ def run_steps(run: Run, interruption: Interruption) -> None:
     log.start(progress.step, run.steps)
     window, watch = Window(), CollapseWatch(config.log.collapse_steps)
     stopping = _is_out_of_patience(run)
-    if progress.evaluation_due:
+    if progress.evaluation_due or progress.benchmark_due:
         stopping = finish_step(run, interruption)
     while progress.step < run.steps and not stopping:
-        started = time.perf_counter()
+        started, passes = time.perf_counter(), run.sampler.epoch
         result = train_step(run)
         progress.step += 1
         seconds = time.perf_counter() - started
@@ -106,6 +110,9 @@ def run_steps(run: Run, interruption: Interruption) -> None:
         run.optimizer.zero_grad(set_to_none=True)
 
         progress.evaluation_due = _due(progress.step, config.eval.eval_steps) or last
+        strategy = config.eval.benchmark_strategy
+        ends_pass = strategy == "epoch" and run.sampler.epoch > passes
+        progress.benchmark_due = ends_pass or (last and strategy != "none")
         stopping = finish_step(run, interruption)
 
 
@@ -121,14 +128,33 @@ def finish_step(run: Run, interruption: Interruption) -> bool:
     stopping = evaluated and _is_out_of_patience(run)
     best = evaluated and progress.best_step == progress.step
     wanted = interruption.received is not None
-    if _due(progress.step, config.train.save_steps) or last or stopping or best or wanted:
+    if stopping and config.eval.benchmark_strategy != "none":
+        progress.benchmark_due = True
+    due = _due(progress.step, config.train.save_steps) or progress.benchmark_due
+    if due or last or stopping or best or wanted:
         save(run)
         wanted = wanted or interruption.received is not None
     if wanted:
         interruption.leave()
+    if progress.benchmark_due:
+        benchmark(run, interruption)
     if stopping:
         log.say(f"stopped: {progress.evaluations_without_gain} evaluations without gain")
     return stopping
+
+
+def benchmark(run: Run, interruption: Interruption) -> None:
+    """Run the benchmark of this step, after its save: generation may need memory that is not there.
+
+    A signal leaves it due, as the checkpoint says; the resumed run begins with it.
+    """
+    from dylora.evaluation.in_training import benchmark_step
+
+    try:
+        benchmark_step(run, interruption.check)
+        run.progress.benchmark_due = False
+    except Interrupted:
+        interruption.leave()
 
 
 def announce(run: Run) -> None:

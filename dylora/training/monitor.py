@@ -167,6 +167,13 @@ class RunLog:
         replacement.write_text("".join(kept))
         replacement.replace(self._file)
 
+    def has(self, step: int, metric: str) -> bool:
+        """Whether a row of that step holds the metric."""
+        if not self._file.exists():
+            return False
+        rows = [json.loads(line) for line in self._file.read_text().splitlines()]
+        return any(row["step"] == step and metric in row for row in rows)
+
     def start(self, step: int, steps: int) -> None:
         """Show the bar, if this is a terminal; start the mirror."""
         self._started, self._first_step, self._steps = time.perf_counter(), step, steps

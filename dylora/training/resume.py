@@ -209,4 +209,5 @@ def what_rows(stamp: dict[str, Any]) -> dict[str, Any]:
     for source in stamp.get("sources", []):
         source.pop("path", None)
         source.pop("revision", None)
+        source.pop("text_hashes", None)  # training_sha256 tells as much
     return stamp

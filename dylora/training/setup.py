@@ -38,6 +38,7 @@ class Progress:
     skipped_steps: int = 0  # whose loss or gradient was not finite: they updated nothing
     skipped_in_a_row: int = 0  # of those, the latest without a good step between
     evaluation_due: bool = False  # stopped after this step, before it was evaluated
+    benchmark_due: bool = False  # likewise: the benchmark comes after the save
     # f of the balance losses, [N, E] each: the previous step's assignment fractions over its whole
     # accumulated batch, so that the loss does not depend on how the batch is split.
     fractions: dict[str, list[list[float]]] | None = None

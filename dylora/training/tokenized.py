@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.training.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
-from dylora.training.sources import content_hash
+from dylora.training.sources import content_hash, text_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -127,6 +127,7 @@ class TokenizedSplit(NamedTuple):
     report: SplitReport
     row_ids: list[str]  # of the examples' rows
     content_hashes: list[str]  # likewise
+    text_hashes: set[str]  # of their questions and of their answers
 
 
 def tokenize_rows(
@@ -143,6 +144,7 @@ def tokenize_rows(
     limit = len(rows) if wanted is None else wanted
     step = min(max(limit, 1), ENCODED_AT_ONCE)
     row_ids, hashes = [], []
+    text_hashes: set[str] = set()
     examined = truncated = dropped = target_tokens = 0
     for start in range(0, len(rows), step):
         batch: dict[str, list[str]] = rows[start : start + step]
@@ -162,6 +164,8 @@ def tokenize_rows(
             examples.append(prompt, target)
             row_ids.append(row_id)
             hashes.append(content_hash(*text))
+            question = " ".join(text[:2])
+            text_hashes |= {text_hash(question), text_hash(text[0]), text_hash(text[2])}
         if len(examples) == limit:
             break
     report = SplitReport(
@@ -173,7 +177,7 @@ def tokenize_rows(
         tokens=examples.tokens,
         target_tokens=target_tokens,
     )
-    return TokenizedSplit(examples, report, row_ids, hashes)
+    return TokenizedSplit(examples, report, row_ids, hashes, text_hashes)
 
 
 def fit(

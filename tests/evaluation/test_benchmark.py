@@ -7,8 +7,10 @@ import pytest
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.cli import main
-from dylora.evaluation import benchmark
-from dylora.evaluation.benchmark import read_samples
+from dylora.evaluation import sampling
+from dylora.evaluation.anchors import ANCHORS, anchor_lines
+from dylora.evaluation.sampling import read_samples
+from dylora.evaluation.suites import SUITES
 
 TASKS = [
     {
@@ -55,13 +57,13 @@ def command(folder: Path, out: Path, *more: str) -> int:
 def by_heart(monkeypatch):
     """A model whose adapters know the answers to all tasks but one; its base knows none."""
 
-    def generate(model, tokenizer, problems, options):
+    def draw(model, tokenizer, batch, settings):
         off = not model.injection.state.enabled
-        for problem in problems:
-            knows = not off and problem.task_id != "Mbpp/15"
-            yield problem, problem.reference if knows else "def nothing(): pass"
+        for one in batch:
+            knows = not off and not one.problem.task_id.endswith("5")
+            yield one, one.problem.reference if knows else "def nothing(): pass"
 
-    monkeypatch.setattr(benchmark, "_generate", generate)
+    monkeypatch.setattr(sampling, "_draw", draw)
 
 
 def test_a_trained_task_is_left_out_and_the_rest_scored(folder: Path, tmp_path: Path, by_heart):
@@ -78,6 +80,16 @@ def test_a_trained_task_is_left_out_and_the_rest_scored(folder: Path, tmp_path: 
     assert suite["base"]["outcomes"] == {"error": 4}
     assert (suite["comparison"]["better"], suite["comparison"]["p_value"]) == (3, 0.25)
     assert "landlock" in results["sandbox"]
+    assert results["libraries"].keys() >= {"python", "dylora", "torch", "transformers", "datasets"}
+    assert results["settings"]["base"] == "tiny-code-llama"
+    assert results["config"]["eval"]["batch_size"] == 2
+    assert len(results["settings"]["checkpoint_sha256"]) == 64
+    assert suite["source"]["path"] == str(folder / "mbpp.jsonl")
+    assert len(suite["source"]["sha256"]) == 64
+    assert suite["first_prompt"].startswith("### Instruction:\nWrite a function that adds 11.")
+    assert suite["sampling"]["seed"] == 0
+    lines = (tmp_path / "mbpp.checkpoint.jsonl").read_text().splitlines()
+    assert {tuple(json.loads(line)) for line in lines} == {("task_id", "solution")}
 
 
 def test_trained_tasks_can_be_included_and_that_is_said(folder: Path, tmp_path: Path, by_heart):
@@ -113,6 +125,8 @@ def test_a_killed_benchmark_goes_on_without_repeating_or_losing_a_sample(
         (["--task_files", "mbpp"], "must be SUITE=FILE"),
         (["--task_files", "humaneval=x"], "'humaneval', which --tasks does not"),
         (["--limit", "0"], "--limit"),
+        (["--shots", "2"], "--shots is 2, but must be 0, or 3"),
+        (["--shots", "3"], "lacks task 2, which 3 shots need"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_2(folder, tmp_path, capsys, more, message):
@@ -124,3 +138,58 @@ def test_a_folder_of_other_settings_is_refused(folder, tmp_path, capsys, by_hear
     assert command(folder, tmp_path) == 0
     assert command(folder, tmp_path, "--seed", "1") == 2
     assert "made with seed = 0, not 1" in capsys.readouterr().err
+
+
+def test_another_file_for_a_suite_that_has_samples_is_refused(folder, tmp_path, capsys, by_heart):
+    assert command(folder, tmp_path) == 0
+    other = tmp_path / "other.jsonl"
+    other.write_text((folder / "mbpp.jsonl").read_text() + "\n")
+    assert command(folder, tmp_path, "--task_files", f"mbpp={other}") == 2
+    assert "holds samples of mbpp from" in capsys.readouterr().err
+
+
+# Skills
+
+
+def test_each_skill_is_a_suite_with_the_same_statistics(folder: Path, tmp_path: Path, by_heart):
+    options = ["--config", str(folder / "config.yaml"), "--checkpoint", str(folder / "checkpoint")]
+    more = ["--tasks", "skills", "--limit", "6", "--out", str(tmp_path), "--workers", "1"]
+    assert main(["benchmark", *options, *more]) == 0
+    suites = json.loads((tmp_path / "results.json").read_text())["suites"]
+    assert list(suites) == [
+        *("skills/lists", "skills/strings", "skills/sql"),
+        *("skills/regex", "skills/json", "skills/arithmetic"),
+    ]
+    for suite in suites.values():
+        assert suite["checkpoint"]["outcomes"]["passed"] == 5
+        assert suite["checkpoint"]["pass@k"]["1"]["mean"] == pytest.approx(5 / 6)
+        assert suite["comparison"]["better"] == 5
+        assert suite["sampling"]["max_new_tokens"] == 64
+    assert (tmp_path / "skills.sql.base.jsonl").exists()
+
+
+def test_a_skill_has_no_file(folder, tmp_path, capsys):
+    assert command(folder, tmp_path, "--tasks", "skills/sql", "--task_files", "skills/sql=x") == 2
+    assert "skills/sql is generated" in capsys.readouterr().err
+
+
+# Published scores
+
+
+def test_a_known_base_gets_its_published_scores_and_an_unknown_one_the_advice_to_find_one():
+    lines = anchor_lines("google/codegemma-2b", "humaneval")
+    assert any("31.1" in line for line in lines)
+    assert any("7.8" in line and "#261" in line for line in lines)
+    (line,) = anchor_lines("tiny-code-llama", "humaneval")
+    assert "no published score of tiny-code-llama on humaneval" in line
+
+
+def test_every_published_score_is_of_a_suite_that_exists_and_says_whose_it_is():
+    scores = [
+        (suite, one)
+        for suites in ANCHORS.values()
+        for suite, found in suites.items()
+        for one in found
+    ]
+    assert {suite for suite, _ in scores} <= SUITES.keys()
+    assert all(0 < one.percent < 100 and one.how and one.source for _, one in scores)

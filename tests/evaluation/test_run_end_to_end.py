@@ -11,7 +11,8 @@ from dylora import DyLoRA_MoE
 from dylora.bases import EMBEDDED_BASES, load_tokenizer
 from dylora.cli import main
 from dylora.evaluation.report import SetRow, format_table
-from dylora.evaluation.skills import answer, pad_left
+from dylora.evaluation.sampling import pad_left
+from dylora.evaluation.skills import answer
 from dylora.tasks import generate_tasks
 
 CONFIG = """

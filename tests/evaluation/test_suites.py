@@ -11,9 +11,14 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
+from dylora.evaluation.judging import judge as judge_result
+from dylora.evaluation.plus import typed_input
+from dylora.evaluation.problem import Problem, program_of
 from dylora.evaluation.sandbox import Limits, Sandbox, run_all
-from dylora.evaluation.suites import Problem, leave_out_trained, program_of, read_suite
+from dylora.evaluation.suites import leave_out_trained, read_suite
+from dylora.training.sources import text_hash
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 MBPP_FILE = str(REAL / "mbpp.jsonl")
@@ -34,7 +39,7 @@ PLUS = {key: HUMAN[key] for key in HUMAN if key != "test"} | {
 
 @pytest.fixture(scope="module")
 def mbpp() -> list[Problem]:
-    return read_suite("mbpp", MBPP_FILE, split="all")
+    return read_suite("mbpp", MBPP_FILE, split="all").problems
 
 
 def write(path: Path, *rows: object) -> str:
@@ -48,11 +53,7 @@ def outcome(problem: Problem, program: str, limits: Limits | None = None) -> str
 
 
 def judge(box: Sandbox, job: tuple[Problem, str]) -> str:
-    problem, program = job
-    found = box.run_tests(
-        program, problem.tests, setup=problem.setup, entry_points=problem.entry_points
-    )
-    return found.outcome
+    return judge_result(box, job).outcome
 
 
 # Reading
@@ -63,7 +64,7 @@ def judge(box: Sandbox, job: tuple[Problem, str]) -> str:
     [("train", 601, 374), ("validation", 511, 90), ("test", 11, 500), ("prompt", 1, 10)],
 )
 def test_mbpp_has_its_published_splits(split: str, first: int, count: int):
-    problems = read_suite("mbpp", MBPP_FILE, split=split)
+    problems = read_suite("mbpp", MBPP_FILE, split=split).problems
     assert (problems[0].task_id, len(problems)) == (f"Mbpp/{first}", count)
 
 
@@ -84,13 +85,13 @@ def test_the_sanitized_set_imports_what_its_tests_need(tmp_path: Path):
     }
     path = tmp_path / "sanitized-mbpp.json"
     path.write_text(json.dumps([row]))
-    (problem,) = read_suite("mbpp_sanitized", str(path))
+    (problem,) = read_suite("mbpp_sanitized", str(path)).problems
     assert outcome(problem, problem.reference) == "passed"
 
 
 @pytest.mark.parametrize(("suite", "row"), [("humaneval", HUMAN), ("humaneval+", PLUS)])
 def test_humaneval_in_both_forms_tells_right_from_wrong(suite: str, row: dict, tmp_path: Path):
-    (problem,) = read_suite(suite, write(tmp_path / "he.jsonl", row))
+    (problem,) = read_suite(suite, write(tmp_path / "he.jsonl", row)).problems
     assert problem.task_id == "HumanEval/0"
     assert outcome(problem, problem.reference) == "passed"
     wrong = "    return x * x\n"  # right for 2, the only input of the published tests
@@ -99,7 +100,7 @@ def test_humaneval_in_both_forms_tells_right_from_wrong(suite: str, row: dict, t
 
 
 def test_a_helper_of_the_prompt_cannot_be_replaced_by_the_program(tmp_path: Path):
-    (problem,) = read_suite("humaneval", write(tmp_path / "he.jsonl", HUMAN))
+    (problem,) = read_suite("humaneval", write(tmp_path / "he.jsonl", HUMAN)).problems
     cheat = problem.prefix + "    return 0\ndef helper(x): return 5\ndef check(f): pass\n"
     assert outcome(problem, cheat) == "failed"
 
@@ -137,12 +138,190 @@ def test_a_task_that_stands_twice_and_an_unknown_split_are_refused(tmp_path: Pat
         read_suite("humaneval", path, split="train")
 
 
-def test_trained_tasks_are_left_out_by_id_and_by_content(mbpp: list[Problem]):
-    stamp = {"sources": [{"task_ids": [2, 5]}, {"row_sha256": [mbpp[6].content_hash]}, {}]}
+def test_trained_tasks_are_left_out_by_id_and_by_what_question_or_answer_reads_like(
+    mbpp: list[Problem],
+):
+    question, answer = mbpp[6].texts[0], mbpp[8].reference
+    hashes = " ".join([text_hash(f"  {question}\n"), text_hash(answer.replace("    ", "\t"))])
+    stamp = {"sources": [{"task_ids": [2, 5]}, {"text_hashes": hashes}, {}]}
     kept, trained = leave_out_trained(mbpp, stamp)
-    assert [problem.task_id for problem in trained] == ["Mbpp/2", "Mbpp/5", "Mbpp/7"]
-    assert len(kept) == 971
+    assert [problem.task_id for problem in trained] == ["Mbpp/2", "Mbpp/5", "Mbpp/7", "Mbpp/9"]
+    assert len(kept) == 970
     assert leave_out_trained(mbpp, {}) == (mbpp, [])
+
+
+# Few shots
+
+
+def test_three_shots_are_the_published_ones_in_the_published_form():
+    tasks = read_suite("mbpp", MBPP_FILE, shots=3, limit=1)
+    prompt = tasks.problems[0].prompt
+    parts = prompt.split("You are an expert Python programmer, and here is your task: ")
+    assert [part.split(" Your code")[0][:45] for part in parts[1:]] == [
+        "Write a function to find the similar elements",  # 2
+        "Write a python function to identify non-prime",  # 3
+        "Write a function to find the largest integers",  # 4
+        "Write a python function to remove first and l",  # 11
+    ]
+    assert prompt.count("[DONE]") == 3
+    assert prompt.count("assert ") == 12  # all tests are shown
+    assert prompt.endswith('== "H"\n[BEGIN]\n')
+    assert tasks.problems[0].stops == ("[DONE]",)
+    assert "\r" not in prompt
+
+
+def test_an_answer_after_three_shots_is_judged_up_to_its_end(mbpp: list[Problem]):
+    (problem,) = read_suite("mbpp", MBPP_FILE, shots=3, limit=1).problems
+    assert outcome(problem, program_of(problem, f"{problem.reference}\n[DONE]\n)(")) == "passed"
+
+
+@pytest.mark.parametrize(("suite", "shots"), [("humaneval", 3), ("mbpp", 2)])
+def test_shots_that_nobody_published_are_refused(suite: str, shots: int):
+    with pytest.raises(ValueError, match=f"{suite} has no prompt of {shots} shots"):
+        read_suite(suite, MBPP_FILE, shots=shots)
+
+
+# MBPP+ and HumanEval+
+
+
+def plus_row(number: int, name: str, solution: str, base: list, plus: list, atol=0) -> dict:
+    return {
+        "task_id": f"Mbpp/{number}",
+        "prompt": f'"""\nDo it.\nassert {name}(1) == 1\n"""\n',
+        "entry_point": name,
+        "canonical_solution": f"\n{solution}",
+        "base_input": base,
+        "plus_input": plus,
+        "atol": atol,
+        "contract": "",
+    }
+
+
+SHARED = plus_row(
+    2,
+    "similar_elements",
+    "def similar_elements(a, b):\n    return tuple(set(a) & set(b))\n",
+    [[[3, 4, 5, 6], [5, 7, 4, 10]]],
+    [[[1, 2], []]],
+)
+MEAN = plus_row(
+    900, "mean", "def mean(v):\n    return sum(v) / len(v)\n", [[[1, 2]]], [[[0.1, 0.2, 0.4]]]
+)
+FACTORIAL = plus_row(
+    901, "f", "def f(n):\n    return n * f(n - 1) if n else 1\n", [[3]], [[0], [5], [6]]
+)
+SLANT = plus_row(
+    581,
+    "surface_Area",
+    "def surface_Area(b, s):\n    return 2 * b * s + b * b\n",
+    [[3, 4]],
+    [[4, 5]],
+)
+DIGITS = plus_row(
+    558,
+    "digit_distance_nums",
+    "def digit_distance_nums(a, b):\n    return sum(map(int, str(abs(a - b))))\n",
+    [[1, 2]],
+    [[19, 21]],
+)
+SEARCH = plus_row(
+    434,
+    "text_match_three",
+    "import re\ndef text_match_three(t):\n    return re.search('ab{3}', t)\n",
+    [["abbb"]],
+    [["ab"]],
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "program", "expected"),
+    [
+        (SHARED, "def similar_elements(a, b):\n    return sorted(set(b) & set(a))", "passed"),
+        (SHARED, "def similar_elements(a, b):\n    return set(a + ()) & set(b + ())", "passed"),
+        (SHARED, "def similar_elements(a, b):\n    return a", "failed"),
+        (MEAN, "def mean(v):\n    return sum(x / len(v) for x in v)", "passed"),
+        (MEAN, "def mean(v):\n    return sum(v) / len(v) + 1e-4", "failed"),
+        (MEAN, "def mean(v):\n    return str(sum(v) / len(v))", "failed"),
+        (SLANT, "def surface_Area(b, s):\n    return round(b*b + b*(b*b + 4*s*s)**.5)", "passed"),
+        (SLANT, "def surface_Area(b, s):\n    return b * b", "failed"),
+        (DIGITS, "def digit_distance_nums(a, b):\n"
+         "    return sum(abs(int(x) - int(y)) for x, y in zip(str(a), str(b)))", "passed"),
+        (DIGITS, "def digit_distance_nums(a, b):\n    return 1", "failed"),
+        (SEARCH, "def text_match_three(t):\n    return 'abbb' in t", "passed"),
+        (SEARCH, "def text_match_three(t):\n    return 'ab' in t", "failed"),
+        (FACTORIAL, "def f(n):\n    return 0", "failed"),
+    ],
+)  # fmt: skip
+def test_mbpp_plus_judges_as_evalplus_does(row: dict, program: str, expected: str, tmp_path: Path):
+    tasks = read_suite("mbpp+", write(tmp_path / "plus.jsonl", row))
+    assert outcome(tasks.problems[0], program) == expected
+
+
+def test_the_reference_of_a_plus_task_calls_itself_and_not_the_program(tmp_path: Path):
+    """Else a wrong program would make its own expected values."""
+    (problem,) = read_suite("mbpp+", write(tmp_path / "plus.jsonl", FACTORIAL)).problems
+    counts = "calls = 0\ndef f(n):\n    global calls\n    calls += 1\n    assert calls < 5\n"
+    loop = "    x = 1\n    for i in range(1, n + 1): x *= i\n    return x\n"
+    assert outcome(problem, counts + loop) == "passed"
+
+
+@pytest.mark.parametrize(
+    ("suite", "row", "inputs"),
+    [
+        (
+            "mbpp+",
+            {
+                "task_id": 2,
+                "code": SHARED["canonical_solution"],
+                "prompt": "Do it.",
+                "source_file": "x",
+                "test_imports": [],
+                "test_list": ["assert similar_elements(1) == 1"],
+            },
+            "assertion(similar_elements(*inp), exp, 0)",
+        ),
+        (
+            "humaneval+",
+            {key: HUMAN[key] for key in HUMAN if key != "test"},
+            "assertion(candidate(*inp), exp, 0)",
+        ),
+    ],
+)
+def test_the_hubs_form_of_a_plus_set_is_the_same_task(suite, row, inputs, tmp_path: Path):
+    arguments = "[[(3, 4), (4, inf)], [(1, 2), ()]]" if suite == "mbpp+" else "[[2], [0.1], [-3]]"
+    loop = f"for i, (inp, exp) in enumerate(zip(inputs, results)):\n    {inputs}\n"
+    row["test"] = f"import numpy as np\n\ninputs = {arguments}\nresults = [None]\n{loop}"
+    path = tmp_path / "hub.parquet"
+    Dataset.from_list([row]).to_parquet(path)
+    (problem,) = read_suite(suite, str(path)).problems
+    assert problem.task_id == ("Mbpp/2" if suite == "mbpp+" else "HumanEval/0")
+    assert problem.prompt == (SHARED if suite == "mbpp+" else HUMAN)["prompt"]
+    assert outcome(problem, problem.reference) == "passed"
+    body = "def similar_elements(*a): return [9]" if suite == "mbpp+" else "    0"
+    assert outcome(problem, problem.prompt + body) == "failed"
+
+
+@pytest.mark.parametrize(
+    ("number", "given", "expected"),
+    [
+        (2, [[1], [2]], [(1,), (2,)]),
+        (63, [[[1, 2]]], [[(1, 2)]]),
+        (75, [[[1, 2]], 3], [[(1, 2)], 3]),
+        (106, [[1], [2]], [[1], (2,)]),
+        (307, [[1], 2, 3], [(1,), 2, 3]),
+        (259, [[[1], [2]]], [((1,), (2,))]),
+        (580, [[1, [2, [3]]]], [(1, (2, (3,)))]),
+        (115, [[[1, 2], []]], [[{1, 2}, {}]]),
+        (124, ["0", "1j"], [0.0, 1j]),
+        (252, ["2"], [2 + 0j]),
+        (278, [[1, [2]]], [(1, (2,))]),
+        (722, [{"a": [1, 2]}, 3], [{"a": (1, 2)}, 3]),
+        (3, [[1]], [[1]]),
+    ],
+)
+def test_the_json_of_an_argument_becomes_the_type_that_the_function_takes(number, given, expected):
+    found = typed_input(number, given)
+    assert repr(found) == repr(expected)
 
 
 # Controls

@@ -389,3 +389,10 @@ def test_bad_arguments_are_named() -> None:
         check_answers([DOUBLE], [RIGHT], workers=0)
     with pytest.raises(ValueError, match="timeout_s"):
         check_answers([DOUBLE], [RIGHT], timeout_s=0)
+
+
+def test_values_that_cannot_be_compared_are_wrong() -> None:
+    rows = {"kind": "sql", "compare": "unordered", "inputs": [TABLE], "expected": [[[1]]]}
+    assert not checking.is_right(rows, [[{1}]])
+    task = a_task("arithmetic", [None], [5])
+    assert verdicts(task, ["5", "99**64 * 99**64 * 99**64"]) == [True, False]

@@ -9,6 +9,7 @@ import torch
 from dylora.losses import target_positions
 from dylora.run_config import DataConfig, SourceConfig
 from dylora.training.data import collate, load_data
+from dylora.training.sources import text_hash
 from dylora.training.tokenized import TokenizedSet
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
@@ -227,6 +228,31 @@ def test_real_sets_are_read_split_reported_and_stamped(tokenizer):
     assert report.tokens == sum(examples.length(i) for i in range(300))
     assert report.target_tokens == sum(len(targets(examples[i])) for i in range(300))
     assert examples.mean_targets == report.target_tokens / 300
+
+
+def test_the_stamp_has_a_hash_of_every_question_and_answer_that_was_trained_on(tmp_path, tokenizer):
+    rows = [
+        {"instruction": f"Add {i}.", "input": "" if i % 2 else "3", "output": f"x + {i}"}
+        for i in range(20)
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    alpaca = SourceConfig(name="code_alpaca", path=str(tmp_path / "r.jsonl"))
+    data = load_data(DataConfig(sources=[alpaca]), tokenizer)
+    (stamp,) = data.stamp["sources"]
+    hashes = set(stamp["text_hashes"].split())
+    trained = {tokenizer.decode(targets(example)) for example in data.train[0]}
+    found = [row for row in rows if text_hash(row["output"]) in hashes]
+    assert {f"{row['output']}</s>" for row in found} == trained
+    assert len(found) == stamp["training_rows"] == 18
+    for row in found:
+        assert text_hash(row["instruction"]) in hashes
+        assert text_hash(f"{row['instruction']}\n{row['input']}") in hashes
+
+
+def test_generated_rows_need_no_hashes(tokenizer):
+    sources = [SourceConfig(name="skill/arithmetic", rows=5)]
+    (stamp,) = load_data(DataConfig(sources=sources), tokenizer, eval_subset=5).stamp["sources"]
+    assert "text_hashes" not in stamp
 
 
 def test_the_stamp_changes_with_one_character_and_not_with_the_order(tmp_path, tokenizer):

@@ -1,0 +1,58 @@
+"""Answers of the embedded skills, run in the sandbox."""
+
+import pytest
+
+from dylora.evaluation import skills
+from dylora.evaluation.sandbox import Sandbox
+from dylora.evaluation.skills import ANSWER_LIMITS, check_in_sandbox, judge_answer
+from dylora.tasks import SKILLS, generate_tasks
+
+DOUBLE = {"kind": "function", "function": "f", "inputs": [1, 5], "expected": [2, 10]}
+RIGHT = "def f(x):\n    return x * 2"
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(ANSWER_LIMITS) as box:
+        yield box
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_references_pass_in_the_sandbox_and_those_of_another_task_do_not(sandbox, skill):
+    tasks = generate_tasks(skill, "test", 6)
+    for task, other in zip(tasks, tasks[1:] + tasks[:1], strict=True):
+        assert judge_answer(sandbox, task.check, f"\n{task.answer}\n").outcome == "passed"
+        assert judge_answer(sandbox, task.check, other.answer).outcome in ("failed", "error")
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (RIGHT, "passed"),
+        ("def f(x):\n    return x", "failed"),
+        ("def f(x):\n    return float(x * 2)", "failed"),
+        ("def f(x):\n    return (x * 2,)", "error"),
+        ("def g(x):\n    return x * 2", "error"),
+        ("def f(x):\n    while True: pass", "timeout"),
+        ("def f(x):\n    open('/etc/passwd').read()\n    return x * 2", "error"),
+        ("import os\nos.kill(os.getppid(), 9)", "violation"),
+        # Without `_plain` a set would come out, which is no value of JSON's.
+        ("import __main__, sys\nsys._getframe(2).f_globals['_plain'] = lambda v: {v}\n"
+         "def f(x): return x * 2", "failed"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_judged_by_what_it_returns(sandbox, answer, outcome):
+    assert judge_answer(sandbox, DOUBLE, answer).outcome == outcome
+
+
+def test_where_there_is_no_sandbox_the_level_says_so(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("no Landlock here")
+
+    tasks = generate_tasks("arithmetic", "test", 2)
+    answers = [tasks[0].answer, "1"]
+    passed, level = check_in_sandbox(tasks, answers)
+    assert (passed, level.startswith("landlock")) == ([True, False], True)
+    monkeypatch.setattr(skills, "Sandbox", refuse)
+    passed, level = check_in_sandbox(tasks, answers)
+    assert (passed, level) == ([True, False], "resource limits only (no Landlock here)")
