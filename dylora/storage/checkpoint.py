@@ -41,8 +41,7 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     temporary = folder.with_name(f".{folder.name}.writing")
     replaced = _replaced(folder)
     _recover(folder)
-    if not _may_replace(folder):
-        raise FileExistsError(f"{folder} exists and is no checkpoint of ours: name another folder")
+    check_place(folder)
     _make_parents(folder)
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -60,6 +59,12 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     temporary.rename(folder)
     _flush(folder.parent)
     _recover(folder, always=True)
+
+
+def check_place(folder: Path) -> None:
+    """Raises FileExistsError unless `write_folder` may put a folder there."""
+    if not _may_replace(folder):
+        raise FileExistsError(f"{folder} exists and is no checkpoint of ours: name another folder")
 
 
 def write_file(file: Path, text: str) -> None:
