@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from dylora import injection
 from dylora.adapter import weight_OD
+from dylora.bases import quantization_of
 from dylora.model_files import expert_adapter
 from dylora.router import at_least_float32
 from dylora.storage.export import Weights, by_projection, site_weights
@@ -130,6 +131,11 @@ def _check_mergeable(base: PreTrainedModel, paths: list[str], dequantize: bool) 
             "few levels again: load it whole (quantization none), or ask for the dequantised "
             "weights (dequantize, --dequantize)"
         )
+    if _is_quantised(base) and quantization_of(base) == "none":
+        raise ValueError(
+            f"a base quantised by {base.hf_quantizer.quantization_config.quant_method} cannot be "
+            "dequantised here: load it whole"
+        )
     held = Counter(id(p) for module in base.modules() for p in module._parameters.values())
     for path in paths:
         if held[id(base.get_submodule(path).weight)] > 1:
@@ -146,25 +152,21 @@ def _is_quantised(base: PreTrainedModel) -> bool:
 def _dequantized(base: PreTrainedModel) -> list[str]:
     """Turn quantised layers into plain ones in float32, in place; their paths.
 
-    The values are the quantised ones: what quantising has lost stays lost. Raises ValueError where
-    transformers cannot do it.
+    The values are the quantised ones: what quantising has lost stays lost.
     """
-    before = {path: id(module) for path, module in base.named_modules()}
-    quantizer: Any = base.hf_quantizer
-    packed = [path for path, m in base.named_modules() if _is_packed(getattr(m, "weight", None))]
-    if packed and "torchao" in str(quantizer.quantization_config.quant_method).lower():
-        for path in packed:  # transformers has nothing for torchao, but its tensors know the way
-            module: Any = base.get_submodule(path)
-            plain = module.weight.dequantize().float()
-            module.weight = nn.Parameter(plain, requires_grad=False)
+    modules = dict(base.named_modules())
+    if quantization_of(base) == "torchao-int8":
+        # transformers 5.23 has nothing for torchao, but its tensors know the way themselves.
+        packed = [path for path, m in modules.items() if _is_packed(getattr(m, "weight", None))]
+        for path in packed:
+            plain = modules[path].weight.dequantize().float()
+            modules[path].weight = nn.Parameter(plain, requires_grad=False)
+        quantizer: Any = base.hf_quantizer
         quantizer.remove_quantization_config(base)
         return packed
-    try:
-        base.dequantize(dtype=torch.float32)
-    except NotImplementedError as error:
-        raise ValueError(f"this base cannot be dequantised: {error}") from error
+    base.dequantize(dtype=torch.float32)
     base.requires_grad_(False)
-    return [path for path, module in base.named_modules() if before.get(path) != id(module)]
+    return [path for path, module in base.named_modules() if modules.get(path) is not module]
 
 
 def _is_packed(weight: Any) -> bool:

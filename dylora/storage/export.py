@@ -132,7 +132,9 @@ def write_experts(
     staged = {folder: folder.with_name(f".{folder.name}.staged") for folder in folders}
     try:
         for folder, adapter in folders.items():
-            write_folder(staged[folder], lambda files, adapter=adapter: write_adapter(files, adapter))
+            write_folder(
+                staged[folder], lambda files, adapter=adapter: write_adapter(files, adapter)
+            )
         for folder, stage in staged.items():  # complete and on the disk, all of them
             if folder.exists():
                 shutil.rmtree(folder)
