@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from dylora.bases import EMBEDDED_BASES, choose_device, load_tokenizer, resolve_base
+from dylora.bases import (
+    EMBEDDED_BASES,
+    choose_device,
+    load_tokenizer,
+    quantization_of,
+    resolve_base,
+)
 from dylora.config import Quantization
 from dylora.evaluation.static_mixture import Comparison, compare, measured_weights, read_text
 from dylora.export import export_mixture
@@ -117,7 +123,7 @@ def _export_merged(options: ExportOptions) -> Path:
     name, revision = _base_of(options)
     tokenizer = load_tokenizer(name, revision)  # before the long part
     model = _load(options)
-    quantised = model.base.dtype if hasattr(model.base, "hf_quantizer") else None
+    dtype, quantised = model.base.dtype, quantization_of(model.base) != "none"
     record: dict[str, Any] = {"kind": "merged", "checkpoint": options.checkpoint, "base": name}
     if options.expert is not None:
         weights_NE = static_weights(model, int(options.expert))
@@ -127,8 +133,8 @@ def _export_merged(options: ExportOptions) -> Path:
         record |= {"weights": dict(zip(model.site_names, weights_NE.tolist(), strict=True))}
         record |= measured
     merged = model.merge_and_unload(weights=weights_NE, dequantize=options.dequantize)
-    if quantised is not None:
-        print(f"the quantised base is now whole, in {str(quantised).removeprefix('torch.')}")
+    if quantised:
+        print(f"the quantised base is dequantised, in {str(dtype).removeprefix('torch.')}")
 
     def write(folder: Path) -> None:
         merged.save_pretrained(folder)

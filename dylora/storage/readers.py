@@ -63,7 +63,7 @@ def _vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]) -> l
         found.append(Complaint("vLLM", "refuses", "LoRA on GPT-2"))
     r, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (r**0.5 if config.get("use_rslora") else r)
-    found += _other_scales("vLLM", "one scale for all", config, {path: scale for path in ranks})
+    found += _other_scales("vLLM", "one scale for all", config, dict.fromkeys(ranks, scale))
     rank = max([r, *ranks.values()])
     if rank > VLLM_RANKS[-1]:
         found.append(Complaint("vLLM", "refuses", f"rank {rank}: at most {VLLM_RANKS[-1]}"))
@@ -84,7 +84,7 @@ def _sglang(config: dict[str, Any], ranks: dict[str, int]) -> list[Complaint]:
     if config.get("bias", "none") != "none":
         found.append(Complaint("SGLang", "misreads", f"no trained biases (bias {config['bias']})"))
     if not found:
-        scales = {path: alpha / r for path in ranks}
+        scales = dict.fromkeys(ranks, alpha / r)
         found += _other_scales("SGLang", "alpha / r for all", config, scales)
     return found
 
