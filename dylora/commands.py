@@ -353,7 +353,9 @@ def _number(text: str, option: str) -> float:
 def _add_info(command: ArgumentParser) -> None:
     command.usage = f"run.py info --checkpoint DIR | {CONFIG_USAGE}"
     _add_config(command, required=False)
-    _add_checkpoint(command, required=False)
+    command.add_argument(
+        "--checkpoint", metavar="DIR", help="Folder of a checkpoint, an export or a PEFT adapter."
+    )
 
 
 def _info(options: Namespace, overrides: list[str]) -> None:
@@ -389,9 +391,9 @@ def _add_print_config(command: ArgumentParser) -> None:
     )
 
 
-def _add_checkpoint(command: ArgumentParser, *, required: bool = True) -> None:
+def _add_checkpoint(command: ArgumentParser) -> None:
     command.add_argument(
-        "--checkpoint", metavar="DIR", required=required, help="Folder of a checkpoint."
+        "--checkpoint", metavar="DIR", required=True, help="Folder of a checkpoint."
     )
 
 

@@ -27,6 +27,11 @@ from dylora.storage.peft_format import PeftAdapter, scaling_of
 if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
 
+TOKEN_DEPENDENT = (
+    "the routers choose by the token, so there is nothing constant to take: name one expert, give "
+    "weights, or measure them on a text (run.py export --weights measured --text FILE)"
+)
+
 
 def static_weights(
     model: "DyLoRA_MoE", expert: int | None = None, weights: Weights | None = None
@@ -46,11 +51,7 @@ def static_weights(
         weights = [float(index == expert) for index in range(len(experts))]
     if weights is None:
         if injection.is_learned(model.config):
-            raise ValueError(
-                "the routers choose by the token, so there is nothing constant to take: name one "
-                "expert, give weights, or measure them on a text (run.py export --weights measured "
-                "--text FILE)"
-            )
+            raise ValueError(TOKEN_DEPENDENT)
         weights = model.injection.state.fixed_gates()
     return site_weights(weights, sites, [row.state != "retired" for row in experts.table])
 

@@ -16,10 +16,11 @@ from dylora.bases import (
     quantization_of,
     resolve_base,
 )
-from dylora.config import Quantization
+from dylora.config import MoELoraConfig, Quantization
 from dylora.evaluation.static_mixture import Comparison, compare, measured_weights, read_text
 from dylora.export import export_mixture
-from dylora.merging import static_weights
+from dylora.injection import is_learned
+from dylora.merging import TOKEN_DEPENDENT, static_weights
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import check_place, read_description, write_folder
 from dylora.storage.export import (
@@ -28,6 +29,7 @@ from dylora.storage.export import (
     check_outside,
     export_checkpoint,
     export_checkpoint_mixture,
+    site_weights,
 )
 from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
 from dylora.storage.readers import READERS, complaints
@@ -105,12 +107,11 @@ def base_lines(folder: Path) -> list[str]:
 
 
 def _export_mixture(options: ExportOptions) -> Path:
+    _check(options)
     if options.text is None and isinstance(options.weights, list):  # files are enough
-        _say_sum(options.weights)
         return export_checkpoint_mixture(
             options.checkpoint, options.out, options.weights, options.base_name
         )
-    _check_places(options)
     model = _load(options)
     weights_NE, record = _resolve_weights(model, options)
     return export_mixture(
@@ -119,7 +120,7 @@ def _export_mixture(options: ExportOptions) -> Path:
 
 
 def _export_merged(options: ExportOptions) -> Path:
-    _check_places(options)
+    _check(options)
     name, revision = _base_of(options)
     tokenizer = load_tokenizer(name, revision)  # before the long part
     model = _load(options)
@@ -146,11 +147,21 @@ def _export_merged(options: ExportOptions) -> Path:
     return out
 
 
-def _check_places(options: ExportOptions) -> None:
-    """Refuse a bad --out before a base is loaded."""
+def _check(options: ExportOptions) -> None:
+    """Refuse a bad --out, and weights that cannot be right, before a base is loaded."""
+    description = read_description(Path(options.checkpoint))
     check_outside(Path(options.checkpoint), Path(options.out))
     check_no_checkpoint(Path(options.out))
     check_place(Path(options.out))
+    if isinstance(options.weights, list):
+        live = [entry["state"] != "retired" for entry in description["experts"]]
+        site_weights(options.weights, len(description["sites"]), live)
+        if abs(sum(options.weights) - 1) > 1e-6:
+            total = f"{sum(options.weights):g}"
+            print(f"note: the weights add up to {total}, not 1, and are used as they are")
+    elif options.weights is None and options.expert is None:
+        if is_learned(MoELoraConfig.from_dict(description["moe"])):
+            raise ValueError(TOKEN_DEPENDENT)
 
 
 def _base_of(options: ExportOptions) -> tuple[str, str | None]:
@@ -185,10 +196,8 @@ def _load(options: ExportOptions) -> DyLoRA_MoE:
 def _resolve_weights(model: DyLoRA_MoE, options: ExportOptions) -> tuple[Tensor, dict[str, Any]]:
     """The weights [N, E], and what a text says of them, printed and for the record."""
     if options.text is None:
-        given = None if options.weights == MEASURED else options.weights
-        if given is not None:
-            _say_sum(given)
-        return static_weights(model, weights=given), {}
+        assert options.weights != MEASURED  # the command asks for a text then
+        return static_weights(model, weights=options.weights), {}
     tokenizer = load_tokenizer(*_base_of(options))
     longest = getattr(model.base.config.get_text_config(), "max_position_embeddings", 512)
     text = read_text(options.text, tokenizer, options.text_tokens, min(512, longest or 512))
@@ -211,9 +220,3 @@ def comparison_line(found: Comparison) -> str:
         f"against {found.routed_loss:.4f} ({found.static_loss - found.routed_loss:+.4f}), mean of "
         f"{found.tokens:,} tokens"
     )
-
-
-def _say_sum(weights: list[float]) -> None:
-    total = sum(weights)
-    if abs(total - 1) > 1e-6:
-        print(f"note: the weights add up to {total:g}, not 1, and are used as they are")

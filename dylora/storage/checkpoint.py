@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -118,16 +118,26 @@ def verify(folder: Path) -> None:
 
     Notes of others may lie beside ours; a file that a loader would read may not.
     """
+    for name, what in damage(folder):
+        raise ValueError(f"{folder / name} {what}")
+
+
+def damage(folder: Path) -> Iterator[tuple[str, str]]:
+    """Each file that `verify` finds wrong, relative to the folder, and what is wrong with it.
+
+    Raises ValueError where the manifest itself is of no use.
+    """
     listed = _listed_files(folder)
     for path in sorted(folder.rglob("*")):
-        if path.name in LOADED and str(path.relative_to(folder)) not in listed:
-            raise ValueError(f"{path} is not in {MANIFEST}: it came in later")
+        name = str(path.relative_to(folder))
+        if path.name in LOADED and name not in listed:
+            yield name, f"is not in {MANIFEST}: it came in later"
     for name, expected in listed.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        if path.stat().st_size != expected["size"] or hash_file(path) != expected["sha256"]:
-            raise ValueError(f"{path} has changed since it was written")
+            yield name, "is missing"
+        elif path.stat().st_size != expected["size"] or hash_file(path) != expected["sha256"]:
+            yield name, "has changed since it was written"
 
 
 def is_whole(folder: Path) -> bool:
