@@ -159,9 +159,9 @@ def _check(options: ExportOptions) -> None:
         if abs(sum(options.weights) - 1) > 1e-6:
             total = f"{sum(options.weights):g}"
             print(f"note: the weights add up to {total}, not 1, and are used as they are")
-    elif options.weights is None and options.expert is None:
-        if is_learned(MoELoraConfig.from_dict(description["moe"])):
-            raise ValueError(TOKEN_DEPENDENT)
+    learned = is_learned(MoELoraConfig.from_dict(description["moe"]))
+    if options.weights is None and options.expert is None and learned:
+        raise ValueError(TOKEN_DEPENDENT)
 
 
 def _base_of(options: ExportOptions) -> tuple[str, str | None]:

@@ -4,7 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dylora.storage.checkpoint import MANIFEST, damage, folder_bytes, read_description
+from dylora.storage.checkpoint import (
+    FORMAT_VERSION,
+    MANIFEST,
+    damage,
+    folder_bytes,
+    read_description,
+)
 from dylora.storage.export import ADAPTERS, EXPORT_FILE
 from dylora.storage.peft_format import (
     CONFIG_FILE,
@@ -35,9 +41,11 @@ def _teller_for(folder: Path) -> Callable[[Path], None]:
         return _print_adapter
     if (folder / EXPORT_FILE).exists():
         return _print_merged
-    if not (folder / "config.json").exists() and any(folder.glob(f"*/{CONFIG_FILE}")):
+    if any((folder / name).exists() for name in ("config.json", MANIFEST, ADAPTERS)):
+        return _print_checkpoint
+    if any(folder.glob(f"*/{CONFIG_FILE}")):
         return _print_adapters
-    return _print_checkpoint
+    raise ValueError(f"{folder} is no checkpoint, no PEFT adapter and no export of ours")
 
 
 # A checkpoint
@@ -48,12 +56,19 @@ def _print_checkpoint(folder: Path) -> None:
     _print_integrity(folder, wrong)
     if not wrong:
         _print_description(folder, read_description(folder))
-    elif wrong.keys() & {"config.json", MANIFEST}:
-        _print_whole_adapters(folder / ADAPTERS, wrong)
-    else:
+    elif _description_is_whole(folder, wrong):
         _print_description(folder, read_json(folder / "config.json"))
+    else:
+        _print_whole_adapters(folder / ADAPTERS, wrong)
     _print_sizes(folder)
     _raise_damage(folder, wrong)
+
+
+def _description_is_whole(folder: Path, wrong: Mapping[str, str]) -> bool:
+    """Whether config.json can be believed and is of the version that is read here."""
+    if wrong.keys() & {"config.json", MANIFEST}:
+        return False
+    return read_json(folder / "config.json").get("format_version") == FORMAT_VERSION
 
 
 def _print_description(folder: Path, description: Mapping[str, Any]) -> None:
@@ -204,7 +219,7 @@ def _find_damage(folder: Path) -> dict[str, str]:
     try:
         return dict(damage(folder))
     except ValueError as error:  # no manifest, or none of use
-        return {MANIFEST: f"tells nothing: {error}"}
+        return {MANIFEST: str(error)}
 
 
 def _print_integrity(folder: Path, wrong: Mapping[str, str]) -> None:
@@ -214,9 +229,11 @@ def _print_integrity(folder: Path, wrong: Mapping[str, str]) -> None:
         return
     print(f"{folder}: DAMAGED, {size}")
     for name, what in wrong.items():
-        print(f"damaged     {name} {what}")
+        print(f"damaged     {what if name == MANIFEST else f'{name} {what}'}")
 
 
 def _raise_damage(folder: Path, wrong: Mapping[str, str]) -> None:
+    if MANIFEST in wrong:
+        raise ValueError(wrong[MANIFEST])
     if wrong:
         raise ValueError("; ".join(f"{folder / name} {what}" for name, what in wrong.items()))

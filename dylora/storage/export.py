@@ -49,8 +49,8 @@ def export_checkpoint(
         checkpoint: a folder written by `save_pretrained` or by training; verified first.
         out: gets one folder `expert_<i>` each.
         expert: an index, or all.
-        portable: fold the scale into B and set lora_alpha = r, so that readers that ignore
-            rslora or patterns agree too; exact up to float32 rounding.
+        portable: fold the scale into B and set lora_alpha = r, one for all that are written, so
+            that readers that ignore rslora or patterns agree too; exact up to float32 rounding.
         base_name: what the adapters name as their base; by default what the checkpoint does.
 
     Returns the folders. Raises ValueError for an expert that is not there, retired, or without a
@@ -126,6 +126,8 @@ def write_experts(
     """One folder an adapter below `out`: all of them, or none where one cannot be written."""
     if portable:
         adapters = {name: _portable(name, adapter) for name, adapter in adapters.items()}
+        rank = max(adapter.config["r"] for adapter in adapters.values())  # one, as Arrow wants it
+        adapters = {name: _of_rank(adapter, rank) for name, adapter in adapters.items()}
     folders = {out / name: _named(adapter, base_name) for name, adapter in adapters.items()}
     for folder in folders:
         check_place(folder)
@@ -246,10 +248,6 @@ def joined_adapter(
             scaled = [f * A for f, A in zip(factors, As, strict=True)]
             pairs[path] = (torch.cat(scaled), torch.cat(Bs, dim=1))
     rank = max(len(A) for A, _ in pairs.values())
-    padded = {
-        path: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A))))
-        for path, (A, B) in pairs.items()
-    }
     biases = {path: bias.clone() for path, bias in first.biases.items()}
     for path in biases.keys() & pairs.keys():  # the others are shifted alike by all experts
         biases[path] -= shifts[f"{path}/{next(iter(adapters))}"]  # the base's own
@@ -264,7 +262,18 @@ def joined_adapter(
         bias=first.config.get("bias", "none"),
         fan_in_fan_out=first.config.get("fan_in_fan_out", False),
     )
-    return PeftAdapter(config, padded, biases=biases)
+    return _of_rank(PeftAdapter(config, pairs, biases=biases), rank)
+
+
+def _of_rank(adapter: PeftAdapter, rank: int) -> PeftAdapter:
+    """An adapter of scale 1 with A and B filled up with zeros to a rank."""
+    weights = {
+        path: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A))))
+        for path, (A, B) in adapter.weights.items()
+    }
+    return adapter._replace(
+        config=adapter.config | {"r": rank, "lora_alpha": rank}, weights=weights
+    )
 
 
 def _portable(name: str, adapter: PeftAdapter) -> PeftAdapter:

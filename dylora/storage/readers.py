@@ -3,7 +3,8 @@
 Facts from their sources, read in 2026:
 - vLLM 0.27: lora/peft_helper.py (scale, what is refused), lora/utils.py (names of tensors),
   config/lora.py (ranks); its GPT-2 does not support LoRA at all.
-- SGLang: srt/lora/lora_config.py and lora_manager.py (scale, patterns, DoRA).
+- SGLang: srt/lora/lora_config.py and lora_manager.py (patterns, DoRA), lora.py (the scale),
+  utils.py (names of projections; a model of its own may know more).
 - llama.cpp: convert_lora_to_gguf.py (names of tensors; lora_alpha is all it keeps of the
   configuration), conversion of GPT-2 (transposes what is Conv1D), src/llama-adapter.h (the scale is
   alpha over the rank of each tensor).
@@ -20,6 +21,11 @@ from dylora.storage.peft_format import scaling_of
 READERS = ("vLLM", "SGLang", "llama.cpp")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 VLLM_DEFAULT_RANK = 16
+SGLANG_PROJECTIONS = {
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj", "in_proj", "in_proj_qkv", "in_proj_z"),
+    *("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "embed_tokens", "lm_head"),
+}
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _PREFIX = "base_model.model."
 
@@ -83,6 +89,9 @@ def _sglang(config: dict[str, Any], ranks: dict[str, int]) -> list[Complaint]:
             found.append(Complaint("SGLang", "refuses", name))
     if config.get("bias", "none") != "none":
         found.append(Complaint("SGLang", "misreads", f"no trained biases (bias {config['bias']})"))
+    names = {path.rpartition(".")[2] for path in ranks} - SGLANG_PROJECTIONS
+    if names:
+        found.append(Complaint("SGLang", "refuses", f"LoRA on {', '.join(sorted(names))}"))
     if not found:
         scales = dict.fromkeys(ranks, alpha / r)
         found += _other_scales("SGLang", "alpha / r for all", config, scales)
