@@ -133,10 +133,9 @@ def _check_mergeable(base: PreTrainedModel, paths: list[str], dequantize: bool) 
             "weights (dequantize, --dequantize)"
         )
     if _is_quantised(base) and quantization_of(base) == "none":
-        raise ValueError(
-            f"a base quantised by {base.hf_quantizer.quantization_config.quant_method} cannot be "
-            "dequantised here: load it whole"
-        )
+        quantizer: Any = base.hf_quantizer
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(f"a base quantised by {method} cannot be dequantised here: load it whole")
     held = Counter(id(p) for module in base.modules() for p in module._parameters.values())
     for path in paths:
         if held[id(base.get_submodule(path).weight)] > 1:
@@ -155,7 +154,7 @@ def _dequantized(base: PreTrainedModel) -> list[str]:
 
     The values are the quantised ones: what quantising has lost stays lost.
     """
-    modules = dict(base.named_modules())
+    modules: dict[str, Any] = dict(base.named_modules())
     if quantization_of(base) == "torchao-int8":
         # transformers 5.23 has nothing for torchao, but its tensors know the way themselves.
         packed = [path for path, m in modules.items() if _is_packed(getattr(m, "weight", None))]

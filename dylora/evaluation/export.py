@@ -32,7 +32,7 @@ from dylora.storage.export import (
     site_weights,
 )
 from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
-from dylora.storage.readers import READERS, complaints
+from dylora.storage.readers import READERS, Complaint, complaints
 
 MEASURED = "measured"
 
@@ -79,16 +79,16 @@ def run_export(options: ExportOptions) -> list[Path]:
 
 def reader_lines(folders: Sequence[Path]) -> list[str]:
     """What each reader refuses, misreads or needs of these adapters."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+    found: dict[Complaint, list[str]] = {}
     for folder in folders:
         said = complaints(read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE))
         for complaint in said:
-            found.setdefault(tuple(complaint), []).append(folder.name)
+            found.setdefault(complaint, []).append(folder.name)
     lines = [
         f"{reader} {kind} {what}" + (f" ({', '.join(names)})" if len(names) < len(folders) else "")
         for (reader, kind, what), names in found.items()
     ]
-    silent = [name for name in READERS if not any(key[0] == name for key in found)]
+    silent = [name for name in READERS if not any(complaint.reader == name for complaint in found)]
     return [*lines, f"no complaint of {', '.join(silent)}"] if silent else lines
 
 
@@ -176,6 +176,7 @@ def _base_of(options: ExportOptions) -> tuple[str, str | None]:
 
 def _load(options: ExportOptions) -> DyLoRA_MoE:
     name, revision = _base_of(options)
+    dtype: Any
     if options.dtype == "auto":
         try:
             config = AutoConfig.from_pretrained(resolve_base(name), revision=revision or "main")

@@ -41,7 +41,7 @@ def _teller_for(folder: Path) -> Callable[[Path], None]:
         return _print_adapter
     if (folder / EXPORT_FILE).exists():
         return _print_merged
-    if any((folder / name).exists() for name in ("config.json", MANIFEST, ADAPTERS)):
+    if (folder / MANIFEST).exists() or (folder / ADAPTERS).exists():
         return _print_checkpoint
     if any(folder.glob(f"*/{CONFIG_FILE}")):
         return _print_adapters

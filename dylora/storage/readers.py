@@ -68,7 +68,7 @@ def _vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]) -> l
     if config.get("fan_in_fan_out"):
         found.append(Complaint("vLLM", "refuses", "LoRA on GPT-2"))
     r, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / (r**0.5 if config.get("use_rslora") else r)
+    scale = float(alpha / (r**0.5 if config.get("use_rslora") else r))
     found += _other_scales("vLLM", "one scale for all", config, dict.fromkeys(ranks, scale))
     rank = max([r, *ranks.values()])
     if rank > VLLM_RANKS[-1]:
@@ -93,7 +93,7 @@ def _sglang(config: dict[str, Any], ranks: dict[str, int]) -> list[Complaint]:
     if names:
         found.append(Complaint("SGLang", "refuses", f"LoRA on {', '.join(sorted(names))}"))
     if not found:
-        scales = dict.fromkeys(ranks, alpha / r)
+        scales = dict.fromkeys(ranks, float(alpha / r))
         found += _other_scales("SGLang", "alpha / r for all", config, scales)
     return found
 
@@ -111,7 +111,7 @@ def _llama_cpp(config: dict[str, Any], ranks: dict[str, int], others: list[str])
 
 
 def _other_scales(
-    reader: str, rule: str, config: dict[str, Any], scales: dict[str, float]
+    reader: str, rule: str, config: dict[str, Any], scales: Mapping[str, float]
 ) -> list[Complaint]:
     """A complaint where a reader's scales are not those of PEFT."""
     wrong = {
