@@ -241,12 +241,20 @@ def test_portable_experts_have_one_rank_between_them(tiny_base, mixture_on, tmp_
     assert read_adapter(alone).config["r"] == 2
 
 
-def test_an_export_names_the_base_it_is_told_to(saved, tmp_path):
-    [folder] = export_checkpoint(saved, tmp_path / "out", 0, base_name="some/base")
-    assert read_adapter(folder).config["base_model_name_or_path"] == "some/base"
-    assert read_adapter(folder).config["revision"] is None
-    mixed = export_checkpoint_mixture(saved, tmp_path / "mixed", (0.5, 0.5), "some/base")
-    assert read_adapter(mixed).config["base_model_name_or_path"] == "some/base"
+@pytest.mark.parametrize(
+    ("told", "named"), [(None, ("its/own", "abc123")), ("some/base", ("some/base", None))]
+)
+def test_an_export_names_its_base_or_the_one_it_is_told(
+    told, named, tiny_base, mixture_on, tmp_path
+):
+    """A revision belongs to a base."""
+    model = mixture_on(tiny_base("llama"))
+    model.base_name, model.base_revision = "its/own", "abc123"
+    model.save_pretrained(tmp_path / "saved")
+    [folder] = export_checkpoint(tmp_path / "saved", tmp_path / "out", 0, base_name=told)
+    mixed = export_checkpoint_mixture(tmp_path / "saved", tmp_path / "mixed", (0.5, 0.5), told)
+    for config in (read_adapter(folder).config, read_adapter(mixed).config):
+        assert (config["base_model_name_or_path"], config["revision"]) == named
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
