@@ -277,8 +277,8 @@ PROSE_BEFORE = """# Taking experts elsewhere
 `--weights` takes one number an expert, or `measured` with `--text FILE`: the mean gates over the
 tokens of a text, a row for each site, as every projection has an A and B of its own. Routing that
 depends on the token cannot be exported as one adapter; with `--text` the command says what freezing
-it costs on that text, as the KL divergence of the static mixture from the routed one and as the
-difference of their losses. `--merge` takes an expert or weights likewise, adds them up in float32
+it costs on that text (of rows with `instruction` and `output`, on the answers), as the KL divergence
+of the static mixture from the routed one and as the difference of their losses. `--merge` takes an expert or weights likewise, adds them up in float32
 and rounds once; a quantised base needs `--dequantize`. After each export the command says what
 vLLM, SGLang and llama.cpp make of it (`dylora/storage/readers.py`), and
 `run.py info --checkpoint O` says what a folder is.

@@ -219,5 +219,5 @@ def comparison_line(found: Comparison) -> str:
     return (
         f"static against routed: KL {found.kl:.5f} nats a token, loss {found.static_loss:.4f} "
         f"against {found.routed_loss:.4f} ({found.static_loss - found.routed_loss:+.4f}), mean of "
-        f"{found.tokens:,} tokens"
+        f"{found.tokens:,} predicted tokens"
     )

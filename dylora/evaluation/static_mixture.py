@@ -3,6 +3,7 @@
 Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.model import DyLoRA_MoE
 from dylora.router import at_least_float32
-from dylora.training.prompts import encode_answers, encode_prompts, format_prompt
+from dylora.training.prompts import (
+    encode_answers,
+    encode_prompts,
+    eos_token_id,
+    format_prompt,
+)
 from dylora.training.records import read_records
 
 WINDOW = 512  # tokens of a piece of a longer text
@@ -24,6 +30,7 @@ class Sequences(NamedTuple):
     """A text as token ids."""
 
     ids: list[Tensor]  # each [1, S] of at least 2 tokens
+    firsts: list[int]  # where in each the tokens begin whose prediction counts; 1 or more
     source: str  # the file
 
     @property
@@ -47,31 +54,39 @@ def read_text(
     """Up to `limit` tokens of a text file, or of JSON rows.
 
     .json, .jsonl and .parquet: rows with `text`, or with `instruction` and `output` (and maybe
-    `input`), which are put into the prompt template. Any other file is one text. What is longer
-    than `window` is cut into pieces, each begun as the tokenizer begins a text.
+    `input`), which are put into the prompt template; their answers count, as in training. Any other
+    file is one text. What is longer than `window` is cut into pieces, each begun as the tokenizer
+    begins a text.
     Raises ValueError or FileNotFoundError with file and line for what cannot be read.
     """
     path = Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    ids, left = [], limit
+    found, left = Sequences([], [], file), limit
     begin = encode_prompts(tokenizer, [""])[0]
-    for body in _bodies(path, tokenizer, limit):
-        size = window - len(begin)
+    size = window - len(begin)
+    for prompt, answer in _texts(path, tokenizer, limit):
+        body = prompt + answer
         for start in range(0, len(body), size):
             piece = (begin + body[start : start + size])[:left]
+            first = max(1, len(begin) + len(prompt) - start if len(prompt) > start else 1)
             if len(piece) > 1:
-                ids.append(torch.tensor([piece]))
+                found.ids.append(torch.tensor([piece]))
+                found.firsts.append(first)
                 left -= len(piece)
             if left < 2:
-                return Sequences(ids, file)
-    if not ids:
-        raise ValueError(f"{file}: holds no text of two tokens or more")
-    return Sequences(ids, file)
+                break
+        if left < 2:
+            break
+    if not any(f < ids.shape[1] for f, ids in zip(found.firsts, found.ids, strict=True)):
+        raise ValueError(f"{file}: {found.tokens} tokens of it hold none to predict")
+    return found
 
 
-def _bodies(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> Any:
-    """The token ids of each text of a file, without BOS."""
+def _texts(
+    path: Path, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The token ids of each text of a file without BOS: a prompt, maybe empty, and the rest."""
     encode: Any = tokenizer
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     if path.suffix.lower() not in (".json", ".jsonl", ".parquet"):
@@ -80,18 +95,18 @@ def _bodies(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> Any:
                 text = stream.read(limit * _CHARACTERS)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a text in UTF-8") from error
-        yield encode(text, **options)["input_ids"]
+        yield [], encode(text, **options)["input_ids"]
         return
     for record in read_records(str(path), None, columns=[]):
         if record.problem:
             raise ValueError(f"{record.place}: {record.problem}")
         fields = record.fields
         if isinstance(fields.get("text"), str):
-            yield encode(fields["text"], **options)["input_ids"]
+            yield [], encode(fields["text"], **options)["input_ids"]
         elif isinstance(fields.get("instruction"), str) and isinstance(fields.get("output"), str):
             prompt = format_prompt(fields["instruction"], fields.get("input") or "")
             answer = encode_answers(tokenizer, [fields["output"]])[0]
-            yield encode(prompt, **options)["input_ids"] + answer
+            yield encode(prompt, **options)["input_ids"], [*answer, eos_token_id(tokenizer)]
         else:
             raise ValueError(
                 f"{record.place}: needs the field 'text', or 'instruction' and 'output'"
@@ -122,17 +137,17 @@ def compare(model: DyLoRA_MoE, weights_NE: Tensor, text: Sequences) -> Compariso
     was_training, device = model.training, model.injection.state.maturity_E.device
     model.eval()
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
-    for ids in text.ids:
+    for ids, first in zip(text.ids, text.firsts, strict=True):
         ids = ids.to(device)
         constant = weights_NE.to(device).expand(1, ids.shape[1], -1, -1)
-        routed_SV = model(ids).logits[0, :-1]
-        static_SV = model(ids, routing_weights=constant).logits[0, :-1]
+        routed_SV = model(ids).logits[0, first - 1 : -1]
+        static_SV = model(ids, routing_weights=constant).logits[0, first - 1 : -1]
         for begin in range(0, len(routed_SV), _POSITIONS):
             here = slice(begin, begin + _POSITIONS)
             log_p = at_least_float32(routed_SV[here]).log_softmax(-1)
             log_q = at_least_float32(static_SV[here]).log_softmax(-1)
             kl = (log_p.exp() * (log_p - log_q)).sum()
-            targets = ids[0, 1:][here, None]
+            targets = ids[0, first:][here, None]
             losses = [-log.gather(1, targets).sum() for log in (log_p, log_q)]
             sums += torch.stack([kl, *losses]).double().cpu()
         tokens += len(routed_SV)

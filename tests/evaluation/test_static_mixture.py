@@ -20,16 +20,17 @@ def tokenizer():
 
 @pytest.fixture
 def text():
-    """Two pieces of different lengths."""
+    """Three pieces of different lengths; the first two tokens of the second are a prompt."""
     draw = torch.Generator().manual_seed(2)
-    return Sequences([torch.randint(3, 40, (1, n), generator=draw) for n in (9, 4)], "a file")
+    ids = [torch.randint(3, 40, (1, n), generator=draw) for n in (9, 4, 3)]
+    return Sequences(ids, [1, 2, 3], "a file")
 
 
 def test_measured_weights_are_the_mean_gates_of_each_site_over_all_tokens(mixture, text):
     model = mixture(router_temperature=0.5)
     measured = measured_weights(model, text)
     gates = torch.cat([model.get_routing_weights(ids)[0] for ids in text.ids])
-    assert gates.shape == (13, 2, 3)
+    assert gates.shape == (16, 2, 3)
     torch.testing.assert_close(measured, gates.double().mean(0))
     assert (measured[0] - measured[1]).abs().max() > 0.01, "sites that agree would prove nothing"
 
@@ -40,17 +41,17 @@ def test_the_comparison_is_the_mean_over_predicted_tokens(mixture, text):
     weights = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.1, 0.9]], dtype=torch.float64)
     found = compare(model, weights, text)
     kls, losses = [], ([], [])
-    for ids in text.ids:
+    for ids, first in zip(text.ids, text.firsts, strict=True):
         constant = weights.expand(1, ids.shape[1], -1, -1)
         with torch.no_grad():
             logits = model(ids).logits[0], model(ids, routing_weights=constant).logits[0]
         log_p, log_q = (value.double().log_softmax(-1) for value in logits)
-        for position in range(ids.shape[1] - 1):
+        for position in range(first - 1, ids.shape[1] - 1):
             p, q = log_p[position], log_q[position]
             kls.append(F.kl_div(q, p, log_target=True, reduction="sum"))
             for mine, log in zip(losses, (p, q), strict=True):
                 mine.append(-log[ids[0, position + 1]])
-    assert found.tokens == len(kls) == 11
+    assert found.tokens == len(kls) == 8 + 2
     assert found.kl == pytest.approx(float(torch.stack(kls).mean()), rel=1e-4)
     assert found.kl > 1e-3
     assert found.routed_loss == pytest.approx(float(torch.stack(losses[0]).mean()), rel=1e-5)
@@ -94,12 +95,25 @@ def test_no_more_tokens_are_taken_than_asked_for(tokenizer, tmp_path):
     assert read_text(str(file), tokenizer, 50, window=32).tokens == 50
 
 
-def test_rows_are_texts_or_pairs_in_the_prompt_template(tokenizer, tmp_path):
+def test_of_rows_with_an_answer_the_answer_counts(tokenizer, tmp_path):
     file = tmp_path / "rows.jsonl"
     rows = [{"text": CODE}, {"instruction": "Add.", "input": "1 2", "output": "3"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pieces = [tokenizer.decode(ids[0, 1:]) for ids in read_text(str(file), tokenizer, 999).ids]
-    assert pieces == [CODE, format_prompt("Add.", "1 2") + "3"]
+    text = read_text(str(file), tokenizer, 999)
+    pieces = [tokenizer.decode(ids[0, 1:]) for ids in text.ids]
+    answer = "3" + tokenizer.eos_token
+    assert pieces == [CODE, format_prompt("Add.", "1 2") + answer]
+    counted = [ids[0, first:] for ids, first in zip(text.ids, text.firsts, strict=True)]
+    assert [tokenizer.decode(part) for part in counted] == [CODE, answer]
+
+
+def test_an_answer_beyond_the_window_counts_in_the_next_piece(tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"instruction": CODE * 3, "output": CODE}))
+    text = read_text(str(file), tokenizer, 999, window=32)
+    assert len(text.ids) > 2
+    counted = [ids[0, first:] for ids, first in zip(text.ids, text.firsts, strict=True)]
+    assert tokenizer.decode(torch.cat(counted)) == CODE + tokenizer.eos_token
 
 
 @pytest.mark.parametrize(
@@ -111,7 +125,7 @@ def test_rows_are_texts_or_pairs_in_the_prompt_template(tokenizer, tmp_path):
             r"rows\.jsonl:2: needs the field",
         ),
         ("rows.jsonl", b'{"text": "def f"}\n{"text\n', r"rows\.jsonl:2: not JSON"),
-        ("text.txt", b"", r"text\.txt: holds no text"),
+        ("text.txt", b"", r"text\.txt: 0 tokens of it hold none"),
         ("text.txt", b"caf\xe9", r"text\.txt: not a text in UTF-8"),
     ],
 )
