@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dylora.config import MoELoraConfig
+    from dylora.export import export_mixture, export_peft
     from dylora.maturity import ExpertMaturity
     from dylora.model import DyLoRA_MoE, DyLoRAOutput, Routing
     from dylora.router import DynamicHybridRouter
@@ -23,6 +24,8 @@ __all__ = [
     "MoELoraConfig",
     "Routing",
     "export_checkpoint",
+    "export_mixture",
+    "export_peft",
 ]
 _HOMES = {
     "DyLoRAOutput": "dylora.model",
@@ -32,6 +35,8 @@ _HOMES = {
     "MoELoraConfig": "dylora.config",
     "Routing": "dylora.model",
     "export_checkpoint": "dylora.storage.export",
+    "export_mixture": "dylora.export",
+    "export_peft": "dylora.export",
 }
 
 

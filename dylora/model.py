@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dylora import injection, losses
+from dylora import injection, losses, merging
 from dylora.bases import load_base, stored_bytes
 from dylora.config import MoELoraConfig, Quantization
 from dylora.experts import ExpertManager
@@ -24,6 +24,7 @@ from dylora.model_files import load_model, write_model
 from dylora.router import DynamicHybridRouter, check_routing_weights
 from dylora.storage.checkpoint import folder_bytes, read_description, write_folder
 from dylora.storage.description import named_base
+from dylora.storage.export import Weights
 
 
 class Routing(NamedTuple):
@@ -345,6 +346,25 @@ class DyLoRA_MoE(nn.Module):
         injection.remove(self.base, self.injection)
         del self.base.save_pretrained
         return self.base
+
+    def merge_and_unload(
+        self,
+        expert: int | None = None,
+        weights: Weights | None = None,
+        *,
+        dequantize: bool = False,
+    ) -> PreTrainedModel:
+        """Write one expert or a constant mixture into the base's weights and return the base.
+
+        Args:
+            weights: one an expert, [E], or one a site and expert, [N, E], as gates. Neither these
+                nor an expert: the weights of router_type fixed.
+            dequantize: make a quantised base whole, in float32 for the sum, then as it was loaded.
+
+        Like `unload`, this leaves nothing of use here. Raises ValueError, changing nothing, where
+        routing depends on the token and neither is given, and for a quantised base otherwise.
+        """
+        return merging.merge_and_unload(self, expert, weights, dequantize=dequantize)
 
     # Files
 

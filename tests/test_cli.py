@@ -348,12 +348,56 @@ def test_generate_gets_its_options_in_order(fake_module):
     ]
 
 
-def test_export_prints_the_folders_it_wrote(fake_module, capsys):
-    calls = fake_module("dylora.storage.export", "export_checkpoint", [Path("o/expert_1")])
-    assert main(["export", "--checkpoint", "c", "--out", "o", "--expert", "1", "--portable"]) == 0
-    assert main(["export", "--checkpoint", "c", "--out", "o"]) == 0
-    assert calls == [("c", "o", "1", True), ("c", "o", "all", False)]
-    assert capsys.readouterr().out == "o/expert_1\n" * 2
+def test_export_gets_its_options(monkeypatch):
+    from dylora.evaluation import export as module
+
+    calls = []
+    monkeypatch.setattr(module, "run_export", calls.append)
+    place = ["--checkpoint", "c", "--out", "o"]
+    assert main(["export", *place]) == 0
+    assert main(["export", *place, "--expert", "1", "--portable", "--base_name", "n"]) == 0
+    assert main(["export", *place, "--mixture", "--weights", "0.5, 1", "--text", "t"]) == 0
+    merge = "--merge --weights measured --text t --text_tokens 9 --dequantize --base b"
+    assert main(["export", *place, *merge.split(), "--dtype", "bfloat16"]) == 0
+    assert main(["export", *place, "--merge", "--expert", "0", "--quantization", "none"]) == 0
+    plain = module.ExportOptions("c", "o")
+    assert calls == [
+        plain,
+        plain._replace(expert="1", portable=True, base_name="n"),
+        plain._replace(form="mixture", weights=[0.5, 1.0], text="t"),
+        plain._replace(
+            form="merged",
+            weights="measured",
+            text="t",
+            text_tokens=9,
+            dequantize=True,
+            base="b",
+            dtype="bfloat16",
+        ),
+        plain._replace(form="merged", expert="0", quantization="none"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--mixture --merge", "--mixture writes an adapter and --merge a model"),
+        ("--weights 1,2", "--weights and --text need --mixture or --merge"),
+        ("--text t", "--weights and --text need --mixture or --merge"),
+        ("--mixture --expert 1", "--mixture takes all experts"),
+        ("--merge --expert all", "--merge takes one --expert"),
+        ("--merge --expert 1 --portable", "--portable is a form of adapters"),
+        ("--merge --expert 1 --weights 1,2", "--expert and --weights exclude each other"),
+        ("--mixture --weights measured", "--weights measured needs a --text FILE"),
+        ("--mixture --weights 1,x", "--weights has 'x', but each item must be a number"),
+        ("--dequantize", "--dequantize needs --merge"),
+        ("--merge --expert 1 --base_name b", "--base_name is a field of adapters"),
+        ("--mixture --weights 1,2 --text t --text_tokens 1", "--text_tokens is 1, but must be"),
+    ],
+)
+def test_options_of_export_that_do_not_go_together_are_refused(refusal, options, message):
+    place = ["--checkpoint", "c", "--out", "o"]
+    assert refusal("export", *place, *options.split()).startswith(message)
 
 
 def test_info_of_a_checkpoint_calls_its_module(fake_module):

@@ -29,8 +29,9 @@ LAYERS = (
     ("adapter",),
     ("injection", "stacks"),
     ("model_files", "experts"),
+    ("merging",),
     ("model",),
-    ("skills",),
+    ("skills", "export"),
     ("training", "evaluation"),  # either may use the other, but see the test of cycles
     ("commands",),
     ("cli",),

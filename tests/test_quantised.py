@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora import bases as bases_module
@@ -22,6 +22,7 @@ for package in ("accelerate", "bitsandbytes", "torchao"):
 
 KINDS = ("bnb-4bit", "bnb-8bit", "torchao-int8")
 DTYPES = ("float32", "bfloat16")
+EXACT = {("bnb-4bit", "float32"), ("torchao-int8", "float32")}  # the same numbers, made whole
 EMBEDDED = "tiny-code-llama"
 
 
@@ -340,3 +341,33 @@ def trained_tensors(folder: Path) -> dict[str, Tensor]:
         for file in folder.rglob("*.safetensors")
         for name, tensor in read_tensors(file).items()
     }
+
+
+# Merging
+
+
+def test_merging_into_a_quantised_base_is_refused_and_changes_nothing(quantised, experts_on, ids):
+    model = experts_on(quantised())
+    before = base_hash(model.base)
+    with pytest.raises(ValueError, match="--dequantize"):
+        model.merge_and_unload(expert=1)
+    assert base_hash(model.base) == before
+    assert model(ids).routing is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_a_dequantised_merge_is_a_plain_model_of_the_quantised_values(
+    quantised, experts_on, kind, dtype, ids, tmp_path
+):
+    model = experts_on(quantised(dtype))
+    weights = torch.tensor([[0.5, 0.2, 0.3]] * len(ids))
+    expected = model(ids, routing_weights=weights).logits.float()
+    merged = model.merge_and_unload(weights=weights[0], dequantize=True)
+    assert {parameter.dtype for parameter in merged.parameters()} == {getattr(torch, dtype)}
+    merged.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    error = (again(ids).logits.float() - expected).norm() / expected.norm()
+    # bnb-8bit rounds activations as well, and bf16 has 8 bits; unrelated logits would be 1.4 apart.
+    assert error < (1e-5 if (kind, dtype) in EXACT else 0.1)

@@ -1,29 +1,82 @@
-"""`run.py info`: what a checkpoint is."""
+"""`run.py info`: what a folder is: a checkpoint, a PEFT adapter, or an export."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from dylora.bounded import read_json
 from dylora.config import MoELoraConfig
-from dylora.storage.checkpoint import folder_bytes, read_description
+from dylora.storage.checkpoint import MANIFEST, damage, folder_bytes, read_description
+from dylora.storage.description import ADAPTERS, FORMAT_VERSION
+from dylora.storage.export import EXPORT_FILE
+from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from dylora.storage.readers import complaints
+from dylora.storage.tensor_files import read_tensors
+
+ROUTERS = ("router.safetensors", "bias_shifts.safetensors")
 
 
-def print_info(checkpoint: str) -> None:
-    """Verify a checkpoint and print base, experts, sizes and what it was trained on.
+def print_info(path: str) -> None:
+    """Print what a folder holds, and whether its files are as they were written.
 
-    Raises ValueError naming the file when it is not whole.
+    Raises ValueError naming what is wrong, after all that can be known of the rest is printed;
+    FileNotFoundError where there is no such folder.
     """
-    folder = Path(checkpoint)
-    description = read_description(folder)
-    moe, training = MoELoraConfig().to_dict() | description["moe"], description["training"]
-    print(f"{folder}: whole, {folder_bytes(folder) / 1e6:.1f} MB, every file as written")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint {folder} does not exist")
+    _teller_for(folder)(folder)
+
+
+def _teller_for(folder: Path) -> Callable[[Path], None]:
+    if (folder / CONFIG_FILE).exists():
+        return _print_adapter
+    if (folder / EXPORT_FILE).exists():
+        return _print_merged
+    if (folder / MANIFEST).exists() or (folder / ADAPTERS).exists():
+        return _print_checkpoint
+    if any(folder.glob(f"*/{CONFIG_FILE}")):
+        return _print_adapters
+    raise ValueError(f"{folder} is no checkpoint, no PEFT adapter and no export of ours")
+
+
+# A checkpoint
+
+
+def _print_checkpoint(folder: Path) -> None:
+    wrong = _find_damage(folder)
+    _print_integrity(folder, wrong)
+    if not wrong:
+        _print_description(folder, read_description(folder))
+    elif _description_is_whole(folder, wrong):
+        _print_description(folder, read_json(folder / "config.json"))
+    else:
+        _print_whole_adapters(folder / ADAPTERS, wrong)
+    _print_sizes(folder)
+    _raise_damage(folder, wrong)
+
+
+def _description_is_whole(folder: Path, wrong: Mapping[str, str]) -> bool:
+    """Whether config.json can be believed and is of the version that is read here."""
+    if wrong.keys() & {"config.json", MANIFEST}:
+        return False
+    return read_json(folder / "config.json").get("format_version") == FORMAT_VERSION
+
+
+def _print_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """What config.json says."""
+    moe = MoELoraConfig().to_dict() | description["moe"]
+    training, experts = description["training"], description["experts"]
     revision = description["base_revision"] or "any revision"
-    print(f"base        {description['base_model_name_or_path']} ({revision})")
+    kind = description["quantization"]
+    stored = "not quantised" if kind == "none" else f"quantised: {kind}"
+    print(f"base        {description['base_model_name_or_path']} ({revision}), {stored}")
     print(
-        f"routing     {moe['router_type']}, top {moe['top_k_experts']} of "
-        f"{len(description['experts'])}, "
+        f"routing     {moe['router_type']}, top {moe['top_k_experts']} of {len(experts)}, "
         f"{len(description['sites'])} sites, {len(description['projections'])} projections"
     )
-    for expert in description["experts"]:
-        size = folder_bytes(folder / "peft_adapters" / expert["name"])
+    for expert in experts:
+        size = folder_bytes(folder / ADAPTERS / expert["name"])
         print(
             f"{expert['name']:11} {expert['state']}, rank {expert['rank']}, "
             f"alpha {expert['alpha']:g}, maturity {expert['maturity']:.3f}, "
@@ -38,3 +91,142 @@ def print_info(checkpoint: str) -> None:
     for source in training.get("data", {}).get("sources", []):
         scheme, rows = source.get("split_scheme") or "generated", source.get("training_rows", "?")
         print(f"data        {source['name']}: {rows} rows, split {scheme}")
+    run = folder.resolve().parent
+    if (run / "config.yaml").exists():
+        print(f"run         {run.name}, its settings in {folder.parent / 'config.yaml'}")
+
+
+def _print_sizes(folder: Path) -> None:
+    """Megabytes of adapters, routers and what only a resumed run needs."""
+    adapters = folder_bytes(folder / ADAPTERS)
+    routers = sum(p.stat().st_size for name in ROUTERS if (p := folder / name).exists())
+    rest = folder_bytes(folder) - adapters - routers
+    print(
+        f"size        {folder_bytes(folder) / 1e6:.2f} MB: adapters {adapters / 1e6:.2f}, "
+        f"routers {routers / 1e6:.2f}, description and state of the run {rest / 1e6:.2f}"
+    )
+
+
+def _print_whole_adapters(folder: Path, wrong: Mapping[str, str]) -> None:
+    """The adapters of a checkpoint whose description is lost, as far as they are whole."""
+    for adapter in sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}")):
+        if any(name.startswith(f"{ADAPTERS}/{adapter.name}/") for name in wrong):
+            print(f"{adapter.name:11} damaged")
+        else:
+            _print_adapter_line(adapter)
+
+
+# Adapters and models made by export, or by PEFT itself
+
+
+def _print_adapter(folder: Path) -> None:
+    """An adapter, be it an expert, a mixture or one of PEFT's own."""
+    if (folder / MANIFEST).exists():
+        wrong = _find_damage(folder)
+        _print_integrity(folder, wrong)
+        _raise_damage(folder, wrong)
+    else:
+        print(f"{folder}: {folder_bytes(folder) / 1e6:.1f} MB, no {MANIFEST} to verify it by")
+    adapter = read_adapter(folder)
+    config, paths = adapter.config, list(adapter.weights)
+    print(f"base        {_base(config)}")
+    kinds = ["DoRA"] if adapter.magnitudes else []
+    kinds += ["rslora"] if config.get("use_rslora") else []
+    kinds += [f"{len(adapter.biases)} biases"] if adapter.biases else []
+    kinds += [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
+    print(f"LoRA        rank {config['r']}, alpha {config['lora_alpha']:g}", *kinds, sep=", ")
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    print(f"targets     {len(paths)} projections: {', '.join(names)}")
+    if (folder / EXPORT_FILE).exists():
+        _print_record(read_json(folder / EXPORT_FILE))
+    for reader, kind, what in complaints(config, read_tensors(folder / WEIGHTS_FILE)):
+        print(f"{reader:11} {kind} {what}")
+
+
+def _print_adapters(folder: Path) -> None:
+    """A folder of adapters, such as export writes."""
+    wrong = {}
+    for adapter in sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}")):
+        own = _find_damage(adapter) if (adapter / MANIFEST).exists() else {}
+        wrong |= {f"{adapter.name}/{name}": what for name, what in own.items()}
+        if own:
+            print(f"{adapter.name:11} damaged")
+        else:
+            _print_adapter_line(adapter)
+    _raise_damage(folder, wrong)
+
+
+def _print_adapter_line(folder: Path) -> None:
+    config = read_json(folder / CONFIG_FILE)
+    print(
+        f"{folder.name:11} {config.get('peft_type')}, rank {config.get('r')}, "
+        f"alpha {config.get('lora_alpha')}, {folder_bytes(folder) / 1e6:.2f} MB, "
+        f"base {_base(config)}"
+    )
+
+
+def _print_merged(folder: Path) -> None:
+    """A model with an expert or a mixture in its weights."""
+    wrong = _find_damage(folder)
+    _print_integrity(folder, wrong)
+    if not wrong.keys() & {EXPORT_FILE, MANIFEST}:
+        record = read_json(folder / EXPORT_FILE)
+        print(f"model       {record.get('base')} with experts in its weights")
+        _print_record(record)
+    _raise_damage(folder, wrong)
+
+
+def _print_record(record: Mapping[str, Any]) -> None:
+    """What dylora_export.json says of a mixture or a merged model."""
+    if "checkpoint" in record:
+        print(f"made from   {record['checkpoint']}")
+    if "expert" in record:
+        print(f"expert      {record['expert']}")
+    rows = list(record.get("weights", {}).items())
+    if rows and all(row == rows[0][1] for _, row in rows):
+        print(f"weights     {_row(rows[0][1])}, at all {len(rows)} sites")
+    else:
+        for site, row in rows:
+            print(f"weights     {_row(row)} at {site}")
+    if text := record.get("text"):
+        print(
+            f"routed      KL {text['kl']:.5f} nats a token on {text['file']}, loss "
+            f"{text['static_loss']:.4f} against {text['routed_loss']:.4f}"
+        )
+
+
+def _row(weights: list[float]) -> str:
+    return " ".join(f"{weight:.3f}" for weight in weights)
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    name = config.get("base_model_name_or_path") or "not named"
+    return f"{name} ({config.get('revision') or 'any revision'})"
+
+
+# Integrity
+
+
+def _find_damage(folder: Path) -> dict[str, str]:
+    """File -> what is wrong with it, by the manifest; empty: the folder is whole."""
+    try:
+        return dict(damage(folder))
+    except ValueError as error:  # no manifest, or none of use
+        return {MANIFEST: str(error)}
+
+
+def _print_integrity(folder: Path, wrong: Mapping[str, str]) -> None:
+    size = f"{folder_bytes(folder) / 1e6:.1f} MB"
+    if not wrong:
+        print(f"{folder}: whole, {size}, every file as written")
+        return
+    print(f"{folder}: DAMAGED, {size}")
+    for name, what in wrong.items():
+        print(f"damaged     {what if name == MANIFEST else f'{name} {what}'}")
+
+
+def _raise_damage(folder: Path, wrong: Mapping[str, str]) -> None:
+    if MANIFEST in wrong:
+        raise ValueError(wrong[MANIFEST])
+    if wrong:
+        raise ValueError("; ".join(f"{folder / name} {what}" for name, what in wrong.items()))

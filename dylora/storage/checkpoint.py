@@ -49,8 +49,7 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     temporary = folder.with_name(f".{folder.name}.writing")
     replaced = _replaced(folder)
     _recover(folder)
-    if not _may_replace(folder):
-        raise FileExistsError(f"{folder} exists and is no checkpoint of ours: name another folder")
+    check_place(folder)
     _make_parents(folder)
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -68,6 +67,12 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     temporary.rename(folder)
     _flush(folder.parent)
     _recover(folder, always=True)
+
+
+def check_place(folder: Path) -> None:
+    """Raises FileExistsError unless `write_folder` may put a folder there."""
+    if not _may_replace(folder):
+        raise FileExistsError(f"{folder} exists and is no checkpoint of ours: name another folder")
 
 
 def write_file(file: Path, text: str) -> None:
@@ -123,22 +128,35 @@ def verify(folder: Path) -> None:
     are looked at before anything is hashed. A manifest is proof against accidents; whoever writes
     the files can write one that fits, so what they hold is checked where it is read.
     """
+    for name, what in damage(folder):
+        raise ValueError(f"{folder / name} {what}")
+
+
+def damage(folder: Path) -> Iterator[tuple[str, str]]:
+    """Each file that `verify` finds wrong, relative to the folder, and what is wrong with it.
+
+    Raises ValueError where the manifest itself is of no use.
+    """
     listed = _listed_files(folder)
     for path in _entries(folder):
-        if path.name in LOADED and str(path.relative_to(folder)) not in listed:
-            raise ValueError(f"{path} is not in {MANIFEST}: it came in later")
+        name = str(path.relative_to(folder))
+        if path.name in LOADED and name not in listed:
+            yield name, f"is not in {MANIFEST}: it came in later"
+    sound = []
     for name, expected in listed.items():
         path = folder / name
         check_link(path, folder)
         if not path.is_file():
-            raise ValueError(f"{path} is missing" if not path.exists() else f"{path} is no file")
-        if path.stat().st_size != expected["size"]:
-            raise ValueError(f"{path} has changed since it was written")
-        if path.name in LOADED:
-            _check_size(path, expected["size"])
-    for name, expected in listed.items():
-        if hash_file(folder / name) != expected["sha256"]:
-            raise ValueError(f"{folder / name} has changed since it was written")
+            yield name, "is no file" if path.exists() else "is missing"
+        elif path.stat().st_size != expected["size"]:
+            yield name, "has changed since it was written"
+        else:
+            if path.name in LOADED:
+                _check_size(path, expected["size"])
+            sound.append(name)
+    for name in sound:
+        if hash_file(folder / name) != listed[name]["sha256"]:
+            yield name, "has changed since it was written"
 
 
 def is_whole(folder: Path) -> bool:

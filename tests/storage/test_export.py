@@ -9,8 +9,8 @@ import torch
 
 from dylora import export_checkpoint
 from dylora.storage.checkpoint import MANIFEST, verify, write_manifest
-from dylora.storage.export import ADAPTERS
-from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from dylora.storage.export import ADAPTERS, export_checkpoint_mixture
+from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
 
 FAMILIES = ("llama", "gemma", "qwen3", "gpt2", "gpt_neox", "phi3", "falcon")
 pytestmark = pytest.mark.filterwarnings(
@@ -174,8 +174,112 @@ def test_exporting_leaves_the_checkpoint_as_it_was(saved, tmp_path):
     assert content(saved) == before
 
 
-def test_exporting_over_the_checkpoints_own_experts_is_refused(saved):
+@pytest.mark.parametrize("place", [ADAPTERS, "exported", "."])
+def test_an_export_into_the_checkpoint_is_refused(place, saved):
+    """It would not verify any more."""
     before = content(saved)
-    with pytest.raises(FileExistsError):
-        export_checkpoint(saved, saved / ADAPTERS, portable=True)
+    with pytest.raises(ValueError, match="lies in the checkpoint"):
+        export_checkpoint(saved, saved / place, portable=True)
+    with pytest.raises(ValueError, match="lies in the checkpoint"):
+        export_checkpoint_mixture(saved, saved / place, (0.5, 0.5))
     assert content(saved) == before
+
+
+def test_a_mixture_never_takes_a_checkpoints_place(saved, tmp_path):
+    other = Path(shutil.copytree(saved, tmp_path / "other"))
+    before = content(other)
+    with pytest.raises(FileExistsError, match="other is a checkpoint"):
+        export_checkpoint_mixture(saved, other, (0.5, 0.5))
+    assert content(other) == before
+
+
+# All or none
+
+
+def test_a_foreign_folder_in_the_way_of_the_second_keeps_the_first_back(saved, tmp_path):
+    foreign = tmp_path / "out" / "expert_1"
+    foreign.mkdir(parents=True)
+    (foreign / CONFIG_FILE).write_text("somebody else's")
+    with pytest.raises(FileExistsError):
+        export_checkpoint(saved, tmp_path / "out")
+    assert content(tmp_path / "out") == {f"expert_1/{CONFIG_FILE}": b"somebody else's"}
+
+
+def test_a_full_disk_at_the_second_leaves_what_was_there(saved, tmp_path, monkeypatch):
+    export_checkpoint(saved, tmp_path / "out", "0", portable=True)
+    before = content(tmp_path / "out")
+    written = []
+
+    def write(folder, adapter):
+        written.append(folder)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        write_adapter(folder, adapter)
+
+    monkeypatch.setattr("dylora.storage.export.write_adapter", write)
+    with pytest.raises(OSError, match="No space"):
+        export_checkpoint(saved, tmp_path / "out")
+    assert len(written) == 2
+    assert content(tmp_path / "out") == before
+
+
+def test_an_expert_without_a_portable_form_keeps_all_back(tiny_base, mixture_on, tmp_path):
+    mixture_on(tiny_base("llama"), use_dora=True).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="expert_0: a DoRA expert has no portable form"):
+        export_checkpoint(tmp_path / "saved", tmp_path / "out", portable=True)
+    assert not (tmp_path / "out").exists()
+
+
+# What they name and hold
+
+
+def test_portable_experts_have_one_rank_between_them(tiny_base, mixture_on, tmp_path):
+    mixture_on(tiny_base("llama"), expert_ranks=[2, 5]).save_pretrained(tmp_path / "saved")
+    folders = export_checkpoint(tmp_path / "saved", tmp_path / "out", portable=True)
+    assert [read_adapter(folder).config["r"] for folder in folders] == [5, 5]
+    [alone] = export_checkpoint(tmp_path / "saved", tmp_path / "alone", 0, portable=True)
+    assert read_adapter(alone).config["r"] == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "named"), [(None, ("its/own", "abc123")), ("some/base", ("some/base", None))]
+)
+def test_an_export_names_its_base_or_the_one_it_is_told(
+    told, named, tiny_base, mixture_on, tmp_path
+):
+    """A revision belongs to a base."""
+    model = mixture_on(tiny_base("llama"))
+    model.base_name, model.base_revision = "its/own", "abc123"
+    model.save_pretrained(tmp_path / "saved")
+    [folder] = export_checkpoint(tmp_path / "saved", tmp_path / "out", 0, base_name=told)
+    mixed = export_checkpoint_mixture(tmp_path / "saved", tmp_path / "mixed", (0.5, 0.5), told)
+    for config in (read_adapter(folder).config, read_adapter(mixed).config):
+        assert (config["base_model_name_or_path"], config["revision"]) == named
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_mixture_of_files_has_the_logits_of_its_weights_in_peft(
+    family, use_rslora, tiny_base, mixture_on, in_peft, tokens, tmp_path
+):
+    base = tiny_base(family)
+    mixture = mixture_on(base, use_rslora=use_rslora)
+    mixture.save_pretrained(tmp_path / "saved")
+    folder = export_checkpoint_mixture(tmp_path / "saved", tmp_path / "out", (0.3, 0.6))
+    expected = mixture(tokens, routing_weights=torch.tensor([[0.3, 0.6]] * 2)).logits
+    assert (expected - base(tokens).logits).abs().max() > 0.1
+    assert (in_peft(base, folder)(tokens).logits - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("family", "bias"), [("qwen2", "lora_only"), ("gpt2", "all")])
+@torch.no_grad()
+def test_a_mixture_of_biases_has_the_logits_of_its_weights_in_peft(
+    family, bias, tiny_base, mixture_on, in_peft, tokens, tmp_path
+):
+    base = tiny_base(family)
+    mixture = mixture_on(base, bias=bias)
+    mixture.save_pretrained(tmp_path / "saved")
+    folder = export_checkpoint_mixture(tmp_path / "saved", tmp_path / "out", (0.3, 0.6))
+    expected = mixture(tokens, routing_weights=torch.tensor([[0.3, 0.6]] * 2)).logits
+    assert (in_peft(base, folder)(tokens).logits - expected).abs().max() < 1e-5

@@ -1,0 +1,156 @@
+"""Freezing a routed mixture: the weights that come nearest, and how far that is from routing.
+
+Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dylora.model import DyLoRA_MoE
+from dylora.router import at_least_float32
+from dylora.training.prompts import (
+    encode_answers,
+    encode_prompts,
+    eos_token_id,
+    format_prompt,
+)
+from dylora.training.records import read_records
+
+WINDOW = 512  # tokens of a piece of a longer text
+_CHARACTERS = 16  # per token, so that a limit in tokens bounds what is read of a text
+_POSITIONS = 64  # whose distributions over the vocabulary are held at once
+
+
+class Sequences(NamedTuple):
+    """A text as token ids."""
+
+    ids: list[Tensor]  # each [1, S] of at least 2 tokens
+    firsts: list[int]  # where in each the tokens begin whose prediction counts; 1 or more
+    source: str  # the file
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return sum(part.shape[1] for part in self.ids)
+
+
+class Comparison(NamedTuple):
+    """Routed against constant weights over a text, each a mean over the predicted tokens."""
+
+    tokens: int  # that were predicted
+    kl: float  # of the static mixture's distribution from the routed one's, in nats
+    routed_loss: float  # cross-entropy in nats
+    static_loss: float
+
+
+def read_text(
+    file: str, tokenizer: PreTrainedTokenizerBase, limit: int, window: int = WINDOW
+) -> Sequences:
+    """Up to `limit` tokens of a text file, or of JSON rows.
+
+    .json, .jsonl and .parquet: rows with `text`, or with `instruction` and `output` (and maybe
+    `input`), which are put into the prompt template; their answers count, as in training. Any other
+    file is one text. What is longer than `window` is cut into pieces, each begun as the tokenizer
+    begins a text.
+    Raises ValueError or FileNotFoundError with file and line for what cannot be read.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    found, left = Sequences([], [], file), limit
+    begin = encode_prompts(tokenizer, [""])[0]
+    size = window - len(begin)
+    for prompt, answer in _texts(path, tokenizer, limit):
+        body = prompt + answer
+        for start in range(0, len(body), size):
+            piece = (begin + body[start : start + size])[:left]
+            first = max(1, len(begin) + len(prompt) - start if len(prompt) > start else 1)
+            if len(piece) > 1:
+                found.ids.append(torch.tensor([piece]))
+                found.firsts.append(first)
+                left -= len(piece)
+            if left < 2:
+                break
+        if left < 2:
+            break
+    if not any(f < ids.shape[1] for f, ids in zip(found.firsts, found.ids, strict=True)):
+        raise ValueError(f"{file}: {found.tokens} tokens of it hold none to predict")
+    return found
+
+
+def _texts(
+    path: Path, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The token ids of each text of a file without BOS: a prompt, maybe empty, and the rest."""
+    encode: Any = tokenizer
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    if path.suffix.lower() not in (".json", ".jsonl", ".parquet"):
+        try:
+            with path.open(encoding="utf-8") as stream:
+                text = stream.read(limit * _CHARACTERS)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a text in UTF-8") from error
+        yield [], encode(text, **options)["input_ids"]
+        return
+    for record in read_records(str(path), None, columns=[]):
+        if record.problem:
+            raise ValueError(f"{record.place}: {record.problem}")
+        fields = record.fields
+        if isinstance(fields.get("text"), str):
+            yield [], encode(fields["text"], **options)["input_ids"]
+        elif isinstance(fields.get("instruction"), str) and isinstance(fields.get("output"), str):
+            prompt = format_prompt(fields["instruction"], fields.get("input") or "")
+            answer = encode_answers(tokenizer, [fields["output"]])[0]
+            yield encode(prompt, **options)["input_ids"], [*answer, eos_token_id(tokenizer)]
+        else:
+            raise ValueError(
+                f"{record.place}: needs the field 'text', or 'instruction' and 'output'"
+            )
+
+
+@torch.no_grad()
+def measured_weights(model: DyLoRA_MoE, text: Sequences) -> Tensor:
+    """The mean gates of every site over the tokens of a text, [N, E] in float64.
+
+    One row a site, as sites differ far more from one another than an average over them shows.
+    """
+    was_training, device = model.training, model.injection.state.maturity_E.device
+    model.eval()
+    total_NE = torch.zeros(len(model.site_names), len(model.experts), dtype=torch.float64)
+    tokens = 0
+    for ids in text.ids:
+        gates = model.get_routing_weights(ids.to(device))[0]  # [S, N, E]
+        total_NE += gates.double().sum(0).cpu()
+        tokens += gates.shape[0]
+    model.train(was_training)
+    return total_NE / tokens
+
+
+@torch.no_grad()
+def compare(model: DyLoRA_MoE, weights_NE: Tensor, text: Sequences) -> Comparison:
+    """What constant weights [N, E] lose against the routers on a text."""
+    was_training, device = model.training, model.injection.state.maturity_E.device
+    model.eval()
+    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+    for ids, first in zip(text.ids, text.firsts, strict=True):
+        ids = ids.to(device)
+        constant = weights_NE.to(device).expand(1, ids.shape[1], -1, -1)
+        routed_SV = model(ids).logits[0, first - 1 : -1]
+        static_SV = model(ids, routing_weights=constant).logits[0, first - 1 : -1]
+        for begin in range(0, len(routed_SV), _POSITIONS):
+            here = slice(begin, begin + _POSITIONS)
+            log_p = at_least_float32(routed_SV[here]).log_softmax(-1)
+            log_q = at_least_float32(static_SV[here]).log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_q)).sum()
+            targets = ids[0, first:][here, None]
+            losses = [-log.gather(1, targets).sum() for log in (log_p, log_q)]
+            sums += torch.stack([kl, *losses]).double().cpu()
+        tokens += len(routed_SV)
+    model.train(was_training)
+    kl, routed, static = (sums / tokens).tolist()
+    return Comparison(tokens, kl, routed, static)
