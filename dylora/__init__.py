@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dylora.config import MoELoraConfig
+    from dylora.imported import load_peft_experts
     from dylora.maturity import ExpertMaturity
     from dylora.model import DyLoRA_MoE, DyLoRAOutput, Routing
     from dylora.router import DynamicHybridRouter
@@ -23,6 +24,7 @@ __all__ = [
     "MoELoraConfig",
     "Routing",
     "export_checkpoint",
+    "load_peft_experts",
 ]
 _HOMES = {
     "DyLoRAOutput": "dylora.model",
@@ -32,6 +34,7 @@ _HOMES = {
     "MoELoraConfig": "dylora.config",
     "Routing": "dylora.model",
     "export_checkpoint": "dylora.storage.export",
+    "load_peft_experts": "dylora.imported",
 }
 
 

@@ -23,6 +23,7 @@ from dylora.maturity import ExpertMaturity
 from dylora.model_files import load_model, write_model
 from dylora.router import DynamicHybridRouter, check_routing_weights
 from dylora.storage.checkpoint import folder_bytes, read_description, write_folder
+from dylora.storage.foreign import refuse_foreign
 
 
 class Routing(NamedTuple):
@@ -383,6 +384,7 @@ class DyLoRA_MoE(nn.Module):
         does not fit the base.
         """
         folder = Path(folder)
+        refuse_foreign(folder)
         description = read_description(folder)
         kept = description["base_model_name_or_path"]
         base = kept if base is None else base

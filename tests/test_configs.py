@@ -29,7 +29,8 @@ LAYERS = (
     ("injection", "stacks"),
     ("model_files", "experts"),
     ("model",),
-    ("skills",),
+    ("skills", "arrow"),
+    ("imported",),
     ("training", "evaluation"),  # either may use the other, but see the test of cycles
     ("commands",),
     ("cli",),

@@ -25,6 +25,7 @@ from dylora.evaluation.skills import pad_left
 from dylora.evaluation.suites import (
     SUITES,
     Problem,
+    data_of,
     leave_out_trained,
     program_of,
     read_suite,
@@ -150,7 +151,7 @@ def benchmark_checkpoint(
     )
     print(f"{'suite':16} {'model':10} {'tasks':>5} {'pass@k':>8} {'value':>7}  95 % interval")
     for name, problems in suites.items():
-        kept, trained = leave_out_trained(problems, model.training_record.get("data", {}))
+        kept, trained = leave_out_trained(problems, data_of(model.training_record))
         kept = problems if options.include_trained else kept
         if not kept:
             raise ValueError(

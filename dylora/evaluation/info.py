@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dylora.storage.checkpoint import folder_bytes, read_description
+from dylora.storage.foreign import Found, read_foreign_adapter, recognise
 
 
 def print_info(checkpoint: str) -> None:
@@ -11,6 +12,10 @@ def print_info(checkpoint: str) -> None:
     Raises ValueError naming the file when it is not whole.
     """
     folder = Path(checkpoint)
+    found = recognise(folder) if folder.is_dir() else None
+    if found is not None and found.kind != "mixture":
+        print_foreign(folder, found)
+        return
     description = read_description(folder)
     moe, training = description["moe"], description["training"]
     print(f"{folder}: whole, {folder_bytes(folder) / 1e6:.1f} MB, every file as written")
@@ -37,3 +42,28 @@ def print_info(checkpoint: str) -> None:
     for source in training.get("data", {}).get("sources", []):
         scheme = source["split_scheme"] or "generated"
         print(f"data        {source['name']}: {source['training_rows']} rows, split {scheme}")
+
+
+def print_foreign(folder: Path, found: Found) -> None:
+    """What a folder of others holds, and how it becomes a mixture.
+
+    Raises ValueError or FileNotFoundError for an adapter that an import would refuse.
+    """
+    print(f"{folder}: {found.what}, {folder_bytes(folder) / 1e6:.1f} MB")
+    for path in found.adapters:
+        adapter = read_foreign_adapter(path)
+        ranks, alphas = sorted(set(adapter.ranks.values())), sorted(set(adapter.alphas.values()))
+        kinds = [name for name in ("use_rslora", "use_dora") if adapter.config.get(name)]
+        kinds += ["lora_only biases"] if adapter.biases else []
+        print(
+            f"{adapter.name:11} rank {', '.join(map(str, ranks))}, "
+            f"alpha {', '.join(f'{alpha:g}' for alpha in alphas)}, "
+            f"{len(adapter.weights)} projections, for {adapter.base or 'no named base'}"
+            + "".join(f", {kind}" for kind in kinds)
+        )
+    for router in found.routers[:1]:
+        print(f"router      {router}")
+    for note in found.notes:
+        print(f"note        {note}")
+    if found.adapters:
+        print(f"to a mixture: run.py import --adapters {folder} --base NAME --out DIR")

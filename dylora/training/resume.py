@@ -119,6 +119,8 @@ def resume(run: Run, source: str) -> None:
     description = read_description(folder)
     check_same_settings(run, folder, description)
     load_model(run.model, folder, description["experts"])
+    if "earlier" in description["training"]:  # of what it began with
+        run.model.training_record["earlier"] = description["training"]["earlier"]
     regroup(run.optimizer, run.model, run.config.train)
     load_state_by_name(run.optimizer, run.model, _load(folder / "optimizer.pt"))
     file = folder / "scheduler.pt"
