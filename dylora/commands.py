@@ -258,7 +258,10 @@ def _export(options: Namespace, overrides: list[str]) -> None:
 
 
 def _add_import(command: ArgumentParser) -> None:
-    command.usage = "run.py import --adapters DIR [DIR ...] --out DIR --base NAME [OPTIONS] [--moe.KEY VALUE ...]"
+    command.usage = (
+        "run.py import --adapters DIR [DIR ...] --out DIR --base NAME "
+        "[--moe.KEY VALUE ...] [OPTIONS]"
+    )
     command.add_argument(
         "--adapters",
         metavar="DIR",

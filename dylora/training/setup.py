@@ -26,14 +26,13 @@ from dylora.training.monitor import RunLog
 from dylora.training.optim import build_optimizer, build_scheduler
 from dylora.training.prompts import pad_token_id
 
-
 # Settings of a mixture that say how it is trained and mixed, not of what form its tensors are.
 FREE_SETTINGS = {
     *("top_k_experts", "router_temperature", "router_noise", "routing_mode", "lora_dropout"),
     *("router_aux_loss_coef", "router_switch_loss_coef", "router_z_loss_coef", "freeze_A"),
     *("load_balance_loss_type", "expert_capacity_factor", "expert_dropout", "maturity_mode"),
     *("maturity_tau", "maturity_rho", "maturity_s", "maturity_fast", "maturity_slow"),
-    *("maturity_threshold", "maturity_schedule", "init_lora_weights"),
+    *("maturity_threshold", "maturity_schedule", "init_lora_weights", "router_type"),
 }
 
 
