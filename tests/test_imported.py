@@ -482,8 +482,8 @@ def test_adapters_beside_a_whole_model_are_taken_and_the_model_is_not_read(two, 
     assert notes[1:] == [f"the whole model in {folders[0]}/pytorch_model.bin is not read"]
 
 
-def test_a_merged_model_without_adapters_is_explained(two, tmp_path):
-    base, folders, _ = two
+def test_a_merged_model_without_adapters_is_explained(base_of, tmp_path):
+    base = base_of("llama")
     base.save_pretrained(tmp_path / "merged")
     with pytest.raises(ValueError, match="cannot be taken apart again: give the adapters it was"):
         load_peft_experts(base, [tmp_path / "merged"])
