@@ -126,6 +126,12 @@ def recognise(folder: Path) -> Found | None:
 def find_adapters(folder: Path) -> Found:
     """What `recognise` finds. Raises ValueError where that is no adapter, saying what to do."""
     found = recognise(folder)
+    pickled = sorted([*folder.glob("expert_*.pt"), *folder.glob(f"{ADAPTERS}/expert_*.pt")])
+    if found is None and pickled:
+        raise ValueError(
+            f"{pickled[0]} is a pickle without an {CONFIG_FILE}, so nothing says its alpha: save the "
+            "adapter with peft's save_pretrained"
+        )
     if found is None:
         raise ValueError(
             f"{folder} holds no adapter: there is neither {CONFIG_FILE} nor {ADAPTERS}/ in it, nor "
@@ -277,7 +283,7 @@ def _checked(file: Path, key: str, tensor: Any) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         tensor = tensor.data
     if type(tensor) is not Tensor or tensor.layout != torch.strided:
-        raise ValueError(f"{file}: {key!r} is a {type(tensor).__name__}, not a plain tensor")
+        raise ValueError(f"{file}: {key!r} is no plain, dense tensor")
     if not key.startswith(_PREFIX):
         raise ValueError(f"{file}: {key!r} does not begin with {_PREFIX!r}, as PEFT's keys do")
     if "lora_embedding_" in key:

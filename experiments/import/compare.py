@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "import.json"
 SKILLS = ("sql", "json", "arithmetic")
 SEEDS = (0, 1, 2)
+SIZES = ("rows", "steps", "batch_size", "router_steps", "eval_rows")
 DENSE = {"routing_mode": "dense"}
 TOP_2 = {"routing_mode": "sparse", "top_k_experts": 2}  # renormalised, as in Arrow
 TOP_1 = {"routing_mode": "sparse", "top_k_experts": 1}  # the raw probability, unlike Arrow
@@ -58,12 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=600, help="of each skill")
     parser.add_argument("--steps", type=int, default=60, help="for each adapter")
+    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--router_steps", type=int, default=30)
     parser.add_argument("--eval_rows", type=int, default=40, help="held-out rows of each skill")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
-    sizes = {n: getattr(options, n) for n in ("rows", "steps", "router_steps", "eval_rows")}
+    sizes = {name: getattr(options, name) for name in SIZES}
     results = {"sizes": sizes, "environment": environment(torch.device("cpu")), "runs": []}
     if options.results.exists():
         results = json.loads(options.results.read_text())
@@ -164,7 +166,11 @@ def configure(
         moe=moe,
         data=dataclasses.replace(config.data, sources=sources),
         train=dataclasses.replace(
-            config.train, seed=seed, max_steps=sizes["steps"], warmup_steps=5
+            config.train,
+            seed=seed,
+            max_steps=sizes["router_steps" if len(skills) > 1 else "steps"],
+            batch_size=sizes["batch_size"],
+            warmup_steps=5,
         ),
         eval=dataclasses.replace(config.eval, eval_subset=sizes["eval_rows"], skill_answers=0),
     )
