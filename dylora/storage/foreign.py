@@ -129,8 +129,8 @@ def find_adapters(folder: Path) -> Found:
     pickled = sorted([*folder.glob("expert_*.pt"), *folder.glob(f"{ADAPTERS}/expert_*.pt")])
     if found is None and pickled:
         raise ValueError(
-            f"{pickled[0]} is a pickle without an {CONFIG_FILE}, so nothing says its alpha: save the "
-            "adapter with peft's save_pretrained"
+            f"{pickled[0]} is a pickle without an {CONFIG_FILE}, so nothing says its alpha: save "
+            "the adapter with peft's save_pretrained"
         )
     if found is None:
         raise ValueError(
