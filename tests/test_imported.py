@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters import make_adapter
 from dylora import DyLoRA_MoE, MoELoraConfig, load_peft_experts
-from dylora.arrow import leading_direction, readers_of_router_input
+from dylora.arrow import leading_direction, readers_of_router_input, set_prototypes
 from dylora.cli import main
 from dylora.storage.foreign import read_foreign_adapter
 
@@ -324,6 +324,20 @@ def test_the_projections_that_read_the_routers_input_are_found(base_of, tmp_path
             ("mlp", ["gate_proj", "up_proj"]),
         )
     }
+
+
+def test_prototypes_weigh_the_projections_by_their_scales(mixture):
+    model = mixture(router_logits="absolute", alpha_pattern={"k_proj": 40}, num_experts=2)
+    assert set_prototypes(model) == []
+    site, router = next(model.routers())
+    for expert in (0, 1):
+        parts = []
+        for name in ("q_proj", "k_proj", "v_proj"):
+            A, B = model.expert_weights(expert)[f"{site}.{name}"]
+            parts.append(model.injection.adapters[f"{site}.{name}"].scaling(2, 4) * (B @ A))
+        expected = torch.linalg.svd(torch.cat(parts)).Vh[0]
+        row = router.outer.weight[expert].detach()
+        assert abs(float(row @ expected)) == pytest.approx(1, abs=1e-5)
 
 
 ARROW_CASES = [("llama", "q_proj", 2), ("gpt2", "c_attn", 3), ("gpt_neox", "query_key_value", 2)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dylora.evaluation.sandbox import Limits, Sandbox, run_all
-from dylora.evaluation.suites import Problem, leave_out_trained, program_of, read_suite
+from dylora.evaluation.suites import Problem, data_of, leave_out_trained, program_of, read_suite
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 MBPP_FILE = str(REAL / "mbpp.jsonl")
@@ -143,6 +143,14 @@ def test_trained_tasks_are_left_out_by_id_and_by_content(mbpp: list[Problem]):
     assert [problem.task_id for problem in trained] == ["Mbpp/2", "Mbpp/5", "Mbpp/7"]
     assert len(kept) == 971
     assert leave_out_trained(mbpp, {}) == (mbpp, [])
+
+
+def test_tasks_of_what_a_checkpoint_began_with_are_trained_ones(mbpp: list[Problem]):
+    first = {"data": {"sources": [{"name": "mbpp", "task_ids": [11]}]}}
+    second = {"data": {"sources": [{"name": "mine"}]}, "earlier": [first]}
+    third = {"data": {"sources": [{"name": "mbpp", "task_ids": [12]}]}, "earlier": [second]}
+    _, trained = leave_out_trained(mbpp, data_of(third))
+    assert sorted(problem.task_id for problem in trained) == ["Mbpp/11", "Mbpp/12"]
 
 
 # Controls
