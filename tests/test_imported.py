@@ -99,6 +99,20 @@ def test_each_expert_alone_is_its_adapter_in_peft(family, base_of, ids, tmp_path
     ]
 
 
+def test_rslora_with_other_ranks_in_places_stays_rslora(base_of, ids, tmp_path):
+    base = base_of("llama")
+    patterns = ({"q_proj": 2}, {"v_proj": 7})
+    theirs = [
+        make_adapter(base, tmp_path / str(seed), seed=seed, use_rslora=True, rank_pattern=pattern)
+        for seed, pattern in enumerate(patterns)
+    ]
+    mixture = load_peft_experts(
+        copy.deepcopy(base), [tmp_path / "0", tmp_path / "1"], report=silent
+    )
+    assert mixture.config.use_rslora
+    assert max(difference(mixture, e, model, ids) for e, model in enumerate(theirs)) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_dora_adapters_are_dora_experts(family, base_of, ids, tmp_path):
     base = base_of(family)
