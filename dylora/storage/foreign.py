@@ -1,6 +1,6 @@
 """Adapters and checkpoints made elsewhere: what a folder holds, and a strict reader.
 
-`recognise` looks at names of files alone. `read_foreign_adapter` takes a stock PEFT LoRA in every
+`recognise` looks at names of files, and into a config.json. `read_foreign_adapter` takes a stock PEFT LoRA in every
 form that peft 0.21 reads, and no other: with or without the adapter's name in its keys, safetensors
 or the older adapter_model.bin, other ranks and alphas for some projections, DoRA, lora_only biases.
 Which projections are adapted is read off the tensors; the configuration is checked against them.
@@ -47,7 +47,7 @@ _WHOLE_MODEL += ("pytorch_model-*.bin", "model.safetensors.index.json")
 
 
 class Found(NamedTuple):
-    """What a folder holds, by the names of its files."""
+    """What a folder holds, by its files."""
 
     kind: Kind
     what: str  # in words, to stand after "is"
@@ -92,7 +92,7 @@ class ForeignAdapter(NamedTuple):
 
 
 def recognise(folder: Path) -> Found | None:
-    """What `folder` holds, by the names of its files; None for nothing that is known here.
+    """What `folder` holds, by its files; None for nothing that is known here.
 
     Raises FileNotFoundError when there is no such folder.
     """
@@ -105,7 +105,7 @@ def recognise(folder: Path) -> Found | None:
         return Found("adapter", f"a PEFT adapter{beside}", [folder], notes=unread)
     root = folder.parent if folder.name == ADAPTERS else folder
     within = _adapters_in(root / ADAPTERS) or _adapters_in(folder)
-    if (root / "manifest.json").exists() and (root / ADAPTERS).is_dir():
+    if (root / ADAPTERS).is_dir() and _is_ours(root):
         return Found("mixture", "a mixture of dylora's", within)
     routers = [root / STATE / "router.pt", root.parent / STATE / "router.pt"]
     routers = [path for path in (root / "router.safetensors", *routers) if path.exists()]
@@ -152,6 +152,16 @@ def refuse_foreign(folder: Path) -> None:
     if found is not None and found.kind != "mixture":
         how = f": run.py import --adapters {folder}, or load_peft_experts" if found.adapters else ""
         raise ValueError(f"{folder} is {found.what}, not a mixture of dylora's{how}")
+
+
+def _is_ours(root: Path) -> bool:
+    """Whether it is a mixture of dylora's, its manifest lost perhaps."""
+    if (root / "manifest.json").exists():
+        return True
+    try:
+        return "format_version" in read_json(root / "config.json")
+    except (ValueError, OSError):
+        return False
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -243,6 +243,12 @@ def test_the_folder_of_the_adapters_is_as_good_as_the_one_around_it(tmp_path):
     assert recognise(tmp_path / "peft_adapters") == recognise(tmp_path)
 
 
+def test_a_mixture_of_ours_that_lost_its_manifest_is_no_older_one(tmp_path):
+    touch(tmp_path, "peft_adapters/expert_0/adapter_config.json", "router.safetensors")
+    (tmp_path / "config.json").write_text('{"format_version": 2}')
+    assert recognise(tmp_path).kind == "mixture"
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [
