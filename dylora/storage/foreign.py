@@ -1,11 +1,12 @@
 """Adapters and checkpoints made elsewhere: what a folder holds, and a strict reader.
 
-`recognise` looks at names of files, and into a config.json. `read_foreign_adapter` takes a stock PEFT LoRA in every
-form that peft 0.21 reads, and no other: with or without the adapter's name in its keys, safetensors
-or the older adapter_model.bin, other ranks and alphas for some projections, DoRA, lora_only biases.
-Which projections are adapted is read off the tensors; the configuration is checked against them.
-Names in rank_pattern and alpha_pattern are regular expressions in peft; here they are the last
-words of a path, or all of it after a `^`, and nothing from a file is ever run as an expression.
+`recognise` looks at names of files, and into a config.json. `read_foreign_adapter` takes a stock
+PEFT LoRA in the forms that are in use, and no other: safetensors or the older adapter_model.bin,
+keys with the adapter's name or without, other ranks and alphas for some projections, DoRA, biases
+of kind lora_only; checked against peft 0.21. Which projections are adapted is read off the tensors,
+and the configuration is checked against them. Names in rank_pattern and alpha_pattern are regular
+expressions in peft; here they are the last words of a path, or all of it after a `^`, and nothing
+from a file is ever run as an expression.
 """
 
 import math
