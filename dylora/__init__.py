@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dylora.config import MoELoraConfig
     from dylora.export import export_mixture, export_peft
+    from dylora.imported import load_peft_experts
     from dylora.maturity import ExpertMaturity
     from dylora.model import DyLoRA_MoE, DyLoRAOutput, Routing
     from dylora.router import DynamicHybridRouter
@@ -26,6 +27,7 @@ __all__ = [
     "export_checkpoint",
     "export_mixture",
     "export_peft",
+    "load_peft_experts",
 ]
 _HOMES = {
     "DyLoRAOutput": "dylora.model",
@@ -37,6 +39,7 @@ _HOMES = {
     "export_checkpoint": "dylora.storage.export",
     "export_mixture": "dylora.export",
     "export_peft": "dylora.export",
+    "load_peft_experts": "dylora.imported",
 }
 
 

@@ -17,6 +17,7 @@ from dylora.bounded import shown
 
 RouterType = Literal["learned", "learned_with_maturity", "fixed"]
 RouterScope = Literal["site", "shared"]
+RouterLogits = Literal["linear", "absolute"]
 RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
 BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "none"]
@@ -36,6 +37,7 @@ ROUTING_FIELDS = (
     "router_noise",
     "router_type",
     "router_scope",
+    "router_logits",
     "routing_mode",
     "fixed_routing_weights",
     "expert_capacity_factor",
@@ -97,6 +99,9 @@ class MoELoraConfig:
     """learned: top-k from step 0; learned_with_maturity: dense to sparse; fixed: constant."""
     router_scope: RouterScope = "site"
     """site: a router in every adapted block; shared: the first one serves all."""
+    router_logits: RouterLogits = "linear"
+    """linear: w·x + b; absolute: |w·x| + b, which takes a row for what it is up to its sign, as the
+    prototypes of Arrow need (Ostapenko et al. 2024)."""
     routing_mode: RoutingMode = "maturity"
     """maturity: the gate follows the experts' maturity; the others force dense or sparse mixing."""
     router_temperature: float = 2.0

@@ -7,6 +7,7 @@ the dataclasses judge the values. Paths inside a config are relative to the work
 
 import difflib
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -28,11 +29,14 @@ MAX_NODES = 20_000  # of its tree, with every alias written out
 Origin = Callable[[str], str]
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a YAML file describes.
 
+    With train.init_from, what neither the file nor an override says of the mixture and its base is
+    as that checkpoint has it.
+
     Args:
-        path: the file.
+        path: the file; none: the overrides are all there is.
         overrides: settings that win over the file: `train.seed=1`, or as on the command line
             `--train.seed=1` or `--train.seed`, `1`. An item of a list goes by its index or its
             name: `data.sources.0.path=rows.jsonl`, `data.sources.mbpp.path=rows.jsonl`.
@@ -40,14 +44,19 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     Raises ValueError in one line for everything that is wrong with the settings, and
     FileNotFoundError for a file that is not there.
     """
-    file_tree = tree = _read_yaml(Path(path))
+    file_tree = tree = {} if path is None else _read_yaml(Path(path))
     for key, text in split_overrides(overrides):
         tree = _overridden(tree, RunConfig, _key_parts(key), text, "")
+    given = tree
+    tree, checkpoint = _over_checkpoint(given)
 
     def origin(key: str) -> str:
-        """What to name in an error about `key`: the file, or the command line that changed it."""
+        """What to name in an error about `key`: the file, or what changed it since."""
         parts = _key_parts(key)
-        return str(path) if _look_up(file_tree, parts) is _look_up(tree, parts) else COMMAND_LINE
+        if _look_up(given, parts) is not _look_up(tree, parts):
+            return str(checkpoint)
+        in_file = path is not None and _look_up(file_tree, parts) is _look_up(given, parts)
+        return str(path) if in_file else COMMAND_LINE
 
     values = _typed_fields(tree, RunConfig, "", origin)
     return _construct(values, RunConfig, "", origin)
@@ -166,6 +175,42 @@ def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
         raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
     known[id(node)] = count
     return count
+
+
+# Beginning with a checkpoint
+
+
+def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    """The settings laid over those of the checkpoint in train.init_from, and its config.json.
+
+    From there come the mixture, and the base by name, revision and quantization.
+    Raises FileNotFoundError or ValueError where that file does not say.
+    """
+    train = tree.get("train")
+    folder = train.get("init_from") if isinstance(train, dict) else None
+    if not isinstance(folder, str):
+        return tree, None
+    file = Path(folder) / "config.json"
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise FileNotFoundError(f"{file} does not exist: train.init_from is {folder!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(description, dict) or not isinstance(description.get("moe"), dict):
+        raise ValueError(f"{file} describes no mixture: train.init_from is {folder!r}")
+    names = {"base": "base_model_name_or_path", "revision": "base_revision"}
+    names |= {"quantization": "quantization"}
+    base = {name: description.get(key) for name, key in names.items()}
+    under = {"moe": description["moe"], "model": {k: v for k, v in base.items() if v is not None}}
+    own = tree.get("model")
+    if isinstance(own, dict) and own.get("base") not in (None, base["base"]):
+        under["model"].pop("revision", None)  # of another base
+    for section, below in under.items():
+        above = tree.get(section)
+        if above is None or isinstance(above, dict):  # else its own error comes
+            tree = {**tree, section: {**below, **(above or {})}}
+    return tree, file
 
 
 # Overriding

@@ -25,6 +25,7 @@ from dylora.router import DynamicHybridRouter, check_routing_weights
 from dylora.storage.checkpoint import folder_bytes, read_description, write_folder
 from dylora.storage.description import named_base
 from dylora.storage.export import Weights
+from dylora.storage.foreign import refuse_foreign
 
 
 class Routing(NamedTuple):
@@ -412,6 +413,7 @@ class DyLoRA_MoE(nn.Module):
         does not fit the base.
         """
         folder = Path(folder)
+        refuse_foreign(folder)
         description = read_description(folder)
         kept, records = description["base_model_name_or_path"], description["experts"]
         if base is None:

@@ -18,7 +18,7 @@ from dylora.adapter import ExpertStack
 from dylora.bases import quantization_of
 from dylora.bounded import shown
 from dylora.maturity import ExpertMaturity
-from dylora.storage.description import ADAPTERS, FORMAT_VERSION, ROUTER_FILE
+from dylora.storage.description import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
 from dylora.storage.peft_format import (
     PeftAdapter,
     adapter_config,
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
 
 FIXED = "fixed_weights"  # [E], of router_type fixed
-# The shifts of trained biases as they are: an adapter holds base + shift, which rounds.
-SHIFTS_FILE = "bias_shifts.safetensors"
 
 
 def write_model(model: "DyLoRA_MoE", folder: Path) -> None:

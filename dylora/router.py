@@ -195,8 +195,10 @@ class DynamicHybridRouter(nn.Module):
         x = at_least_float32(x)  # bf16 logits change the chosen experts for up to 1 % of tokens
         if self.inner is not None:
             x = F.silu(F.linear(x, self.inner.weight.to(x.dtype), self.inner.bias.to(x.dtype)))
-        outer = self.outer
-        return F.linear(x, outer.weight.to(x.dtype), outer.bias.to(x.dtype))
+        weight, bias = self.outer.weight.to(x.dtype), self.outer.bias.to(x.dtype)
+        if self.config.router_logits == "absolute":
+            return F.linear(x, weight).abs() + bias
+        return F.linear(x, weight, bias)
 
     def mature_experts(self, state: RoutingState) -> list[bool] | None:
         """Which experts only their chosen tokens use; None where every token uses all."""

@@ -150,8 +150,17 @@ class TrainConfig:
     """Stop after so many evaluations without a better validation loss."""
     seed: int = 0
     """Of the adapters' initial values and of dropout."""
+    init_from: str | None = None
+    """Begin with the experts, routers and maturity of this checkpoint; what is not said of the
+    mixture and its base is as it is there."""
+    train_experts: bool | None = None
+    """With init_from. False: freeze all experts and train the routers alone; true: none is frozen;
+    none: as the checkpoint has it."""
 
     def __post_init__(self) -> None:
+        freed = self.train_experts
+        alone = freed is None or self.init_from is not None
+        require(alone, "train_experts", freed, "unset without init_from")
         for name in ("batch_size", "gradient_accumulation_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in (

@@ -57,6 +57,7 @@ PAPERS = {
     "GShard": "Lepikhin et al. 2020, GShard, arXiv 2006.16668",
     "Switch": "Fedus et al. 2021, Switch Transformer, arXiv 2101.03961",
     "ST-MoE": "Zoph et al. 2022, ST-MoE, arXiv 2202.08906",
+    "Arrow": "Ostapenko et al. 2024, Arrow, arXiv 2405.11157",
 }
 SOURCES = {
     "r": ["LoRA"],
@@ -69,6 +70,7 @@ SOURCES = {
     "share_A": ["HydraLoRA"],
     "init_lora_weights": ["LoRA"],
     "top_k_experts": ["sparse MoE"],
+    "router_logits": ["Arrow"],
     "router_noise": ["sparse MoE"],
     "load_balance_loss_type": ["GShard", "Switch"],
     "router_aux_loss_coef": ["GShard"],

@@ -31,7 +31,8 @@ LAYERS = (
     ("model_files", "experts"),
     ("merging",),
     ("model",),
-    ("skills", "export"),
+    ("skills", "arrow", "export"),
+    ("imported",),
     ("training", "evaluation"),  # either may use the other, but see the test of cycles
     ("commands",),
     ("cli",),

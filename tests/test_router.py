@@ -549,6 +549,17 @@ def test_fewer_weights_than_sequences_are_repeated_row_by_row():
 # The state of a pass
 
 
+def test_absolute_logits_take_a_row_for_what_it_is_up_to_its_sign():
+    config = MoELoraConfig(num_experts=2, router_logits="absolute")
+    router, x = DynamicHybridRouter(3, config), torch.randn(1, 5, 3)
+    with torch.no_grad():
+        router.outer.weight[1] = -router.outer.weight[0]
+        router.outer.bias.copy_(torch.tensor([0.0, 0.25]))
+    logits = router.score(x)
+    assert (logits[..., 0] > 0).all()
+    torch.testing.assert_close(logits[..., 1], logits[..., 0] + 0.25)
+
+
 def test_the_mask_of_a_pass_reaches_the_routers(ids, mixture):
     model, mask = mixture(), torch.ones_like(ids)
     model.base(input_ids=ids, attention_mask=mask)

@@ -28,6 +28,7 @@ from dylora.evaluation.skills import SKILL_SUITES
 from dylora.evaluation.suites import (
     SHOTS,
     Tasks,
+    data_of,
     leave_out_trained,
     read_suite,
     suite_names,
@@ -170,7 +171,7 @@ def _run_suite(
     out: Path,
 ) -> dict[str, Any]:
     """Base, checkpoint and their difference on one suite: printed, and for results.json."""
-    kept, trained = leave_out_trained(tasks.problems, model.training_record.get("data", {}))
+    kept, trained = leave_out_trained(tasks.problems, data_of(model.training_record))
     kept = tasks.problems if options.include_trained else kept
     if not kept:
         raise ValueError(

@@ -14,7 +14,7 @@ from dylora.evaluation.judging import score
 from dylora.evaluation.problem import Problem
 from dylora.evaluation.sampling import Sampling, sample_to_file
 from dylora.evaluation.sandbox import Sandbox
-from dylora.evaluation.suites import Tasks, leave_out_trained
+from dylora.evaluation.suites import Tasks, data_of, leave_out_trained
 from dylora.run_config import EvalConfig
 from dylora.storage.checkpoint import set_aside, write_file
 from dylora.training.setup import Run
@@ -107,7 +107,7 @@ def _tasks(run: Run) -> dict[str, tuple[Tasks, list[Problem], list[Problem]]]:
     """Of each suite: all of it, what is scored, and what the run trains on."""
     found = {}
     for name, tasks in read_tasks(options_of(run.config.eval)).items():
-        kept, trained = leave_out_trained(tasks.problems, run.data.stamp)
+        kept, trained = leave_out_trained(tasks.problems, data_of(run.model.training_record))
         if not kept:
             raise ValueError(f"eval.benchmark_tasks: the run trains on all {len(trained)} tasks "
                              f"of {name} that were chosen")  # fmt: skip

@@ -1,19 +1,19 @@
 """`run.py info`: what a folder is: a checkpoint, a PEFT adapter, or an export."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dylora.bounded import read_json
 from dylora.config import MoELoraConfig
 from dylora.storage.checkpoint import MANIFEST, damage, folder_bytes, read_description
-from dylora.storage.description import ADAPTERS, FORMAT_VERSION
+from dylora.storage.description import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
 from dylora.storage.export import EXPORT_FILE
+from dylora.storage.foreign import Found, read_foreign_adapter, recognise
 from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from dylora.storage.readers import complaints
 from dylora.storage.tensor_files import read_tensors
-
-ROUTERS = ("router.safetensors", "bias_shifts.safetensors")
 
 
 def print_info(path: str) -> None:
@@ -29,10 +29,13 @@ def print_info(path: str) -> None:
 
 
 def _teller_for(folder: Path) -> Callable[[Path], None]:
-    if (folder / CONFIG_FILE).exists():
+    found = recognise(folder)
+    if (folder / WEIGHTS_FILE).exists():
         return _print_adapter
     if (folder / EXPORT_FILE).exists():
         return _print_merged
+    if found is not None and found.kind in ("adapter", "older mixture", "whole model"):
+        return partial(print_foreign, found=found)
     if (folder / MANIFEST).exists() or (folder / ADAPTERS).exists():
         return _print_checkpoint
     if any(folder.glob(f"*/{CONFIG_FILE}")):
@@ -99,7 +102,9 @@ def _print_description(folder: Path, description: Mapping[str, Any]) -> None:
 def _print_sizes(folder: Path) -> None:
     """Megabytes of adapters, routers and what only a resumed run needs."""
     adapters = folder_bytes(folder / ADAPTERS)
-    routers = sum(p.stat().st_size for name in ROUTERS if (p := folder / name).exists())
+    routers = sum(
+        p.stat().st_size for name in (ROUTER_FILE, SHIFTS_FILE) if (p := folder / name).exists()
+    )
     rest = folder_bytes(folder) - adapters - routers
     print(
         f"size        {folder_bytes(folder) / 1e6:.2f} MB: adapters {adapters / 1e6:.2f}, "
@@ -230,3 +235,28 @@ def _raise_damage(folder: Path, wrong: Mapping[str, str]) -> None:
         raise ValueError(wrong[MANIFEST])
     if wrong:
         raise ValueError("; ".join(f"{folder / name} {what}" for name, what in wrong.items()))
+
+
+def print_foreign(folder: Path, found: Found) -> None:
+    """What a folder of others holds, and how it becomes a mixture.
+
+    Raises ValueError or FileNotFoundError for an adapter that an import would refuse.
+    """
+    print(f"{folder}: {found.what}, {folder_bytes(folder) / 1e6:.1f} MB")
+    for path in found.adapters:
+        adapter = read_foreign_adapter(path)
+        ranks, alphas = sorted(set(adapter.ranks.values())), sorted(set(adapter.alphas.values()))
+        kinds = [name for name in ("use_rslora", "use_dora") if adapter.config.get(name)]
+        kinds += ["lora_only biases"] if adapter.biases else []
+        print(
+            f"{adapter.name:11} rank {', '.join(map(str, ranks))}, "
+            f"alpha {', '.join(f'{alpha:g}' for alpha in alphas)}, "
+            f"{len(adapter.weights)} projections, for {adapter.base or 'no named base'}"
+            + "".join(f", {kind}" for kind in kinds)
+        )
+    for router in found.routers[:1]:
+        print(f"router      {router}")
+    for note in found.notes:
+        print(f"note        {note}")
+    if found.adapters:
+        print(f"to a mixture: run.py import --adapters {folder} --base NAME --out DIR")

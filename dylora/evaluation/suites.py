@@ -162,6 +162,14 @@ def takes_shots(name: str) -> bool:
     return name in ("mbpp", "mbpp_sanitized")
 
 
+def data_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The data stamp of a checkpoint's training record, with those of what it began with."""
+    sources = list(record.get("data", {}).get("sources", []))
+    for earlier in record.get("earlier", []):
+        sources += data_of(earlier)["sources"]
+    return {"sources": sources}
+
+
 def leave_out_trained(
     problems: Iterable[Problem], data_stamp: dict[str, Any]
 ) -> tuple[list[Problem], list[Problem]]:

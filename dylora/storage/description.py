@@ -15,6 +15,8 @@ from dylora.storage.peft_format import matching, read_shapes
 from dylora.storage.tensor_files import Header, read_headers
 
 ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
+# The shifts of trained biases as they are: an adapter holds base + shift, which rounds.
+SHIFTS_FILE = "bias_shifts.safetensors"
 FORMAT_VERSION = 2  # of a mixture's config.json
 MAX_FILLING = 64  # a stack is as wide as its widest expert: so many times what its files hold
 STATES = ("active", "frozen", "retired")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dylora.storage.checkpoint import check_place, read_description, write_folder
-from dylora.storage.description import ADAPTERS
+from dylora.storage.description import ADAPTERS, SHIFTS_FILE
 from dylora.storage.peft_format import (
     PeftAdapter,
     adapter_config,
@@ -31,7 +31,6 @@ from dylora.storage.peft_format import (
 )
 from dylora.storage.tensor_files import read_tensors
 
-SHIFTS_FILE = "bias_shifts.safetensors"
 EXPORT_FILE = "dylora_export.json"  # what a mixture or a merged model was made of; ours alone
 Weights = Tensor | Sequence[float]
 

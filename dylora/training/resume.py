@@ -123,6 +123,8 @@ def resume(run: Run, source: str) -> None:
     description = read_description(folder)
     check_same_settings(run, folder, description)
     load_model(run.model, folder, description["experts"])
+    if "earlier" in description["training"]:  # of what it began with
+        run.model.training_record["earlier"] = description["training"]["earlier"]
     regroup(run.optimizer, run.model, run.config.train)
     file = folder / "optimizer.pt"
     moments = _load(file)

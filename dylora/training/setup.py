@@ -16,14 +16,25 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.bases import choose_device, load_tokenizer
+from dylora.maturity import ExpertMaturity
 from dylora.model import DyLoRA_MoE
+from dylora.model_files import load_model
 from dylora.run_config import RunConfig, dump_run_config
-from dylora.storage.checkpoint import checkpoints, write_file
+from dylora.storage.checkpoint import checkpoints, read_description, write_file
 from dylora.training.data import PreparedData, load_data
 from dylora.training.monitor import RunLog
 from dylora.training.optim import build_optimizer, build_scheduler
 from dylora.training.prompts import pad_token_id
 from dylora.training.sampler import InterleavedSampler
+
+# Settings of a mixture that say how it is trained and mixed, not of what form its tensors are.
+FREE_SETTINGS = {
+    *("top_k_experts", "router_temperature", "router_noise", "routing_mode", "lora_dropout"),
+    *("router_aux_loss_coef", "router_switch_loss_coef", "router_z_loss_coef", "freeze_A"),
+    *("load_balance_loss_type", "expert_capacity_factor", "expert_dropout", "maturity_mode"),
+    *("maturity_tau", "maturity_rho", "maturity_s", "maturity_fast", "maturity_slow"),
+    *("maturity_threshold", "maturity_schedule", "init_lora_weights", "router_type"),
+}
 
 
 @dataclass
@@ -100,6 +111,13 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         quantization=config.model.quantization,
     )
     model.training_record = {"data": data.stamp, "seed": config.train.seed}
+    if fresh and config.train.init_from is not None:
+        begin_with(model, Path(config.train.init_from), config.train.train_experts)
+    if not any(parameter.requires_grad for _, parameter in model.own_parameters()):
+        raise ValueError(
+            "nothing would be trained: all experts are frozen and no router is learned; set "
+            "train.train_experts true"
+        )
     if config.train.gradient_checkpointing:
         model.enable_checkpointing()
 
@@ -125,6 +143,29 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         log=RunLog(folder, config.log, config.name, dataclasses.asdict(config)),
         progress=Progress(),
     )
+
+
+def begin_with(model: DyLoRA_MoE, folder: Path, train_experts: bool | None) -> None:
+    """Give a model the experts, routers and maturity of a checkpoint, for a run of its own.
+
+    Moments, schedule, counters, place in the data and the averages behind maturity begin afresh.
+    Raises ValueError, naming the setting, where the checkpoint is of another form.
+    """
+    description = read_description(folder)
+    ours = model.config.to_dict()
+    for name, theirs in description["moe"].items():
+        if name not in FREE_SETTINGS and ours.get(name) != theirs:
+            raise ValueError(
+                f"moe.{name} is {ours.get(name)!r}, but train.init_from {folder} has {theirs!r}, "
+                "and its tensors are made for that"
+            )
+    load_model(model, folder, description["experts"])
+    newborn = ExpertMaturity.create(len(model.experts))
+    model.set_maturity(newborn._replace(maturity=model.maturity.maturity))
+    if train_experts is not None:
+        live = model.experts.live
+        model.experts.unfreeze(*live) if train_experts else model.experts.freeze(*live)
+    model.training_record["earlier"] = [description["training"]]
 
 
 def run_folder(config: RunConfig) -> Path:

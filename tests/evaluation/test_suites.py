@@ -17,7 +17,7 @@ from dylora.evaluation.judging import judge as judge_result
 from dylora.evaluation.plus import typed_input
 from dylora.evaluation.problem import Problem, program_of
 from dylora.evaluation.sandbox import Limits, Sandbox, run_all
-from dylora.evaluation.suites import leave_out_trained, read_suite
+from dylora.evaluation.suites import data_of, leave_out_trained, read_suite
 from dylora.training.sources import text_hash
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
@@ -148,6 +148,14 @@ def test_trained_tasks_are_left_out_by_id_and_by_what_question_or_answer_reads_l
     assert [problem.task_id for problem in trained] == ["Mbpp/2", "Mbpp/5", "Mbpp/7", "Mbpp/9"]
     assert len(kept) == 970
     assert leave_out_trained(mbpp, {}) == (mbpp, [])
+
+
+def test_tasks_of_what_a_checkpoint_began_with_are_trained_ones(mbpp: list[Problem]):
+    first = {"data": {"sources": [{"name": "mbpp", "task_ids": [11]}]}}
+    second = {"data": {"sources": [{"name": "mine"}]}, "earlier": [first]}
+    third = {"data": {"sources": [{"name": "mbpp", "task_ids": [12]}]}, "earlier": [second]}
+    _, trained = leave_out_trained(mbpp, data_of(third))
+    assert sorted(problem.task_id for problem in trained) == ["Mbpp/11", "Mbpp/12"]
 
 
 # Few shots
