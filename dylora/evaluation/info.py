@@ -48,9 +48,10 @@ def _teller_for(folder: Path) -> Callable[[Path], None]:
 
 def _print_checkpoint(folder: Path) -> None:
     wrong = _find_damage(folder)
+    description = None if wrong else read_description(folder)
     _print_integrity(folder, wrong)
-    if not wrong:
-        _print_description(folder, read_description(folder))
+    if description is not None:
+        _print_description(folder, description)
     elif _description_is_whole(folder, wrong):
         _print_description(folder, read_json(folder / "config.json"))
     else:
@@ -206,7 +207,8 @@ def _row(weights: list[float]) -> str:
 
 def _base(config: Mapping[str, Any]) -> str:
     name = config.get("base_model_name_or_path") or "not named"
-    return f"{name} ({config.get('revision') or 'any revision'})"
+    told = f"{name} ({config.get('revision') or 'any revision'})"
+    return told if told.isprintable() else repr(told)  # a stranger's could steer the terminal
 
 
 # Integrity

@@ -86,7 +86,7 @@ def test_a_setting_that_cannot_be_guessed_must_be_there(key, written):
     ("key", "value", "message"),
     [
         (KEY, torch.full((4, 32), float("nan")), "holds values that are not finite"),
-        (KEY, torch.ones(4, 32, dtype=torch.int64), "holds torch.int64"),
+        (KEY, torch.ones(4, 32, dtype=torch.int64), "is of type 'I64'"),
         (KEY, torch.ones(4, 32, 1), r"has the shape \[4, 32, 1\], not 2 dimensions"),
         (KEY, torch.ones(3, 32), r"A \[3, 32\] and B \[32, 4\]"),
         (KEY, None, "q_proj has lora_B alone"),
