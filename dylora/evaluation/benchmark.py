@@ -68,6 +68,8 @@ class BenchmarkOptions:
     seed: int = 0
     include_trained: bool = False
     """Keep tasks that the checkpoint was trained on; the results say so."""
+    sandbox: str = "auto"
+    """What keeps programs from files: see `Sandbox`."""
     unsafe: bool = False
     """Run programs without protection where there is none."""
     workers: int = 2
@@ -132,7 +134,9 @@ def benchmark_checkpoint(
         FileExistsError: Another process writes into the folder.
     """
     suites = read_tasks(options)
-    with Sandbox(unsafe=options.unsafe) as sandbox:  # refuses now, not after hours of generation
+    with Sandbox(
+        level=options.sandbox, unsafe=options.unsafe
+    ) as sandbox:  # refuses now, not after hours of generation
         level = sandbox.level
     tokenizer = load_tokenizer(config.model.base, config.model.revision)
     model = load_checkpoint(checkpoint, config.model)
@@ -199,6 +203,7 @@ def _run_suite(
             seconds=tasks.seconds,
             workers=options.workers,
             seed=options.seed,
+            level=options.sandbox,
             unsafe=options.unsafe,
         )
         entry[who] = {"pass@k": scores[who].pass_at_k, "outcomes": scores[who].outcomes,
@@ -250,7 +255,7 @@ def describe(
 def _settings(config: RunConfig, checkpoint: str, options: BenchmarkOptions) -> dict[str, Any]:
     """What the samples of a folder depend on."""
     manifest = Path(checkpoint) / "manifest.json"
-    read_later = ("workers", "unsafe", "tasks", "files", "limit", "k")
+    read_later = ("workers", "sandbox", "unsafe", "tasks", "files", "limit", "k")
     return {
         "version": SAMPLE_VERSION,
         "base": config.model.base,

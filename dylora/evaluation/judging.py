@@ -36,6 +36,7 @@ def score(
     seconds: int,
     workers: int,
     seed: int,
+    level: str = "auto",
     unsafe: bool = False,
     before_each: Callable[[], None] = lambda: None,
 ) -> Score:
@@ -57,7 +58,7 @@ def score(
         return judge(sandbox, job)
 
     limits = Limits(seconds=seconds, wall_seconds=3 * seconds + 5)
-    found = list(run_all(jobs, run, workers=workers, limits=limits, unsafe=unsafe))
+    found = list(run_all(jobs, run, workers=workers, limits=limits, level=level, unsafe=unsafe))
     passed = Counter({problem.task_id: 0 for problem in problems})
     for (problem, _), result in zip(jobs, found, strict=True):
         passed[problem.task_id] += result.outcome == "passed"

@@ -94,6 +94,7 @@ def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
         "best_loss": is_number(state["best_loss"], -math.inf, math.inf),
         "best_step": state["best_step"] is None or is_whole_number(state["best_step"]),
         "evaluation_due": type(state["evaluation_due"]) is bool,
+        "benchmark_due": type(state["benchmark_due"]) is bool,
         "fractions": fractions is None
         or (
             isinstance(fractions, dict)

@@ -45,9 +45,10 @@ def main() -> None:
     options.device = torch.device(options.device)
     options.dtype = getattr(torch, options.dtype)
     models.quiet()
-    results = {"about": about(options)}
+    results = {}
     if options.out and options.out.exists():
-        results = json.loads(options.out.read_text()) | results
+        results = json.loads(options.out.read_text())
+    results["about"] = about(options)
     for name in SECTIONS if options.section == "all" else [options.section]:
         results[name] = SECTIONS[name](options)
         if options.out:
@@ -266,7 +267,15 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     for key, config, experts, mature in cases:
         base = models.build(config, options.device, options.dtype)
         lot = {"base": base, "ours": models.mixture(base, experts, mature=mature).base}
-        lot |= with_peft({"peft LoRA r=16": lambda base=base: models.peft_lora(base, 16).eval()})
+        lot |= with_peft(
+            {
+                f"peft LoRA r={rank}": lambda base=base, rank=rank: models.peft_lora(
+                    base, rank
+                ).eval()
+                # The larger reads as many bytes as eight experts of rank 16 that all take part.
+                for rank in (16, 128)
+            }
+        )
         ids = torch.randint(config.vocab_size, (1, 512), device=options.device)
         last = ids[:, -1:]
 
