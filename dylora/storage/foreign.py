@@ -10,7 +10,6 @@ from a file is ever run as an expression.
 """
 
 import math
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +18,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dylora.storage.peft_format import (
-    CONFIG_FILE,
-    OLD_WEIGHTS_FILE,
-    WEIGHTS_FILE,
-    read_json,
-    read_tensors,
-)
+from dylora.bounded import read_json
+from dylora.storage.description import ADAPTERS
+from dylora.storage.peft_format import CONFIG_FILE, OLD_WEIGHTS_FILE, WEIGHTS_FILE
+from dylora.storage.tensor_files import read_state, read_tensors
 
-ADAPTERS, STATE = "peft_adapters", "dylo_moe_state"
+STATE = "dylo_moe_state"
 Kind = Literal["adapter", "adapters", "mixture", "older mixture", "whole model"]
 
 _PREFIX = "base_model.model."
@@ -273,16 +269,14 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def read_pickled(file: Path) -> dict[str, Any]:
-    """A dictionary that torch.save wrote, read without running anything in it.
+    """A dictionary that torch.save wrote, read within the bounds of `read_state`.
 
-    Raises ValueError for a file that holds more than tensors and plain values.
+    Raises ValueError for a file that holds more than dense tensors and plain values.
     """
     try:
-        content = torch.load(file, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        raise FileNotFoundError(_absent(file)) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).split("\n", 1)[0]
+        content = read_state(file)
+    except ValueError as error:
+        reason = str(error.__cause__ or error).split("\n", 1)[0]
         raise ValueError(f"{file}: not a file of plain tensors ({reason})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not tensors by name")

@@ -25,9 +25,10 @@ MAX_FILE = 32 << 30  # bytes of one file of tensors
 MAX_HEADER = 16 << 20  # bytes that name 100,000 tensors
 MAX_PICKLE = 32 << 20  # and as many moments; of an archive's table of contents likewise
 _BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-_NAMED = {  # all that the pickles of `training/resume.py` name
+_NAMED = {  # what the pickles of `training/resume.py` name, and those of adapters in older files
     *("collections OrderedDict", "torch._utils _rebuild_tensor_v2"),
     *("torch FloatStorage", "torch DoubleStorage", "torch LongStorage", "torch ByteStorage"),
+    *("torch HalfStorage", "torch BFloat16Storage", "torch._utils _rebuild_parameter"),
 }
 _MALFORMED = (  # torch's reader, zipfile and pickletools raise them all over broken files
     *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, AssertionError, OSError),

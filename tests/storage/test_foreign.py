@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import zipfile
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_a_pickle_that_would_run_something_is_refused(written, tmp_path, monkeyp
     [
         ([torch.ones(1)], "holds a list, not tensors by name"),
         ({KEY: 3.0}, "is no plain, dense tensor"),
-        ({KEY: torch.ones(2, 2).to_sparse()}, "is no plain, dense tensor"),
+        ({KEY: torch.ones(2, 2).to_sparse()}, "not a file of plain tensors"),
         ({}, "holds no tensors"),
     ],
 )
@@ -179,6 +180,36 @@ def test_a_cut_pickle_is_refused_by_its_name(written, made):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"adapter_model\.bin: not a file of plain tensors"):
         read_foreign_adapter(folder)
+
+
+def compressed(file):
+    """The same records, deflated: such a file can unfold to any size."""
+    with zipfile.ZipFile(file) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+def a_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"), [(compressed, "are compressed"), (a_pipe, "is a pipe")]
+)
+def test_a_pickle_without_bounds_is_refused_before_it_is_loaded(damage, words, written, made):
+    folder = as_pickle(written(), made[0])
+    damage(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match=words):
+        read_foreign_adapter(folder)
+
+
+def test_a_pickle_of_half_precision_parameters_is_read(written, made):
+    parameters = {key: torch.nn.Parameter(value.bfloat16()) for key, value in made[0].items()}
+    adapter = read_foreign_adapter(as_pickle(written(), parameters))
+    assert len(adapter.weights) == 4
 
 
 def test_safetensors_go_before_a_pickle(written):
