@@ -298,6 +298,9 @@ class DyLoRA_MoE(nn.Module):
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         else:
             enable(settings)
+        # transformers asks for gradients of the embeddings here, as reentrant checkpointing needs.
+        # Ours does not, and they would cost a backward pass below the first adapted layer.
+        base.disable_input_require_grads()
 
     def detach_router(self) -> nn.ModuleDict:
         """Take the routers off; until others are attached, sites mix uniformly or as they are told.

@@ -911,3 +911,21 @@ def test_a_state_dict_brings_maturity_and_choice_along(mixture, ids, maturity):
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_is_computed_backwards_below_the_first_adapted_layer(
+    checkpointing, mixture, llama, ids
+):
+    model = mixture(llama(num_hidden_layers=3), layers_to_transform=[2]).train()
+    if checkpointing:
+        model.enable_checkpointing()
+    has_graph = []
+    for layer in model.base.model.layers:
+        layer.register_forward_hook(
+            lambda module, args, output: has_graph.append(
+                (output[0] if isinstance(output, tuple) else output).requires_grad
+            )
+        )
+    model(ids, labels=ids)
+    assert has_graph == [False, False, True]

@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of codegemma's shape (18 are whole)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also time compiled contenders")
+    parser.add_argument(
+        "--fast", action="store_true", help="steps without the contenders that take twice as long"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.device = torch.device(options.device)
@@ -231,6 +234,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
         }
         if not mature:
             others[f"peft LoRA r={rank}"] = lambda b=base, r=rank: models.peft_lora(b, r)
+        if not mature and not options.fast:
             others["peft, adapters in a loop"] = lambda b=base, e=experts: models.peft_lora(
                 b, 16, e
             )
