@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--length_window", type=int, default=1, help="ours: data.length_window")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
@@ -60,7 +61,10 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         output_dir=str(folder),
         model=ModelConfig(base=options.base, dtype=options.dtype, device=options.device),
         moe=MoELoraConfig(num_experts=options.experts, r=16, lora_alpha=32),
-        data=DataConfig(sources=[SourceConfig(name="code_alpaca", path=options.rows)]),
+        data=DataConfig(
+            sources=[SourceConfig(name="code_alpaca", path=options.rows)],
+            length_window=options.length_window,
+        ),
         train=TrainConfig(
             max_steps=options.steps + 2,
             batch_size=options.batch_size,
@@ -85,8 +89,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         counts.append(int((batch["labels"][:, 1:] != -100).sum()))
         return batch
 
-    theirs: list[float] = []
-    ours: list[float] = []
+    theirs: list[tuple[int, float]] = []  # targets and seconds of each step
+    ours: list[tuple[int, float]] = []
 
     class TakeTurns(TrainerCallback):
         """Times the Trainer's step, then runs one of ours."""
@@ -97,13 +101,13 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             seconds = time.perf_counter() - self.started
             # The Trainer fetches the batches of a step before it begins it.
-            theirs.append(sum(counts[-options.accumulation :]) / seconds)
+            theirs.append((sum(counts[-options.accumulation :]), seconds))
             counts.clear()
             started = time.perf_counter()
             result = train_step(run)
             run.optimizer.zero_grad(set_to_none=True)
             run.progress.step += 1
-            ours.append(result.targets / (time.perf_counter() - started))
+            ours.append((result.targets, time.perf_counter() - started))
 
     rows = run.data.train[0]
     trainer = Trainer(
@@ -127,13 +131,21 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         callbacks=[TakeTurns()],
     )
     trainer.train()
-    ratios = [mine / other for mine, other in zip(ours[1:], theirs[1:], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    # With windows of similar length single steps differ much in tokens: so sums are compared too.
+    mine, other = ([n / s for n, s in steps[1:]] for steps in (ours, theirs))
+    low, middle, high = statistics.quantiles(
+        [one / two for one, two in zip(mine, other, strict=True)], n=4
+    )
+    mine_all, other_all = (
+        sum(n for n, _ in steps[1:]) / sum(s for _, s in steps[1:]) for steps in (ours, theirs)
+    )
     return {
-        "ours, target tokens/s": statistics.median(ours[1:]),
-        f"Trainer + peft LoRA r={rank}, target tokens/s": statistics.median(theirs[1:]),
-        "ratio": middle,
-        "quartiles": [low, high],
+        "ours, target tokens/s": mine_all,
+        f"Trainer + peft LoRA r={rank}, target tokens/s": other_all,
+        "ratio": mine_all / other_all,
+        "median of the steps' ratios": middle,
+        "quartiles of the steps' ratios": [low, high],
+        "length_window": options.length_window,
         "steps": options.steps,
         "rows a step": options.batch_size * options.accumulation,
         "base": options.base,
