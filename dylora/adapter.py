@@ -5,7 +5,7 @@
 The gate is folded into the rank axis: h = x Aᵀ as [T, E, R], h *= (g·s)[..., None], y = h B. A
 mixture is then one LoRA of rank E·R with a diagonal in the middle: two matrix products, and no
 tensor of [T, E, O]. `StackedLoRA.forward` says this in plain autograd; `add_update` does the same
-by `compute.py`, which keeps less and adds in place.
+by `compute/`, which keeps less and adds in place.
 
 Shape letters: T tokens, D input width, O output width, E experts, R rank.
 """
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dylora.compute import Block, add_grouped, add_mixture, plan_pairs
+from dylora.compute.grouped import add_grouped
+from dylora.compute.packed import Member
+from dylora.compute.wide import Block, add_mixture
 from dylora.config import MoELoraConfig
-from dylora.packed import Member
 from dylora.router import RoutingState
 from dylora.site import Dense, Site
 
@@ -200,7 +201,8 @@ class StackedLoRA(nn.Module):
             return output
         routing = self.site.output
         assert routing is not None, f"{self.site.name} has not routed"
-        x, few = args[0], self.site.few
+        outside, self.site.outside = self.site.outside, None
+        x, few = args[0] if outside is None else outside, self.site.few
         if few is not None and few.fits(x, output):
             return few.add(self.name, x, output)
         gates = fitting_gates(routing.gates, x, self.path)
@@ -211,20 +213,42 @@ class StackedLoRA(nn.Module):
         if torch.compiler.is_compiling():  # the compiler fuses the plain form as well as can be
             return output + self(x, gates).to(output.dtype)
         mix = self.site.mix(self.stacks, self.config.top_k_experts)
-        if mix.dense:
-            h = self.site.product_with_A(self.name, x, mix, output.dtype)
+        if not (mix.dense or mix.sparse):
+            return output
+        entry = self.site.enter(self.name, x, mix, output.dtype)
+        tie = None if outside is None else entry.tie_to(weight_OD(module))
+        if entry.dense is not None:
             Bs = [self._rows(dense, "lora_B") for dense in mix.dense]
             scalings = [self._rows(dense, "scaling_E") for dense in mix.dense]
             scaling_E = scalings[0] if len(scalings) == 1 else torch.cat(scalings)
-            output = add_mixture(output, h, mix.gates, scaling_E, self.blocks(mix.dense), Bs)
-        for sparse in mix.sparse:
-            _, dropped = self.site.shared_input(self.name, x)
+            blocks = self.blocks(mix.dense)
+            output = add_mixture(output, entry.dense, mix.gates, scaling_E, blocks, Bs, tie)
+            tie = None
+        for sparse, h_PR in zip(mix.sparse, entry.sparse, strict=True):
             stack = self.stacks[sparse.stack]
             weights_TK = sparse.gates_TK * stack.scaling_E[sparse.experts_TK]
-            plan = sparse.plan or plan_pairs(sparse.experts_TK, len(stack.ranks))
-            matrices = (stack.lora_A, stack.lora_B)
-            output = add_grouped(output, dropped, weights_TK, plan, *matrices)
+            output = add_grouped(output, h_PR, weights_TK, stack.lora_B, sparse.plan, tie)
+            tie = None
         return output
+
+    def take_over(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook of the projection: lets it run outside autograd, where it is sure to be
+        a frozen product and no more; the experts' gradient of x then has its part in it, too
+        (`compute/taken.py`)."""
+        site, x = self.site, args[0]
+        site.outside = None
+        if not (torch.is_grad_enabled() and x.requires_grad and site.state.enabled):
+            return None
+        drops = self.training and self.config.lora_dropout > 0
+        if drops or self.config.use_dora or torch.compiler.is_compiling():
+            return None
+        if torch.is_autocast_enabled(x.device.type) or not is_frozen_product(module, x):
+            return None
+        mix = site.mix(self.stacks, self.config.top_k_experts)
+        if not (mix.dense or mix.sparse):
+            return None
+        site.outside = x
+        return (x.detach(), *args[1:])
 
     @property
     def can_be_packed(self) -> bool:
@@ -297,6 +321,18 @@ class BiasShift(nn.Module):
     def add_shift(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the module whose bias this moves."""
         return output + self.shift.to(output.dtype) if self.state[0].enabled else output
+
+
+def is_frozen_product(module: Any, x: Tensor) -> bool:
+    """Whether a projection of x is x Wᵀ + b with frozen W and b, and nobody else listens in."""
+    if type(module) not in (nn.Linear, Conv1D) or "forward" in vars(module):
+        return False  # quantised, or wrapped
+    weight, bias = module.weight, module.bias
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    # Hooks of others may take x apart, or expect a gradient of the output.
+    alone = len(module._forward_pre_hooks) == len(module._forward_hooks) == 1
+    alone = alone and not (module._backward_hooks or module._backward_pre_hooks)
+    return frozen and alone and type(weight) is nn.Parameter and x.dtype == weight.dtype
 
 
 def fitting_gates(gates: Tensor, x: Tensor, path: str) -> Tensor:

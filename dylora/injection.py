@@ -100,6 +100,7 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
             if with_experts:
                 adapter.stacks.append(adapter.create_stack(0, ranks, alphas, projection))
             projection.add_module(ADAPTER_NAME, adapter)
+            handles.append(projection.register_forward_pre_hook(adapter.take_over))
             handles.append(projection.register_forward_hook(adapter.add_update))
             adapters[path] = adapter
             site.adapters[adapter.name] = adapter

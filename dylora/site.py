@@ -4,13 +4,17 @@ Shape letters: B batch, S sequence, T tokens (B·S), D hidden width, E experts, 
 """
 
 import weakref
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dylora.compute import Plan, choose_way, plan_pairs, products_with_A
-from dylora.packed import PACKED_TOKENS, FewTokens, Pack
+from dylora.compute.grouped import Plan, grouped_products, plan_pairs
+from dylora.compute.packed import PACKED_TOKENS, FewTokens, Pack
+from dylora.compute.rule import choose_way
+from dylora.compute.taken import Taken
+from dylora.compute.wide import products_with_A
 from dylora.router import DynamicHybridRouter, RouterOutput, RoutingState, expand_override
 
 if TYPE_CHECKING:
@@ -33,13 +37,19 @@ class Dense(NamedTuple):
     rows: Tensor | None  # theirs in it; None: all
 
 
-class Sparse(NamedTuple):
+class Sparse:
     """Mature experts of a stack, which only their chosen tokens use."""
 
-    stack: int
-    experts_TK: Tensor  # rows of the stack
-    gates_TK: Tensor  # 0 where a place is not used
-    plan: Plan | None  # None: the gathered way
+    def __init__(self, stack: int, experts_TK: Tensor, gates_TK: Tensor, experts: int):
+        self.stack = stack
+        self.experts_TK = experts_TK  # rows of the stack
+        self.gates_TK = gates_TK  # 0 where a place is not used
+        self.experts = experts  # rows the stack has
+
+    @cached_property
+    def plan(self) -> Plan:
+        """For the grouped way; looking rows up needs none."""
+        return plan_pairs(self.experts_TK, self.experts)
 
 
 class Mix(NamedTuple):
@@ -48,6 +58,24 @@ class Mix(NamedTuple):
     dense: list[Dense]
     gates: Tensor  # [T, E] of the experts in `dense`, in that order
     sparse: list[Sparse]
+
+
+class Entry(NamedTuple):
+    """What enters one projection; made once for all that share its input."""
+
+    dense: Tensor | None  # h [T, C] of the experts that every token uses
+    sparse: list[Tensor]  # h [P, R] of every stack in Mix.sparse
+    tie: Tensor | None  # of the projection's output, where it can be taken over
+    taken: Taken | None
+    place: int  # the projection's among those that share the input
+
+    def tie_to(self, weight: Tensor | None) -> Tensor | None:
+        """The tie, for a projection that has run outside autograd with this weight [O, D]."""
+        if weight is None:
+            return None
+        assert self.taken is not None
+        self.taken.take(self.place, weight)
+        return self.tie
 
 
 class Site:
@@ -72,13 +100,14 @@ class Site:
         self._mix: Mix | None = None
         self._input: weakref.ref[Tensor] | None = None
         self._dropped: Tensor | None = None
-        self._products: dict[str, Tensor] = {}  # h of projections that are still to come
+        self._entries: dict[str, Entry] = {}  # of projections that are still to come
+        self.outside: Tensor | None = None  # the input of a projection that runs outside autograd
         self._packs: dict[str, Pack] = {}  # of inference, by projection; kept until values change
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a pass: it may be part of a graph."""
-        of_pass = {"output": None, "few": None, "_mix": None, "_input": None, "_dropped": None}
-        return self.__dict__ | of_pass | {"_products": {}, "_packs": {}}
+        names = ("output", "few", "_mix", "_input", "_dropped", "outside")
+        return self.__dict__ | dict.fromkeys(names) | {"_entries": {}, "_packs": {}}
 
     def mix(self, stacks: Any, top_k: int) -> Mix:
         """The form of this pass's mixture; all projections of a site have the same stacks."""
@@ -121,8 +150,7 @@ class Site:
             gates_TK, chosen_TK = of_ripe.topk(places, dim=-1)
             if young:
                 chosen_TK = torch.tensor(ripe, device=device)[chosen_TK] - stack.first
-            plan = plan_pairs(chosen_TK, len(stack.ranks)) if way == "grouped" else None
-            sparse.append(Sparse(index, chosen_TK, gates_TK, plan))
+            sparse.append(Sparse(index, chosen_TK, gates_TK, len(stack.ranks)))
         return Mix(dense, _columns(gates, columns), sparse)
 
     def _begin_few(self, dtype: torch.dtype) -> FewTokens | None:
@@ -154,7 +182,7 @@ class Site:
         """The projections that get the input of `name`, and drop(x), drawn once for them."""
         names = self.group(name)
         if self._input is None or self._input() is not x:
-            self._input, self._products = weakref.ref(x), {}
+            self._input, self._entries = weakref.ref(x), {}
             dropped = self.adapters[name].dropout(x)
             self._dropped = None if dropped is x else dropped
         return names, x if self._dropped is None else self._dropped
@@ -175,18 +203,34 @@ class Site:
         """For when stacks have changed, and before training, which has no use for them."""
         self._packs = {}
 
-    def product_with_A(self, name: str, x: Tensor, mix: Mix, dtype: torch.dtype) -> Tensor:
-        """h = drop(x) Aᵀ [T, C] of the projection `name`, of the experts that every token uses.
+    def enter(self, name: str, x: Tensor, mix: Mix, dtype: torch.dtype) -> Entry:
+        """What enters the projection `name` for its input x [..., D], in the precision `dtype`.
 
         The first projection of those that share an input computes it for all of them; the others
         find it here, as long as they really get the same tensor.
         """
         names, dropped = self.shared_input(name, x)
-        if name not in self._products:
-            As = [self.adapters[other].As_of(mix.dense) for other in names]
-            products = products_with_A(dropped, As, dtype)
-            self._products = dict(zip(names, products, strict=True))
-        return self._products.pop(name)
+        if name not in self._entries:
+            adapters = [self.adapters[other] for other in names]
+            # A projection's own gradient is that of x, not of what dropout left of it.
+            own = dropped is x and x.requires_grad and torch.is_grad_enabled()
+            taken = Taken([adapter.out_features for adapter in adapters]) if own else None
+            dense, ties = [None] * len(names), []
+            if mix.dense:
+                As = [adapter.As_of(mix.dense) for adapter in adapters]
+                dense, ties = products_with_A(dropped, As, dtype, taken)
+            sparse = []
+            for part in mix.sparse:
+                As = [adapter.stacks[part.stack].lora_A for adapter in adapters]
+                own_ties = None if ties else taken
+                hs, more = grouped_products(dropped, As, dtype, part.plan, own_ties)
+                sparse.append(hs)
+                ties = ties or more
+            for place, other in enumerate(names):
+                tie = ties[place] if ties else None
+                hs = [of_part[place] for of_part in sparse]
+                self._entries[other] = Entry(dense[place], hs, tie, taken, place)
+        return self._entries.pop(name)
 
     def route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the block; reads its first argument, the hidden states [B, S, D]."""

@@ -8,15 +8,10 @@ import torch
 from torch.autograd import gradcheck
 
 import oracles
-from dylora import compute
-from dylora.compute import (
-    Block,
-    add_grouped,
-    add_mixture,
-    choose_way,
-    plan_pairs,
-    products_with_A,
-)
+from dylora.compute import rule
+from dylora.compute.grouped import add_grouped, grouped_products, plan_pairs
+from dylora.compute.rule import choose_way
+from dylora.compute.wide import Block, add_mixture, products_with_A
 
 T, D, O, E, R = 5, 4, 3, 6, 2  # noqa: E741 - the letters of the design
 
@@ -65,11 +60,11 @@ def test_the_wide_way_is_the_loop_over_experts(layout):
     x, gates, y = double(T, D), torch.rand(T, E).double(), double(T, O)
     scaling_E = torch.linspace(0.5, 2, E).double()
     expected = wide_oracle(y, x, gates, scaling_E, blocks, As, Bs)
-    [h] = products_with_A(x, [As], x.dtype)
+    [h], _ = products_with_A(x, [As], x.dtype)
     ours = add_mixture(y.clone(), h, gates, scaling_E, blocks, Bs)
     torch.testing.assert_close(ours, expected)
     with torch.no_grad():
-        [h] = products_with_A(x, [As], x.dtype)
+        [h], _ = products_with_A(x, [As], x.dtype)
         torch.testing.assert_close(
             add_mixture(y.clone(), h, gates, scaling_E, blocks, Bs), expected
         )
@@ -83,7 +78,7 @@ def test_the_wide_way_has_the_numeric_gradient_and_none_for_frozen_experts(layou
 
     def mixture(y, x, gates, *matrices):
         own = list(matrices[: len(As)])
-        [h] = products_with_A(x, [own], x.dtype)
+        [h], _ = products_with_A(x, [own], x.dtype)
         return add_mixture(y * 1, h, gates, scaling_E, blocks, list(matrices[len(As) :]))
 
     x, y = double(T, D), double(T, O)
@@ -98,7 +93,7 @@ def test_projections_with_one_input_share_the_product_and_its_gradient():
 
     def products(x, *flat):
         q, k1, k2, v = flat
-        return products_with_A(x, [[q], [k1, k2], [v]], x.dtype)
+        return products_with_A(x, [[q], [k1, k2], [v]], x.dtype)[0]
 
     flat = [A for own in As for A in own]
     for h, own in zip(products(x, *flat), As, strict=True):
@@ -108,7 +103,7 @@ def test_projections_with_one_input_share_the_product_and_its_gradient():
 
 def test_a_product_that_nobody_uses_takes_nothing_from_the_others():
     x, A, unused = double(T, D), double(4, D), double(2, D)
-    h, _ = products_with_A(x, [[A], [unused]], x.dtype)
+    (h, _), _ = products_with_A(x, [[A], [unused]], x.dtype)
     h.square().sum().backward()
     expected = 2 * (x @ A.T).detach() @ A.detach()
     torch.testing.assert_close(x.grad, expected)
@@ -125,7 +120,7 @@ def test_the_update_is_added_in_place_and_the_input_is_kept_once():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hs = products_with_A(x, As, x.dtype)
+        hs, _ = products_with_A(x, As, x.dtype)
         gates = torch.ones(T, 2).double()
         out = add_mixture(y, hs[0], gates, torch.ones(2), [Block(0, 2, 2, False)], [B])
     assert out.data_ptr() == y.data_ptr()
@@ -157,6 +152,11 @@ def sparse_parts(top_k, experts=E, used=None):
     return weights_TK, experts_TK
 
 
+def add_sparse(y, x, weights_TK, plan, A, B):
+    [h], _ = grouped_products(x, [A], y.dtype, plan)
+    return add_grouped(y, h, weights_TK, B, plan)
+
+
 def as_gates(weights_TK, experts_TK, experts=E):
     zeros = torch.zeros(T, experts, dtype=weights_TK.dtype)
     return zeros.scatter(1, experts_TK, weights_TK)
@@ -171,7 +171,7 @@ def test_the_grouped_way_is_the_loop_over_experts(top_k, used):
     gates = as_gates(weights_TK, experts_TK)
     expected = y + oracles.mixture_update(x, A, B, gates, torch.ones(E, dtype=torch.float64))
     plan = plan_pairs(experts_TK, E)
-    torch.testing.assert_close(add_grouped(y.clone(), x, weights_TK, plan, A, B), expected)
+    torch.testing.assert_close(add_sparse(y.clone(), x, weights_TK, plan, A, B), expected)
 
 
 @pytest.mark.parametrize("frozen", [(), ("A",), ("A", "B")])
@@ -180,7 +180,7 @@ def test_the_grouped_way_has_the_numeric_gradient(frozen):
     plan = plan_pairs(experts_TK, E)
     A, B = double(E, R, D, grad="A" not in frozen), double(E, R, O, grad="B" not in frozen)
     assert gradcheck(
-        lambda y, x, w, A, B: add_grouped(y * 1, x, w, plan, A, B),
+        lambda y, x, w, A, B: add_sparse(y * 1, x, w, plan, A, B),
         (double(T, O), double(T, D), weights_TK.requires_grad_(), A, B),
     )
 
@@ -193,7 +193,7 @@ def test_the_grouped_way_is_the_same_in_float32_by_torchs_grouped_products():
         torch.manual_seed(1)
         parts = [double(T, O), double(T, D), weights_TK, double(E, R, D), double(E, R, O)]
         y, x, w, A, B = (part.detach().to(dtype).requires_grad_() for part in parts)
-        out = add_grouped(y * 1, x, w, plan, A, B)
+        out = add_sparse(y * 1, x, w, plan, A, B)
         out.square().sum().backward()
         results[dtype] = [t.double() for t in (out, x.grad, w.grad, A.grad, B.grad)]
     for exact, ours in zip(*results.values(), strict=True):
@@ -308,7 +308,7 @@ def test_weights_that_a_caller_gives_reach_experts_that_are_not_chosen(mixture, 
 
 def test_a_site_that_matures_changes_its_way_without_a_restart(mixture, monkeypatch):
     seen = []
-    real = compute.choose_way
+    real = rule.choose_way
 
     def watch(**known):
         seen.append(real(**known))

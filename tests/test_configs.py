@@ -21,10 +21,10 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/
 # A module imports only from the rows above its own. Names are relative to dylora; a folder stands
 # for its modules, which may import each other.
 LAYERS = (
-    ("bounded",),
+    ("bounded", "compute"),
     ("config",),
     ("run_config",),
-    ("config_file", "bases", "compute", "packed", "router", "maturity", "storage", "tasks"),
+    ("config_file", "bases", "router", "maturity", "storage", "tasks"),
     ("site", "head", "losses"),
     ("adapter",),
     ("injection", "stacks"),

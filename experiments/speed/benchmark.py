@@ -22,8 +22,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dylora.site
-from dylora import MoELoraConfig, compute
+from dylora import MoELoraConfig
 from dylora.adapter import StackedLoRA
+from dylora.compute.rule import choose_way
 from dylora.router import RouterOutput, RoutingState
 from dylora.site import Site
 from experiments.speed import models
@@ -142,6 +143,7 @@ def adapted(
         nn.init.normal_(stack.lora_B, std=0.02)
         lora.set_stacks([stack])
         projection.add_module("dylora_adapter", lora)
+        projection.register_forward_pre_hook(lora.take_over)
         projection.register_forward_hook(lora.add_update)
         site.adapters[name] = lora
 
@@ -311,7 +313,7 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
 def sparse(options: argparse.Namespace) -> dict[str, Any]:
     """One projection of width 512: every way, and the automatic choice, over E and T."""
     results = {}
-    real = compute.choose_way
+    real = choose_way
     torch.manual_seed(0)
     block = Block(512).requires_grad_(False).to(options.device, options.dtype)
     for tokens in (1, 16, 64, 512, 4096):

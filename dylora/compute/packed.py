@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PACKED_TOKENS = 64  # more of them are better served by the ways of compute.py
+PACKED_TOKENS = 64  # more of them are better served by the ways beside this file
 
 
 class Member(NamedTuple):
