@@ -235,9 +235,11 @@ class StackedLoRA(nn.Module):
         """Forward pre-hook of the projection: lets it run outside autograd, where it is sure to be
         a frozen product and no more; the experts' gradient of x then has its part in it, too
         (`compute/taken.py`)."""
+        if not torch.is_grad_enabled():
+            return None
         site, x = self.site, args[0]
         site.outside = None
-        if not (torch.is_grad_enabled() and x.requires_grad and site.state.enabled):
+        if not (x.requires_grad and site.state.enabled):
             return None
         drops = self.training and self.config.lora_dropout > 0
         if drops or self.config.use_dora or torch.compiler.is_compiling():

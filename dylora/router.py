@@ -62,6 +62,7 @@ class RoutingState(nn.Module):
         self.register_buffer("fixed_weights_E", torch.tensor(fixed, device=device))
         # What the device knows, too, for decisions that must not wait for it.
         self.active = [True] * num_experts
+        self.active_count = num_experts
         self.mature = [False] * num_experts
         self.all_newborn = True
         self.enabled = True  # False: the frozen base alone
@@ -85,17 +86,21 @@ class RoutingState(nn.Module):
     @property
     def num_experts(self) -> int:
         """All experts that ever were: the width of every gate."""
-        return self.maturity_E.shape[0]
+        return len(self.active)
+
+    @property
+    def all_active(self) -> bool:
+        """Whether every expert takes part."""
+        return self.active_count == len(self.active)
 
     def set_active(self, active: list[bool]) -> None:
         """Which experts take part; the others have probability 0."""
         self.active_E = torch.tensor(active, device=self.active_E.device)
-        self.active = list(active)
+        self._know_active(active)
 
-    @property
-    def active_count(self) -> int:
-        """How many experts take part."""
-        return sum(self.active)
+    def _know_active(self, active: list[bool]) -> None:
+        self.active = list(active)
+        self.active_count = sum(active)
 
     def set_maturity(self, maturity_E: Tensor) -> None:
         """What each expert's maturity is from here on; [E] on the CPU."""
@@ -110,7 +115,7 @@ class RoutingState(nn.Module):
         """Values loaded past `set_maturity` and `set_active` are known here as well."""
         super()._load_from_state_dict(*args, **kwargs)
         self._know_maturity(self.maturity_E.tolist())
-        self.active = self.active_E.tolist()
+        self._know_active(self.active_E.tolist())
 
     def resize(self, maturity: list[float], fixed_weights: list[float]) -> None:
         """Room for another number of experts, all of them taking part."""
@@ -123,7 +128,7 @@ class RoutingState(nn.Module):
     def fixed_gates(self) -> Tensor:
         """The weights [E] of router_type fixed; what inactive experts had goes to the others."""
         weights_E = self.fixed_weights_E
-        if self.active_count == self.num_experts:
+        if self.all_active:
             return weights_E
         kept_E = weights_E * self.active_E
         even_E = self.active_E.to(weights_E) / self.active_count
@@ -168,9 +173,11 @@ class DynamicHybridRouter(nn.Module):
         logits = self.score(x)
         if self.training and self.config.router_noise:
             logits = logits + self.config.router_noise * torch.randn_like(logits)
-        if state.active_count < state.num_experts:
+        if not state.all_active:
             logits = logits.masked_fill(~state.active_E.to(logits.device), -math.inf)
-        probabilities = (logits / self.config.router_temperature).softmax(-1)
+        temperature = self.config.router_temperature
+        scaled = logits if temperature == 1 else logits / temperature
+        probabilities = scaled.softmax(-1)
         gates = self.gate(probabilities, state)
         return RouterOutput(gates, probabilities, logits, self.mature_experts(state))
 
@@ -193,9 +200,10 @@ class DynamicHybridRouter(nn.Module):
 
     def _score(self, x: Tensor) -> Tensor:
         x = at_least_float32(x)  # bf16 logits change the chosen experts for up to 1 % of tokens
-        if self.inner is not None:
-            x = F.silu(F.linear(x, self.inner.weight.to(x.dtype), self.inner.bias.to(x.dtype)))
-        weight, bias = self.outer.weight.to(x.dtype), self.outer.bias.to(x.dtype)
+        inner, outer = self.inner, self.outer
+        if inner is not None:
+            x = F.silu(F.linear(x, inner.weight.to(x.dtype), inner.bias.to(x.dtype)))
+        weight, bias = outer.weight.to(x.dtype), outer.bias.to(x.dtype)
         if self.config.router_logits == "absolute":
             return F.linear(x, weight).abs() + bias
         return F.linear(x, weight, bias)
@@ -241,7 +249,7 @@ class DynamicHybridRouter(nn.Module):
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision becomes float32; float64 stays, for the sake of exact tests."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def maturity_gates(probabilities: Tensor, maturity: Tensor, top_k: int) -> Tensor:

@@ -120,10 +120,11 @@ class Site:
         assert routing is not None
         gates, mature = routing.gates.flatten(0, -2), routing.mature
         device = gates.device
-        if mature is None:
+        if mature is None or (state.all_active and not any(mature)):
             everyone = [Dense(index, None) for index in range(len(stacks))]
-            columns = _columns(gates, [e for s in stacks for e in s.experts])
-            return Mix(everyone, columns, [])
+            if len(stacks) != 1 or len(stacks[0].ranks) != gates.shape[1]:
+                gates = _columns(gates, [e for s in stacks for e in s.experts])
+            return Mix(everyone, gates, [])
         dense, columns, sparse = [], [], []
         for index, stack in enumerate(stacks):
             if not any(state.active[e] for e in stack.experts):
@@ -189,14 +190,12 @@ class Site:
 
     def packs(self, dtype: torch.dtype) -> dict[str, Pack]:
         """The matrices of every projection, laid out for a few tokens."""
-        for name in self.adapters:
-            names = self.group(name)
-            if name != names[0]:
-                continue
-            pack = self._packs.get(name)
-            if pack is None or not pack.is_current(dtype):
-                pack = Pack({other: self.adapters[other].as_member() for other in names}, dtype)
-                self._packs |= dict.fromkeys(names, pack)
+        if not self._packs or not all(pack.is_current(dtype) for pack in set(self._packs.values())):
+            for name in self.adapters:
+                names = self.group(name)
+                if name == names[0]:
+                    members = {other: self.adapters[other].as_member() for other in names}
+                    self._packs |= dict.fromkeys(names, Pack(members, dtype))
         return self._packs
 
     def forget_packs(self) -> None:
@@ -238,7 +237,7 @@ class Site:
         if not state.enabled:
             return
         x = args[0] if args else kwargs["hidden_states"]
-        self.few = self._mix = self._input = self._dropped = None
+        self.few = self._mix = self._input = self._dropped = self.outside = None
         learns = torch.is_grad_enabled()
         if self._packs and learns:
             self.forget_packs()

@@ -62,6 +62,7 @@ class Wide(NamedTuple):
     """All experts of all members side by side."""
 
     A_CD: Tensor
+    rank: int | None  # of every expert at every member; None where they differ
     expert_C: Tensor  # whose column it is
     columns: dict[str, int]  # how many are each member's
     Bs: dict[str, Tensor]  # [C, O] of each member, the scale inside
@@ -85,7 +86,7 @@ class FewTokens:
     def __init__(self, packs: dict[str, Pack], gates: Tensor, experts_TK: Tensor | None = None):
         self.packs = packs
         self.gates = gates
-        self.tokens = gates.shape[0]
+        self.tokens = len(gates)
         self.experts_TK = experts_TK
         self._input: Tensor | None = None
         self._products: dict[str, Tensor] = {}  # gated h of projections that are still to come
@@ -139,7 +140,9 @@ def pack_wide(members: dict[str, Member], dtype: torch.dtype) -> Wide:
         parts += own
         Bs[name] = torch.cat(scaled).to(dtype)
     columns = {name: B.shape[0] for name, B in Bs.items()}
-    return Wide(torch.cat(parts).to(dtype), torch.cat(experts), columns, Bs)
+    ranks = {B.shape[1] for member in members.values() for B in member.Bs}
+    rank = ranks.pop() if len(ranks) == 1 else None
+    return Wide(torch.cat(parts).to(dtype), rank, torch.cat(experts), columns, Bs)
 
 
 @torch.no_grad()
@@ -157,8 +160,16 @@ def pack_tall(members: dict[str, Member], dtype: torch.dtype) -> Tall:
 def gated_products(wide: Wide, x_TD: Tensor, gates_TE: Tensor) -> dict[str, Tensor]:
     """x -> the gated h [T, C] of every member."""
     gated = F.linear(x_TD, wide.A_CD)
-    gated *= gates_TE.index_select(1, wide.expert_C)
-    return dict(zip(wide.columns, gated.split(list(wide.columns.values()), 1), strict=True))
+    members = len(wide.columns)
+    if wide.rank is None:
+        gated *= gates_TE.index_select(1, wide.expert_C)
+        parts = gated.split(list(wide.columns.values()), 1)
+    else:
+        tokens, experts = gates_TE.shape
+        by_expert = gated.view(tokens, members, experts, wide.rank)
+        by_expert *= gates_TE.view(tokens, 1, experts, 1)
+        parts = (gated,) if members == 1 else gated.chunk(members, 1)
+    return dict(zip(wide.columns, parts, strict=True))
 
 
 def looked_up_products(
