@@ -6,6 +6,7 @@ Shape letters: T tokens, D input width, O output width, E experts, R rank, K top
 token and an expert (T·K).
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -81,8 +82,8 @@ class _GroupedProducts(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with without_autocast(x):
             x_PD = rows_of(x).index_select(0, plan.token_P).to(dtype)
-            hs = [grouped(x_PD, A.to(dtype).transpose(1, 2), plan.ends_E) for A in As]
-        return (*hs, *(taken.ties(x) if taken else ()))
+            h = grouped(x_PD, _side_by_side(As, dtype).transpose(1, 2), plan.ends_E)
+        return (*h.split([A.shape[1] for A in As], 1), *(taken.ties(x) if taken else ()))
 
     @staticmethod
     @once_differentiable
@@ -91,20 +92,20 @@ class _GroupedProducts(torch.autograd.Function):
         plan, As = Plan(*saved[: len(Plan._fields)]), saved[len(Plan._fields) :]
         dhs, dys = given[: len(As)], given[len(As) :]
         dAs: list[Tensor | None] = [None] * len(As)
-        x_PD = None
+        # Of the projections whose output somebody used.
+        used = [(n, dh, As[n]) for n, dh in enumerate(dhs) if dh is not None]
         with without_autocast(x):
             dx = ctx.taken.gradient(dys) if ctx.taken else None
-            for index, (dh_PR, A) in enumerate(zip(dhs, As, strict=True)):
-                if dh_PR is None:
-                    continue
-                if ctx.needs_input_grad[4 + index]:
-                    if x_PD is None:
-                        x_PD = rows_of(x).index_select(0, plan.token_P).to(ctx.dtype)
-                    dAs[index] = grouped(dh_PR.T, x_PD, plan.ends_E)
-                if ctx.needs_input_grad[0]:
-                    if dx is None:
-                        dx = torch.zeros_like(rows_of(x), dtype=ctx.dtype)
-                    _add_rows(dx, grouped(dh_PR, A.to(ctx.dtype), plan.ends_E), plan)
+            wanted = [(n, dh) for n, dh, _ in used if ctx.needs_input_grad[4 + n]]
+            if wanted:
+                x_PD = rows_of(x).index_select(0, plan.token_P).to(ctx.dtype)
+                for n, dh_PR in wanted:
+                    dAs[n] = grouped(dh_PR.T, x_PD, plan.ends_E)
+            if ctx.needs_input_grad[0] and used:
+                dh = torch.cat([dh for _, dh, _ in used], 1)
+                A_ECD = _side_by_side([A for _, _, A in used], ctx.dtype)
+                dx = torch.zeros_like(rows_of(x), dtype=ctx.dtype) if dx is None else dx
+                _add_rows(dx, grouped(dh, A_ECD, plan.ends_E), plan)
         dx = None if dx is None else dx.view(x.shape).to(x.dtype)
         return (dx, None, None, None, *dAs)
 
@@ -162,6 +163,11 @@ def grouped(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
         parts = [left[begin:end] @ right[e] for e, (begin, end) in enumerate(spans)]
         return torch.cat(parts)
     return torch.stack([left[:, begin:end] @ right[begin:end] for begin, end in spans])
+
+
+def _side_by_side(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """A [E, R, D] of several projections -> [E, R of all, D]: wider groups make better products."""
+    return As[0].to(dtype) if len(As) == 1 else torch.cat([A.to(dtype) for A in As], 1)
 
 
 def _is_aligned(matrix: Tensor) -> bool:
