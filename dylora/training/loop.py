@@ -181,11 +181,10 @@ def train_step(run: Run) -> StepResult:
     config, model = run.config, run.model
     model.train()
     device = model.injection.state.maturity_E.device
-    batches = [
-        {key: value.to(device) for key, value in batch.items()} for batch in next_batches(run)
-    ]
-    targets = torch.stack([losses.count_targets(batch["labels"]) for batch in batches]).sum()
-    tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum()
+    batches = next_batches(run)  # counted here, where nothing waits for the device
+    targets = sum(int(losses.count_targets(batch["labels"])) for batch in batches)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     scale = LossScale(targets, tokens, _fractions(run, device))
 
     sums = torch.zeros(5, device=device)  # the losses: they add up under one scale
@@ -206,11 +205,19 @@ def train_step(run: Run) -> StepResult:
     run.scaler.unscale_(run.optimizer)
     parameters = [p for p in named_parameters(model).values() if p.requires_grad]
     limit = config.train.max_grad_norm or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
-    loss, lm_loss, aux_loss, switch_loss, z_loss = sums.tolist()
-    load_E = (mass_E / mass_E.sum().clamp_min(1e-12)).cpu()
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    measured = [sums, grad_norm[None], mass_E, loss_mass_E]
+    if statistics is not None:
+        fractions = losses.fractions_of(statistics)
+        measured += [part.flatten() for part in fractions]
+    # The one time a step waits for the device: what is not finite must not be applied, and maturity
+    # decides how the next step is computed.
+    read = torch.cat(measured).cpu().split([len(part) for part in measured])
+    loss, lm_loss, aux_loss, switch_loss, z_loss = read[0].tolist()
+    [grad_norm], mass_E, loss_mass_E = read[1].tolist(), *read[2:4]
+    load_E = mass_E / mass_E.sum().clamp_min(1e-12)
     parts = (loss, lm_loss, aux_loss, switch_loss, z_loss, grad_norm)
-    result = StepResult(*parts, int(targets), int(tokens), statistics, load_E)
+    result = StepResult(*parts, targets, tokens, statistics, load_E)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         run.scaler.update()
         return result._replace(trouble="gradient" if math.isfinite(loss) else "loss")
@@ -232,8 +239,10 @@ def train_step(run: Run) -> StepResult:
     )
     model.experts.count_step(step, step / run.steps)
     if statistics is not None:
-        found = losses.fractions_of(statistics)
-        run.progress.fractions = {name: f.tolist() for name, f in found._asdict().items()}
+        run.progress.fractions = {
+            name: part.view(statistics.assigned_NE.shape).tolist()
+            for name, part in zip(Fractions._fields, read[4:], strict=True)
+        }
     return result
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from typing import get_args
 
 import pytest
@@ -436,6 +437,33 @@ def test_counters_do_not_see_extra_padding(make_config, monkeypatch, extra):
 
 
 # Experts that change in a live run
+
+
+def test_a_step_asks_the_device_for_numbers_once(make_config, monkeypatch):
+    """From the first pass to the update: every `.item()` on the way would empty a GPU's queue."""
+    run = prepare(make_config(), fresh=True)
+    steps_of(run, 1)
+    asked, began = [], []
+    real = run.model.forward
+    monkeypatch.setattr(run.model, "forward", lambda *a, **k: began.append(1) or real(*a, **k))
+
+    def watch(name):
+        method = getattr(torch.Tensor, name)
+
+        def watched(self, *args, **kwargs):
+            caller = sys._getframe(1).f_code
+            if began and "/dylora/" in caller.co_filename:
+                asked.append((name, caller.co_name))
+                if name == "cpu":
+                    began.clear()
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+        watch(name)
+    steps_of(run, 1)
+    assert asked == [("cpu", "train_step")]
 
 
 def grow(run) -> None:
