@@ -29,7 +29,7 @@ def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> torch.optim.AdamW
         parameter_groups(model, config),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
-        fused=model.injection.state.maturity_E.is_cuda or None,
+        fused=True,
     )
     model.experts.follow(optimizer)
     return optimizer
