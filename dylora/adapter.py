@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dylora.compute.grouped import add_grouped
 from dylora.compute.packed import Member
+from dylora.compute.pieces import product_dtype
 from dylora.compute.wide import Block, add_mixture
 from dylora.config import MoELoraConfig
 from dylora.router import RoutingState
@@ -215,7 +216,8 @@ class StackedLoRA(nn.Module):
         mix = self.site.mix(self.stacks, self.config.top_k_experts)
         if not (mix.dense or mix.sparse):
             return output
-        entry = self.site.enter(self.name, x, mix, output.dtype)
+        dtype = product_dtype(output.dtype, output.device)
+        entry = self.site.enter(self.name, x, mix, dtype)
         tie = None if outside is None else entry.tie_to(weight_OD(module))
         if entry.dense is not None:
             Bs = [self._rows(dense, "lora_B") for dense in mix.dense]

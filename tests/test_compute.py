@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 import oracles
 from dylora.compute import rule
 from dylora.compute.grouped import add_grouped, grouped_products, plan_pairs
+from dylora.compute.pieces import product_dtype
 from dylora.compute.rule import choose_way
 from dylora.compute.wide import Block, add_mixture, products_with_A
 
@@ -207,6 +208,41 @@ def test_pairs_are_sorted_by_expert_and_go_back():
     assert experts_TK.flatten()[plan.pair_P].tolist() == [0, 0, 1, 3, 3, 5]
     assert plan.token_P.tolist() == [0, 1, 2, 0, 2, 1]
     assert torch.equal(plan.pair_P[plan.sorted_P], torch.arange(6))
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("maturity", [0.0, 1.0])
+def test_a_bfloat16_base_learns_near_what_a_float32_one_does(
+    emulated, maturity, mixture, ids, monkeypatch
+):
+    """Whether the device multiplies bfloat16 itself, or the products are made in float32."""
+    monkeypatch.setattr("dylora.compute.pieces._is_emulated", lambda dtype: emulated)
+    monkeypatch.setattr("dylora.site.choose_way", lambda **known: "grouped")
+    model = mixture(num_experts=8, maturity=[maturity] * 8)
+    for adapter in model.injection.adapters.values():
+        torch.nn.init.normal_(adapter.stacks[0].lora_B, std=0.1)
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    exact = {name: p.grad.clone() for name, p in model.own_parameters()}
+    model.zero_grad()
+    model.base.to(torch.bfloat16)
+    for _, parameter in model.own_parameters():
+        parameter.data = parameter.data.float()
+    rough = model(ids, labels=ids)
+    rough.loss.backward()
+    torch.testing.assert_close(rough.loss, output.loss, rtol=0.02, atol=0.02)
+    for name, parameter in model.expert_parameters():
+        expected = exact[name]
+        distance = (parameter.grad - expected).norm() / expected.norm().clamp_min(1e-6)
+        assert distance < 0.2, name
+
+
+def test_products_keep_the_precision_that_the_device_has(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("dylora.compute.pieces._is_emulated", lambda dtype: dtype.itemsize == 2)
+    assert product_dtype(torch.bfloat16, cpu) == torch.float32
+    assert product_dtype(torch.float64, cpu) == torch.float64
+    assert product_dtype(torch.bfloat16, gpu) == torch.bfloat16
 
 
 # The rule, and whole models

@@ -104,7 +104,7 @@ class _GroupedProducts(torch.autograd.Function):
             if ctx.needs_input_grad[0] and used:
                 dh = torch.cat([dh for _, dh, _ in used], 1)
                 A_ECD = _side_by_side([A for _, _, A in used], ctx.dtype)
-                dx = torch.zeros_like(rows_of(x), dtype=ctx.dtype) if dx is None else dx
+                dx = torch.zeros_like(rows_of(x)) if dx is None else dx
                 _add_rows(dx, grouped(dh, A_ECD, plan.ends_E), plan)
         dx = None if dx is None else dx.view(x.shape).to(x.dtype)
         return (dx, None, None, None, *dAs)
@@ -123,7 +123,7 @@ class _AddGrouped(torch.autograd.Function):
         B_ERO: Tensor,
         plan: Plan,
     ) -> Tensor:
-        dtype = y.dtype
+        dtype = h_PR.dtype
         with without_autocast(h_PR):
             weights_P1 = weights_TK.flatten()[plan.pair_P, None].to(dtype)
             y_PO = grouped(h_PR * weights_P1, B_ERO.to(dtype), plan.ends_E)
@@ -182,6 +182,7 @@ def _add_rows(target_TO: Tensor, rows_PO: Tensor, plan: Plan) -> None:
     On CUDA index_add_ adds in an order that changes from run to run; so the pairs of a token are
     laid side by side there, and summed.
     """
+    rows_PO = rows_PO.to(target_TO.dtype)
     if target_TO.is_cuda:
         per_token = len(rows_PO) // len(target_TO)
         target_TO += rows_PO[plan.sorted_P].view(len(target_TO), per_token, -1).sum(1)

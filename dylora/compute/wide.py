@@ -98,7 +98,7 @@ class _ProductsWithA(torch.autograd.Function):
             if dh is not None:
                 if ctx.needs_input_grad[0]:
                     A_CD = _joined(As, ctx.dtype)
-                    dx = dh @ A_CD if dx is None else dx.addmm_(dh, A_CD)
+                    dx = dh @ A_CD if dx is None else _add_product(dx, dh, A_CD)
                 if x is not None:
                     wanted = ctx.needs_input_grad[4:]
                     _fill_products(gradients, As, wanted, dh, rows_of(x).to(ctx.dtype))

@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument(
         "--fast", action="store_true", help="steps without the contenders that take twice as long"
     )
+    parser.add_argument("--case", default="", help="of steps: those with this in their name alone")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a step at hidden 512")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.device = torch.device(options.device)
@@ -192,9 +194,10 @@ def projections(options: argparse.Namespace) -> dict[str, Any]:
 def steps(options: argparse.Namespace) -> dict[str, Any]:
     """Forward and backward of a whole model, as multiples of the frozen base's."""
     results = {}
+    rows = (2, options.tokens // 2)
     cases = [
-        ("hidden 512 x 8, T=1024, E=8", models.small(), (2, 512), 8, False),
-        ("hidden 512 x 8, T=1024, E=64 mature, K=2", models.small(), (2, 512), 64, True),
+        (f"hidden 512 x 8, T={options.tokens}, E=8", models.small(), rows, 8, False),
+        (f"hidden 512 x 8, T={options.tokens}, E=64 mature, K=2", models.small(), rows, 64, True),
         (
             f"codegemma's width x {options.layers}, T=256, E=8",
             models.codegemma(options.layers, vocabulary=8192),
@@ -204,6 +207,8 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
         ),
     ]
     for key, config, shape, experts, mature in cases:
+        if options.case not in key:
+            continue
         base = models.build(config, options.device, options.dtype)
         ids = torch.randint(config.vocab_size, shape, device=options.device)
         ours = models.mixture(base, experts, mature=mature)
