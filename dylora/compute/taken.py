@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dylora.compute.pieces import product_dtype, rows_of
+
 
 class Taken:
     """The products of one input: of each projection the width of its output and, from when it has
@@ -33,7 +35,8 @@ class Taken:
         return [x.new_empty(()).expand(*x.shape[:-1], width) for width in self.widths]
 
     def gradient(self, dys: tuple[Tensor | None, ...]) -> Tensor | None:
-        """Σ dy W [T, D] over the projections that were taken over; None where none was.
+        """Σ dy W [T, D] over the projections that were taken over, in the precision of products;
+        None where none was.
 
         Raises RuntimeError for a weight that was written to since, as autograd would.
         """
@@ -44,8 +47,9 @@ class Taken:
             weight, version = taken
             if weight._version != version:
                 raise RuntimeError("a frozen weight was changed between forward and backward")
-            dy_TO = dy.reshape(-1, dy.shape[-1])
-            dx = dy_TO @ weight if dx is None else dx.addmm_(dy_TO, weight)
+            dtype = product_dtype(dy.dtype, dy.device)
+            dy_TO, W = rows_of(dy).to(dtype), weight.to(dtype)
+            dx = dy_TO @ W if dx is None else dx.addmm_(dy_TO, W)
         return dx
 
 
