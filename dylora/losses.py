@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dylora.router import at_least_float32, top_k_mask
+from dylora.router import at_least_float32, top_k_indices
 
 
 class RoutingStatistics(NamedTuple):
@@ -80,15 +80,17 @@ def routing_statistics(
     else:
         mask = token_mask.to(gates)
     mask_BS1 = mask[..., None]
-    assigned, first = top_k_mask(probabilities, top_k), top_k_mask(probabilities, 1)
+    ranked = top_k_indices(probabilities, top_k)
+    nobody = torch.zeros_like(probabilities)
+    assigned, first = nobody.scatter(-1, ranked, 1), nobody.scatter(-1, ranked[..., :1], 1)
     detached = gates.detach()
     shares = detached / detached.sum(-1, keepdim=True).clamp_min(1e-12)
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1)
     return RoutingStatistics(
         probability_NE=torch.einsum("bsne,bs->ne", probabilities, mask),
         squared_logsumexp_N=(logits.logsumexp(-1).square() * mask_BS1).sum((0, 1)),
-        assigned_NE=torch.einsum("bsne,bs->ne", assigned.to(mask.dtype), mask),
-        first_NE=torch.einsum("bsne,bs->ne", first.to(mask.dtype), mask),
+        assigned_NE=torch.einsum("bsne,bs->ne", assigned, mask),
+        first_NE=torch.einsum("bsne,bs->ne", first, mask),
         gate_NE=torch.einsum("bsne,bs->ne", detached, mask),
         active_N=((detached > 0).sum(-1) * mask_BS1).sum((0, 1)),
         entropy_N=(entropy * mask_BS1).sum((0, 1)),

@@ -272,14 +272,22 @@ def maturity_gates(probabilities: Tensor, maturity: Tensor, top_k: int) -> Tenso
 
 def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
     """Boolean [..., E], True at the K largest; ties go to the lowest index, unlike torch.topk."""
-    scores, mask = scores.detach(), torch.zeros_like(scores, dtype=torch.bool)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(-1, top_k_indices(scores, top_k), True)
+
+
+def top_k_indices(scores: Tensor, top_k: int) -> Tensor:
+    """Which the K largest of [..., E] are, the largest first, [..., K]; ties as in `top_k_mask`."""
+    left = scores.detach()
     if top_k > 4:
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        return mask.scatter(-1, order[..., :top_k], True)
+        return left.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    if top_k == 1:
+        return left.argmax(dim=-1, keepdim=True)
+    left, found = left.clone(), []
     for _ in range(top_k):  # argmax gives the first of equal ones; far cheaper than to sort
-        left = scores.masked_fill(mask, -math.inf)
-        mask = mask.scatter(-1, left.argmax(dim=-1, keepdim=True), True)
-    return mask
+        found.append(left.argmax(dim=-1, keepdim=True))
+        left.scatter_(-1, found[-1], -math.inf)
+    return torch.cat(found, -1)
 
 
 def drop_experts(probabilities: Tensor, rate: float) -> Tensor:

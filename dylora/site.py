@@ -15,7 +15,13 @@ from dylora.compute.packed import PACKED_TOKENS, FewTokens, Pack
 from dylora.compute.rule import choose_way
 from dylora.compute.taken import Taken
 from dylora.compute.wide import products_with_A
-from dylora.router import DynamicHybridRouter, RouterOutput, RoutingState, expand_override
+from dylora.router import (
+    DynamicHybridRouter,
+    RouterOutput,
+    RoutingState,
+    expand_override,
+    top_k_indices,
+)
 
 if TYPE_CHECKING:
     from dylora.adapter import StackedLoRA
@@ -148,7 +154,8 @@ class Site:
                 dense.append(Dense(index, rows))
                 columns += young
             of_ripe = _columns(gates, ripe)
-            gates_TK, chosen_TK = of_ripe.topk(places, dim=-1)
+            chosen_TK = top_k_indices(of_ripe, places)
+            gates_TK = of_ripe.gather(-1, chosen_TK)
             if young:
                 chosen_TK = torch.tensor(ripe, device=device)[chosen_TK] - stack.first
             sparse.append(Sparse(index, chosen_TK, gates_TK, len(stack.ranks)))
