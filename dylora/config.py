@@ -141,8 +141,7 @@ class MoELoraConfig:
     """Shares of the run between which mode schedule raises maturity from 0 to 1."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_literals(self)
+        check_fields(self)
         require(1 <= self.r <= LARGEST, "r", self.r, f"from 1 to {LARGEST}")
         alpha = self.lora_alpha
         require(0 < alpha <= MAX_ALPHA, "lora_alpha", alpha, f"above 0 and at most {MAX_ALPHA:.0f}")
@@ -291,8 +290,9 @@ def require(condition: bool, name: str, value: Any, rule: str) -> None:
         raise ValueError(f"{name} is {shown(value)}, but must be {rule}")
 
 
-def check_types(config: Any) -> None:
-    """Fields hold what they are declared as, and finite numbers; JSON brings anything.
+def check_fields(config: Any) -> None:
+    """Fields hold what they are declared as, finite numbers, and one of the values they may have;
+    JSON and YAML bring anything, and dataclasses look at none of it.
 
     Raises ValueError.
     """
@@ -301,6 +301,11 @@ def check_types(config: Any) -> None:
         require(_fits(value, item.type), item.name, value, describe_type(item.type))
         numbers = [number for number in _leaves(value) if isinstance(number, float)]
         require(all(map(math.isfinite, numbers)), item.name, value, "finite")
+        choices = _literal_choices(item.type)
+        if choices and value not in choices:
+            listed = ", ".join(map(str, choices))
+            hint = nearest(value, [str(c) for c in choices]) if isinstance(value, str) else ""
+            raise ValueError(f"{item.name} is {shown(value)}, but must be one of {listed}{hint}")
 
 
 def describe_type(annotation: Any) -> str:
@@ -325,7 +330,7 @@ def describe_type(annotation: Any) -> str:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of a declared type; a Literal is `check_literals`' business."""
+    """Whether a value is of a declared type; a Literal's values are listed elsewhere."""
     kind, parts = get_origin(annotation), get_args(annotation)
     if annotation is float and isinstance(value, float):
         return True
@@ -356,17 +361,6 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from value
     else:
         yield value
-
-
-def check_literals(config: Any) -> None:
-    """Enumerated fields hold one of their values; dataclasses do not check that themselves."""
-    for item in fields(config):
-        choices = _literal_choices(item.type)
-        value = getattr(config, item.name)
-        if choices and value not in choices:
-            listed = ", ".join(map(str, choices))
-            hint = nearest(value, [str(c) for c in choices]) if isinstance(value, str) else ""
-            raise ValueError(f"{item.name} is {shown(value)}, but must be one of {listed}{hint}")
 
 
 def _literal_choices(annotation: Any) -> tuple[Any, ...]:

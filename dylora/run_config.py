@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dylora.config import MoELoraConfig, Quantization, check_literals, require
+from dylora.config import MoELoraConfig, Quantization, check_fields, require
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal[
@@ -43,7 +43,7 @@ class ModelConfig:
     """How the base's linear layers are stored (4 bit: nf4); all but none need dylora[quant]."""
 
     def __post_init__(self) -> None:
-        check_literals(self)
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class SourceConfig:
     """Skills only: training examples to generate."""
 
     def __post_init__(self) -> None:
-        check_literals(self)
+        check_fields(self)
         require(bool(self.name), "name", self.name, "a word")
         require(self.rows is None or self.rows >= 1, "rows", self.rows, "at least 1")
 
@@ -93,7 +93,7 @@ class DataConfig:
     """Seed of the splits and of the order."""
 
     def __post_init__(self) -> None:
-        check_literals(self)
+        check_fields(self)
         require(self.length_window >= 1, "length_window", self.length_window, "at least 1")
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
         names = [source.name for source in self.sources]
@@ -158,6 +158,7 @@ class TrainConfig:
     none: as the checkpoint has it."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         freed = self.train_experts
         alone = freed is None or self.init_from is not None
         require(alone, "train_experts", freed, "unset without init_from")
@@ -181,7 +182,6 @@ class TrainConfig:
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         rate = self.router_learning_rate
         require(rate is None or rate > 0, "router_learning_rate", rate, "above 0")
-        check_literals(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +208,12 @@ class EvalConfig:
     """Suites that are read from a local file instead of the hub."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.skill_answers >= 0, "skill_answers", self.skill_answers, "at least 0")
         for name in ("eval_steps", "eval_subset", "benchmark_limit"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
-        check_literals(self)
         wanted = self.benchmark_strategy != "none"
         require(
             bool(self.benchmark_tasks) or not wanted,
@@ -237,6 +237,7 @@ class LogConfig:
     """Its project."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("logging_steps", "collapse_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
@@ -257,6 +258,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
         require(plain, "name", self.name, "the name of a folder, without slashes")
 
