@@ -216,7 +216,7 @@ def test_a_bfloat16_base_learns_near_what_a_float32_one_does(
     emulated, maturity, mixture, ids, monkeypatch
 ):
     """Whether the device multiplies bfloat16 itself, or the products are made in float32."""
-    monkeypatch.setattr("dylora.compute.pieces._is_emulated", lambda dtype: emulated)
+    monkeypatch.setattr("dylora.compute.pieces.is_emulated", lambda dtype: emulated)
     monkeypatch.setattr("dylora.site.choose_way", lambda **known: "grouped")
     model = mixture(num_experts=8, maturity=[maturity] * 8)
     for adapter in model.injection.adapters.values():
@@ -239,7 +239,7 @@ def test_a_bfloat16_base_learns_near_what_a_float32_one_does(
 
 def test_products_keep_the_precision_that_the_device_has(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr("dylora.compute.pieces._is_emulated", lambda dtype: dtype.itemsize == 2)
+    monkeypatch.setattr("dylora.compute.pieces.is_emulated", lambda dtype: dtype.itemsize == 2)
     assert product_dtype(torch.bfloat16, cpu) == torch.float32
     assert product_dtype(torch.float64, cpu) == torch.float64
     assert product_dtype(torch.bfloat16, gpu) == torch.bfloat16

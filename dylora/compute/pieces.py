@@ -11,16 +11,14 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The precision of an update's products beside a base of this one: its own where the device
     multiplies it, or else float32, which a CPU without such instructions does tens of times faster.
     """
-    return torch.float32 if device.type == "cpu" and _is_emulated(dtype) else dtype
+    return torch.float32 if device.type == "cpu" and is_emulated(dtype) else dtype
 
 
 @cache
-def _is_emulated(dtype: torch.dtype) -> bool:
-    names = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }
-    return dtype in names and not getattr(torch.ops.mkldnn, names[dtype])()
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions to multiply a half precision."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    return name is not None and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
 def rows_of(x: Tensor) -> Tensor:

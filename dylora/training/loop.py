@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dylora import losses, maturity
+from dylora.compute.pieces import is_emulated
 from dylora.losses import Fractions, RoutingStatistics
 from dylora.model import LossScale
 from dylora.run_config import RunConfig
@@ -170,6 +171,11 @@ def announce(run: Run) -> None:
         f"{trainable:,} trainable parameters beside {frozen:,} frozen ones; "
         f"{run.steps - run.progress.step} steps on {device}"
     )
+    if device.type == "cpu" and is_emulated(run.model.base.dtype):
+        run.log.say(
+            f"warning: this CPU has no instructions for {run.config.model.dtype}, so the base "
+            "takes ten times as long as in float32, or more: set model.dtype float32"
+        )
 
 
 def train_step(run: Run) -> StepResult:

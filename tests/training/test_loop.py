@@ -439,6 +439,16 @@ def test_counters_do_not_see_extra_padding(make_config, monkeypatch, extra):
 # Experts that change in a live run
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_run_says_when_the_cpu_has_no_instructions_for_its_precision(
+    emulated, make_config, monkeypatch, capsys
+):
+    monkeypatch.setattr("dylora.training.loop.is_emulated", lambda dtype: emulated)
+    train(make_config(dtype="bfloat16", max_steps=1))
+    said = "no instructions for bfloat16" in capsys.readouterr().out
+    assert said == emulated
+
+
 def test_a_step_asks_the_device_for_numbers_once(make_config, monkeypatch):
     """From the first pass to the update: every `.item()` on the way would empty a GPU's queue."""
     run = prepare(make_config(), fresh=True)
