@@ -18,7 +18,9 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def is_emulated(dtype: torch.dtype) -> bool:
     """Whether this CPU has no instructions to multiply a half precision."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    return name is not None and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+    if name is None or not torch.backends.mkldnn.is_available():
+        return name is not None
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
 def rows_of(x: Tensor) -> Tensor:
