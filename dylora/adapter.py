@@ -198,14 +198,16 @@ class StackedLoRA(nn.Module):
 
     def add_update(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the projection."""
-        if not self.site.state.enabled:
+        site, x = self.site, args[0]
+        if not site.state.enabled:
             return output
-        routing = self.site.output
-        assert routing is not None, f"{self.site.name} has not routed"
-        outside, self.site.outside = self.site.outside, None
-        x, few = args[0] if outside is None else outside, self.site.few
+        routing, few = site.output, site.few
+        assert routing is not None, f"{site.name} has not routed"
         if few is not None and few.fits(x, output):
             return few.add(self.name, x, output)
+        outside, site.outside = site.outside, None
+        if outside is not None:
+            x = outside
         gates = fitting_gates(routing.gates, x, self.path)
         if self.config.use_dora:
             return self._add_dora(module, x, gates, output)
