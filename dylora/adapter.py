@@ -198,10 +198,10 @@ class StackedLoRA(nn.Module):
 
     def add_update(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the projection."""
-        site, x = self.site, args[0]
+        site = self.site
         if not site.state.enabled:
             return output
-        routing, few = site.output, site.few
+        x, routing, few = args[0], site.output, site.few
         assert routing is not None, f"{site.name} has not routed"
         if few is not None and few.fits(x, output):
             return few.add(self.name, x, output)
@@ -220,7 +220,7 @@ class StackedLoRA(nn.Module):
             return output
         dtype = product_dtype(output.dtype, output.device)
         entry = self.site.enter(self.name, x, mix, dtype)
-        tie = None if outside is None else entry.tie_to(weight_OD(module))
+        tie = None if outside is None else entry.take_over(weight_OD(module))
         if entry.dense is not None:
             Bs = [self._rows(dense, "lora_B") for dense in mix.dense]
             scalings = [self._rows(dense, "scaling_E") for dense in mix.dense]
@@ -239,16 +239,16 @@ class StackedLoRA(nn.Module):
         """Forward pre-hook of the projection: lets it run outside autograd, where it is sure to be
         a frozen product and no more; the experts' gradient of x then has its part in it, too
         (`compute/taken.py`)."""
-        if not torch.is_grad_enabled():
+        site = self.site
+        if not torch.is_grad_enabled() or not site.state.enabled or site.few is not None:
             return None
-        site, x = self.site, args[0]
-        site.outside = None
-        if not (x.requires_grad and site.state.enabled):
+        x, site.outside = args[0], None
+        if not x.requires_grad or site.output is None or self.config.use_dora:
             return None
-        drops = self.training and self.config.lora_dropout > 0
-        if drops or self.config.use_dora or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return None
-        if torch.is_autocast_enabled(x.device.type) or not is_frozen_product(module, x):
+        # The experts' gradient is that of drop(x): the projection's own only where nothing drops.
+        if not is_frozen_product(module, x) or site.shared_input(self.name, x)[1] is not x:
             return None
         mix = site.mix(self.stacks, self.config.top_k_experts)
         if not (mix.dense or mix.sparse):
@@ -338,6 +338,7 @@ def is_frozen_product(module: Any, x: Tensor) -> bool:
     # Hooks of others may take x apart, or expect a gradient of the output.
     alone = len(module._forward_pre_hooks) == len(module._forward_hooks) == 1
     alone = alone and not (module._backward_hooks or module._backward_pre_hooks)
+    alone = alone and not nn.modules.module._has_any_global_hook()
     return frozen and alone and type(weight) is nn.Parameter and x.dtype == weight.dtype
 
 

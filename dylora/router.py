@@ -277,8 +277,11 @@ def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
 
 
 def top_k_indices(scores: Tensor, top_k: int) -> Tensor:
-    """Which the K largest of [..., E] are, the largest first, [..., K]; ties as in `top_k_mask`."""
-    left = scores.detach()
+    """Which the K largest of [..., E] are, the largest first, [..., K]; ties as in `top_k_mask`.
+
+    With fewer than K all of them.
+    """
+    left, top_k = scores.detach(), min(top_k, scores.shape[-1])
     if top_k > 4:
         return left.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
     if top_k == 1:

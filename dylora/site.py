@@ -46,16 +46,16 @@ class Dense(NamedTuple):
 class Sparse:
     """Mature experts of a stack, which only their chosen tokens use."""
 
-    def __init__(self, stack: int, experts_TK: Tensor, gates_TK: Tensor, experts: int):
+    def __init__(self, stack: int, experts_TK: Tensor, gates_TK: Tensor, rows: int):
         self.stack = stack
         self.experts_TK = experts_TK  # rows of the stack
         self.gates_TK = gates_TK  # 0 where a place is not used
-        self.experts = experts  # rows the stack has
+        self.rows = rows  # how many the stack has
 
     @cached_property
     def plan(self) -> Plan:
         """For the grouped way; looking rows up needs none."""
-        return plan_pairs(self.experts_TK, self.experts)
+        return plan_pairs(self.experts_TK, self.rows)
 
 
 class Mix(NamedTuple):
@@ -75,11 +75,10 @@ class Entry(NamedTuple):
     taken: Taken | None
     place: int  # the projection's among those that share the input
 
-    def tie_to(self, weight: Tensor | None) -> Tensor | None:
+    def take_over(self, weight: Tensor) -> Tensor:
         """The tie, for a projection that has run outside autograd with this weight [O, D]."""
-        if weight is None:
-            return None
         assert self.taken is not None
+        assert self.tie is not None
         self.taken.take(self.place, weight)
         return self.tie
 

@@ -13,6 +13,8 @@ from dylora.compute.grouped import add_grouped, grouped_products, plan_pairs
 from dylora.compute.pieces import product_dtype
 from dylora.compute.rule import choose_way
 from dylora.compute.wide import Block, add_mixture, products_with_A
+from dylora.run_config import TrainConfig
+from dylora.training.optim import build_optimizer
 
 T, D, O, E, R = 5, 4, 3, 6, 2  # noqa: E741 - the letters of the design
 
@@ -410,6 +412,18 @@ def test_a_pack_follows_every_change_of_its_values(mixture, ids, monkeypatch):
     seen.append(both_ways())
     for one, other in pairwise(seen):
         assert (one - other).abs().max() > 1e-3
+
+
+def test_a_pack_follows_a_step_of_our_optimizer(mixture, ids):
+    """Fused steps leave versions as they are; a pass between backward and step has packed."""
+    model = mixture(num_experts=4, maturity=[0.0] * 4)
+    optimizer = build_optimizer(model, TrainConfig(learning_rate=0.1))
+    model(ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        model(ids)
+        optimizer.step()
+        few, many = model(ids).logits, model(ids.repeat(30, 1)).logits[: len(ids)]
+    torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)
 
 
 def test_packs_are_let_go_when_training_begins(mixture, ids):

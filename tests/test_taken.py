@@ -115,6 +115,12 @@ def left_to_autograd(model, ids, monkeypatch):
         return learn(model, ids)
 
 
+def agree(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
 CASES = {
     "wide": {"maturity": [0.0] * 8},
     "grouped": {"maturity": [1.0] * 8},
@@ -152,9 +158,7 @@ def test_a_model_learns_the_same_whoever_has_the_frozen_products(
     assert sum(watched) == 0
     ours = learn(model, ids)
     assert sum(watched) == len(model.injection.adapters)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-11, msg=name)
+    agree(ours, theirs)
 
 
 def with_hook(model, projection):
@@ -186,9 +190,58 @@ def test_a_projection_that_is_more_than_a_frozen_product_is_left_to_autograd(
     theirs = left_to_autograd(model, ids, monkeypatch)
     ours = learn(model, ids)
     assert sum(watched) == len(model.injection.adapters) - 1
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-11, msg=name)
+    agree(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_hooks_on_all_modules_leave_everything_to_autograd(
+    kind, mixture, ids, monkeypatch, watched
+):
+    model = mixture().double()
+    if kind == "forward":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: output * 2 if hasattr(module, "dylora_adapter") else None
+        )
+    else:
+        handle = nn.modules.module.register_module_full_backward_hook(lambda *args: None)
+    try:
+        theirs = left_to_autograd(model, ids, monkeypatch)
+        ours = learn(model, ids)
+    finally:
+        handle.remove()
+    assert sum(watched) == 0
+    agree(ours, theirs)
+
+
+def test_projections_of_one_input_agree_on_what_is_dropped(mixture, ids, watched):
+    """Whoever comes first draws for all; one that is not training alone changes nothing."""
+    model = mixture(lora_dropout=0.3)
+    model.train()
+    for layer in model.base.model.layers:
+        layer.self_attn.k_proj.eval()
+        layer.self_attn.o_proj.eval()
+    learn(model, ids)
+    assert sum(watched) == len(model.base.model.layers)  # o alone
+
+
+def test_a_projection_called_with_gradient_after_routing_without_keeps_its_own(mixture, ids):
+    model = mixture()
+    block = model.base.model.layers[0].self_attn
+    with torch.no_grad():
+        model(ids)
+    x = torch.randn(*ids.shape, block.q_proj.in_features, requires_grad=True)
+    block.q_proj(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.any()
+
+
+def test_disabled_adapters_take_any_call_of_a_projection(mixture):
+    model = mixture()
+    projection = model.base.model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 3, projection.in_features, requires_grad=True)
+    with model.disable_adapters():
+        torch.testing.assert_close(projection(input=x), x @ projection.weight.T)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.1}])

@@ -77,8 +77,8 @@ class _GroupedProducts(torch.autograd.Function):
         taken: Taken | None,
         *As: Tensor,
     ) -> Any:
-        ctx.save_for_backward(x, *plan, *As)
-        ctx.dtype, ctx.taken = dtype, taken
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, *plan, *As)
+        ctx.dtype, ctx.like_x, ctx.taken = dtype, (x.shape, x.dtype), taken
         ctx.set_materialize_grads(False)
         with without_autocast(x):
             x_PD = rows_of(x).index_select(0, plan.token_P).to(dtype)
@@ -94,7 +94,8 @@ class _GroupedProducts(torch.autograd.Function):
         dAs: list[Tensor | None] = [None] * len(As)
         # Of the projections whose output somebody used.
         used = [(n, dh, As[n]) for n, dh in enumerate(dhs) if dh is not None]
-        with without_autocast(x):
+        shape, dtype_of_x = ctx.like_x
+        with without_autocast(As[0]):
             dx = ctx.taken.gradient(dys) if ctx.taken else None
             wanted = [(n, dh) for n, dh, _ in used if ctx.needs_input_grad[4 + n]]
             if wanted:
@@ -104,9 +105,10 @@ class _GroupedProducts(torch.autograd.Function):
             if ctx.needs_input_grad[0] and used:
                 dh = torch.cat([dh for _, dh, _ in used], 1)
                 A_ECD = _side_by_side([A for _, _, A in used], ctx.dtype)
-                dx = torch.zeros_like(rows_of(x)) if dx is None else dx
+                if dx is None:
+                    dx = dh.new_zeros(shape[:-1].numel(), shape[-1], dtype=dtype_of_x)
                 _add_rows(dx, grouped(dh, A_ECD, plan.ends_E), plan)
-        dx = None if dx is None else dx.view(x.shape).to(x.dtype)
+        dx = None if dx is None else dx.view(shape).to(dtype_of_x)
         return (dx, None, None, None, *dAs)
 
 

@@ -4,7 +4,8 @@ At one token a step the time goes into launching operations, not into arithmetic
 all projections that share an input are laid out for as few operations as can be: one product with
 A, one multiplication by the gates, and one product with B a projection, added in place.
 
-A pack is made anew when a parameter of it has changed (its version says so) or has moved.
+A pack is made anew when a parameter of it has changed (its version says so; a fused optimizer does
+not raise it by itself: `training/optim.py`) or has moved, and after every pass with gradient.
 
 Shape letters: T tokens, D input width, O output width, E experts, R rank, C columns (E·R summed
 over stacks), K top-k.

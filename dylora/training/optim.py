@@ -31,8 +31,16 @@ def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> torch.optim.AdamW
         eps=config.adam_epsilon,
         fused=True,
     )
+    optimizer.register_step_post_hook(note_the_change)
     model.experts.follow(optimizer)
     return optimizer
+
+
+def note_the_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A fused step leaves the versions of what it changes as they were, by which packed matrices
+    and autograd know a change."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
 
 
 def parameter_groups(model: DyLoRA_MoE, config: TrainConfig) -> list[dict[str, Any]]:
@@ -149,8 +157,6 @@ def load_state_by_name(
                     f"the optimizer state does not fit: {key} of {name} must be finite float32"
                     + (" of at least 0" if least == 0 else "")
                 )
-            # AdamW keeps `step` on the CPU unless it is fused.
-            keep = key == "step" and not parameter.is_cuda
-            moved[key] = value.clone() if keep else value.to(parameter.device, copy=True)
+            moved[key] = value.to(parameter.device, copy=True)
         if moved:
             optimizer.state[parameter] = moved
