@@ -193,7 +193,7 @@ def test_a_projection_that_is_more_than_a_frozen_product_is_left_to_autograd(
     agree(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
+@pytest.mark.filterwarnings("ignore:.*backward hook")
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_hooks_on_all_modules_leave_everything_to_autograd(
     kind, mixture, ids, monkeypatch, watched

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--fast", action="store_true", help="steps without the contenders that take twice as long"
     )
-    parser.add_argument("--case", default="", help="of steps: those with this in their name alone")
+    parser.add_argument("--case", default="", help="of steps and decode: one with this in its name")
     parser.add_argument("--tokens", type=int, default=1024, help="of a step at hidden 512")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -276,6 +276,8 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
         ),
     ]
     for key, config, experts, mature in cases:
+        if options.case not in key:
+            continue
         base = models.build(config, options.device, options.dtype)
         lot = {"base": base, "ours": models.mixture(base, experts, mature=mature).base}
         lot |= with_peft(
