@@ -193,6 +193,20 @@ def test_a_projection_that_is_more_than_a_frozen_product_is_left_to_autograd(
     agree(ours, theirs)
 
 
+@pytest.mark.parametrize("maturity", [0.0, 1.0])
+def test_a_base_may_clip_its_projections_in_place(maturity, mixture, random_base, ids, monkeypatch):
+    """As OLMo does with clip_qkv."""
+    monkeypatch.setattr("dylora.site.choose_way", lambda **known: "grouped")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "clip_qkv": 0.5}
+    base = random_base("OlmoConfig", **sizes, num_hidden_layers=2, num_attention_heads=2)
+    model = mixture(base, num_experts=8, maturity=[maturity] * 8).double()
+    ours = learn(model, ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)  # the plain form
+        theirs = learn(model, ids)
+    agree(ours, theirs)
+
+
 @pytest.mark.filterwarnings("ignore:.*backward hook")
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_hooks_on_all_modules_leave_everything_to_autograd(

@@ -132,7 +132,7 @@ class _AddGrouped(torch.autograd.Function):
             out = y if y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
             _add_rows(out.view(-1, y.shape[-1]), y_PO, plan)
         ctx.save_for_backward(h_PR, weights_TK, B_ERO, *plan)
-        return out
+        return out.detach()  # as in the wide way
 
     @staticmethod
     @once_differentiable

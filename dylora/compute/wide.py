@@ -125,8 +125,9 @@ class _AddMixture(torch.autograd.Function):
         with without_autocast(h):
             gated = _gated(h, _weights(gates, scaling_E, blocks, h.dtype), blocks)
             # Not marked as dirty: the base's product does not read its own output in backward, and
-            # for a view (which y often is) autograd would copy the whole gradient twice.
-            return _add_product(y, gated, _joined(Bs, h.dtype))
+            # for a view (which y often is) autograd would copy the whole gradient twice. Detached,
+            # or it would count as a view of an input, which a base may not change in place (OLMo).
+            return _add_product(y, gated, _joined(Bs, h.dtype)).detach()
 
     @staticmethod
     @once_differentiable
