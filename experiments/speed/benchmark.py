@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument(
         "--fast", action="store_true", help="steps without the contenders that take twice as long"
     )
-    parser.add_argument("--case", default="", help="of steps and decode: one with this in its name")
+    parser.add_argument(
+        "--case", default="", help="of steps, decode and sparse: with this in its name"
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="of a step at hidden 512")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -151,7 +153,9 @@ def adapted(
 
     def route(module: nn.Module, args: Any) -> None:
         site.route(module, args, {})
-        site.output = RouterOutput(gates, gates, None, mature)
+        site.output, site._mix = RouterOutput(gates, gates, None, mature), None
+        if site.few is not None:  # made for the decision that was just replaced
+            site.few = site._begin_few(args[0].dtype)
 
     block.self_attn.register_forward_pre_hook(route)
     return block
@@ -325,8 +329,11 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
     block = Block(512).requires_grad_(False).to(options.device, options.dtype)
     for tokens in (1, 16, 64, 512, 4096):
         for experts in (2, 8, 16, 64, 256):
-            x = torch.randn(1, tokens, 512, device=options.device, dtype=options.dtype)
             grad = tokens > 16
+            key = f"E={experts}, T={tokens}{'' if grad else ', no gradient'}"
+            if options.case not in key:
+                continue
+            x = torch.randn(1, tokens, 512, device=options.device, dtype=options.dtype)
             lora = adapted(block, experts, tokens, top_k=2, names=("q_proj",)).self_attn
             parameters = [p for p in lora.parameters() if p.requires_grad]
 
@@ -352,7 +359,6 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
             frozen = copy.deepcopy(block).self_attn
             ways = {"frozen": run("wide", frozen, own=[]), "wide": run("wide")}
             ways |= {other: run(other), "automatic": run(None)}
-            key = f"E={experts}, T={tokens}{'' if grad else ', no gradient'}"
             results[key] = timed(f"one projection, K=2 r=16, {key}", ways, "wide", options)
             found = {name: timing["median_ms"] for name, timing in results[key].items()}
             best = min(found["wide"], found[other])
