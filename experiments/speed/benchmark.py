@@ -44,9 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--fast", action="store_true", help="steps without the contenders that take twice as long"
     )
-    parser.add_argument(
-        "--case", default="", help="of steps, decode and sparse: with this in its name"
-    )
+    parser.add_argument("--case", default="", help="of steps, decode, sparse")
     parser.add_argument("--tokens", type=int, default=1024, help="of a step at hidden 512")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
