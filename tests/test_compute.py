@@ -131,6 +131,18 @@ def test_the_update_is_added_in_place_and_the_input_is_kept_once():
     assert y.untyped_storage().data_ptr() not in kept
 
 
+def test_no_tokens_at_all_are_none_of_an_updates_business():
+    x, A, B, gates = double(0, D), double(E * R, D), double(E * R, O), double(0, E)
+    [h], _ = products_with_A(x, [[A]], x.dtype)
+    out = add_mixture(
+        torch.zeros(0, O).double(), h, gates, torch.ones(E), [Block(0, E, R, False)], [B]
+    )
+    out.sum().backward()
+    assert out.shape == (0, O)
+    assert not A.grad.any()
+    assert x.grad.shape == x.shape
+
+
 def test_an_output_that_cannot_be_viewed_as_rows_is_not_changed():
     base = torch.zeros(O, T, dtype=torch.float64)
     h, B = double(T, 4), double(4, O)

@@ -173,7 +173,7 @@ def _weights(gates: Tensor, scaling_E: Tensor, blocks: list[Block], dtype: torch
 def _gated(h: Tensor, weights: Tensor, blocks: list[Block]) -> Tensor:
     """h [T, C] times the weight of each column's expert, [T, C]."""
     if _is_plain(blocks):
-        return (h.view(*weights.shape, -1) * weights[..., None]).view(h.shape)
+        return (h.view(*weights.shape, blocks[0].rank) * weights[..., None]).view(h.shape)
     parts, column, expert = [], 0, 0
     for b in blocks:
         own = h[:, column : column + b.h_columns].unflatten(1, (-1, b.rank))  # [T, E or 1, R]
@@ -191,7 +191,7 @@ def _ungated(
     May write over `dgated`.
     """
     if _is_plain(blocks):
-        grad = dgated.view(*weights.shape, -1)  # [T, E, R]
+        grad = dgated.view(*weights.shape, blocks[0].rank)  # [T, E, R]
         dweights = (grad * h.view(grad.shape)).sum(-1)
         return grad.mul_(weights[..., None]).view(h.shape), dweights
     dhs, dweights, column, expert, out = [], [], 0, 0, 0
