@@ -22,7 +22,7 @@ from dylora.compute.grouped import add_grouped
 from dylora.compute.packed import Member
 from dylora.compute.pieces import product_dtype
 from dylora.compute.wide import Block, add_mixture
-from dylora.config import MoELoraConfig
+from dylora.config import MoELoraConfig, matching
 from dylora.router import RoutingState
 from dylora.site import Dense, Site
 
@@ -417,13 +417,3 @@ def orthogonal_pair(
     A = basis[0::2].T @ torch.randn(rank // 2, in_features, device=device)
     B = basis[1::2].T @ torch.randn(rank // 2, out_features, device=device)
     return A / 10, B / 10
-
-
-def matching(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first name in `pattern` that ends the path, as PEFT looks them up."""
-    return next((value for name, value in pattern.items() if ends_with(path, name)), default)
-
-
-def ends_with(path: str, name: str) -> bool:
-    """Whether `name` is the last dotted words of `path`."""
-    return path == name or path.endswith("." + name)

@@ -284,6 +284,17 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; valid are {', '.join(sorted(known))}"
 
 
+def matching(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first name in `pattern` that ends the path, as PEFT looks them up."""
+    found = (value for name, value in (pattern or {}).items() if ends_with(path, name))
+    return next(found, default)
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Whether `name` is the last dotted words of `path`."""
+    return path == name or path.endswith("." + name)
+
+
 def require(condition: bool, name: str, value: Any, rule: str) -> None:
     """Raises ValueError with the field's name, the value it got and the rule."""
     if not condition:

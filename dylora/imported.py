@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from dylora import injection
 from dylora.arrow import set_prototypes
 from dylora.bases import load_base
-from dylora.config import MoELoraConfig, Quantization, nearest
+from dylora.config import MoELoraConfig, Quantization, ends_with, nearest
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import verify
 from dylora.storage.foreign import (
@@ -291,7 +291,7 @@ def _fitting_paths(
             )
             continue
         for path in projections:
-            wanted = any(injection.ends_with(path, name) for name in adapter.targets)
+            wanted = any(ends_with(path, name) for name in adapter.targets)
             if wanted and path not in adapter.weights:
                 raise ValueError(
                     f"{adapter.folder}: its target_modules name {path}, but it has no "

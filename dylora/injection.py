@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dylora.adapter import BiasShift, StackedLoRA, ends_with
-from dylora.config import MoELoraConfig, nearest
+from dylora.adapter import BiasShift, StackedLoRA
+from dylora.config import MoELoraConfig, ends_with, nearest
 from dylora.router import DynamicHybridRouter, RoutingState
 from dylora.site import Site
 

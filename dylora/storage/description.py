@@ -10,8 +10,8 @@ from pathlib import Path, PurePath
 from typing import Any, get_args
 
 from dylora.bounded import is_name, is_number, is_whole_number, shown
-from dylora.config import LARGEST, MAX_ALPHA, MoELoraConfig, Quantization
-from dylora.storage.peft_format import matching, read_shapes
+from dylora.config import LARGEST, MAX_ALPHA, MoELoraConfig, Quantization, matching
+from dylora.storage.peft_format import read_shapes
 from dylora.storage.tensor_files import Header, read_headers
 
 ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dylora.bounded import is_number, is_whole_number, read_json, shown
-from dylora.config import LARGEST, MAX_ALPHA
+from dylora.config import LARGEST, MAX_ALPHA, matching
 from dylora.storage.tensor_files import Header, read_headers, read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, OLD_WEIGHTS_FILE = (
@@ -275,9 +275,3 @@ def scaling_of(config: dict[str, Any], path: str = "") -> float:
     rank = rank_of(config, path)
     alpha = matching(config.get("alpha_pattern"), path, config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def matching(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT reads the names as regular expressions; plain ones are the last words of a path."""
-    found = (v for name, v in (pattern or {}).items() if f".{path}".endswith(f".{name}"))
-    return next(found, default)
