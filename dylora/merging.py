@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylora import injection
-from dylora.adapter import weight_OD
 from dylora.bases import quantization_of
+from dylora.dora import weight_OD
 from dylora.model_files import expert_adapter
 from dylora.router import at_least_float32
 from dylora.storage.export import Weights, by_projection, site_weights

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dylora import DyLoRA_MoE, MoELoraConfig, export_mixture, export_peft
-from dylora.adapter import weight_OD
+from dylora.dora import weight_OD
 from dylora.storage.peft_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,

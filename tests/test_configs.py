@@ -24,7 +24,7 @@ LAYERS = (
     ("bounded", "compute"),
     ("config",),
     ("run_config",),
-    ("config_file", "bases", "router", "maturity", "storage", "tasks"),
+    ("config_file", "bases", "router", "maturity", "dora", "storage", "tasks"),
     ("site", "head", "losses"),
     ("adapter",),
     ("injection", "stacks"),

@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.adapter import magnitude_ratio, orthogonal_pair, row_norms, weight_OD
+from dylora.adapter import orthogonal_pair
+from dylora.dora import magnitude_ratio, row_norms, weight_OD
 from dylora.model_files import load_model
 from dylora.router import RouterOutput
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dylora.adapter import weight_OD
+from dylora.dora import weight_OD
 from families import FAMILIES
 
 FEW = ("llama", "llama_tied", "gemma", "gpt2", "gpt_neox", "phi3")  # tied, Conv1D, fused

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from dylora.adapter import weight_OD
 from dylora.bases import choose_device, load_base, load_tokenizer
+from dylora.dora import weight_OD
 from dylora.evaluation.cost import Cost, describe_cost, measure_cost, n_passes, one_hot
 from dylora.model import DyLoRA_MoE
 from dylora.model_files import ADAPTERS, expert_adapter
