@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from dylora.storage.checkpoint import MANIFEST
 
 ROOM = 512 << 20  # bytes of memory that a refusal may take beyond what the process has
-SECONDS = 1.0  # of processor time
-HANG = 30  # seconds by the clock
+SECONDS = 5.0  # of processor time: a guard against what grows or hangs, no measurement
+HANG = 60  # seconds by the clock
 GIB = 1 << 30
 SECRET = "swordfish"  # what lies beside the folder and must not be read
 
