@@ -109,7 +109,8 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps; none: from epochs."""
     batch_size: int = 2
-    """Examples in a forward pass."""
+    """Examples in a forward pass, on average: a pass takes more short ones and fewer long ones, and
+    no more tokens than this many of the longest."""
     gradient_accumulation_steps: int = 1
     """Forward passes in an optimizer step."""
     learning_rate: float = 2e-4

@@ -1,21 +1,14 @@
-"""From sources to batches: token ids and labels, their stamp, padding.
+"""From sources to token ids and labels, and their stamp."""
 
-Shape letters: B batch, S sequence.
-"""
-
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.losses import target_positions
 from dylora.run_config import DataConfig, SourceConfig
 from dylora.training.prompts import PROMPT_WITH_INPUT
 from dylora.training.sources import SourceRows, content_hash, read_source, seeded_generator
 from dylora.training.tokenized import (
-    IGNORED,
     SetReport,
     SplitReport,
     TokenizedSet,
@@ -130,25 +123,3 @@ def _stamp(
     if read.path is not None:  # what is generated shares no task with a benchmark
         stamp["text_hashes"] = " ".join(sorted(train.text_hashes))
     return stamp
-
-
-def collate(examples: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-padded `input_ids`, `attention_mask` and `labels`, int64 [B, S], S the longest; and
-    `target_positions` [N], where labels have a target after them.
-
-    The mask goes by position, so a padding id that equals EOS hides no real EOS.
-    """
-    lengths = [len(example["input_ids"]) for example in examples]
-    longest = max(lengths)
-
-    def padded(name: str, filler: int) -> Tensor:
-        rows = [example[name] + [filler] * (longest - len(example[name])) for example in examples]
-        return torch.tensor(rows)
-
-    positions, labels = torch.arange(longest), padded("labels", IGNORED)
-    return {
-        "input_ids": padded("input_ids", pad_token_id),
-        "attention_mask": (positions < torch.tensor(lengths)[:, None]).long(),
-        "labels": labels,
-        "target_positions": target_positions(labels),
-    }

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from itertools import islice
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from dylora.model import LossScale
 from dylora.run_config import RunConfig
 from dylora.storage.checkpoint import tidy
 from dylora.storage.lock import lock_folder
-from dylora.training.data import collate
+from dylora.training.batches import collate, cut_by_length
 from dylora.training.interruption import Interrupted, Interruption
 from dylora.training.monitor import (
     CollapseWatch,
@@ -284,9 +284,8 @@ def next_batches(run: Run) -> list[dict[str, Tensor]]:
     size, parts = run.config.train.batch_size, run.config.train.gradient_accumulation_steps
     rows = [run.data.train[index][row] for index, row in islice(run.sampler, size * parts)]
     rows.sort(key=lambda row: len(row["input_ids"]))
-    return [
-        collate(rows[begin : begin + size], run.pad_token_id) for begin in range(0, len(rows), size)
-    ]
+    ends = cut_by_length([len(row["input_ids"]) for row in rows], parts)
+    return [collate(rows[begin:end], run.pad_token_id) for begin, end in pairwise([0, *ends])]
 
 
 def expert_mass(gates: Tensor, token_losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from dylora import losses
 from dylora.losses import RoutingStatistics
 from dylora.model import DyLoRA_MoE
-from dylora.training.data import TokenizedSet, collate
+from dylora.training.batches import collate
+from dylora.training.data import TokenizedSet
 
 
 class SetScore(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 
 from dylora.losses import target_positions
 from dylora.run_config import DataConfig, SourceConfig
-from dylora.training.data import collate, load_data
+from dylora.training.batches import collate
+from dylora.training.data import load_data
 from dylora.training.sources import text_hash
 from dylora.training.tokenized import TokenizedSet
 

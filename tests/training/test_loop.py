@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from dylora.losses import target_positions
 from dylora.run_config import DataConfig, Schedule
 from dylora.storage.checkpoint import read_description
-from dylora.training.data import collate
+from dylora.training.batches import collate
 from dylora.training.loop import Window, next_batches, train, train_step
 from dylora.training.optim import named_parameters, state_by_name
 from dylora.training.resume import (
