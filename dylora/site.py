@@ -243,26 +243,31 @@ class Site:
         if not state.enabled:
             return
         x = args[0] if args else kwargs["hidden_states"]
-        self.few = self._mix = self._input = self._dropped = self.outside = None
-        learns = torch.is_grad_enabled()
-        if self._packs and learns:
-            self.forget_packs()
         if state.override is not None:
             gates = expand_override(state.override, self.index, x.shape[0], x.shape[1])
             gates = gates[:, -x.shape[1] :]  # Gemma 4's last layers see the last tokens only
             gates = gates.to(x.device, torch.promote_types(x.dtype, torch.float32))
-            self.output = RouterOutput(gates, gates, None)
+            decision = RouterOutput(gates, gates, None)
         elif self.router is not None:
-            self.output = self.router(x, state)
+            decision = self.router(x, state)
         elif self.shares_first and state.first_site is not None:
-            self.output = state.first_site.last(x.shape[1])
+            decision = state.first_site.last(x.shape[1])
         else:
             gates = state.fixed_gates().to(x.device).expand(*x.shape[:-1], -1)
-            self.output = RouterOutput(gates, gates, None)
+            decision = RouterOutput(gates, gates, None)
         if self.index == 0:
-            state.first_site = self.output if self.router is not None else None
-        if not learns and not torch.compiler.is_compiling():
-            self.few = self._begin_few(x.dtype)
+            state.first_site = decision if self.router is not None else None
+        self.begin(decision, x.dtype)
+
+    def begin(self, decision: RouterOutput, dtype: torch.dtype) -> None:
+        """Begin a pass of inputs of this precision whose experts mix by this decision."""
+        self.output = decision
+        self.few = self._mix = self._input = self._dropped = self.outside = None
+        if torch.is_grad_enabled():
+            if self._packs:
+                self.forget_packs()
+        elif not torch.compiler.is_compiling():
+            self.few = self._begin_few(dtype)
 
 
 def _columns(gates: Tensor, experts: list[int]) -> Tensor:

@@ -9,7 +9,6 @@ Every number is a median over interleaved rounds, every ratio is taken within a 
 """
 
 import argparse
-import copy
 import json
 import platform
 import sys
@@ -21,14 +20,10 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import dylora.site
-from dylora import MoELoraConfig
-from dylora.adapter import StackedLoRA
-from dylora.compute.rule import choose_way
-from dylora.router import RouterOutput, RoutingState
-from dylora.site import Site
 from experiments.speed import models
-from experiments.speed.timing import interleave, peak_bytes, show
+from experiments.speed.models import with_peft
+from experiments.speed.timing import peak_bytes, timed
+from experiments.speed.updates import projections, sparse
 
 
 def main() -> None:
@@ -72,122 +67,6 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "rounds": options.rounds,
     }
-
-
-def timed(
-    title: str, ways: dict[str, Callable[[], object]], baseline: str, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Time, print, and return as JSON types."""
-    timings = interleave(ways, baseline, options.rounds, options.device)
-    show(title, timings, baseline)
-    return {name: timing._asdict() for name, timing in timings.items()}
-
-
-def with_peft(ways: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Contenders that need peft, built; without it none, said aloud."""
-    built = {}
-    for name, build in ways.items():
-        try:
-            built[name] = build()
-        except ImportError as error:
-            print(f"left out {name}: {error}")
-    return built
-
-
-# The update alone: four frozen projections, and what is added to them
-
-
-class Four(nn.Module):
-    """q, k and v of one input, and o of another."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(width, width, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.o_proj(self.q_proj(x) + self.k_proj(x) + self.v_proj(x))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.self_attn = Four(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.self_attn(x)
-
-
-def adapted(
-    block: Block,
-    experts: int,
-    tokens: int,
-    *,
-    top_k: int | None = None,
-    names: tuple[str, ...] = (),
-) -> Block:
-    """A copy whose projections carry a mixture; with top_k all experts are mature."""
-    block = copy.deepcopy(block)
-    weight = block.self_attn.q_proj.weight
-    config = MoELoraConfig(num_experts=experts, r=16, lora_alpha=32, top_k_experts=top_k or 2)
-    site = Site("self_attn", 0, RoutingState(experts))
-    gates = torch.rand(1, tokens, experts, device=weight.device)
-    mature = None
-    if top_k is not None:
-        gates = gates * gates.scatter(-1, gates.topk(top_k).indices, 2.0).gt(1)
-        mature = [True] * experts
-    gates = (gates / gates.sum(-1, keepdim=True)).requires_grad_()
-    for name in names or ("q_proj", "k_proj", "v_proj", "o_proj"):
-        projection = getattr(block.self_attn, name)
-        sizes = (projection.in_features, projection.out_features)
-        lora = StackedLoRA(site, f"self_attn.{name}", *sizes, config, weight.device)
-        stack = lora.create_stack(0, [16] * experts, [32.0] * experts, projection)
-        nn.init.normal_(stack.lora_B, std=0.02)
-        lora.set_stacks([stack])
-        projection.add_module("dylora_adapter", lora)
-        projection.register_forward_pre_hook(lora.take_over)
-        projection.register_forward_hook(lora.add_update)
-        site.adapters[name] = lora
-
-    def route(module: nn.Module, args: Any) -> None:
-        site.route(module, args, {})
-        site.output, site._mix = RouterOutput(gates, gates, None, mature), None
-        if site.few is not None:  # made for the decision that was just replaced
-            site.few = site._begin_few(args[0].dtype)
-
-    block.self_attn.register_forward_pre_hook(route)
-    return block
-
-
-def projections(options: argparse.Namespace) -> dict[str, Any]:
-    """Added time over four frozen projections, against one peft-style LoRA of the same rank."""
-    results = {}
-    for width, tokens in ((512, 512), (512, 1024), (2048, 512)):
-        torch.manual_seed(0)
-        block = Block(width).requires_grad_(False).to(options.device, options.dtype)
-        x = torch.randn(1, tokens, width, device=options.device, dtype=options.dtype)
-
-        def step(module: nn.Module, x: torch.Tensor = x) -> Callable[[], None]:
-            parameters = [p for p in module.parameters() if p.requires_grad]
-            dy = torch.randn_like(x)
-
-            def run() -> None:
-                module(x.detach().requires_grad_()).backward(dy)
-                for parameter in parameters:
-                    parameter.grad = None
-
-            return run
-
-        ways = {"frozen": step(block), "ours, E=8 r=16": step(adapted(block, 8, tokens))}
-        theirs = with_peft({"peft LoRA r=128": lambda block=block: models.peft_lora(block, 128)})
-        ways |= {name: step(model) for name, model in theirs.items()}
-        key = f"width {width}, T={tokens}"
-        results[key] = timed(f"four projections, {key}", ways, "frozen", options)
-        added = {n: t["ratio"] - 1 for n, t in results[key].items() if n != "frozen"}
-        if "peft LoRA r=128" in added:
-            results[key]["added, ours / peft"] = added["ours, E=8 r=16"] / added["peft LoRA r=128"]
-            print(f"added time, ours / peft: {results[key]['added, ours / peft']:.3f}")
-    return results
 
 
 # A whole train step
@@ -316,71 +195,6 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
         token = {name: (lambda n=name: [one_more(n) for _ in range(8)]) for name in lot}
         results[f"decode, {key}"] = timed(f"decode 8 tokens, {key}", token, baseline, options)
     return results
-
-
-# Sparse
-
-
-def sparse(options: argparse.Namespace) -> dict[str, Any]:
-    """One projection of width 512: every way, and the automatic choice, over E and T."""
-    results = {}
-    real = choose_way
-    torch.manual_seed(0)
-    block = Block(512).requires_grad_(False).to(options.device, options.dtype)
-    for tokens in (1, 16, 64, 512, 4096):
-        for experts in (2, 8, 16, 64, 256):
-            grad = tokens > 16
-            key = f"E={experts}, T={tokens}{'' if grad else ', no gradient'}"
-            if options.case not in key:
-                continue
-            x = torch.randn(1, tokens, 512, device=options.device, dtype=options.dtype)
-            lora = adapted(block, experts, tokens, top_k=2, names=("q_proj",)).self_attn
-            parameters = [p for p in lora.parameters() if p.requires_grad]
-
-            def run(
-                way: str | None,
-                lora: Any = lora,
-                x: Any = x,
-                grad: bool = grad,
-                own: Any = parameters,
-            ) -> Callable[[], None]:
-                def step() -> None:
-                    dylora.site.choose_way = real if way is None else lambda **known: way
-                    with torch.set_grad_enabled(grad):
-                        y = lora.q_proj(lora_input(lora, x, grad))
-                        if grad:
-                            y.backward(torch.ones_like(y))
-                    for parameter in own:
-                        parameter.grad = None
-
-                return step
-
-            other = "grouped" if grad else "gathered"
-            frozen = copy.deepcopy(block).self_attn
-            ways = {"frozen": run("wide", frozen, own=[]), "wide": run("wide")}
-            ways |= {other: run(other), "automatic": run(None)}
-            results[key] = timed(f"one projection, K=2 r=16, {key}", ways, "wide", options)
-            found = {name: timing["median_ms"] for name, timing in results[key].items()}
-            best = min(found["wide"], found[other])
-            results[key]["automatic / best"] = found["automatic"] / best
-            added = {name: value - found["frozen"] for name, value in found.items()}
-            results[key]["wide / automatic, added"] = added["wide"] / added["automatic"]
-            print(
-                f"added to the frozen projection, wide / automatic: "
-                f"{results[key]['wide / automatic, added']:.2f}"
-            )
-    dylora.site.choose_way = real
-    worst = max(entry["automatic / best"] for entry in results.values())
-    print(f"\nautomatic / the better of the two, at worst: {worst:.3f}")
-    return results
-
-
-def lora_input(four: Any, x: torch.Tensor, grad: bool) -> torch.Tensor:
-    """x as it enters the block: routed, and with a gradient where one is wanted."""
-    x = x.detach().requires_grad_(grad)
-    for hook in four._forward_pre_hooks.values():
-        hook(four, (x,))
-    return x
 
 
 # Memory of a wide vocabulary

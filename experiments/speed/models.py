@@ -105,6 +105,17 @@ def peft_xlora(base: PreTrainedModel, rank: int, adapters: int) -> Any:
         return peft.get_peft_model(model, settings)
 
 
+def with_peft(ways: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Contenders that need peft, built; without it none, said aloud."""
+    built = {}
+    for name, build in ways.items():
+        try:
+            built[name] = build()
+        except ImportError as error:
+            print(f"left out {name}: {error}")
+    return built
+
+
 def n_pass_step(model: DyLoRA_MoE, ids: Tensor) -> Tensor:
     """The N-pass way: a pass of the base for every expert, logits mixed; one train step's loss."""
     experts = len(model.experts)

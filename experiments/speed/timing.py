@@ -1,9 +1,10 @@
 """Interleaved timing: every contender once a round, in an order that turns; medians and ratios."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,6 +60,15 @@ def peak_bytes(way: Callable[[], object], device: torch.device) -> int:
     from dylora.evaluation.cost import peak_bytes as live_peak
 
     return live_peak(way, device)
+
+
+def timed(
+    title: str, ways: dict[str, Callable[[], object]], baseline: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Time, print, and return as JSON types; `options` has the rounds and the device."""
+    timings = interleave(ways, baseline, options.rounds, options.device)
+    show(title, timings, baseline)
+    return {name: timing._asdict() for name, timing in timings.items()}
 
 
 def show(title: str, timings: dict[str, Timing], baseline: str) -> None:
