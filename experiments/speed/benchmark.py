@@ -77,6 +77,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
     results = {}
     rows = (2, options.tokens // 2)
     cases = [
+        (f"hidden 512 x 8, T={options.tokens}, E=4", models.small(), rows, 4, False),
         (f"hidden 512 x 8, T={options.tokens}, E=8", models.small(), rows, 8, False),
         (f"hidden 512 x 8, T={options.tokens}, E=64 mature, K=2", models.small(), rows, 64, True),
         (
