@@ -104,7 +104,7 @@ class RoutingState(nn.Module):
 
     def set_maturity(self, maturity_E: Tensor) -> None:
         """What each expert's maturity is from here on; [E] on the CPU."""
-        self.maturity_E.copy_(maturity_E)
+        self.maturity_E.copy_(maturity_E, non_blocking=True)
         self._know_maturity(maturity_E.tolist())
 
     def _know_maturity(self, values: list[float]) -> None:
@@ -321,7 +321,7 @@ def cap_tokens(
     gates_TE = gates.flatten(0, -2)
     ranked_TE = gates_TE.detach()
     if token_mask is None:
-        tokens = torch.tensor(float(gates_TE.shape[0]), device=gates.device)
+        tokens = torch.full((), float(gates_TE.shape[0]), device=gates.device)
     else:
         real_T1 = token_mask[:, -gates.shape[1] :].reshape(-1, 1).to(gates.device)
         ranked_TE = ranked_TE * real_T1

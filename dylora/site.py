@@ -4,7 +4,7 @@ Shape letters: B batch, S sequence, T tokens (B·S), D hidden width, E experts, 
 """
 
 import weakref
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -149,14 +149,14 @@ class Site:
                 continue
             young = [e for e in stack.experts if not mature[e]]
             if young:
-                rows = torch.tensor(young, device=device) - stack.first
+                rows = _indices(tuple(e - stack.first for e in young), device)
                 dense.append(Dense(index, rows))
                 columns += young
             of_ripe = _columns(gates, ripe)
             chosen_TK = top_k_indices(of_ripe, places)
             gates_TK = of_ripe.gather(-1, chosen_TK)
             if young:
-                chosen_TK = torch.tensor(ripe, device=device)[chosen_TK] - stack.first
+                chosen_TK = _indices(tuple(e - stack.first for e in ripe), device)[chosen_TK]
             sparse.append(Sparse(index, chosen_TK, gates_TK, len(stack.ranks)))
         return Mix(dense, _columns(gates, columns), sparse)
 
@@ -277,4 +277,11 @@ def _columns(gates: Tensor, experts: list[int]) -> Tensor:
     first, count = experts[0], len(experts)
     if experts == list(range(first, first + count)):
         return gates if count == gates.shape[1] else gates[:, first : first + count]
-    return gates.index_select(1, torch.tensor(experts, device=gates.device))
+    return gates.index_select(1, _indices(tuple(experts), gates.device))
+
+
+@lru_cache(maxsize=1024)
+def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """As a tensor, copied once: a copy to a device waits for it, and no CUDA graph may hold one."""
+    with torch.inference_mode(False):  # or training could not use what inference made
+        return torch.tensor(places, device=device)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.overrides import TorchFunctionMode
 
 import oracles
 from dylora.compute import rule
@@ -373,6 +374,41 @@ def test_a_site_that_matures_changes_its_way_without_a_restart(mixture, monkeypa
     model.set_maturity(mature)
     model(ids, labels=ids).loss.backward()
     assert seen[-2:] == ["grouped", "grouped"]
+
+
+class CopiedLists(TorchFunctionMode):
+    """Counts lists made into tensors: on a device each is a copy that waits for it."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.tensor
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("learns", "groups"), [(True, 4), (False, 5)])
+def test_a_pass_copies_no_list_to_the_device_again(learns, groups, mixture):
+    maturity = [1.0, 1.0, 1.0, 0.5] * groups
+    model = mixture(num_experts=len(maturity), maturity=maturity).train(learns)
+    model.experts.retire(2)
+    ids = torch.randint(3, 40, (4, 32))
+    counts = []
+    for enabled in (True, True, False):
+        model.injection.state.enabled = enabled
+        with torch.set_grad_enabled(learns), CopiedLists() as mode:
+            model(ids)
+        counts.append(mode.count)
+    first, second, base = counts
+    assert first > second == base
+
+
+def test_what_inference_has_made_serves_training(mixture):
+    model = mixture(num_experts=24, maturity=[1.0, 1.0, 0.0, 1.0, 1.0, 1.0] * 4)
+    ids = torch.randint(3, 40, (4, 32))
+    with torch.inference_mode():
+        model(ids)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for _, p in model.expert_parameters())
 
 
 # Packed for decoding

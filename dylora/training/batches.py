@@ -65,3 +65,8 @@ def collate(examples: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict
         "labels": labels,
         "target_positions": target_positions(labels),
     }
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch there, without waiting for what the device is still doing."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -20,7 +20,7 @@ from dylora.model import LossScale
 from dylora.run_config import RunConfig
 from dylora.storage.checkpoint import tidy
 from dylora.storage.lock import lock_folder
-from dylora.training.batches import collate, cut_by_length
+from dylora.training.batches import collate, cut_by_length, to_device
 from dylora.training.interruption import Interrupted, Interruption
 from dylora.training.monitor import (
     CollapseWatch,
@@ -190,7 +190,7 @@ def train_step(run: Run) -> StepResult:
     batches = next_batches(run)  # counted here, where nothing waits for the device
     targets = sum(int(losses.count_targets(batch["labels"])) for batch in batches)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+    batches = [to_device(batch, device) for batch in batches]
     scale = LossScale(targets, tokens, _fractions(run, device))
 
     sums = torch.zeros(5, device=device)  # the losses: they add up under one scale
@@ -391,9 +391,9 @@ def _fractions(run: Run, device: torch.device) -> Fractions:
     even_NE = (active_E / active_E.sum()).expand(len(run.model.site_names), -1)
     if run.progress.fractions is None:
         return Fractions(even_NE, even_NE)
-    return Fractions(
-        **{
-            name: losses.carried_fractions(torch.tensor(rows, device=device), active_E)
-            for name, rows in run.progress.fractions.items()
-        }
-    )
+    rows = {name: torch.tensor(rows) for name, rows in run.progress.fractions.items()}
+    found = {
+        name: losses.carried_fractions(rows_NE, active_E)
+        for name, rows_NE in to_device(rows, device).items()
+    }
+    return Fractions(**found)

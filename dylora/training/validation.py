@@ -10,7 +10,7 @@ from torch import Tensor
 from dylora import losses
 from dylora.losses import RoutingStatistics
 from dylora.model import DyLoRA_MoE
-from dylora.training.batches import collate
+from dylora.training.batches import collate, to_device
 from dylora.training.data import TokenizedSet
 
 
@@ -52,7 +52,7 @@ def validate(
         for begin in range(0, len(order), batch_size):
             before_batch()
             rows = [examples[index] for index in order[begin : begin + batch_size]]
-            batch = {key: value.to(device) for key, value in collate(rows, pad_token_id).items()}
+            batch = to_device(collate(rows, pad_token_id), device)
             output = model(**batch, keep_logits=False)
             loss += output.token_losses.double().sum()
             targets += losses.count_targets(batch["labels"])
