@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import StaticCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.speed import models
@@ -146,7 +147,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def decode(options: argparse.Namespace) -> dict[str, Any]:
-    """A prompt of 512 tokens, and one more token with the cache."""
+    """A prompt of 512 tokens, and one more token with the cache, dynamic or static."""
     results = {}
     cases = [
         ("hidden 512 x 8, E=8", models.small(), 8, False),
@@ -194,8 +195,39 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
         prefill = {name: (lambda m=model: prompt(m)) for name, model in lot.items()}
         results[f"prefill, {key}"] = timed(f"prefill 512, {key}", prefill, baseline, options)
         token = {name: (lambda n=name: [one_more(n) for _ in range(8)]) for name in lot}
+        for name in ("base", "ours", "peft LoRA r=16"):
+            if name in lot:
+                step = static_token(lot[name], ids, options.device)
+                token[f"{name}, static cache"] = lambda step=step: [step() for _ in range(8)]
         results[f"decode, {key}"] = timed(f"decode 8 tokens, {key}", token, baseline, options)
     return results
+
+
+@torch.no_grad()
+def static_token(model: Any, ids: torch.Tensor, device: torch.device) -> Callable[[], None]:
+    """One more token in a static cache, always at the same place; on CUDA one graph of it."""
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 1)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    last = ids[:, -1:].clone()
+
+    @torch.no_grad()
+    def step() -> None:
+        model(input_ids=last, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(1)
+
+    if device.type != "cuda":
+        return step
+    stream = torch.cuda.Stream()  # a capture needs warm kernels, from another stream than its own
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 # Memory of a wide vocabulary
