@@ -8,7 +8,6 @@ turns within one process. `--rows` is a file of CodeAlpaca's format.
 """
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -25,8 +24,8 @@ from dylora.bases import load_base
 from dylora.config import MoELoraConfig
 from dylora.run_config import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from dylora.training.loop import train_step
-from dylora.training.setup import prepare
-from experiments.speed.models import quiet
+from dylora.training.setup import Run, prepare
+from experiments.speed.models import TARGETS, quiet
 
 
 def main() -> None:
@@ -51,44 +50,12 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Alternate their steps with ours; medians of target tokens per second, and their ratio."""
-    import peft
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    """Alternate their steps with ours; target tokens per second, and their ratio."""
+    from transformers import TrainerCallback
 
-    rank = 16 * options.experts
-    config = RunConfig(
-        name="ours",
-        output_dir=str(folder),
-        model=ModelConfig(base=options.base, dtype=options.dtype, device=options.device),
-        moe=MoELoraConfig(num_experts=options.experts, r=16, lora_alpha=32),
-        data=DataConfig(
-            sources=[SourceConfig(name="code_alpaca", path=options.rows)],
-            length_window=options.length_window,
-        ),
-        train=TrainConfig(
-            max_steps=options.steps + 2,
-            batch_size=options.batch_size,
-            gradient_accumulation_steps=options.accumulation,
-        ),
-    )
-    run = prepare(config, fresh=True)
-    base = load_base(options.base, dtype=getattr(torch, options.dtype), device=options.device)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    model = peft.get_peft_model(copy.deepcopy(base), settings)
-    counts: list[int] = []
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        batch = {
-            name: torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])
-            for name, fill in (("input_ids", run.pad_token_id), ("labels", -100))
-        }
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-        counts.append(int((batch["labels"][:, 1:] != -100).sum()))
-        return batch
-
+    run = prepare(our_config(options, folder), fresh=True)
+    counts: list[int] = []  # targets of each batch that the Trainer has fetched
+    trainer = their_trainer(options, folder, run, counts)
     theirs: list[tuple[int, float]] = []  # targets and seconds of each step
     ours: list[tuple[int, float]] = []
 
@@ -109,9 +76,53 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             run.progress.step += 1
             ours.append((result.targets, time.perf_counter() - started))
 
+    trainer.add_callback(TakeTurns())
+    trainer.train()
+    return summary(options, ours[1:], theirs[1:])
+
+
+def our_config(options: argparse.Namespace, folder: Path) -> RunConfig:
+    """E experts of rank 16, as a user would train them."""
+    return RunConfig(
+        name="ours",
+        output_dir=str(folder),
+        model=ModelConfig(base=options.base, dtype=options.dtype, device=options.device),
+        moe=MoELoraConfig(num_experts=options.experts, r=16, lora_alpha=32),
+        data=DataConfig(
+            sources=[SourceConfig(name="code_alpaca", path=options.rows)],
+            length_window=options.length_window,
+        ),
+        train=TrainConfig(
+            max_steps=options.steps + 2,
+            batch_size=options.batch_size,
+            gradient_accumulation_steps=options.accumulation,
+        ),
+    )
+
+
+def their_trainer(options: argparse.Namespace, folder: Path, run: Run, counts: list[int]) -> Any:
+    """transformers' Trainer with a peft LoRA of the same rank in all, on the rows of our run."""
+    import peft
+    from transformers import Trainer, TrainingArguments
+
+    rank = 16 * options.experts
+    base = load_base(options.base, dtype=getattr(torch, options.dtype), device=options.device)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            name: torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])
+            for name, fill in (("input_ids", run.pad_token_id), ("labels", -100))
+        }
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        counts.append(int((batch["labels"][:, 1:] != -100).sum()))
+        return batch
+
     rows = run.data.train[0]
-    trainer = Trainer(
-        model=model,
+    return Trainer(
+        model=peft.get_peft_model(base, settings),
         args=TrainingArguments(
             output_dir=str(folder / "theirs"),
             max_steps=options.steps,
@@ -128,20 +139,24 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ),
         train_dataset=[rows[index] for index in range(len(rows))],  # type: ignore[arg-type]
         data_collator=collate,
-        callbacks=[TakeTurns()],
     )
-    trainer.train()
-    # With windows of similar length single steps differ much in tokens: so sums are compared too.
-    mine, other = ([n / s for n, s in steps[1:]] for steps in (ours, theirs))
-    low, middle, high = statistics.quantiles(
-        [one / two for one, two in zip(mine, other, strict=True)], n=4
-    )
+
+
+def summary(
+    options: argparse.Namespace, ours: list[tuple[int, float]], theirs: list[tuple[int, float]]
+) -> dict[str, Any]:
+    """With windows of similar length single steps differ much in tokens: so of all steps, too."""
+    ratios = [
+        (mine[0] / mine[1]) / (other[0] / other[1])
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
+    low, middle, high = statistics.quantiles(ratios, n=4)
     mine_all, other_all = (
-        sum(n for n, _ in steps[1:]) / sum(s for _, s in steps[1:]) for steps in (ours, theirs)
+        sum(n for n, _ in steps) / sum(s for _, s in steps) for steps in (ours, theirs)
     )
     return {
         "ours, target tokens/s": mine_all,
-        f"Trainer + peft LoRA r={rank}, target tokens/s": other_all,
+        f"Trainer + peft LoRA r={16 * options.experts}, target tokens/s": other_all,
         "ratio": mine_all / other_all,
         "median of the steps' ratios": middle,
         "quartiles of the steps' ratios": [low, high],
