@@ -46,11 +46,14 @@ class Dense(NamedTuple):
 class Sparse:
     """Mature experts of a stack, which only their chosen tokens use."""
 
-    def __init__(self, stack: int, experts_TK: Tensor, gates_TK: Tensor, rows: int):
+    def __init__(
+        self, stack: int, experts_TK: Tensor, gates_TK: Tensor, rows: int, looked_up: bool
+    ):
         self.stack = stack
         self.experts_TK = experts_TK  # rows of the stack
         self.gates_TK = gates_TK  # 0 where a place is not used
         self.rows = rows  # how many the stack has
+        self.looked_up = looked_up  # wanted so, where packed matrices can serve
 
     @cached_property
     def plan(self) -> Plan:
@@ -157,7 +160,8 @@ class Site:
             gates_TK = of_ripe.gather(-1, chosen_TK)
             if young:
                 chosen_TK = _indices(tuple(e - stack.first for e in ripe), device)[chosen_TK]
-            sparse.append(Sparse(index, chosen_TK, gates_TK, len(stack.ranks)))
+            looked_up = way == "gathered"
+            sparse.append(Sparse(index, chosen_TK, gates_TK, len(stack.ranks), looked_up))
         return Mix(dense, _columns(gates, columns), sparse)
 
     def _begin_few(self, dtype: torch.dtype) -> FewTokens | None:
@@ -169,12 +173,12 @@ class Site:
             return None
         mix = self.mix(first.stacks, first.config.top_k_experts)
         whole = len(mix.dense) == len(first.stacks) and all(d.rows is None for d in mix.dense)
-        looked_up = len(mix.sparse) == len(first.stacks) == 1 and not mix.dense
         if whole:
             return FewTokens(self.packs(dtype), mix.gates.to(dtype))
-        if looked_up:
+        if len(mix.sparse) == len(first.stacks) == 1 and not mix.dense:
             [sparse] = mix.sparse
-            return FewTokens(self.packs(dtype), sparse.gates_TK.to(dtype), sparse.experts_TK)
+            if sparse.looked_up:
+                return FewTokens(self.packs(dtype), sparse.gates_TK.to(dtype), sparse.experts_TK)
         return None
 
     def group(self, name: str) -> list[str]:

@@ -269,10 +269,16 @@ def test_the_rule_looks_at_experts_tokens_and_gradients():
     assert choose_way(tokens=1024, mature=0, top_k=2, **train) == "wide"
     assert choose_way(tokens=1024, mature=2, top_k=2, **train) == "wide"
     assert choose_way(tokens=4, mature=64, top_k=2, **train) == "wide"
+    assert choose_way(tokens=16, mature=64, top_k=2, **train) == "grouped"
+    assert choose_way(tokens=64, mature=8, top_k=2, **train) == "wide"
     step = {"needs_grad": False, "device": "cpu"}
     assert choose_way(tokens=1, mature=64, top_k=2, **step) == "gathered"
     assert choose_way(tokens=1, mature=16, top_k=2, **step) == "wide"
-    assert choose_way(tokens=40, mature=64, top_k=2, **step) == "wide"
+    assert choose_way(tokens=16, mature=64, top_k=2, **step) == "gathered"
+    assert choose_way(tokens=20, mature=64, top_k=2, **step) == "wide"
+    assert choose_way(tokens=40, mature=64, top_k=2, **step) == "grouped"
+    assert choose_way(tokens=40, mature=256, top_k=2, **step) == "gathered"
+    assert choose_way(tokens=80, mature=512, top_k=2, **step) == "grouped"
 
 
 SPARSE = {
@@ -292,10 +298,10 @@ SPARSE = {
 }
 
 
-def by(way, monkeypatch, model, ids):
+def by(way, monkeypatch, model, ids, *, learns=True):
     """Logits and gradients of a model all of whose stacks go one way where they can."""
     monkeypatch.setattr("dylora.site.choose_way", lambda **known: way)
-    if way == "gathered":
+    if not learns:
         with torch.no_grad():
             return model(ids).logits, {}
     output = model(ids, labels=ids)
@@ -322,15 +328,16 @@ def test_every_way_through_a_model_has_the_same_logits_and_gradients(
         )
     model.train()
     logits, gradients = by("wide", monkeypatch, model, ids)
-    for way in ("grouped", "gathered"):
-        if way == "gathered":
-            model.eval()
-            logits, _ = by("wide", monkeypatch, model, ids)
-        ours, theirs = by(way, monkeypatch, model, ids)
-        torch.testing.assert_close(ours, logits, rtol=1e-9, atol=1e-9)
-        for name, gradient in theirs.items():
-            torch.testing.assert_close(gradient, gradients[name], rtol=1e-7, atol=1e-9, msg=name)
-        assert way == "gathered" or theirs.keys() == gradients.keys()
+    ours, theirs = by("grouped", monkeypatch, model, ids)
+    torch.testing.assert_close(ours, logits, rtol=1e-9, atol=1e-9)
+    assert theirs.keys() == gradients.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-7, atol=1e-9, msg=name)
+    model.eval()
+    logits, _ = by("wide", monkeypatch, model, ids)
+    for way in ("wide", "grouped", "gathered"):
+        ours, _ = by(way, monkeypatch, model, ids, learns=False)
+        torch.testing.assert_close(ours, logits, rtol=1e-9, atol=1e-9, msg=way)
 
 
 def test_experts_that_take_no_part_are_not_computed(mixture, ids):

@@ -1,12 +1,14 @@
 """The rule that chooses the way."""
 
-# Measured by experiments/speed/benchmark.py --section sparse (numbers in docs/performance.md): the
-# grouped way wins where a token leaves out enough experts and there are tokens to fill its products
-# (on CUDA not measured: an estimate); looking rows up wins where reading all experts costs more.
+# Measured by experiments/speed/benchmark.py --section sparse (numbers in docs/performance.md). The
+# grouped way wins where a token leaves out enough experts, and where there is enough left out in
+# all to pay for sorting: the wide way's work grows with tokens times experts, its own far less.
+# Without a backward pass there is less to save. On CUDA not measured: an estimate.
 GROUPED_FROM = {"cpu": 4.0, "cuda": 16.0}  # mature experts per place of the top-k
-GROUPED_TOKENS = 64
-GATHERED_TOKENS = 16
-GATHERED_FROM = 32.0
+GROUPED_WORK = {True: 320, False: 800}  # tokens times those; by whether a backward pass follows
+# Looking rows up wins where reading all experts costs more than to copy those of every token.
+GATHERED_FROM = 32.0  # mature experts per place, and at least twice the tokens
+GATHERED_TOKENS = 48  # at most
 
 
 def choose_way(*, tokens: int, mature: int, top_k: int, needs_grad: bool, device: str) -> str:
@@ -21,9 +23,9 @@ def choose_way(*, tokens: int, mature: int, top_k: int, needs_grad: bool, device
     if mature <= top_k:
         return "wide"
     per_place = mature / top_k
-    if not needs_grad and tokens <= GATHERED_TOKENS:
-        return "gathered" if per_place >= GATHERED_FROM else "wide"
+    few = not needs_grad and tokens <= GATHERED_TOKENS
+    if few and per_place >= max(GATHERED_FROM, 2 * tokens):
+        return "gathered"
     threshold = GROUPED_FROM.get(device, GROUPED_FROM["cuda"])
-    if tokens >= GROUPED_TOKENS and per_place >= threshold:
-        return "grouped"
-    return "wide"
+    pays = tokens * per_place >= GROUPED_WORK[needs_grad]
+    return "grouped" if pays and per_place >= threshold else "wide"

@@ -110,15 +110,19 @@ def projections(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+# Passes of a few tokens are those of decoding, one prompt or many, and have no gradient.
+SPARSE_TOKENS = [(1, False), (4, False), (16, False), (32, False), (64, False)]
+SPARSE_TOKENS += [(16, True), (64, True), (512, True), (4096, True)]
+
+
 def sparse(options: argparse.Namespace) -> dict[str, Any]:
     """One projection of width 512: every way, and the automatic choice, over E and T."""
     results = {}
     real = choose_way
     torch.manual_seed(0)
     block = Block(512).requires_grad_(False).to(options.device, options.dtype)
-    for tokens in (1, 16, 64, 512, 4096):
+    for tokens, grad in SPARSE_TOKENS:
         for experts in (2, 8, 16, 64, 256):
-            grad = tokens > 16
             key = f"E={experts}, T={tokens}{'' if grad else ', no gradient'}"
             if options.case not in key:
                 continue
@@ -144,10 +148,10 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
 
                 return step
 
-            other = "grouped" if grad else "gathered"
+            names = ["wide", "grouped"] if grad else ["wide", "grouped", "gathered"]
             frozen = copy.deepcopy(block).self_attn
-            ways = {"frozen": run("wide", frozen, own=[]), "wide": run("wide")}
-            ways |= {other: run(other), "automatic": run(None)}
+            ways = {"frozen": run("wide", frozen, own=[])} | {name: run(name) for name in names}
+            ways["automatic"] = run(None)
             results[key] = timed(f"one projection, K=2 r=16, {key}", ways, "wide", options)
             found = {name: timing["median_ms"] for name, timing in results[key].items()}
             choice = real(
@@ -155,7 +159,7 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
             )
             # Of the way it takes, timed by itself: "automatic" runs the same code at other moments.
             results[key]["choice"] = choice
-            results[key]["choice / better"] = found[choice] / min(found["wide"], found[other])
+            results[key]["choice / better"] = found[choice] / min(map(found.get, names))
             added = {name: value - found["frozen"] for name, value in found.items()}
             results[key]["wide / automatic, added"] = added["wide"] / added["automatic"]
             print(
