@@ -50,6 +50,7 @@ def load_base(
         hasattr(parameter, "__tensor_flatten__") for parameter in model.parameters()
     ):
         raise ValueError(f"torchao quantises nn.Linear alone, and the layers of {name!r} are none")
+    keep_as_stored(model)
     if quantization == "none":
         model.to(device=torch.device(device))  # type: ignore[call-arg] - transformers wraps `to`
     return model.eval().requires_grad_(False)
@@ -87,6 +88,25 @@ def quantization_of(base: PreTrainedModel) -> Quantization:
     if "bitsandbytes" in method or "bits_and_bytes" in method:
         return "bnb-4bit" if getattr(base, "is_loaded_in_4bit", False) else "bnb-8bit"
     return "none"
+
+
+def keep_as_stored(base: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew.
+
+    On a CPU with instructions for bfloat16 its layers do so at their first pass in evaluation, for
+    a product of their own: in bfloat16 whatever was asked for, without a gradient from then on, and
+    for widths of whole 32s alone. Raises ValueError where that has happened.
+    """
+    layers: Any = base.named_modules()
+    for path, module in layers:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"the weights of {path} were packed for inference by a pass on this CPU, and "
+                    "would give no gradient: load the base anew"
+                )
+            module.support_avx512bf16_for_cpu = False
 
 
 def stored_bytes(parameter: torch.Tensor) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylora import injection, losses, merging
-from dylora.bases import load_base, stored_bytes
+from dylora.bases import keep_as_stored, load_base, stored_bytes
 from dylora.config import MoELoraConfig, Quantization
 from dylora.experts import ExpertManager
 from dylora.head import Head, find_head, head_at, losses_at
@@ -73,6 +73,7 @@ class DyLoRA_MoE(nn.Module):
         """Inject experts into `base`, in place: those of `records`, a saved table, or else those
         that the configuration begins with. See `from_base` and `from_pretrained`."""
         super().__init__()
+        keep_as_stored(base)
         self.base = base
         self.config = config
         self.base_name = base_name or base.config.name_or_path or None

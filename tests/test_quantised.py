@@ -126,6 +126,52 @@ def test_a_base_without_a_layer_that_torchao_quantises_is_refused(gpt2, tmp_path
         load_base(str(tmp_path), quantization="torchao-int8")
 
 
+# bitsandbytes on a CPU that multiplies bfloat16; the layers ask once, when they are made
+
+
+@pytest.fixture
+def four_bits(folder, monkeypatch) -> Callable[[], PreTrainedModel]:
+    """A 4-bit base as such a CPU has it, loaded by transformers and not by us."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+
+    def load() -> PreTrainedModel:
+        settings = bases_module.quantization_config("bnb-4bit", torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=settings, device_map="cpu", dtype=torch.float32
+        ).eval()
+
+    return load
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_no_pass_packs_a_4_bit_base_anew(folder, four_bits, experts_on, ids, ours):
+    base = load_base(folder, quantization="bnb-4bit") if ours else four_bits()
+    with pytest.raises(AssertionError, match="block_n"), torch.no_grad():
+        four_bits()(ids)  # what it is kept from: its 16 rows of v_proj cannot be packed
+    model = experts_on(base)
+    before = base_hash(base)
+    with torch.no_grad():
+        model.eval()(ids)
+    assert base_hash(base) == before
+    loss = model.train()(ids, labels=ids).loss
+    loss.backward()
+    first = next(parameter for _, parameter in model.expert_parameters())
+    assert first.grad is not None
+    assert first.grad.any()
+
+
+def test_a_base_that_is_packed_already_is_refused(four_bits):
+    base = four_bits()
+    layer = base.model.layers[1].mlp.up_proj
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp\.up_proj were packed .*load .* anew"
+    ):
+        DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=2, r=2))
+    layer.weight.quant_state.packing_format_for_cpu = False
+    DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=2, r=2))
+
+
 # Injection
 
 
