@@ -1,4 +1,5 @@
 PY := .venv/bin/python
+JOBS := 2
 # The first of python3.11 and python3 that starts and is new enough.
 FIND_PYTHON = for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done
@@ -7,7 +8,7 @@ FIND_PYTHON = for p in python3.11 python3; do \
 
 help:
 	@echo 'make demo    train the quickstart mixture on the embedded model (CPU, minutes)'
-	@echo 'make test    run the tests'
+	@echo 'make test    run the tests, two files at a time (JOBS=4: four)'
 	@echo 'make lint    ruff: rules and layout'
 	@echo 'make format  ruff: mend what it can'
 	@echo 'make types   pyright'
@@ -25,7 +26,7 @@ demo: .venv/.installed
 	$(PY) run.py train --config configs/quickstart.yaml
 
 test: .venv/.installed
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/.installed
 	$(PY) -m ruff check .
