@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dylora.compute.grouped import Plan, grouped_products, plan_pairs
 from dylora.compute.packed import PACKED_TOKENS, FewTokens, Pack
+from dylora.compute.pieces import product_dtype
 from dylora.compute.rule import choose_way
 from dylora.compute.taken import Taken
 from dylora.compute.wide import products_with_A
@@ -105,6 +106,7 @@ class Site:
         self._groups: dict[str, list[str]] = {}  # of those, which share an input
         # Of the pass under way: the mixture's form, and what projections with one input share.
         self.few: FewTokens | None = None  # with a few tokens, without gradient
+        self._dtype = torch.float32
         self._mix: Mix | None = None
         self._input: weakref.ref[Tensor] | None = None
         self._dropped: Tensor | None = None
@@ -145,6 +147,7 @@ class Site:
                 top_k=places,
                 needs_grad=torch.is_grad_enabled(),
                 device=device.type,
+                half=product_dtype(self._dtype, device).itemsize == 2,
             )
             if way == "wide" or not ripe or stack.lora_A is None:
                 dense.append(Dense(index, None))
@@ -265,7 +268,7 @@ class Site:
 
     def begin(self, decision: RouterOutput, dtype: torch.dtype) -> None:
         """Begin a pass of inputs of this precision whose experts mix by this decision."""
-        self.output = decision
+        self.output, self._dtype = decision, dtype
         self.few = self._mix = self._input = self._dropped = self.outside = None
         if torch.is_grad_enabled():
             if self._packs:

@@ -279,6 +279,9 @@ def test_the_rule_looks_at_experts_tokens_and_gradients():
     assert choose_way(tokens=40, mature=64, top_k=2, **step) == "grouped"
     assert choose_way(tokens=40, mature=256, top_k=2, **step) == "gathered"
     assert choose_way(tokens=80, mature=512, top_k=2, **step) == "grouped"
+    assert choose_way(tokens=512, mature=8, top_k=2, **train) == "grouped"
+    assert choose_way(tokens=512, mature=8, top_k=2, half=True, **train) == "wide"
+    assert choose_way(tokens=16, mature=64, top_k=2, half=True, **step) == "wide"
 
 
 SPARSE = {

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from dylora.compute.pieces import rows_of, without_autocast
 from dylora.compute.taken import Taken, gradients_of_y
 
+SMALL_GROUP = 48  # rows of an expert, on average
+
 
 class Plan(NamedTuple):
     """The pairs of a token and an expert it uses, sorted by expert; P = T·K of them, always."""
@@ -46,10 +48,10 @@ def grouped_products(
     """x [..., D] and A [E, R, D] of every projection -> h [P, R] of every projection, and with
     `taken` the ties of every projection.
 
-    On a CPU in float32 at least: for groups of a few rows half precision is no faster there even
-    with instructions for it, and the stacks would have to be cast.
+    On a CPU in float32 at least where groups are small: half precision is no faster then, even with
+    instructions for it, and the stacks would have to be cast.
     """
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and len(plan.token_P) < SMALL_GROUP * len(plan.ends_E):
         dtype = torch.promote_types(dtype, torch.float32)
     found = _GroupedProducts.apply(x, dtype, plan, taken, *As)
     return list(found[: len(As)]), list(found[len(As) :])  # type: ignore[index]

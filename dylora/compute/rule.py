@@ -1,17 +1,34 @@
 """The rule that chooses the way."""
 
+from typing import NamedTuple
+
+GATHERED_TOKENS = 48  # at most, to look rows up
+GATHERED_FROM = 32.0  # mature experts per place of the top-k, from which on rows are looked up
+
+
+class Limits(NamedTuple):
+    """From where on a way pays, in mature experts per place of the top-k."""
+
+    grouped: float  # it pays to sort from so many
+    trained: float  # and so many times the tokens, with a backward pass
+    applied: float  # without one
+    gathered: float  # so many a token, to look rows up
+
+
 # Measured by experiments/speed/benchmark.py --section sparse (numbers in docs/performance.md). The
-# grouped way wins where a token leaves out enough experts, and where there is enough left out in
-# all to pay for sorting: the wide way's work grows with tokens times experts, its own far less.
-# Without a backward pass there is less to save. On CUDA not measured: an estimate.
-GROUPED_FROM = {"cpu": 4.0, "cuda": 16.0}  # mature experts per place of the top-k
-GROUPED_WORK = {True: 320, False: 800}  # tokens times those; by whether a backward pass follows
-# Looking rows up wins where reading all experts costs more than to copy those of every token.
-GATHERED_FROM = 32.0  # mature experts per place, and at least twice the tokens
-GATHERED_TOKENS = 48  # at most
+# wide way's work grows with tokens times experts and that of the grouped way far less; but it has
+# to sort, and its products are thin. Looking rows up copies those of every token. Products in half
+# precision favour the wide way, where a device has them. On CUDA not measured: an estimate.
+LIMITS = {
+    "cpu": Limits(grouped=4, trained=320, applied=800, gathered=2),
+    "cpu, half": Limits(grouped=8, trained=2000, applied=6000, gathered=4),
+    "cuda": Limits(grouped=16, trained=320, applied=800, gathered=2),
+}
 
 
-def choose_way(*, tokens: int, mature: int, top_k: int, needs_grad: bool, device: str) -> str:
+def choose_way(
+    *, tokens: int, mature: int, top_k: int, needs_grad: bool, device: str, half: bool = False
+) -> str:
     """wide, grouped or gathered, from what is known without looking at the gates.
 
     Args:
@@ -19,13 +36,15 @@ def choose_way(*, tokens: int, mature: int, top_k: int, needs_grad: bool, device
         mature: how many experts only their chosen tokens use.
         top_k: how many of those a token may use.
         needs_grad: whether a backward pass follows.
+        half: whether products are of half precision.
     """
     if mature <= top_k:
         return "wide"
     per_place = mature / top_k
+    limits = LIMITS["cuda" if device != "cpu" else "cpu, half" if half else "cpu"]
     few = not needs_grad and tokens <= GATHERED_TOKENS
-    if few and per_place >= max(GATHERED_FROM, 2 * tokens):
+    if few and per_place >= max(GATHERED_FROM, limits.gathered * tokens):
         return "gathered"
-    threshold = GROUPED_FROM.get(device, GROUPED_FROM["cuda"])
-    pays = tokens * per_place >= GROUPED_WORK[needs_grad]
-    return "grouped" if pays and per_place >= threshold else "wide"
+    enough = limits.trained if needs_grad else limits.applied
+    pays = per_place >= limits.grouped and tokens * per_place >= enough
+    return "grouped" if pays else "wide"

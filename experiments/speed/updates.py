@@ -11,6 +11,7 @@ from torch import nn
 import dylora.site
 from dylora import MoELoraConfig
 from dylora.adapter import StackedLoRA
+from dylora.compute.pieces import product_dtype
 from dylora.compute.rule import choose_way
 from dylora.router import RouterOutput, RoutingState
 from dylora.site import Site
@@ -155,7 +156,12 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
             results[key] = timed(f"one projection, K=2 r=16, {key}", ways, "wide", options)
             found = {name: timing["median_ms"] for name, timing in results[key].items()}
             choice = real(
-                tokens=tokens, mature=experts, top_k=2, needs_grad=grad, device=options.device.type
+                tokens=tokens,
+                mature=experts,
+                top_k=2,
+                needs_grad=grad,
+                device=options.device.type,
+                half=product_dtype(options.dtype, options.device).itemsize == 2,
             )
             # Of the way it takes, timed by itself: "automatic" runs the same code at other moments.
             results[key]["choice"] = choice
