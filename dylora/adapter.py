@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dylora.compute.grouped import add_grouped
 from dylora.compute.packed import Member
-from dylora.compute.pieces import product_dtype
+from dylora.compute.pieces import product_dtype, state_of
 from dylora.compute.wide import Block, add_mixture
 from dylora.config import MoELoraConfig, matching
 from dylora.dora import magnitude_ratio, row_norms, weight_OD
@@ -117,6 +117,7 @@ class StackedLoRA(nn.Module):
             shared = initial_A(1, self.rank(config.r), in_features, config, device)
             self.shared_A = nn.Parameter(shared, requires_grad=not config.freeze_A)
         self.stacks: Any = nn.ModuleList()  # of ExpertStack, in the order of the E axis
+        self._kept: tuple[Any, list[Tensor]] | None = None  # the ratios of DoRA, and of what values
 
     def rank(self, expert_rank: int) -> int:
         """Rank at this projection of an expert of a given rank."""
@@ -174,6 +175,7 @@ class StackedLoRA(nn.Module):
         """Other stacks from here on."""
         self.stacks = nn.ModuleList(stacks)
         self.site.forget_packs()
+        self._kept = None
 
     def stack_of(self, expert: int) -> tuple[ExpertStack, int]:
         """The stack that holds an expert, and its place in it; KeyError for a retired one."""
@@ -299,7 +301,7 @@ class StackedLoRA(nn.Module):
     def _add_dora(self, module: nn.Module, x: Tensor, gates: Tensor, output: Tensor) -> Tensor:
         """What `magnitude_ratio` says of a mixture of DoRA experts."""
         weight = weight_OD(module)
-        ratios = [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
+        ratios = self._ratios(weight)
         update = self(x, gates, ratios)
         bias = getattr(module, "bias", None)
         directed = output if bias is None else output - bias  # W x without its bias
@@ -307,6 +309,18 @@ class StackedLoRA(nn.Module):
             own = gates[..., stack.first : stack.first + len(stack.ranks)]
             update = update + (own.to(ratio_EO) @ (ratio_EO - 1)).to(x.dtype) * directed
         return self._add_biases(gates, output) + update.to(output.dtype)
+
+    def _ratios(self, weight: Tensor) -> list[Tensor]:
+        """`magnitude_ratio` of every stack; without gradient kept until a value changes."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._kept = None
+            return [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
+        parts = [(self.A_of(s), s.lora_B, s.lora_magnitude, s.scaling_E) for s in self.stacks]
+        state = state_of([weight, *(tensor for part in parts for tensor in part)], weight.dtype)
+        if self._kept is None or self._kept[0] != state:
+            ratios = [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
+            self._kept = state, ratios
+        return self._kept[1]
 
     def _add_biases(self, gates: Tensor, output: Tensor) -> Tensor:
         """The shifts of the experts' biases, mixed by the gates."""

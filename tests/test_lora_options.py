@@ -255,6 +255,43 @@ def test_the_lengths_of_dora_are_those_of_the_merged_weight(llama):
         torch.testing.assert_close(ratio[expert], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_lengths_that_are_kept_follow_every_change_of_their_values(llama, ids, monkeypatch):
+    model = build(llama(), use_dora=True)
+    for _, parameter in model.expert_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    found = []
+    real = magnitude_ratio
+    monkeypatch.setattr("dylora.adapter.magnitude_ratio", lambda *a: found.append(a) or real(*a))
+
+    def passes() -> int:
+        """How often lengths are found in a pass without gradient, which is right."""
+        expected = model(ids).logits
+        with torch.no_grad():
+            model(ids)  # a pass with gradient has let go what was kept
+            found.clear()
+            torch.testing.assert_close(model(ids).logits, expected)
+        return len(found)
+
+    assert passes() == 0
+    adapter = next(iter(model.injection.adapters.values()))
+    projection = model.base.get_submodule(adapter.path)
+    [stack] = adapter.stacks
+    changes = [stack.lora_A, stack.lora_B, stack.lora_magnitude, projection.weight]
+    for tensor in changes:
+        with torch.no_grad():
+            before = model(ids).logits
+            tensor.mul_(1.5)
+            found.clear()
+            changed = model(ids).logits
+        assert (changed - before).abs().max() > 1e-4
+        assert len(found) == 1  # of that projection alone
+        torch.testing.assert_close(model(ids).logits, changed)
+    with torch.no_grad():
+        model(ids)
+    model.experts.retire(0)
+    assert passes() == 0
+
+
 def test_a_row_of_zeros_in_the_base_does_not_break_dora(llama, ids):
     base = llama()
     with torch.no_grad():

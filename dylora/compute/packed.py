@@ -11,11 +11,13 @@ Shape letters: T tokens, D input width, O output width, E experts, R rank, C col
 over stacks), K top-k.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dylora.compute.pieces import state_of
 
 PACKED_TOKENS = 64  # more of them are better served by the ways beside this file
 
@@ -34,7 +36,7 @@ class Pack:
     def __init__(self, members: dict[str, Member], dtype: torch.dtype):
         tensors = [m for member in members.values() for part in member for m in part]
         self.watched = tensors
-        self.state = _state(tensors, dtype)
+        self.state = state_of(tensors, dtype)
         self.dtype = dtype
         self._members = members
         self._wide: Wide | None = None
@@ -42,7 +44,7 @@ class Pack:
 
     def is_current(self, dtype: torch.dtype) -> bool:
         """Whether nothing has changed since it was packed."""
-        return self.state == _state(self.watched, dtype)
+        return self.state == state_of(self.watched, dtype)
 
     @property
     def wide(self) -> "Wide":
@@ -190,8 +192,3 @@ def looked_up_products(
 def _looked_up(stack: Tensor, experts_1K: Tensor) -> Tensor:
     """The matrices of one token's experts, [E, R, N] -> [K·R, N]."""
     return stack.index_select(0, experts_1K[0]).flatten(0, 1)
-
-
-def _state(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Any, ...]:
-    """Changes when one of the tensors is written to or moved."""
-    return (dtype, *[(t._version, t.data_ptr()) for t in tensors])

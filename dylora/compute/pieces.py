@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,3 +35,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def state_of(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Changes when one of the tensors is written to or moved."""
+    return (dtype, *[(t._version, t.data_ptr()) for t in tensors])

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--fast", action="store_true", help="steps without the contenders that take twice as long"
     )
+    parser.add_argument("--dora", action="store_true", help="steps and decode: all with DoRA")
     parser.add_argument("--case", default="", help="of steps, decode, sparse")
     parser.add_argument("--tokens", type=int, default=1024, help="of a step at hidden 512")
     parser.add_argument("--out", type=Path)
@@ -94,7 +95,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
             continue
         base = models.build(config, options.device, options.dtype)
         ids = torch.randint(config.vocab_size, shape, device=options.device)
-        ours = models.mixture(base, experts, mature=mature)
+        ours = models.mixture(base, experts, mature=mature, use_dora=options.dora)
         rank = 16 * experts
 
         def hf(model: nn.Module, ids: torch.Tensor = ids) -> Callable[[], None]:
@@ -120,10 +121,12 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
             compiled.base.forward = torch.compile(compiled.base.forward, fullgraph=True)
             ways["ours, compiled"] = mixed(compiled, True)
         others: dict[str, Callable[[], Any]] = {
-            "peft LoRA r=16": lambda b=base: models.peft_lora(b, 16)
+            "peft LoRA r=16": lambda b=base: models.peft_lora(b, 16, dora=options.dora)
         }
         if not mature:
-            others[f"peft LoRA r={rank}"] = lambda b=base, r=rank: models.peft_lora(b, r)
+            others[f"peft LoRA r={rank}"] = lambda b=base, r=rank: models.peft_lora(
+                b, r, dora=options.dora
+            )
         if not mature and not options.fast:
             others["peft, adapters in a loop"] = lambda b=base, e=experts: models.peft_lora(
                 b, 16, e
@@ -164,11 +167,14 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
         if options.case not in key:
             continue
         base = models.build(config, options.device, options.dtype)
-        lot = {"base": base, "ours": models.mixture(base, experts, mature=mature).base}
+        lot = {
+            "base": base,
+            "ours": models.mixture(base, experts, mature=mature, use_dora=options.dora).base,
+        }
         lot |= with_peft(
             {
                 f"peft LoRA r={rank}": lambda base=base, rank=rank: models.peft_lora(
-                    base, rank
+                    base, rank, dora=options.dora
                 ).eval()
                 # The larger reads as many bytes as eight experts of rank 16 that all take part.
                 for rank in (16, 128)

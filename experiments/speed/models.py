@@ -68,11 +68,11 @@ def mixture(base: PreTrainedModel, experts: int, *, mature: bool = False, **sett
     return model
 
 
-def peft_lora(base: PreTrainedModel, rank: int, adapters: int = 1) -> Any:
+def peft_lora(base: PreTrainedModel, rank: int, adapters: int = 1, *, dora: bool = False) -> Any:
     """One peft LoRA, or several of the same rank that are all active, applied in peft's loop."""
     import peft
 
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, use_dora=dora)
     names = [f"expert_{index}" for index in range(adapters)]
     model = peft.get_peft_model(copy.deepcopy(base), settings, adapter_name=names[0])
     for name in names[1:]:
