@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from dylora import DyLoRA_MoE
 from dylora.cli import main
 from dylora.evaluation import validate
+from dylora.evaluation.checks import TIED_SHARE, Check, compare_routed
 from dylora.evaluation.cost import LivePeak, n_passes, peak_bytes
-from dylora.evaluation.validate import (
-    TIED_SHARE,
-    Check,
+from dylora.evaluation.ways import (
     Pass,
-    compare_routed,
     largest,
     largest_gap,
     loop_logits,
