@@ -312,7 +312,8 @@ class StackedLoRA(nn.Module):
 
     def _ratios(self, weight: Tensor) -> list[Tensor]:
         """`magnitude_ratio` of every stack; without gradient kept until a value changes."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        autocast = torch.is_autocast_enabled(weight.device.type)  # lengths round otherwise within
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast:
             self._kept = None
             return [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
         parts = [(self.A_of(s), s.lora_B, s.lora_magnitude, s.scaling_E) for s in self.stacks]

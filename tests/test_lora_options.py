@@ -290,6 +290,12 @@ def test_lengths_that_are_kept_follow_every_change_of_their_values(llama, ids, m
         model(ids)
     model.experts.retire(0)
     assert passes() == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids).logits  # lengths of products in bfloat16
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            model(ids)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
 
 
 def test_a_row_of_zeros_in_the_base_does_not_break_dora(llama, ids):
