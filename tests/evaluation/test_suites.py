@@ -19,9 +19,8 @@ from dylora.evaluation.problem import Problem, program_of
 from dylora.evaluation.sandbox import Limits, Sandbox, run_all
 from dylora.evaluation.suites import data_of, leave_out_trained, read_suite
 from dylora.training.sources import text_hash
+from published import MBPP, needs_published_rows
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
-MBPP_FILE = str(REAL / "mbpp.jsonl")
 HUMAN = {
     "task_id": "HumanEval/0",
     "prompt": 'def helper(x):\n    return x + 1\n\n\ndef f(x):\n    """Twice x."""\n',
@@ -39,7 +38,7 @@ PLUS = {key: HUMAN[key] for key in HUMAN if key != "test"} | {
 
 @pytest.fixture(scope="module")
 def mbpp() -> list[Problem]:
-    return read_suite("mbpp", MBPP_FILE, split="all").problems
+    return read_suite("mbpp", MBPP, split="all").problems
 
 
 def write(path: Path, *rows: object) -> str:
@@ -63,11 +62,13 @@ def judge(box: Sandbox, job: tuple[Problem, str]) -> str:
     ("split", "first", "count"),
     [("train", 601, 374), ("validation", 511, 90), ("test", 11, 500), ("prompt", 1, 10)],
 )
+@needs_published_rows
 def test_mbpp_has_its_published_splits(split: str, first: int, count: int):
-    problems = read_suite("mbpp", MBPP_FILE, split=split).problems
+    problems = read_suite("mbpp", MBPP, split=split).problems
     assert (problems[0].task_id, len(problems)) == (f"Mbpp/{first}", count)
 
 
+@needs_published_rows
 def test_mbpps_prompt_shows_the_first_test_and_no_other(mbpp: list[Problem]):
     tests = mbpp[1].tests.strip().splitlines()
     assert tests[0] in mbpp[1].prompt
@@ -114,6 +115,7 @@ def test_a_helper_of_the_prompt_cannot_be_replaced_by_the_program(tmp_path: Path
         ("```\ndef f(): pass", "def f(): pass"),
     ],
 )
+@needs_published_rows
 def test_an_answers_program_ends_where_it_should(mbpp: list[Problem], text: str, program: str):
     assert program_of(mbpp[0], text) == program
 
@@ -138,6 +140,7 @@ def test_a_task_that_stands_twice_and_an_unknown_split_are_refused(tmp_path: Pat
         read_suite("humaneval", path, split="train")
 
 
+@needs_published_rows
 def test_trained_tasks_are_left_out_by_id_and_by_what_question_or_answer_reads_like(
     mbpp: list[Problem],
 ):
@@ -150,6 +153,7 @@ def test_trained_tasks_are_left_out_by_id_and_by_what_question_or_answer_reads_l
     assert leave_out_trained(mbpp, {}) == (mbpp, [])
 
 
+@needs_published_rows
 def test_tasks_of_what_a_checkpoint_began_with_are_trained_ones(mbpp: list[Problem]):
     first = {"data": {"sources": [{"name": "mbpp", "task_ids": [11]}]}}
     second = {"data": {"sources": [{"name": "mine"}]}, "earlier": [first]}
@@ -161,8 +165,9 @@ def test_tasks_of_what_a_checkpoint_began_with_are_trained_ones(mbpp: list[Probl
 # Few shots
 
 
+@needs_published_rows
 def test_three_shots_are_the_published_ones_in_the_published_form():
-    tasks = read_suite("mbpp", MBPP_FILE, shots=3, limit=1)
+    tasks = read_suite("mbpp", MBPP, shots=3, limit=1)
     prompt = tasks.problems[0].prompt
     parts = prompt.split("You are an expert Python programmer, and here is your task: ")
     assert [part.split(" Your code")[0][:45] for part in parts[1:]] == [
@@ -178,15 +183,16 @@ def test_three_shots_are_the_published_ones_in_the_published_form():
     assert "\r" not in prompt
 
 
+@needs_published_rows
 def test_an_answer_after_three_shots_is_judged_up_to_its_end(mbpp: list[Problem]):
-    (problem,) = read_suite("mbpp", MBPP_FILE, shots=3, limit=1).problems
+    (problem,) = read_suite("mbpp", MBPP, shots=3, limit=1).problems
     assert outcome(problem, program_of(problem, f"{problem.reference}\n[DONE]\n)(")) == "passed"
 
 
 @pytest.mark.parametrize(("suite", "shots"), [("humaneval", 3), ("mbpp", 2)])
 def test_shots_that_nobody_published_are_refused(suite: str, shots: int):
     with pytest.raises(ValueError, match=f"{suite} has no prompt of {shots} shots"):
-        read_suite(suite, MBPP_FILE, shots=shots)
+        read_suite(suite, MBPP, shots=shots)
 
 
 # MBPP+ and HumanEval+
@@ -381,6 +387,7 @@ def _plain(program: str, tests: str) -> None:
         exec(tests, names)
 
 
+@needs_published_rows
 def test_every_twentieth_reference_of_mbpp_passes_and_its_mutant_is_judged_as_in_plain_python(
     mbpp: list[Problem],
 ):
@@ -398,6 +405,7 @@ def test_every_twentieth_reference_of_mbpp_passes_and_its_mutant_is_judged_as_in
 
 
 @pytest.mark.slow
+@needs_published_rows
 def test_all_974_references_of_mbpp_pass(mbpp: list[Problem]):
     jobs = [(problem, problem.reference) for problem in mbpp]
     found = list(run_all(jobs, judge, workers=1, limits=Limits(seconds=30, wall_seconds=90)))
@@ -406,6 +414,7 @@ def test_all_974_references_of_mbpp_pass(mbpp: list[Problem]):
 
 
 @pytest.mark.slow
+@needs_published_rows
 def test_of_974_mutants_of_mbpp_only_those_that_are_right_pass(mbpp: list[Problem]):
     jobs = [(problem, mutant(problem)) for problem in mbpp]
     limits = Limits(seconds=1, wall_seconds=3)

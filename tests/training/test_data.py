@@ -12,11 +12,8 @@ from dylora.training.batches import collate
 from dylora.training.data import load_data
 from dylora.training.sources import text_hash
 from dylora.training.tokenized import TokenizedSet
+from published import CODE_ALPACA, MBPP, needs_published_rows
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
-needs_real_rows = pytest.mark.skipif(
-    not REAL.exists(), reason="the real rows are not beside the repository"
-)
 BOS, EOS = 1, 2
 
 
@@ -198,12 +195,12 @@ def test_a_subset_depends_on_the_seed_where_the_split_does_not(tmp_path, tokeniz
     assert trained(0) != trained(1)
 
 
-@needs_real_rows
+@needs_published_rows
 def test_real_sets_are_read_split_reported_and_stamped(tokenizer):
     config = DataConfig(
         sources=[
-            SourceConfig(name="code_alpaca", path=str(REAL / "code_alpaca.json")),
-            SourceConfig(name="mbpp", path=str(REAL / "mbpp.jsonl")),
+            SourceConfig(name="code_alpaca", path=CODE_ALPACA),
+            SourceConfig(name="mbpp", path=MBPP),
         ],
         max_length=2048,
     )

@@ -8,11 +8,7 @@ import pytest
 
 from dylora.run_config import SourceConfig
 from dylora.training.sources import MAX_PROBLEMS, mbpp_split, read_source
-
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
-needs_real_rows = pytest.mark.skipif(
-    not REAL.exists(), reason="the real rows are not beside the repository"
-)
+from published import CODE_ALPACA, MBPP, needs_published_rows
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +43,9 @@ def texts(read, split: str) -> list[tuple[str, str, str]]:
 # Reading
 
 
-@needs_real_rows
+@needs_published_rows
 def test_code_alpaca_has_two_empty_answers_and_6550_rows():
-    read = read_source(SourceConfig(name="code_alpaca", path=str(REAL / "code_alpaca.json")))
+    read = read_source(SourceConfig(name="code_alpaca", path=CODE_ALPACA))
     assert (read.read, read.empty, read.malformed, read.duplicates) == (6552, 2, 0, 0)
     assert {split: len(rows) for split, rows in read.splits.items()} == {
         "train": 5895,
@@ -62,7 +58,7 @@ def test_code_alpaca_has_two_empty_answers_and_6550_rows():
     assert following[3] == '"output": ""'
 
 
-@needs_real_rows
+@needs_published_rows
 def test_published_mbpp_split_has_374_90_500_10():
     split = mbpp_split("published")
     assert {name: len(ids) for name, ids in split.items()} == {
@@ -71,16 +67,16 @@ def test_published_mbpp_split_has_374_90_500_10():
         "test": 500,
         "prompt": 10,
     }
-    read = read_source(SourceConfig(name="mbpp", path=str(REAL / "mbpp.jsonl")))
+    read = read_source(SourceConfig(name="mbpp", path=MBPP))
     assert read.read == 974
     ids = read.rows["id"]
     assert [int(ids[i]) for i in read.splits["train"]] == list(range(601, 975))
     assert [int(ids[i]) for i in read.splits["validation"]] == list(range(511, 601))
 
 
-@needs_real_rows
+@needs_published_rows
 def test_mbpp_code_has_unix_line_ends_and_the_prompt_its_first_test():
-    read = read_source(SourceConfig(name="mbpp", path=str(REAL / "mbpp.jsonl")))
+    read = read_source(SourceConfig(name="mbpp", path=MBPP))
     assert not any("\r" in code for code in read.rows["output"])
     assert "\n" in read.rows[0]["output"]
     assert "assert min_cost(" in read.rows[0]["instruction"]
@@ -98,11 +94,11 @@ def test_the_70_10_20_split_covers_every_task_once():
     assert split != mbpp_split("70/10/20", seed=4)
 
 
-@needs_real_rows
+@needs_published_rows
 def test_mbpp_from_the_hub_gives_the_same_rows_as_from_the_file(monkeypatch):
     from datasets import Dataset, DatasetDict
 
-    lines = (REAL / "mbpp.jsonl").read_text().split("\n")
+    lines = Path(MBPP).read_text().split("\n")
     tasks = [json.loads(line) for line in lines if line]
     tables = DatasetDict(
         {
@@ -115,7 +111,7 @@ def test_mbpp_from_the_hub_gives_the_same_rows_as_from_the_file(monkeypatch):
         "datasets.load_dataset", lambda *args, **options: asked.append((args, options)) or tables
     )
     hub = read_source(SourceConfig(name="mbpp", revision="abc", split_scheme="70/10/20"), seed=1)
-    local = SourceConfig(name="mbpp", path=str(REAL / "mbpp.jsonl"), split_scheme="70/10/20")
+    local = SourceConfig(name="mbpp", path=MBPP, split_scheme="70/10/20")
     file = read_source(local, seed=1)
     assert asked == [(("google-research-datasets/mbpp", "full"), {"revision": "abc"})]
     for split in ("train", "validation"):
