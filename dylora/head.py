@@ -7,7 +7,7 @@ and the cross-entropy run chunk by chunk over the target positions alone, forwar
 Shape letters: B batch, S sequence, N target positions, D hidden width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,10 +25,23 @@ CHUNK_NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
 class Head(NamedTuple):
-    """The last step of a model."""
+    """What a model makes of the output of its output embeddings: logits · factor / divisor, capped.
 
-    logits: Callable[[Tensor], Tensor]  # hidden states [N, D] -> [N, V]
-    vocabulary: int
+    Numbers alone, so that a copy of the model or other embeddings keep their own.
+    """
+
+    factor: float = 1.0  # Cohere
+    divisor: float = 1.0  # Granite
+    cap: float | None = None  # Gemma 2: cap · tanh(logits / cap)
+
+    def logits(self, linear: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states [N, D] that enter the output embeddings -> [N, V]."""
+        logits = linear(hidden)
+        if self.factor != 1:
+            logits = logits * self.factor
+        if self.divisor != 1:
+            logits = logits / self.divisor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 class HeadInput:
@@ -37,35 +50,39 @@ class HeadInput:
     hidden: Tensor | None = None  # [B, S, D]
 
 
+def is_trained(linear: nn.Module) -> bool:
+    """Whether something in these output embeddings wants a gradient, which chunks do not give."""
+    return any(parameter.requires_grad for parameter in linear.parameters())
+
+
 @torch.no_grad()
 def find_head(base: PreTrainedModel) -> Head | None:
     """How this model makes logits of the hidden states that enter its output embeddings.
 
-    Found by trying: the head alone, with the soft cap of Gemma 2, and with the scales of Cohere and
-    Granite, against the logits of a tiny pass. None where none of them is it, or where something in
-    the head is trained.
+    Found by trying: the embeddings alone, with the soft cap of Gemma 2, and with the scales of
+    Cohere and Granite, against the logits of a tiny pass. None where none of them is it.
     """
     linear: Any = base.get_output_embeddings()
-    if linear is None or any(parameter.requires_grad for parameter in linear.parameters()):
+    if not hasattr(linear, "out_features"):
         return None
     config: Any = base.config.get_text_config()
-    forms: list[Callable[[Tensor], Tensor]] = [lambda logits: logits]
+    heads = [Head()]
     if cap := getattr(config, "final_logit_softcapping", None):
-        forms.append(lambda logits: torch.tanh(logits / cap) * cap)
+        heads.append(Head(cap=cap))
     if scale := getattr(config, "logit_scale", None):
-        forms.append(lambda logits: logits * scale)
+        heads.append(Head(factor=scale))
     if divisor := getattr(config, "logits_scaling", None):
-        forms.append(lambda logits: logits / divisor)
+        heads.append(Head(divisor=divisor))
     ids = torch.tensor([[1, 2, 3]], device=next(base.parameters()).device)
     with head_at(linear) as seen:
         logits = base(input_ids=ids, use_cache=False).logits
     if seen.hidden is None:
         return None
-    for form in forms:
-        tried = form(linear(seen.hidden[:, -1:]))
+    for head in heads:
+        tried = head.logits(linear, seen.hidden[:, -1:])
         close = {"rtol": 1e-3, "atol": 1e-4, "equal_nan": True}
         if tried.shape == logits.shape and torch.allclose(tried, logits, **close):
-            return Head(lambda hidden, form=form: form(linear(hidden)), logits.shape[-1])
+            return head
     return None
 
 
@@ -86,15 +103,21 @@ def head_at(linear: nn.Module) -> Iterator[HeadInput]:
 
 
 def losses_at(
-    head: Head, hidden: Tensor, labels: Tensor, positions: Tensor, label_smoothing: float = 0.0
+    head: Head,
+    linear: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    positions: Tensor,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of each position with the token that follows it, [B, S], 0 elsewhere; nats.
 
-    hidden [B, S, D]; labels [B, S]; positions [N] from losses.target_positions.
+    linear: the frozen output embeddings; hidden [B, S, D], what enters them; labels [B, S];
+    positions [N] from losses.target_positions.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()[positions].to(hidden.device)
     chosen = hidden.flatten(0, 1)[positions]
-    losses = _ChunkedCrossEntropy.apply(chosen, targets, head, label_smoothing)
+    losses = _ChunkedCrossEntropy.apply(chosen, targets, head, linear, label_smoothing)
     zeros = torch.zeros(labels.numel(), dtype=losses.dtype, device=hidden.device)  # type: ignore[union-attr]
     return zeros.index_copy(0, positions, losses).view_as(labels)  # type: ignore[arg-type]
 
@@ -108,16 +131,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, label_smoothing: float
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        linear: Any,
+        label_smoothing: float,
     ) -> Tensor:
         losses, gradients = [], []
         wanted = ctx.needs_input_grad[0]
         numbers = CHUNK_NUMBERS.get(hidden.device.type, CHUNK_NUMBERS["cuda"])
-        chunk = max(16, numbers // head.vocabulary)
+        chunk = max(16, numbers // linear.out_features)
         with torch.set_grad_enabled(wanted):
             for begin in range(0, len(hidden), chunk):
                 part = hidden[begin : begin + chunk].detach().requires_grad_(wanted)
-                logits = at_least_float32(head.logits(part))
+                logits = at_least_float32(head.logits(linear, part))
                 own = F.cross_entropy(
                     logits,
                     targets[begin : begin + chunk],
@@ -137,4 +165,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlosses: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         [gradients] = ctx.saved_tensors
-        return (gradients * dlosses[:, None]).to(gradients.dtype), None, None, None
+        return (gradients * dlosses[:, None]).to(gradients.dtype), None, None, None, None

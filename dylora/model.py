@@ -17,7 +17,7 @@ from dylora import injection, losses, merging
 from dylora.bases import keep_as_stored, load_base, stored_bytes
 from dylora.config import MoELoraConfig, Quantization
 from dylora.experts import ExpertManager
-from dylora.head import Head, find_head, head_at, losses_at
+from dylora.head import Head, find_head, head_at, is_trained, losses_at
 from dylora.losses import Fractions, RoutingStatistics
 from dylora.maturity import ExpertMaturity
 from dylora.model_files import load_model, write_model
@@ -170,7 +170,9 @@ class DyLoRA_MoE(nn.Module):
             if target_positions is None:
                 target_positions = losses.target_positions(labels)
             logits: Any = None
-            token_losses = losses_at(head, seen.hidden, labels, target_positions, label_smoothing)
+            token_losses = losses_at(
+                head, last, seen.hidden, labels, target_positions, label_smoothing
+            )
         targets = scale.targets
         if targets is None:
             targets = losses.count_targets(labels).clamp_min(1)  # nothing to learn: 0, not NaN
@@ -456,12 +458,20 @@ class DyLoRA_MoE(nn.Module):
     # Inner workings
 
     def _find_head(self) -> Head | None:
-        """The base's head, looked for once."""
+        """The base's head, looked for once; None while it is trained itself."""
+        linear: Any = self.base.get_output_embeddings()
+        if linear is not None and is_trained(linear):
+            warnings.warn(
+                "the output embeddings are trained, so logits are computed whole", stacklevel=3
+            )
+            return None
         if self._head is None:
-            was_training = self.base.training
+            evaluating = [module for module in self.base.modules() if not module.training]
             with self.disable_adapters():
                 self._head = (find_head(self.base.eval()),)
-            self.base.train(was_training)
+            self.base.train()
+            for module in evaluating:
+                module.training = False
             if self._head[0] is None:
                 warnings.warn(
                     f"the logits of {type(self.base).__name__} are not its head of its last hidden "

@@ -1,5 +1,7 @@
 """The loss in chunks at the target positions is the loss of the whole logits, of every family."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,6 +105,41 @@ def test_a_head_that_is_trained_keeps_its_logits_and_says_so(mixture, random_bas
         output = model(ids, labels=ids, keep_logits=False)
     assert output.logits is not None
     torch.testing.assert_close(output.loss, model(ids, labels=ids).loss)
+
+
+def test_a_head_that_is_trained_again_has_its_gradient(mixture, random_base, ids):
+    model = mixture(random_base("PhiConfig", **FAMILIES["phi"].sizes), bias="all")
+    model.experts.freeze(0, 1, 2)
+    assert model(ids, labels=ids, keep_logits=False).logits is None
+    model.experts.unfreeze(0, 1, 2)
+    with pytest.warns(UserWarning, match="computed whole"):
+        model(ids, labels=ids, keep_logits=False).loss.backward()
+    assert model.injection.biases["lm_head"].shift.grad is not None
+
+
+def test_a_copy_has_its_own_head_and_new_embeddings_are_read(mixture, ids, tmp_path):
+    model = mixture()
+    model(ids, labels=ids, keep_logits=False)
+    torch.save(model, tmp_path / "model.pt")
+    twin = copy.deepcopy(model)
+    torch.nn.init.zeros_(model.base.lm_head.weight)
+    whole, chunked = (twin(ids, labels=ids, keep_logits=keep).loss for keep in (True, False))
+    torch.testing.assert_close(chunked, whole)
+    words = twin.base.lm_head.out_features
+    twin.base.resize_token_embeddings(words + 8, mean_resizing=False)
+    twin.base.requires_grad_(False)
+    ids = torch.full_like(ids, words + 7)
+    whole, chunked = (twin(ids, labels=ids, keep_logits=keep).loss for keep in (True, False))
+    torch.testing.assert_close(chunked, whole)
+
+
+def test_looking_for_the_head_leaves_every_module_in_its_mode(mixture, ids):
+    model = mixture()
+    model.train()
+    model.base.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    model(ids, labels=ids, keep_logits=False)
+    assert [module.training for module in model.modules()] == before
 
 
 def test_a_form_that_is_not_known_is_not_guessed(llama):
