@@ -81,7 +81,10 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
     weights = config.fixed_routing_weights if config.use_moe_routing else None
     state = RoutingState(config.expert_count, weights, device_of(base, targets[0]))
     base.add_module(STATE_NAME, state)
-    handles = [base.register_forward_pre_hook(state.begin_pass, with_kwargs=True)]
+    handles = [
+        base.register_forward_pre_hook(state.begin_pass, with_kwargs=True),
+        base.register_forward_hook(state.end_pass),
+    ]
     ranks = config.expert_ranks or [config.r] * config.expert_count
     alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
     sites, adapters, biases = [], {}, {}
@@ -93,6 +96,7 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
             attach_router(base, site, new_router(base, site_path, config, paths[0]))
         handles.append(block.register_forward_pre_hook(site.route, with_kwargs=True))
         sites.append(site)
+        state.sites.append(site)
         for path in paths:
             projection = base.get_submodule(path)
             sizes = projection_sizes(projection)

@@ -138,7 +138,8 @@ class DyLoRA_MoE(nn.Module):
 
         Args:
             input_ids, attention_mask, labels: [B, S]; labels are -100 where nothing is learned
-                and are shifted here, as in transformers.
+                and are shifted here, as in transformers. A mask of four dimensions goes to the base
+                as it is; every token counts in the statistics then.
             routing_weights: [B, E], [B, S, E] or [B, S, N, E]; used as gates instead of the
                 routers' decisions, as they are. Raises ValueError for another shape, negative or
                 non-finite values.
@@ -506,6 +507,8 @@ class DyLoRA_MoE(nn.Module):
                 "the routers ran without a graph, so the balance loss would teach them nothing: "
                 "checkpoint activations with use_reentrant=False"
             )
+        if attention_mask is not None and attention_mask.ndim != 2:
+            attention_mask = None  # it says what attends to what, not which tokens are real
         if attention_mask is not None:
             attention_mask = attention_mask[:, -gates.shape[1] :]  # it covers a cache as well
         statistics = losses.routing_statistics(

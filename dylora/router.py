@@ -8,8 +8,7 @@ A leading `...` stands for the token dimensions, [B, S] in every family we know.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +39,10 @@ class RoutingState(nn.Module):
     """What the sites of one model share: the experts' maturity, which of them take part, and the
     wishes for one pass.
 
-    A pre-hook on the base (`begin_pass`) fixes the wishes when a pass begins, and they stand until
-    the next one begins. Gradient checkpointing runs the sites again in backward, maybe after
-    another pass: `checkpoint_contexts` then gives them the wishes of their own.
+    Hooks on the base (`begin_pass`, `end_pass`) fix the wishes when a pass begins and let go of
+    what it leaves at its sites when it ends. The wishes of a pass with gradient stand until the
+    next one begins: gradient checkpointing runs the sites again in backward, and where that may
+    come after another pass, `checkpoint_contexts` gives them the wishes of their own.
     """
 
     maturity_E: Tensor
@@ -71,10 +71,11 @@ class RoutingState(nn.Module):
         self.override: Tensor | None = None  # the ones of the pass under way
         self.token_mask: Tensor | None = None  # [B, S], 0 on padding, of the pass under way
         self.first_site: RouterOutput | None = None  # what router_scope shared hands on
+        self.sites: list[Any] = []  # which follow this state
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a pass: it may be part of a graph."""
-        return self.__dict__ | {"first_site": None}
+        return self.__dict__ | dict.fromkeys(("requested", "override", "token_mask", "first_site"))
 
     def begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model."""
@@ -82,6 +83,15 @@ class RoutingState(nn.Module):
         self.requested = None
         mask = kwargs.get("attention_mask")
         self.token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        for site in self.sites:
+            site.output = None  # a block that this pass skips has decided nothing
+
+    def end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the base model."""
+        for site in self.sites:
+            site.end()
+        if not torch.is_grad_enabled():
+            self.override = self.token_mask = self.first_site = None
 
     @property
     def num_experts(self) -> int:
@@ -137,17 +147,35 @@ class RoutingState(nn.Module):
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], ...]:
         """`context_fn` of torch.utils.checkpoint: a recomputed layer sees what it saw at first."""
-        now = (self.override, self.token_mask, self.first_site)
-        return nullcontext(), self._restored(now)
+        return nullcontext(), _Recomputation(self)
 
-    @contextmanager
-    def _restored(self, wishes: tuple[Any, ...]) -> Iterator[None]:
-        latest = (self.override, self.token_mask, self.first_site)
-        self.override, self.token_mask, self.first_site = wishes
-        try:
-            yield
-        finally:
-            self.override, self.token_mask, self.first_site = latest
+
+class _Recomputation:
+    """While a layer runs again its sites see the wishes of their own pass; after it they hold
+    nothing of it. Entered once a backward pass, so maybe more than once.
+    """
+
+    def __init__(self, state: RoutingState):
+        self.state = state
+        self.wishes = self._read()
+
+    def _read(self) -> tuple[Any, ...]:
+        return self.state.override, self.state.token_mask, self.state.first_site
+
+    def _write(self, wishes: tuple[Any, ...]) -> None:
+        self.state.override, self.state.token_mask, self.state.first_site = wishes
+
+    def __enter__(self) -> None:
+        self.latest, self.outputs = self._read(), [site.output for site in self.state.sites]
+        self._write(self.wishes)
+
+    def __exit__(self, *error: object) -> None:
+        self._write(self.latest)
+        for site, output in zip(self.state.sites, self.outputs, strict=True):
+            if site.output is not output:
+                site.output = output
+                site.end()
+        del self.latest, self.outputs
 
 
 class DynamicHybridRouter(nn.Module):

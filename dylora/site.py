@@ -269,12 +269,18 @@ class Site:
     def begin(self, decision: RouterOutput, dtype: torch.dtype) -> None:
         """Begin a pass of inputs of this precision whose experts mix by this decision."""
         self.output, self._dtype = decision, dtype
-        self.few = self._mix = self._input = self._dropped = self.outside = None
+        self.end()
         if torch.is_grad_enabled():
             if self._packs:
                 self.forget_packs()
         elif not torch.compiler.is_compiling():
             self.few = self._begin_few(dtype)
+
+    def end(self) -> None:
+        """Let go of what belongs to a pass, but for its decision: tensors and graphs live by it."""
+        self.few = self._mix = self._input = self._dropped = self.outside = None
+        if self._entries:
+            self._entries = {}
 
 
 def _columns(gates: Tensor, experts: list[int]) -> Tensor:
