@@ -117,7 +117,8 @@ class StackedLoRA(nn.Module):
             shared = initial_A(1, self.rank(config.r), in_features, config, device)
             self.shared_A = nn.Parameter(shared, requires_grad=not config.freeze_A)
         self.stacks: Any = nn.ModuleList()  # of ExpertStack, in the order of the E axis
-        self._kept: tuple[Any, list[Tensor]] | None = None  # the ratios of DoRA, and of what values
+        # The ratios of DoRA without gradient, the state of what they are made of, and that itself.
+        self._kept: tuple[Any, list[Tensor], list[Tensor]] | None = None
 
     def rank(self, expert_rank: int) -> int:
         """Rank at this projection of an expert of a given rank."""
@@ -174,8 +175,7 @@ class StackedLoRA(nn.Module):
     def set_stacks(self, stacks: list[ExpertStack]) -> None:
         """Other stacks from here on."""
         self.stacks = nn.ModuleList(stacks)
-        self.site.forget_packs()
-        self._kept = None
+        self.forget()
 
     def stack_of(self, expert: int) -> tuple[ExpertStack, int]:
         """The stack that holds an expert, and its place in it; KeyError for a retired one."""
@@ -276,6 +276,20 @@ class StackedLoRA(nn.Module):
             [stack.scaling_E for stack in self.stacks],
         )
 
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the tensors of `as_member` lie: dictionaries of modules, and names in them."""
+        A = [(self._parameters, "shared_A")] if self.shared_A is not None else []
+        return A + [
+            (values, name)
+            for stack in self.stacks
+            for values, name in (
+                (stack._parameters, "lora_A"),
+                (stack._parameters, "lora_B"),
+                (stack._buffers, "scaling_E"),
+            )
+            if values[name] is not None
+        ]
+
     def As_of(self, dense: list[Dense]) -> list[Tensor]:
         """A of the experts that every token uses, [E, R, D] by stack; or the one they share."""
         if self.shared_A is not None:
@@ -317,11 +331,22 @@ class StackedLoRA(nn.Module):
             self._kept = None
             return [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
         parts = [(self.A_of(s), s.lora_B, s.lora_magnitude, s.scaling_E) for s in self.stacks]
-        state = state_of([weight, *(tensor for part in parts for tensor in part)], weight.dtype)
+        tensors = [weight, *(tensor for part in parts for tensor in part)]
+        state = state_of(tensors, weight.dtype)
         if self._kept is None or self._kept[0] != state:
             ratios = [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
-            self._kept = state, ratios
+            self._kept = state, ratios, tensors  # alive, so that no other takes their address
         return self._kept[1]
+
+    def train(self, mode: bool = True) -> "StackedLoRA":
+        """As of every module; and what was kept between passes is made anew."""
+        self.forget()
+        return super().train(mode)
+
+    def forget(self) -> None:
+        """Let go of what is made of the stacks and kept between passes without gradient."""
+        self._kept = None
+        self.site.forget_packs()
 
     def _add_biases(self, gates: Tensor, output: Tensor) -> Tensor:
         """The shifts of the experts' biases, mixed by the gates."""

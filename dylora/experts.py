@@ -10,8 +10,9 @@ Shape letters: D input width, O output width, E experts, R rank.
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from dylora.bounded import is_name, shown
 if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 State = Literal["active", "frozen", "retired"]
 NEWBORN_SHARE = 1e-9  # of the gate mass, at most
 
@@ -59,6 +61,11 @@ class MergeReport(NamedTuple):
     def worst(self) -> float:
         """The largest of the errors."""
         return max(self.errors.values())
+
+
+def outside_autograd(method: Method) -> Method:
+    """No graph is made; nor are parameters of inference mode, which training could not use."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 class ExpertManager:
@@ -137,6 +144,7 @@ class ExpertManager:
 
     # What changes the table
 
+    @outside_autograd
     def create_expert(
         self,
         rank: int | None = None,
@@ -234,7 +242,7 @@ class ExpertManager:
         self.model.set_maturity(maturity.reset(self.model.maturity, expert, self.progress))
         self._note(expert, "maturity reset")
 
-    @torch.no_grad()
+    @outside_autograd
     def merge(
         self,
         i: int,
@@ -322,6 +330,7 @@ class ExpertManager:
         """The table as JSON types."""
         return [asdict(row) for row in self.table]
 
+    @outside_autograd
     def restore(self, records: list[dict[str, Any]]) -> None:
         """Give the model the experts of a saved table, with values that a loader overwrites.
 
@@ -375,9 +384,11 @@ class ExpertManager:
     def _note(self, expert: int, event: str) -> None:
         self.table[expert].history.append({"event": event, "step": self.step})
 
+    @outside_autograd
     def _set_active(self) -> None:
         self.model.injection.state.set_active([row.takes_part for row in self.table])
 
+    @outside_autograd
     def _settle(self) -> None:
         """Make stacks, gradients, gates and optimizer agree with the table."""
         for adapter in self.model.injection.adapters.values():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dylora.compute.grouped import Plan, grouped_products, plan_pairs
 from dylora.compute.packed import PACKED_TOKENS, FewTokens, Pack
-from dylora.compute.pieces import product_dtype
+from dylora.compute.pieces import product_dtype, state_of
 from dylora.compute.rule import choose_way
 from dylora.compute.taken import Taken
 from dylora.compute.wide import products_with_A
@@ -113,11 +113,13 @@ class Site:
         self._entries: dict[str, Entry] = {}  # of projections that are still to come
         self.outside: Tensor | None = None  # the input of a projection that runs outside autograd
         self._packs: dict[str, Pack] = {}  # of inference, by projection; kept until values change
+        self._packs_state: tuple[Any, ...] = ()
+        self._watched: list[tuple[dict[str, Any], str]] = []  # where what they are made of lies
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a pass: it may be part of a graph."""
         names = ("output", "few", "_mix", "_input", "_dropped", "outside")
-        return self.__dict__ | dict.fromkeys(names) | {"_entries": {}, "_packs": {}}
+        return self.__dict__ | dict.fromkeys(names) | {"_entries": {}, "_packs": {}, "_watched": []}
 
     def mix(self, stacks: Any, top_k: int) -> Mix:
         """The form of this pass's mixture; all projections of a site have the same stacks."""
@@ -203,7 +205,11 @@ class Site:
 
     def packs(self, dtype: torch.dtype) -> dict[str, Pack]:
         """The matrices of every projection, laid out for a few tokens."""
-        if not self._packs or not all(pack.is_current(dtype) for pack in set(self._packs.values())):
+        # Through the modules' own dictionaries: their attributes would take longer than the check.
+        state = state_of([values[name] for values, name in self._watched], dtype)
+        if not self._packs or state != self._packs_state:
+            self._watched = [p for adapter in self.adapters.values() for p in adapter.places()]
+            self._packs_state = state_of([values[name] for values, name in self._watched], dtype)
             for name in self.adapters:
                 names = self.group(name)
                 if name == names[0]:
@@ -212,8 +218,8 @@ class Site:
         return self._packs
 
     def forget_packs(self) -> None:
-        """For when stacks have changed, and before training, which has no use for them."""
-        self._packs = {}
+        """For when stacks may have changed unseen, and before training, which does not use them."""
+        self._packs, self._watched = {}, []
 
     def enter(self, name: str, x: Tensor, mix: Mix, dtype: torch.dtype) -> Entry:
         """What enters the projection `name` for its input x [..., D], in the precision `dtype`.

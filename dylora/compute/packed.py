@@ -4,8 +4,9 @@ At one token a step the time goes into launching operations, not into arithmetic
 all projections that share an input are laid out for as few operations as can be: one product with
 A, one multiplication by the gates, and one product with B a projection, added in place.
 
-A pack is made anew when a parameter of it has changed (its version says so; a fused optimizer does
-not raise it by itself: `training/optim.py`) or has moved, and after every pass with gradient.
+Packs are made anew when a parameter of them has changed (its version says so; a fused optimizer
+does not raise it by itself: `training/optim.py`), has moved or was replaced, after every pass with
+gradient, and when `train()` or `eval()` is called, for the sake of writes through `.data`.
 
 Shape letters: T tokens, D input width, O output width, E experts, R rank, C columns (E·R summed
 over stacks), K top-k.
@@ -16,8 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from dylora.compute.pieces import state_of
 
 PACKED_TOKENS = 64  # more of them are better served by the ways beside this file
 
@@ -34,17 +33,10 @@ class Pack:
     """The projections of a site that share an input."""
 
     def __init__(self, members: dict[str, Member], dtype: torch.dtype):
-        tensors = [m for member in members.values() for part in member for m in part]
-        self.watched = tensors
-        self.state = state_of(tensors, dtype)
         self.dtype = dtype
         self._members = members
         self._wide: Wide | None = None
         self._tall: Tall | None = None
-
-    def is_current(self, dtype: torch.dtype) -> bool:
-        """Whether nothing has changed since it was packed."""
-        return self.state == state_of(self.watched, dtype)
 
     @property
     def wide(self) -> "Wide":

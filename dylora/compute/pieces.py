@@ -38,5 +38,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def state_of(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Any, ...]:
-    """Changes when one of the tensors is written to or moved."""
-    return (dtype, *[(t._version, t.data_ptr()) for t in tensors])
+    """Changes when one of the tensors is written to, moved or replaced by another that is alive.
+
+    A write through `.data`, or of a fused optimizer, is not seen; tensors made in inference mode
+    have no version, so theirs always differs.
+    """
+    try:
+        return (dtype, *[(t._version, t.data_ptr()) for t in tensors])
+    except RuntimeError:
+        return (object(),)
