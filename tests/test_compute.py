@@ -284,6 +284,16 @@ def test_the_rule_looks_at_experts_tokens_and_gradients():
     assert choose_way(tokens=16, mature=64, top_k=2, half=True, **step) == "wide"
 
 
+def test_on_cuda_only_large_passes_are_sorted():
+    train, step = {"needs_grad": True, "device": "cuda"}, {"needs_grad": False, "device": "cuda"}
+    assert choose_way(tokens=2048, mature=64, top_k=2, **train) == "wide"
+    assert choose_way(tokens=8192, mature=256, top_k=2, **train) == "wide"
+    assert choose_way(tokens=32768, mature=256, top_k=2, **train) == "grouped"
+    assert choose_way(tokens=8192, mature=512, top_k=2, **train) == "grouped"
+    assert choose_way(tokens=1, mature=256, top_k=2, **step) == "wide"
+    assert choose_way(tokens=64, mature=256, top_k=2, **step) == "wide"
+
+
 SPARSE = {
     "all mature": {"maturity": [1.0] * 8},
     "one newborn": {"maturity": [1.0] * 3 + [0.0] + [1.0] * 4},
@@ -482,6 +492,52 @@ def test_a_pack_follows_a_step_of_our_optimizer(mixture, ids):
         optimizer.step()
         few, many = model(ids).logits, model(ids.repeat(30, 1)).logits[: len(ids)]
     torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["packs", "lengths"])
+def test_what_is_kept_follows_parameters_that_are_replaced(settings, mixture, ids):
+    model, other = mixture(**settings), mixture(**settings)
+    with torch.no_grad():
+        for parameter in (p for _, p in other.own_parameters()):
+            parameter.mul_(-1.5)
+        before, expected = model(ids).logits, other(ids).logits
+        values = {name: value.clone() for name, value in other.base.state_dict().items()}
+        ours = torch.func.functional_call(model.base, values, (ids,)).logits
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(model(ids).logits, before)
+        model.load_state_dict(other.state_dict(), assign=True)
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["packs", "lengths"])
+def test_what_is_kept_is_made_anew_after_eval(settings, mixture, ids):
+    model = mixture(**settings)
+    with torch.no_grad():
+        before = model(ids).logits
+        for _, parameter in model.own_parameters():
+            parameter.data.mul_(-1.5)  # no version tells
+        model.eval()
+        many = model(ids.repeat(30, 1)).logits[: len(ids)]
+        torch.testing.assert_close(model(ids).logits, many, rtol=1e-4, atol=1e-4)
+        assert (many - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["packs", "lengths"])
+def test_experts_that_change_in_inference_mode_decode_and_train_after_it(settings, mixture, ids):
+    model = mixture(**settings)
+    with torch.inference_mode():
+        model.experts.set_active_expert(1)
+        model(ids)
+        model.experts.activate_all_experts()
+        model.experts.create_expert()
+        if not settings:
+            model.experts.merge(0, 1)  # DoRA's cannot be
+        model.experts.restore(model.experts.records())
+        model(ids)
+    with torch.no_grad():
+        model(ids)
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for _, p in model.own_parameters() if p.requires_grad)
 
 
 def test_packs_are_let_go_when_training_begins(mixture, ids):

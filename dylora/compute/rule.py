@@ -1,5 +1,6 @@
 """The rule that chooses the way."""
 
+import math
 from typing import NamedTuple
 
 GATHERED_TOKENS = 48  # at most, to look rows up
@@ -18,11 +19,13 @@ class Limits(NamedTuple):
 # Measured by experiments/speed/benchmark.py --section sparse (numbers in docs/performance.md). The
 # wide way's work grows with tokens times experts and that of the grouped way far less; but it has
 # to sort, and its products are thin. Looking rows up copies those of every token. Products in half
-# precision favour the wide way, where a device has them. On CUDA not measured: an estimate.
+# precision favour the wide way, where a device has them. On CUDA (one H100, bfloat16, E up to 512)
+# every way of few tokens waits for its launches, of which the wide way has the fewest; the grouped
+# way pays once the wide products themselves take milliseconds.
 LIMITS = {
     "cpu": Limits(grouped=4, trained=320, applied=800, gathered=2),
     "cpu, half": Limits(grouped=8, trained=2000, applied=6000, gathered=4),
-    "cuda": Limits(grouped=16, trained=320, applied=800, gathered=2),
+    "cuda": Limits(grouped=16, trained=2e6, applied=2e6, gathered=math.inf),
 }
 
 

@@ -43,6 +43,21 @@ def main() -> None:
     parser.add_argument("--dora", action="store_true", help="steps and decode: all with DoRA")
     parser.add_argument("--case", default="", help="of steps, decode, sparse")
     parser.add_argument("--tokens", type=int, default=1024, help="of a step at hidden 512")
+    parser.add_argument("--width", type=int, default=512, help="of the projection of sparse")
+    parser.add_argument(
+        "--sparse_tokens", type=int, nargs="+", help="of sparse, with gradient; default: a table"
+    )
+    parser.add_argument("--sparse_experts", type=int, nargs="+", default=[2, 8, 16, 64, 256])
+    parser.add_argument(
+        "--wide_tokens", type=int, default=256, help="of a step at codegemma's width"
+    )
+    parser.add_argument(
+        "--wide_experts",
+        type=int,
+        nargs="+",
+        default=[8],
+        help="at codegemma's width, one case each",
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.device = torch.device(options.device)
@@ -82,14 +97,13 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
         (f"hidden 512 x 8, T={options.tokens}, E=4", models.small(), rows, 4, False),
         (f"hidden 512 x 8, T={options.tokens}, E=8", models.small(), rows, 8, False),
         (f"hidden 512 x 8, T={options.tokens}, E=64 mature, K=2", models.small(), rows, 64, True),
-        (
-            f"codegemma's width x {options.layers}, T=256, E=8",
-            models.codegemma(options.layers, vocabulary=8192),
-            (1, 256),
-            8,
-            False,
-        ),
     ]
+    for experts in options.wide_experts:
+        for mature in (False, True) if experts >= 64 else (False,):
+            key = f"codegemma's width x {options.layers}, T={options.wide_tokens}, E={experts}"
+            key += " mature, K=2" if mature else ""
+            config = models.codegemma(options.layers, vocabulary=8192)
+            cases.append((key, config, (1, options.wide_tokens), experts, mature))
     for key, config, shape, experts, mature in cases:
         if options.case not in key:
             continue
@@ -116,7 +130,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
             "ours": mixed(ours, True),
             "ours, loss in chunks": mixed(ours, False),
         }
-        if options.compile:
+        if options.compile and not mature:
             compiled = models.mixture(base, experts, routing_mode="dense")
             compiled.base.forward = torch.compile(compiled.base.forward, fullgraph=True)
             ways["ours, compiled"] = mixed(compiled, True)
@@ -233,7 +247,11 @@ def static_token(model: Any, ids: torch.Tensor, device: torch.device) -> Callabl
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(kept: Any = step) -> None:  # a graph reads the tensors of `step`, and keeps none
+        graph.replay()
+
+    return replay
 
 
 # Memory of a wide vocabulary

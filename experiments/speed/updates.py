@@ -117,17 +117,19 @@ SPARSE_TOKENS += [(16, True), (64, True), (512, True), (4096, True)]
 
 
 def sparse(options: argparse.Namespace) -> dict[str, Any]:
-    """One projection of width 512: every way, and the automatic choice, over E and T."""
+    """One square projection: every way, and the automatic choice, over E and T."""
     results = {}
     real = choose_way
     torch.manual_seed(0)
-    block = Block(512).requires_grad_(False).to(options.device, options.dtype)
-    for tokens, grad in SPARSE_TOKENS:
-        for experts in (2, 8, 16, 64, 256):
+    width = options.width
+    block = Block(width).requires_grad_(False).to(options.device, options.dtype)
+    cases = [(tokens, True) for tokens in options.sparse_tokens or ()] or SPARSE_TOKENS
+    for tokens, grad in cases:
+        for experts in options.sparse_experts:
             key = f"E={experts}, T={tokens}{'' if grad else ', no gradient'}"
             if options.case not in key:
                 continue
-            x = torch.randn(1, tokens, 512, device=options.device, dtype=options.dtype)
+            x = torch.randn(1, tokens, width, device=options.device, dtype=options.dtype)
             lora = adapted(block, experts, tokens, top_k=2, names=("q_proj",)).self_attn
             parameters = [p for p in lora.parameters() if p.requires_grad]
 
