@@ -1,12 +1,12 @@
 """Question: does one GPU compute the mixture that the formula says, and how often does it wait?
 
 Method: logits and gradients of a small mixture on the device, in float32, bfloat16 and float16,
-against the slow float64 oracle on the CPU (`tests/oracles.py`, token by token). What the frozen base
-alone differs by in the same precision is the yardstick: a ratio of about 1 is the rounding of the
-precision, and nothing else. Then decoding against one pass, and the number of times that a step
+against the slow float64 oracle on the CPU (`tests/oracles.py`, token by token). The yardstick is what
+the frozen base alone differs by in the same precision: a ratio of about 1 is rounding alone. Then decoding against one pass, and the number of times that a step
 waits for the device (`torch.cuda.set_sync_debug_mode`).
 
-    python experiments/gpu/correctness.py --device cuda --out experiments/results/gpu/correctness.json
+    python experiments/gpu/correctness.py --device cuda \
+        --out experiments/results/gpu/correctness.json
 """
 
 import argparse
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from dylora import DyLoRA_MoE, MoELoraConfig
 from oracles import OracleSite, logits_with_experts
 

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.bases import load_tokenizer
 from experiments.speed import models

@@ -56,7 +56,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[8],
-        help="at codegemma's width, one case each",
+        help="likewise, one case each",
     )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
