@@ -1,9 +1,10 @@
 """Question: does one GPU compute the mixture that the formula says, and how often does it wait?
 
 Method: logits and gradients of a small mixture on the device, in float32, bfloat16 and float16,
-against the slow float64 oracle on the CPU (`tests/oracles.py`, token by token). The yardstick is what
-the frozen base alone differs by in the same precision: a ratio of about 1 is rounding alone. Then decoding against one pass, and the number of times that a step
-waits for the device (`torch.cuda.set_sync_debug_mode`).
+against the slow float64 oracle on the CPU (`tests/oracles.py`, token by token). The yardstick is
+what the frozen base alone differs by in the same precision: a ratio of about 1 is rounding alone.
+Then decoding against one pass, and how often a step waits for the device
+(`torch.cuda.set_sync_debug_mode`).
 
     python experiments/gpu/correctness.py --device cuda \
         --out experiments/results/gpu/correctness.json
