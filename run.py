@@ -2,7 +2,7 @@
 
 import sys
 
-from dylora.cli import main
+from dylora.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

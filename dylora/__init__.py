@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dylora.config import MoELoraConfig
-    from dylora.export import export_mixture, export_peft
-    from dylora.imported import load_peft_experts
-    from dylora.maturity import ExpertMaturity
+    from dylora.integrations.folder_export import export_checkpoint
+    from dylora.integrations.peft_export import export_mixture, export_peft
+    from dylora.integrations.peft_import import load_peft_experts
     from dylora.model import DyLoRA_MoE, DyLoRAOutput, Routing
-    from dylora.router import DynamicHybridRouter
-    from dylora.storage.export import export_checkpoint
+    from dylora.routing.maturity import ExpertMaturity
+    from dylora.routing.router import DynamicHybridRouter
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,14 +32,14 @@ __all__ = [
 _HOMES = {
     "DyLoRAOutput": "dylora.model",
     "DyLoRA_MoE": "dylora.model",
-    "DynamicHybridRouter": "dylora.router",
-    "ExpertMaturity": "dylora.maturity",
+    "DynamicHybridRouter": "dylora.routing.router",
+    "ExpertMaturity": "dylora.routing.maturity",
     "MoELoraConfig": "dylora.config",
     "Routing": "dylora.model",
-    "export_checkpoint": "dylora.storage.export",
-    "export_mixture": "dylora.export",
-    "export_peft": "dylora.export",
-    "load_peft_experts": "dylora.imported",
+    "export_checkpoint": "dylora.integrations.folder_export",
+    "export_mixture": "dylora.integrations.peft_export",
+    "export_peft": "dylora.integrations.peft_export",
+    "load_peft_experts": "dylora.integrations.peft_import",
 }
 
 

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from dylora import maturity, stacks
-from dylora.bounded import is_name, shown
+from dylora.adapters import merge_experts, restack
+from dylora.fields import is_name, shown
+from dylora.routing import maturity
 
 if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 State = Literal["active", "frozen", "retired"]
-NEWBORN_SHARE = 1e-9  # of the gate mass, at most
+INITIAL_SHARE = 1e-9  # of the gate mass, at most
 
 
 @dataclass
@@ -63,7 +64,7 @@ class MergeReport(NamedTuple):
         return max(self.errors.values())
 
 
-def outside_autograd(method: Method) -> Method:
+def without_autograd(method: Method) -> Method:
     """No graph is made; nor are parameters of inference mode, which training could not use."""
     return torch.inference_mode(False)(torch.no_grad()(method))
 
@@ -144,14 +145,14 @@ class ExpertManager:
 
     # What changes the table
 
-    @outside_autograd
+    @without_autograd
     def create_expert(
         self,
         rank: int | None = None,
         alpha: float | None = None,
         *,
         skill: str | None = None,
-        share: float = NEWBORN_SHARE,
+        share: float = INITIAL_SHARE,
     ) -> int:
         """A newborn expert; returns its number. No other expert's parameters change.
 
@@ -178,19 +179,19 @@ class ExpertManager:
         if not 0 < share < 1:
             raise ValueError(f"share is {share}, but must lie between 0 and 1")
         index = len(self.table)
-        for path, adapter in model.injection.adapters.items():
+        for path, adapter in model.mixture.adapters.items():
             stack = adapter.create_stack(index, [rank], [alpha], model.base.get_submodule(path))
-            stacks.enrol(self._optimizer, adapter, stack)
+            restack.add_to_optimizer(self._optimizer, adapter, stack)
             adapter.set_stacks([*adapter.stacks, stack])
         self._grow_routers(share)
-        state = model.injection.state
+        state = model.mixture.state
         model.maturity = maturity.extended(model.maturity, self.progress)
         state.resize([*state.maturity_E.tolist(), 0.0], [*state.fixed_weights_E.tolist(), 0.0])
         newcomer = Expert(f"expert_{index}", rank, alpha, skill=skill)
         newcomer.stack = 1 + max(row.stack for row in self.table)
         self.table.append(newcomer)
         self._note(index, "created")
-        self._settle()
+        self._sync()
         return index
 
     def freeze(self, *experts: int) -> None:
@@ -219,7 +220,7 @@ class ExpertManager:
             self.table[expert].takes_part = False
             self._note(expert, "retired")
         if any(self.table[index].takes_part for index in left):
-            self._settle()
+            self._sync()
         else:
             self.activate_all_experts()  # the only one that took part is gone
 
@@ -228,13 +229,13 @@ class ExpertManager:
         self._require_live((expert,))
         for index, row in enumerate(self.table):
             row.takes_part = index == expert
-        self._settle()
+        self._sync()
 
     def activate_all_experts(self) -> None:
         """All experts but the retired ones take part again."""
         for row in self.table:
             row.takes_part = row.state != "retired"
-        self._settle()
+        self._sync()
 
     def reset_maturity(self, expert: int) -> None:
         """Make an expert newborn again: maturity, evidence and loss averages start afresh."""
@@ -242,7 +243,7 @@ class ExpertManager:
         self.model.set_maturity(maturity.reset(self.model.maturity, expert, self.progress))
         self._note(expert, "maturity reset")
 
-    @outside_autograd
+    @without_autograd
     def merge(
         self,
         i: int,
@@ -286,18 +287,18 @@ class ExpertManager:
         shares = (shares[0] / sum(shares), shares[1] / sum(shares))
 
         errors = {}
-        for path, adapter in self.model.injection.adapters.items():
+        for path, adapter in self.model.mixture.adapters.items():
             alpha = self.table[i].alpha
-            merged, errors[path] = stacks.merged_stack(adapter, i, j, rank, alpha, shares)
-            stacks.cut_out(self._optimizer, adapter, i)
-            stacks.replace_stack(self._optimizer, adapter, adapter.stack_of(i)[0], merged)
+            merged, errors[path] = merge_experts.merged_stack(adapter, i, j, rank, alpha, shares)
+            restack.split_off(self._optimizer, adapter, i)
+            restack.replace_stack(self._optimizer, adapter, adapter.stack_of(i)[0], merged)
         temperature = config.router_temperature
         entropy = -sum(a * math.log(a) for a in shares if a > 0)
         for _, router in self.model.routers():
             weight, bias = router.outer.weight, router.outer.bias
             weight[i] = shares[0] * weight[i] + shares[1] * weight[j]
             bias[i] = shares[0] * bias[i] + shares[1] * bias[j] + temperature * entropy
-        state = self.model.injection.state
+        state = self.model.mixture.state
         state.fixed_weights_E[i] += state.fixed_weights_E[j]
         state.fixed_weights_E[j] = 0
         a, b = shares
@@ -330,7 +331,7 @@ class ExpertManager:
         """The table as JSON types."""
         return [asdict(row) for row in self.table]
 
-    @outside_autograd
+    @without_autograd
     def restore(self, records: list[dict[str, Any]]) -> None:
         """Give the model the experts of a saved table, with values that a loader overwrites.
 
@@ -345,16 +346,16 @@ class ExpertManager:
             (r.rank, r.alpha, r.state, r.stack) for r in first
         ]:
             self._optimizer = None
-            state = model.injection.state
+            state = model.mixture.state
             weights = state.fixed_weights_E.tolist()
             state.resize([0.0] * len(table), weights + [0.0] * (len(table) - len(weights)))
             model.maturity = maturity.ExpertMaturity.create(len(table))
             for _, router in model.routers():
                 router.resize(len(table))
-            for path, adapter in model.injection.adapters.items():
+            for path, adapter in model.mixture.adapters.items():
                 projection = model.base.get_submodule(path)
                 fresh = []
-                for run in runs_of(table):
+                for run in groups_of(table):
                     ranks, alphas = [table[e].rank for e in run], [table[e].alpha for e in run]
                     stack = adapter.create_stack(run[0], ranks, alphas, projection, drawn=False)
                     fresh.append(stack)
@@ -379,29 +380,29 @@ class ExpertManager:
             if self.table[expert].state == before:
                 self.table[expert].state = after
                 self._note(expert, after)
-        self._settle()
+        self._sync()
 
     def _note(self, expert: int, event: str) -> None:
         self.table[expert].history.append({"event": event, "step": self.step})
 
-    @outside_autograd
+    @without_autograd
     def _set_active(self) -> None:
-        self.model.injection.state.set_active([row.takes_part for row in self.table])
+        self.model.mixture.state.set_active([row.takes_part for row in self.table])
 
-    @outside_autograd
-    def _settle(self) -> None:
+    @without_autograd
+    def _sync(self) -> None:
         """Make stacks, gradients, gates and optimizer agree with the table."""
-        for adapter in self.model.injection.adapters.values():
+        for adapter in self.model.mixture.adapters.values():
             for index, row in enumerate(self.table):
                 if row.state == "retired" and any(
                     index in stack.experts for stack in adapter.stacks
                 ):
-                    stacks.cut_out(self._optimizer, adapter, index)
-                    stacks.replace_stack(self._optimizer, adapter, adapter.stack_of(index)[0])
+                    restack.split_off(self._optimizer, adapter, index)
+                    restack.replace_stack(self._optimizer, adapter, adapter.stack_of(index)[0])
         self._number_stacks()
-        runs = runs_of(self.table)
-        for adapter in self.model.injection.adapters.values():
-            stacks.restack(self._optimizer, adapter, runs)
+        runs = groups_of(self.table)
+        for adapter in self.model.mixture.adapters.values():
+            restack.restack(self._optimizer, adapter, runs)
         self._set_trainable()
         self._set_active()
         self.check_optimizer()
@@ -426,7 +427,7 @@ class ExpertManager:
     def _age(self, expert: int) -> tuple[Any, ...]:
         """What the parameters of a stack must have in common."""
         ages = []
-        for adapter in self.model.injection.adapters.values():
+        for adapter in self.model.mixture.adapters.values():
             stack, _ = adapter.stack_of(expert)
             ages.append(stack.lora_B.shape[1])
             if self._optimizer is not None:
@@ -443,7 +444,7 @@ class ExpertManager:
     def _grow_routers(self, share: float) -> None:
         """One more row in every router; see `create_expert`."""
         experts = len(self.table)
-        takes_part = self.model.injection.state.active_E
+        takes_part = self.model.mixture.state.active_E
         offset = self.model.config.router_temperature * math.log(
             share / (1 - share) * int(takes_part.sum())
         )
@@ -460,26 +461,26 @@ class ExpertManager:
                     row = means[name] + (offset if name == "bias" else 0)
                     new.copy_(torch.cat([old, row]))
                     new.requires_grad_(old.requires_grad)
-                    stacks.extend_moments(self._optimizer, old, new)
+                    restack.extend_moments(self._optimizer, old, new)
 
     def _set_trainable(self) -> None:
         """Gradients for what is trained, and for what experts share while all of them are."""
-        injection, config = self.model.injection, self.model.config
+        mixture, config = self.model.mixture, self.model.config
         free = all(self.table[expert].is_trained for expert in self.live)
-        shared = [shift.shift for shift in injection.biases.values()]
-        for adapter in injection.adapters.values():
+        shared = [shift.shift for shift in mixture.biases.values()]
+        for adapter in mixture.adapters.values():
             if adapter.shared_A is not None and not config.freeze_A:
                 shared.append(adapter.shared_A)
             for stack in adapter.stacks:
                 trained = self.table[stack.first].is_trained
                 for name, parameter in stack.named_parameters():
                     fixed = name == "lora_A" and config.freeze_A
-                    _let_train(parameter, trained and not fixed)
+                    _set_requires_grad(parameter, trained and not fixed)
         for parameter in shared:
-            _let_train(parameter, free)
+            _set_requires_grad(parameter, free)
 
 
-def runs_of(table: list[Expert]) -> list[list[int]]:
+def groups_of(table: list[Expert]) -> list[list[int]]:
     """The live experts by stack, in order."""
     runs: list[list[int]] = []
     for index, row in enumerate(table):
@@ -492,7 +493,7 @@ def runs_of(table: list[Expert]) -> list[list[int]]:
     return runs
 
 
-def _let_train(parameter: nn.Parameter, trains: bool) -> None:
+def _set_requires_grad(parameter: nn.Parameter, trains: bool) -> None:
     """Without a gradient, no optimizer touches a parameter: not by decay, not by momentum."""
     parameter.requires_grad_(trains)
     if not trains:

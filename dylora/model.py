@@ -13,19 +13,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dylora import injection, losses, merging
-from dylora.bases import keep_as_stored, load_base, stored_bytes
+from dylora import config
+from dylora.adapters import inject
+from dylora.base_models import keep_as_stored, load_base, named_base, stored_bytes
 from dylora.config import MoELoraConfig, Quantization
 from dylora.experts import ExpertManager
-from dylora.head import Head, find_head, head_at, is_trained, losses_at
-from dylora.losses import Fractions, RoutingStatistics
-from dylora.maturity import ExpertMaturity
-from dylora.model_files import load_model, write_model
-from dylora.router import DynamicHybridRouter, check_routing_weights
-from dylora.storage.checkpoint import folder_bytes, read_description, write_folder
-from dylora.storage.description import named_base
-from dylora.storage.export import Weights
-from dylora.storage.foreign import refuse_foreign
+from dylora.integrations import merge
+from dylora.integrations.site_weights import Weights
+from dylora.kernels import cross_entropy
+from dylora.kernels.cross_entropy import (
+    Head,
+    capture_head_input,
+    chunked_token_losses,
+    find_logit_transform,
+    is_trained,
+)
+from dylora.model_io import load_model, write_model
+from dylora.routing import losses
+from dylora.routing.gating import check_routing_weights
+from dylora.routing.losses import Fractions, RoutingStatistics
+from dylora.routing.maturity import ExpertMaturity
+from dylora.routing.router import DynamicHybridRouter
+from dylora.storage.checkpoint import read_description
+from dylora.storage.detect import refuse_foreign
+from dylora.storage.folders import folder_bytes, write_folder
 
 
 class Routing(NamedTuple):
@@ -50,7 +61,7 @@ class DyLoRAOutput(NamedTuple):
     token_losses: Tensor | None  # [B, S] detached, 0 where nothing is learned
 
 
-class LossScale(NamedTuple):
+class BatchTotals(NamedTuple):
     """How one micro-batch counts in an accumulated batch; the default is a batch of its own."""
 
     targets: Tensor | float | None = None  # divides the summed cross-entropy
@@ -78,14 +89,14 @@ class DyLoRA_MoE(nn.Module):
         self.config = config
         self.base_name = base_name or base.config.name_or_path or None
         self.base_revision = base_revision
-        self.injection = injection.inject(base, config, with_experts=records is None)
+        self.mixture = inject.inject(base, config, with_experts=records is None)
         self.training = base.training
         self._head: tuple[Head | None] | None = None  # not looked for yet
         self.maturity = ExpertMaturity.create(config.expert_count)
         try:
             self.experts = ExpertManager(self, records)
         except ValueError:  # a base that was given is as it was
-            injection.remove(base, self.injection)
+            inject.remove(base, self.mixture)
             raise
         self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
         # Saving an injected model would write files that reload with fresh weights.
@@ -129,7 +140,7 @@ class DyLoRA_MoE(nn.Module):
         routing_weights: Tensor | None = None,
         *,
         label_smoothing: float = 0.0,
-        scale: LossScale | None = None,
+        scale: BatchTotals | None = None,
         keep_logits: bool = True,
         target_positions: Tensor | None = None,
         **kwargs: Any,
@@ -150,33 +161,35 @@ class DyLoRA_MoE(nn.Module):
                 already (finding them waits for the device).
             kwargs: for the base's forward.
         """
-        state = self.injection.state
+        state = self.mixture.state
         if routing_weights is not None:
             self._check_routing_weights(routing_weights, input_ids)
-        head = self._find_head() if labels is not None and not keep_logits else None
+        head = self._find_logit_transform() if labels is not None and not keep_logits else None
         state.requested = routing_weights  # for the next pass, so after the one that finds a head
         kwargs.setdefault("use_cache", False)
         last: Any = self.base.get_output_embeddings()
-        with nullcontext() if head is None else head_at(last) as seen:
+        with nullcontext() if head is None else capture_head_input(last) as seen:
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         routing = self._collect_routing(attention_mask) if state.enabled else None
         if labels is None:
             return DyLoRAOutput(None, None, None, None, None, output.logits, routing, None)
 
-        scale = scale or LossScale()
+        scale = scale or BatchTotals()
         if head is None or seen is None or seen.hidden is None:
             logits = output.logits
-            token_losses = losses.token_losses(logits, labels, label_smoothing)
+            token_losses = cross_entropy.token_losses(logits, labels, label_smoothing)
         else:
             if target_positions is None:
-                target_positions = losses.target_positions(labels)
+                target_positions = cross_entropy.target_positions(labels)
             logits: Any = None
-            token_losses = losses_at(
+            token_losses = chunked_token_losses(
                 head, last, seen.hidden, labels, target_positions, label_smoothing
             )
         targets = scale.targets
         if targets is None:
-            targets = losses.count_targets(labels).clamp_min(1)  # nothing to learn: 0, not NaN
+            targets = cross_entropy.count_targets(labels).clamp_min(
+                1
+            )  # nothing to learn: 0, not NaN
         lm_loss = token_losses.sum() / targets
         aux_loss = switch_loss = z_loss = lm_loss.new_zeros(())
         statistics = routing.statistics if routing else None
@@ -207,12 +220,12 @@ class DyLoRA_MoE(nn.Module):
                 )
             prompt: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
             self._check_routing_weights(routing_weights, prompt)
-        self.injection.state.held = routing_weights
+        self.mixture.state.held = routing_weights
         try:
             generate: Any = self.base.generate  # its stub is a Tensor's
             return generate(*args, **kwargs)
         finally:
-            self.injection.state.held = None
+            self.mixture.state.held = None
 
     @torch.no_grad()
     def get_routing_weights(
@@ -227,7 +240,7 @@ class DyLoRA_MoE(nn.Module):
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
         """Within this context a pass is the frozen base's own."""
-        state = self.injection.state
+        state = self.mixture.state
         before, state.enabled = state.enabled, False
         try:
             yield
@@ -237,9 +250,14 @@ class DyLoRA_MoE(nn.Module):
     # Parts
 
     @property
+    def device(self) -> torch.device:
+        """Where routing is decided."""
+        return self.mixture.state.maturity_E.device
+
+    @property
     def site_names(self) -> list[str]:
         """Paths of the routed blocks, in the order of the N axis."""
-        return [site.name for site in self.injection.sites]
+        return [site.name for site in self.mixture.blocks]
 
     def router_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names (unique, stable) and parameters of the routers."""
@@ -254,14 +272,14 @@ class DyLoRA_MoE(nn.Module):
         lora_magnitude [E, O], with trained biases lora_bias [E, O]; a shared_A [1, R, D] instead
         of every lora_A; with bias all a bias_shift [n]. A name says which experts it holds.
         """
-        for path, adapter in self.injection.adapters.items():
+        for path, adapter in self.mixture.adapters.items():
             if adapter.shared_A is not None:
                 yield f"{path}.shared_A", adapter.shared_A
             for stack in adapter.stacks:
                 experts = f"experts_{stack.experts[0]}-{stack.experts[-1]}"
                 for name, parameter in stack.named_parameters():
                     yield f"{path}.{experts}.{name}", parameter
-        for path, module in self.injection.biases.items():
+        for path, module in self.mixture.biases.items():
             yield f"{path}.bias_shift", module.shift
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -271,7 +289,7 @@ class DyLoRA_MoE(nn.Module):
 
     def routers(self) -> Iterator[tuple[str, DynamicHybridRouter]]:
         """The learned routers and the paths of their sites."""
-        for site in self.injection.sites:
+        for site in self.mixture.blocks:
             if site.router is not None:
                 yield site.name, site.router
 
@@ -285,7 +303,7 @@ class DyLoRA_MoE(nn.Module):
     def set_maturity(self, maturity: ExpertMaturity) -> None:
         """Let the routers follow a new maturity state."""
         self.maturity = maturity
-        self.injection.state.set_maturity(maturity.maturity)
+        self.mixture.state.set_maturity(maturity.maturity)
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them.
@@ -293,7 +311,7 @@ class DyLoRA_MoE(nn.Module):
         Never reentrant, which would lose the routers' gradient; the recomputation sees the wishes
         of its own pass, whatever ran since.
         """
-        contexts = self.injection.state.checkpoint_contexts
+        contexts = self.mixture.state.checkpoint_contexts
         settings = {"use_reentrant": False, "context_fn": contexts}
         # transformers 5.23 renamed the method; 5.17 has the old name only.
         base: Any = self.base
@@ -312,8 +330,8 @@ class DyLoRA_MoE(nn.Module):
         Returns them by their site's path, with `.` as `/`.
         """
         removed = {}
-        for site in self.injection.sites:
-            router = injection.attach_router(self.base, site, None)
+        for site in self.mixture.blocks:
+            router = inject.attach_router(self.base, site, None)
             if router is not None:
                 removed[site.name.replace(".", "/")] = router
         return nn.ModuleDict(removed)
@@ -327,13 +345,13 @@ class DyLoRA_MoE(nn.Module):
             raise ValueError("routers are attached already: detach_router() first")
         needing = [
             site
-            for site in self.injection.sites
-            if injection.is_learned(self.config) and not site.shares_first
+            for site in self.mixture.blocks
+            if config.is_learned(self.config) and not site.shares_first
         ]
         if routers is None:
-            paths = list(self.injection.adapters)
+            paths = list(self.mixture.adapters)
             fresh = {
-                site.name.replace(".", "/"): injection.new_router(
+                site.name.replace(".", "/"): inject.new_router(
                     self.base, site.name, self.config, _first_below(site.name, paths)
                 )
                 for site in needing
@@ -347,11 +365,11 @@ class DyLoRA_MoE(nn.Module):
         for site in needing:
             router = routers[site.name.replace(".", "/")]
             assert isinstance(router, DynamicHybridRouter)
-            injection.attach_router(self.base, site, router)
+            inject.attach_router(self.base, site, router)
 
     def unload(self) -> PreTrainedModel:
         """Take everything off and return the base as it was; this object is of no use after."""
-        injection.remove(self.base, self.injection)
+        inject.remove(self.base, self.mixture)
         del self.base.save_pretrained
         return self.base
 
@@ -372,7 +390,7 @@ class DyLoRA_MoE(nn.Module):
         Like `unload`, this leaves nothing of use here. Raises ValueError, changing nothing, where
         routing depends on the token and neither is given, and for a quantised base otherwise.
         """
-        return merging.merge_and_unload(self, expert, weights, dequantize=dequantize)
+        return merge.merge_and_unload(self, expert, weights, dequantize=dequantize)
 
     # Files
 
@@ -390,7 +408,7 @@ class DyLoRA_MoE(nn.Module):
         Raises KeyError for a retired one.
         """
         weights = {}
-        for path, adapter in self.injection.adapters.items():
+        for path, adapter in self.mixture.adapters.items():
             stack, place = adapter.stack_of(expert)
             A, rank = adapter.A_of(stack).detach(), stack.ranks[place]
             A_RD = A[place] if adapter.shared_A is None else A[0]
@@ -458,7 +476,7 @@ class DyLoRA_MoE(nn.Module):
 
     # Inner workings
 
-    def _find_head(self) -> Head | None:
+    def _find_logit_transform(self) -> Head | None:
         """The base's head, looked for once; None while it is trained itself."""
         linear: Any = self.base.get_output_embeddings()
         if linear is not None and is_trained(linear):
@@ -469,7 +487,7 @@ class DyLoRA_MoE(nn.Module):
         if self._head is None:
             evaluating = [module for module in self.base.modules() if not module.training]
             with self.disable_adapters():
-                self._head = (find_head(self.base.eval()),)
+                self._head = (find_logit_transform(self.base.eval()),)
             self.base.train()
             for module in evaluating:
                 module.training = False
@@ -482,11 +500,11 @@ class DyLoRA_MoE(nn.Module):
         return self._head[0]
 
     def _collect_routing(self, attention_mask: Tensor | None) -> Routing:
-        outputs = [site.output for site in self.injection.sites]
-        silent = [site.name for site in self.injection.sites if site.output is None]
+        outputs = [site.output for site in self.mixture.blocks]
+        silent = [site.name for site in self.mixture.blocks if site.output is None]
         if silent:
             raise ValueError(f"{silent[0]} took no part in this pass: leave it out of the targets")
-        device = self.injection.state.maturity_E.device
+        device = self.device
 
         def stack(values: list[Tensor]) -> Tensor:
             length = min(value.shape[1] for value in values)  # some layers run the last tokens only
@@ -516,13 +534,13 @@ class DyLoRA_MoE(nn.Module):
             probabilities,
             logits,
             attention_mask,
-            top_k=min(self.config.top_k_experts, self.injection.state.active_count),
+            top_k=min(self.config.top_k_experts, self.mixture.state.active_count),
         )
         return Routing(gates, probabilities, logits, statistics)
 
     def _check_routing_weights(self, weights: Tensor, input_ids: Tensor) -> None:
         batch, length = input_ids.shape
-        sites, experts = len(self.injection.sites), len(self.experts)
+        sites, experts = len(self.mixture.blocks), len(self.experts)
         check_routing_weights(weights, batch, length, sites, experts)
 
 

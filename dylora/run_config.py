@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dylora.config import MoELoraConfig, Quantization, check_fields, require
+from dylora.config import MoELoraConfig, Quantization
+from dylora.fields import check_fields, require
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal[
@@ -231,7 +232,7 @@ class LogConfig:
     logging_steps: int = 10
     """Steps between two lines of metrics."""
     collapse_steps: int = 100
-    """Warn when a site has been collapsed for so many steps: see training/monitor.py."""
+    """Warn when a site has been collapsed for so many steps: see training/metrics.py."""
     wandb: bool = False
     """Mirror the metrics to Weights & Biases (offline without a key)."""
     wandb_project: str = "dylora"

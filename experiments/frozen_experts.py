@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.evaluation.cost import peak_bytes, seconds
-from dylora.training.setup import environment
+from dylora.evaluation.validate.cost import peak_bytes, seconds
+from dylora.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 EXPERTS, RANK, TOKENS, VOCABULARY = 8, 16, 1024, 2048

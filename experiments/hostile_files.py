@@ -1,4 +1,4 @@
-"""What becomes of the hostile files of tests/hostile.py: refused, accepted, or worse?
+"""What becomes of the hostile files of tests/helpers/hostile.py: refused, accepted, or worse?
 
     PYTHONPATH=. python experiments/hostile_files.py
     git worktree add ../before a96a8c8 && PYTHONPATH=../before python experiments/hostile_files.py
@@ -22,18 +22,18 @@ from typing import Any
 
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import harm
 import hostile
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.config_file import load_run_config
+from dylora.cli.config_file import load_run_config
+from dylora.data.sources import read_source
 from dylora.run_config import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from dylora.storage.peft_format import read_adapter
 from dylora.training.loop import train
 from dylora.training.resume import resume
-from dylora.training.setup import prepare
-from dylora.training.sources import read_source
+from dylora.training.run import prepare
 from families import FAMILIES
 
 SECONDS, BYTES = 20, 4 << 30

@@ -15,6 +15,15 @@ from transformers import PreTrainedModel
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from families import COMMON, FAMILIES
+from peft_fixtures import mixture_on, one_hot, tiny_base, tokens  # noqa: F401 - fixtures
+from run_fixtures import (  # noqa: F401 - fixtures
+    base_folder,
+    make_config,
+    make_tokenizer,
+    rows_file,
+    spaced_tokenizer,
+    tokenizer,
+)
 
 torch.set_num_threads(1)  # the models are too small to share
 

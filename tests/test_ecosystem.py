@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.bases import load_base, load_tokenizer
+from dylora.base_models import load_base, load_tokenizer
 
 EMBEDDED = "tiny-code-llama"
 NEW = 8  # tokens that a generation adds

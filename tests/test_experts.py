@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dylora import DyLoRA_MoE, ExpertMaturity
-from dylora.storage.export import export_checkpoint
+from dylora.integrations.folder_export import export_checkpoint
 
 SETTINGS = {
     "maturity": {},
@@ -54,7 +54,7 @@ def train(model, optimizer, ids, steps=3):
 def rows_of(model, expert):
     """Copies of one expert's rows, by projection and kind."""
     rows = {}
-    for path, adapter in model.injection.adapters.items():
+    for path, adapter in model.mixture.adapters.items():
         stack, place = adapter.stack_of(expert)
         for name, parameter in stack.named_parameters():
             rows[path, name] = parameter.detach()[place].clone()
@@ -64,7 +64,7 @@ def rows_of(model, expert):
 def moments_of(model, optimizer, expert):
     """Copies of the rows of an expert's moments."""
     rows = {}
-    for path, adapter in model.injection.adapters.items():
+    for path, adapter in model.mixture.adapters.items():
         stack, place = adapter.stack_of(expert)
         for name, parameter in stack.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -80,7 +80,7 @@ def stacks_of(model):
     """The experts of each stack, the same at every projection."""
     found = {
         tuple(tuple(stack.experts) for stack in adapter.stacks)
-        for adapter in model.injection.adapters.values()
+        for adapter in model.mixture.adapters.values()
     }
     [layout] = found
     return layout
@@ -217,7 +217,7 @@ def test_no_gradient_is_computed_for_frozen_experts(model, ids):
     model.experts.freeze(1)
     optimizer.zero_grad()
     model.train()(ids, labels=ids).loss.backward()
-    for adapter in model.injection.adapters.values():
+    for adapter in model.mixture.adapters.values():
         for stack in adapter.stacks:
             gradients = {
                 parameter.grad is not None
@@ -433,7 +433,7 @@ def test_maturity_can_be_reset(mixture):
     model.experts.reset_maturity(0)
     assert model.maturity.maturity.tolist() == pytest.approx([0.0, 0.0, 0.6])
     assert model.maturity.born.tolist() == [0.25, 0, 0]
-    assert model.injection.state.maturity_E.tolist() == pytest.approx([0.0, 0.0, 0.6])
+    assert model.mixture.state.maturity_E.tolist() == pytest.approx([0.0, 0.0, 0.6])
 
 
 # Merge
@@ -442,7 +442,7 @@ def test_maturity_can_be_reset(mixture):
 def update_of(model, expert, path):
     """s B A of one expert, [O, D], in float64."""
     A, B = model.expert_weights(expert)[path]
-    stack, place = model.injection.adapters[path].stack_of(expert)
+    stack, place = model.mixture.adapters[path].stack_of(expert)
     return float(stack.scaling_E[place]) * B.double() @ A.double()
 
 
@@ -451,7 +451,7 @@ def test_a_merge_is_the_best_update_of_its_rank_and_reports_its_error(mixture, r
     model = mixture(expert_alphas=[4.0, 2.0, 3.0])
     wanted = {
         path: 0.3 * update_of(model, 0, path) + 0.7 * update_of(model, 2, path)
-        for path in model.injection.adapters
+        for path in model.mixture.adapters
     }
     report = model.experts.merge(0, 2, rank=rank, shares=(3, 7))
     assert (report.expert, report.retired, report.rank) == (0, 2, rank)
@@ -471,7 +471,7 @@ def test_a_merge_is_the_best_update_of_its_rank_and_reports_its_error(mixture, r
 def test_merged_twins_are_one_of_them_and_have_the_probability_of_both(mixture, ids):
     model = mixture(routing_mode="dense")
     with torch.no_grad():
-        for adapter in model.injection.adapters.values():
+        for adapter in model.mixture.adapters.values():
             [stack] = adapter.stacks
             stack.lora_A[1], stack.lora_B[1] = stack.lora_A[0], stack.lora_B[0]
         for _, router in model.routers():
@@ -487,7 +487,7 @@ def test_merged_twins_are_one_of_them_and_have_the_probability_of_both(mixture, 
 
 def test_experts_with_one_A_merge_without_error(mixture):
     model = mixture(share_A=True)
-    path = next(iter(model.injection.adapters))
+    path = next(iter(model.mixture.adapters))
     wanted = 0.5 * update_of(model, 0, path) + 0.5 * update_of(model, 1, path)
     assert model.experts.merge(0, 1).worst == 0
     torch.testing.assert_close(update_of(model, 0, path), wanted, rtol=1e-5, atol=1e-6)

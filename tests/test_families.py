@@ -76,7 +76,7 @@ def with_merged_weights(base, model, expert):
 
 def test_the_attention_projections_are_found_and_nothing_else(family, model):
     names = {site: [] for site in model.site_names}
-    for path in model.injection.adapters:
+    for path in model.mixture.adapters:
         site, _, name = path.rpartition(".")
         names[site].append(name)
     assert [sorted(found) for found in names.values()] == [sorted(p) for p in family.projections]

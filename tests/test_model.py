@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 import oracles
 from dylora import DyLoRA_MoE
-from dylora.losses import fractions_of
-from dylora.model import LossScale
-from dylora.router import DynamicHybridRouter
+from dylora.model import BatchTotals
+from dylora.routing.losses import fractions_of
+from dylora.routing.router import DynamicHybridRouter
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
 E, N = 3, 2  # of the mixture fixture
@@ -85,8 +85,8 @@ def test_a_fresh_mixture_has_the_logits_of_its_base_bit_for_bit(
 def loop_logits(model, base, ids):
     """What the oracle makes of the experts and routers, on an untouched copy of the base."""
     sites = []
-    for site in model.injection.sites:
-        adapters = model.injection.adapters.items()
+    for site in model.mixture.blocks:
+        adapters = model.mixture.adapters.items()
         experts = {
             p: (a.stacks[0].lora_A, a.stacks[0].lora_B)
             for p, a in adapters
@@ -100,7 +100,7 @@ def loop_logits(model, base, ids):
         ids,
         scaling=2.0,
         temperature=2.0,
-        maturity_E=model.injection.state.maturity_E,
+        maturity_E=model.mixture.state.maturity_E,
         k=model.config.top_k_experts,
     )
 
@@ -137,13 +137,9 @@ def test_one_hot_routing_equals_that_expert_alone(mixture, ids, expert):
     ours = model(ids, routing_weights=one_hot(expert)).logits
     alone = mixture(use_moe_routing=False, num_experts=1)
     with torch.no_grad():
-        for path, adapter in alone.injection.adapters.items():
-            adapter.stacks[0].lora_A.copy_(
-                model.injection.adapters[path].stacks[0].lora_A[[expert]]
-            )
-            adapter.stacks[0].lora_B.copy_(
-                model.injection.adapters[path].stacks[0].lora_B[[expert]]
-            )
+        for path, adapter in alone.mixture.adapters.items():
+            adapter.stacks[0].lora_A.copy_(model.mixture.adapters[path].stacks[0].lora_A[[expert]])
+            adapter.stacks[0].lora_B.copy_(model.mixture.adapters[path].stacks[0].lora_B[[expert]])
     torch.testing.assert_close(ours, alone(ids).logits, **CLOSE)
 
 
@@ -183,7 +179,7 @@ def test_routing_weights_of_a_site_act_at_that_site(mixture, ids):
     weights[:, :, 1] = torch.rand(2, 7, E)
     ours = model(ids, routing_weights=weights).logits
     with torch.no_grad():
-        for path, adapter in model.injection.adapters.items():
+        for path, adapter in model.mixture.adapters.items():
             if ".0." in path:
                 adapter.stacks[0].lora_B.zero_()
     assert torch.equal(model(ids, routing_weights=weights[:, :, 1]).logits, ours)
@@ -473,7 +469,7 @@ def test_lm_loss_is_that_of_the_base(mixture, ids):
 def test_sites_collapsed_on_different_experts_read_e_over_k(mixture, ids):
     model = mixture(top_k_experts=1)
     with torch.no_grad():
-        for site in model.injection.sites:
+        for site in model.mixture.blocks:
             site.router.outer.weight.zero_()
             site.router.outer.bias.copy_(60.0 * F.one_hot(torch.tensor(site.index), E))
     assert model(ids, labels=ids).aux_loss.item() == pytest.approx(E)
@@ -520,7 +516,7 @@ def test_a_split_batch_has_the_loss_and_gradient_of_the_whole(gpt2, mixture, row
 
     model.zero_grad()
     statistics = whole.routing.statistics.detach()
-    scale = LossScale(
+    scale = BatchTotals(
         targets=(labels[:, 1:] != -100).sum(),
         tokens=statistics.tokens,
         fractions=fractions_of(statistics),
@@ -555,7 +551,7 @@ def test_routing_is_float32_on_a_bfloat16_base(llama, mixture, ids):
         lambda module, args, kwargs: entering.append(kwargs["hidden_states"]), with_kwargs=True
     )
     routing = model(ids).routing
-    router = model.injection.sites[0].router
+    router = model.mixture.blocks[0].router
     exact = F.linear(entering[0].float(), router.outer.weight, router.outer.bias)
     assert entering[0].dtype == torch.bfloat16
     assert torch.equal(routing.logits[:, :, 0], exact)
@@ -794,7 +790,7 @@ def test_the_maturity_state_comes_back_bit_for_bit(llama, mixture, tmp_path):
     back = DyLoRA_MoE.from_pretrained(tmp_path / "saved", base=llama())
     for ours, expected in zip(back.maturity, state, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(back.injection.state.maturity_E, model.injection.state.maturity_E)
+    assert torch.equal(back.mixture.state.maturity_E, model.mixture.state.maturity_E)
 
 
 def test_a_loaded_mixture_is_in_evaluation_mode(llama, mixture, ids, tmp_path):
@@ -864,7 +860,7 @@ def test_the_dense_path_compiles_without_a_graph_break(mixture, ids):
 
 def test_gates_of_other_tokens_than_a_projection_sees_are_an_error_and_not_broadcast(mixture, ids):
     model = mixture()
-    adapter = model.injection.adapters["model.layers.0.self_attn.q_proj"]
+    adapter = model.mixture.adapters["model.layers.0.self_attn.q_proj"]
     model(ids)
     with pytest.raises(ValueError, match=r"q_proj got an input of shape \[1, 7, 32\]"):
         adapter.add_update(None, (torch.randn(1, 7, 32),), torch.zeros(1, 7, 32))
@@ -872,7 +868,7 @@ def test_gates_of_other_tokens_than_a_projection_sees_are_an_error_and_not_broad
 
 def test_a_projection_may_see_its_tokens_in_one_row(mixture, ids):
     model = mixture()
-    adapter = model.injection.adapters["model.layers.0.self_attn.q_proj"]
+    adapter = model.mixture.adapters["model.layers.0.self_attn.q_proj"]
     model(ids)
     x = torch.randn(2, 7, 32)
     flat = adapter.add_update(None, (x.flatten(0, 1),), torch.zeros(14, 32))
@@ -903,8 +899,8 @@ def test_a_state_dict_brings_maturity_and_choice_along(mixture, ids, maturity):
     model.experts.set_active_expert(1)
     model.experts.activate_all_experts()
     other = mixture(maturity=[0.0] * 3)
-    for path, adapter in other.injection.adapters.items():  # the same stacks
-        theirs = model.injection.adapters[path].stacks
+    for path, adapter in other.mixture.adapters.items():  # the same stacks
+        theirs = model.mixture.adapters[path].stacks
         assert len(theirs) == 3
         adapter.set_stacks([copy.deepcopy(stack) for stack in theirs])
     other.load_state_dict(model.state_dict())

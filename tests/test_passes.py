@@ -15,7 +15,7 @@ WITH_DROPOUT = {"lora_dropout": 0.1, "maturity": [1.0, 1.0, 0.0]}
 def held(model: DyLoRA_MoE) -> list[str]:
     """What sites hold of a pass, but for their decisions."""
     names = ("few", "_mix", "_input", "_dropped", "outside", "_entries")
-    return [n for site in model.injection.sites for n in names if getattr(site, n)]
+    return [n for site in model.mixture.blocks for n in names if getattr(site, n)]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -25,10 +25,10 @@ def test_after_a_step_sites_hold_nothing_of_it(checkpointing, mixture, ids):
         model.enable_checkpointing()
     loss = model(ids, labels=ids).loss
     assert held(model) == []
-    decisions = [site.output for site in model.injection.sites]
+    decisions = [site.output for site in model.mixture.blocks]
     loss.backward()
     assert held(model) == []
-    for site, decision in zip(model.injection.sites, decisions, strict=True):
+    for site, decision in zip(model.mixture.blocks, decisions, strict=True):
         assert site.output is decision  # not that of a recomputation, which is another graph
 
 

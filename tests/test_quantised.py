@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora import bases as bases_module
-from dylora.bases import load_base
-from dylora.cli import main
-from dylora.storage.peft_format import read_tensors
+from dylora import base_models as bases_module
+from dylora.base_models import load_base
+from dylora.cli.main import main
+from dylora.storage.tensors import read_tensors
 
 for package in ("accelerate", "bitsandbytes", "torchao"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'dylora[quant]'")

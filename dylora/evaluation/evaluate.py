@@ -2,12 +2,12 @@
 
 import math
 
-from dylora.bases import load_tokenizer
+from dylora.base_models import load_tokenizer
+from dylora.data.prompts import pad_token_id
 from dylora.evaluation.loading import load_checkpoint
 from dylora.run_config import RunConfig
-from dylora.training.prompts import pad_token_id
-from dylora.training.resume import what_rows
-from dylora.training.setup import load_run_data
+from dylora.training.resume import dataset_identity
+from dylora.training.run import load_run_data
 from dylora.training.validation import SetScore, overall_loss, validate
 
 
@@ -20,7 +20,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> dict[str, SetScor
     data = load_run_data(config, tokenizer)
     model = load_checkpoint(checkpoint, config.model)
     trained_on = model.training_record.get("data", data.stamp)
-    if what_rows(trained_on) != what_rows(data.stamp):
+    if dataset_identity(trained_on) != dataset_identity(data.stamp):
         print("note: the checkpoint was trained on other data or another split than is scored here")
     scores = validate(
         model,

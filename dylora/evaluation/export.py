@@ -9,30 +9,32 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from dylora.bases import (
+from dylora.base_models import (
     EMBEDDED_BASES,
     choose_device,
     load_tokenizer,
     quantization_of,
     resolve_base,
 )
-from dylora.config import MoELoraConfig, Quantization
+from dylora.config import MoELoraConfig, Quantization, is_learned
 from dylora.evaluation.static_mixture import Comparison, compare, measured_weights, read_text
-from dylora.export import export_mixture
-from dylora.injection import is_learned
-from dylora.merging import TOKEN_DEPENDENT, static_weights
-from dylora.model import DyLoRA_MoE
-from dylora.storage.checkpoint import check_place, read_description, write_folder
-from dylora.storage.export import (
+from dylora.integrations.compatibility import READERS, Incompatibility, find_incompatibilities
+from dylora.integrations.folder_export import (
     EXPORT_FILE,
     check_no_checkpoint,
     check_outside,
     export_checkpoint,
     export_checkpoint_mixture,
-    site_weights,
 )
-from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
-from dylora.storage.readers import READERS, Complaint, complaints
+from dylora.integrations.peft_export import export_mixture
+from dylora.integrations.site_weights import site_weights
+from dylora.integrations.static_weights import TOKEN_DEPENDENT, static_weights
+from dylora.model import DyLoRA_MoE
+from dylora.storage.checkpoint import read_description
+from dylora.storage.folders import check_place, write_folder
+from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from dylora.storage.safe_io import read_json
+from dylora.storage.tensors import read_tensors
 
 MEASURED = "measured"
 
@@ -79,9 +81,11 @@ def run_export(options: ExportOptions) -> list[Path]:
 
 def reader_lines(folders: Sequence[Path]) -> list[str]:
     """What each reader refuses, misreads or needs of these adapters."""
-    found: dict[Complaint, list[str]] = {}
+    found: dict[Incompatibility, list[str]] = {}
     for folder in folders:
-        said = complaints(read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE))
+        said = find_incompatibilities(
+            read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
+        )
         for complaint in said:
             found.setdefault(complaint, []).append(folder.name)
     lines = [
@@ -100,7 +104,8 @@ def base_lines(folder: Path) -> list[str]:
     if name in EMBEDDED_BASES:
         return [
             f"peft does not know the base {name!r} by name: give it the model, as in "
-            f"PeftModel.from_pretrained(dylora.bases.load_base({name!r}), {str(folder)!r}), or "
+            f"PeftModel.from_pretrained(dylora.base_models.load_base({name!r}), "
+            f"{str(folder)!r}), or "
             f"export with --base_name {resolve_base(name)}"
         ]
     return []

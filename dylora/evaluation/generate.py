@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 
-from dylora.bases import choose_device, load_tokenizer
+from dylora.base_models import choose_device, load_tokenizer, named_base
 from dylora.config import Quantization
+from dylora.data.prompts import encode_prompts, format_prompt, pad_token_id
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import read_description
-from dylora.storage.description import named_base
-from dylora.training.prompts import encode_prompts, format_prompt, pad_token_id
 
 
 def generate_text(

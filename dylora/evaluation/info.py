@@ -5,15 +5,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dylora.bounded import read_json
 from dylora.config import MoELoraConfig
-from dylora.storage.checkpoint import MANIFEST, damage, folder_bytes, read_description
-from dylora.storage.description import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
-from dylora.storage.export import EXPORT_FILE
-from dylora.storage.foreign import Found, read_foreign_adapter, recognise
+from dylora.integrations.compatibility import find_incompatibilities
+from dylora.integrations.folder_export import EXPORT_FILE
+from dylora.storage.checkpoint import read_description
+from dylora.storage.detect import Found, detect_format
+from dylora.storage.folders import folder_bytes
+from dylora.storage.manifest import MANIFEST, damage
+from dylora.storage.peft_foreign import read_foreign_adapter
 from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from dylora.storage.readers import complaints
-from dylora.storage.tensor_files import read_tensors
+from dylora.storage.safe_io import read_json
+from dylora.storage.schema import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
+from dylora.storage.tensors import read_tensors
 
 
 def print_info(path: str) -> None:
@@ -29,7 +32,7 @@ def print_info(path: str) -> None:
 
 
 def _teller_for(folder: Path) -> Callable[[Path], None]:
-    found = recognise(folder)
+    found = detect_format(folder)
     if (folder / WEIGHTS_FILE).exists():
         return _print_adapter
     if (folder / EXPORT_FILE).exists():
@@ -145,7 +148,7 @@ def _print_adapter(folder: Path) -> None:
     print(f"targets     {len(paths)} projections: {', '.join(names)}")
     if (folder / EXPORT_FILE).exists():
         _print_record(read_json(folder / EXPORT_FILE))
-    for reader, kind, what in complaints(config, read_tensors(folder / WEIGHTS_FILE)):
+    for reader, kind, what in find_incompatibilities(config, read_tensors(folder / WEIGHTS_FILE)):
         print(f"{reader:11} {kind} {what}")
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dylora.bases import choose_device
+from dylora.base_models import choose_device
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import ModelConfig
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
 from dylora.evaluation.skills import score_skills
-from dylora.training.setup import Run
+from dylora.training.run import Run
 from dylora.training.validation import validate
 
 SKILL_PREFIX = "skill/"
@@ -41,12 +41,12 @@ def report_run(run: Run) -> list[SetRow]:
     skills = [s.name.removeprefix(SKILL_PREFIX) for s in sets if s.name.startswith(SKILL_PREFIX)]
     trained_skills, base_skills, level = {}, {}, None
     if count and skills:
-        run.log.say(f"answering {count} test tasks of {len(skills)} skills, base and trained …")
+        run.log.info(f"answering {count} test tasks of {len(skills)} skills, base and trained …")
         trained_skills = score_skills(model, run.tokenizer, skills, count)
         with model.disable_adapters():
             base_skills = score_skills(model, run.tokenizer, skills, count)
         level = trained_skills[skills[0]].level
-        run.log.say(f"answers ran under {level}")
+        run.log.info(f"answers ran under {level}")
 
     rows = []
     for name, score in trained.items():
@@ -62,7 +62,7 @@ def report_run(run: Run) -> list[SetRow]:
                 *(leader or (None, None)),
             )
         )
-    run.log.say(format_table(rows, count))
+    run.log.info(format_table(rows, count))
     plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
     plot_maturity(run.folder / "metrics.jsonl", run.folder / "maturity.png")
     usage = {name: s.usage_NE for name, s in trained.items() if s.usage_NE is not None}
@@ -77,7 +77,7 @@ def report_run(run: Run) -> list[SetRow]:
         "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
     (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    run.log.say(
+    run.log.info(
         f"wrote {run.folder}/: results.json, loss.png, maturity.png"
         + (", usage.png" if usage else "")
     )

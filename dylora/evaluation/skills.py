@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import dylora.tasks.worker as worker
-from dylora.evaluation.problem import Problem, program_of
-from dylora.evaluation.sampling import generate_in_batches
-from dylora.evaluation.sandbox import Limits, Result, Sandbox, run_all
+from dylora.data.prompts import format_prompt
+from dylora.evaluation.passk.problem import Problem, program_of
+from dylora.evaluation.passk.sampling import generate_in_batches
 from dylora.model import DyLoRA_MoE
+from dylora.sandbox.host import Limits, Result, Sandbox, run_all
 from dylora.tasks import SKILLS, Task, check_answers, generate_tasks
 from dylora.tasks.checking import is_right
-from dylora.training.prompts import format_prompt
 
 SKILL_SUITES = tuple(f"skills/{skill}" for skill in SKILLS)
 TASKS_OF_A_SKILL = 100

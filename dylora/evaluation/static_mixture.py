@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from dylora.data.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
+from dylora.data.readers import read_records
+from dylora.kernels.common import at_least_float32
 from dylora.model import DyLoRA_MoE
-from dylora.router import at_least_float32
-from dylora.training.prompts import (
-    encode_answers,
-    encode_prompts,
-    eos_token_id,
-    format_prompt,
-)
-from dylora.training.records import read_records
 
 WINDOW = 512  # tokens of a piece of a longer text
 _CHARACTERS = 16  # per token, so that a limit in tokens bounds what is read of a text
@@ -119,7 +114,7 @@ def measured_weights(model: DyLoRA_MoE, text: Sequences) -> Tensor:
 
     One row a site, as sites differ far more from one another than an average over them shows.
     """
-    was_training, device = model.training, model.injection.state.maturity_E.device
+    was_training, device = model.training, model.device
     model.eval()
     total_NE = torch.zeros(len(model.site_names), len(model.experts), dtype=torch.float64)
     tokens = 0
@@ -134,7 +129,7 @@ def measured_weights(model: DyLoRA_MoE, text: Sequences) -> Tensor:
 @torch.no_grad()
 def compare(model: DyLoRA_MoE, weights_NE: Tensor, text: Sequences) -> Comparison:
     """What constant weights [N, E] lose against the routers on a text."""
-    was_training, device = model.training, model.injection.state.maturity_E.device
+    was_training, device = model.training, model.device
     model.eval()
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     for ids, first in zip(text.ids, text.firsts, strict=True):

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dylora.bounded import is_number, is_whole_number, read_json, shown
 from dylora.config import LARGEST, MAX_ALPHA, matching
-from dylora.storage.tensor_files import Header, read_headers, read_tensors
+from dylora.fields import is_number, is_whole_number, shown
+from dylora.storage.safe_io import read_json
+from dylora.storage.tensors import Header, read_headers, read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, OLD_WEIGHTS_FILE = (
     "adapter_config.json",

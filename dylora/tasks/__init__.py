@@ -9,7 +9,7 @@ pairs of operations is combined in test only.
 import random
 from typing import Any, get_args
 
-from dylora.config import nearest
+from dylora.fields import nearest
 from dylora.tasks import arithmetic, lists, records, regex, sql, strings
 from dylora.tasks.checking import check_answers
 from dylora.tasks.task import Split, Task, is_held_out

@@ -8,10 +8,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from dylora.bounded import shown
+from dylora.fields import shown
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import TrainConfig
-from dylora.storage.tensor_files import is_plain
+from dylora.storage.tensors import is_plain
 
 FOLLOWS_VALIDATION = ("reduce_lr_on_plateau", "greedy")  # stepped with each validation loss
 

@@ -11,29 +11,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dylora.model_files import load_model, write_model
-from dylora.storage.checkpoint import (
-    REHEARSAL,
+from dylora.model_io import load_model, write_model
+from dylora.storage.checkpoint import read_description
+from dylora.storage.folders import (
+    PREFLIGHT,
     checkpoints,
     folder_bytes,
-    is_whole,
     latest_checkpoint,
     prune,
-    read_description,
-    set_aside,
+    quarantine,
     write_file,
     write_folder,
 )
-from dylora.storage.tensor_files import read_state
+from dylora.storage.manifest import is_intact
+from dylora.storage.tensors import read_state
 from dylora.training.optim import load_state_by_name, named_parameters, regroup, state_by_name
-from dylora.training.setup import Run
-from dylora.training.state import (
-    check_random_state,
-    random_state,
-    read_progress,
-    require_same_form,
-    restore_random_state,
-)
+from dylora.training.random_state import check_random_state, random_state, restore_random_state
+from dylora.training.run import Run
+from dylora.training.trainer_state import read_progress, require_same_form
 
 
 def save(run: Run) -> Path:
@@ -55,18 +50,18 @@ def save(run: Run) -> Path:
         try:
             prune(run.folder, config.train.save_total_limit, best)
         except OSError as error:  # the new one is whole: that is what counts
-            run.log.say(f"warning: older checkpoints could not be deleted: {error}")
-    run.log.say(f"saved {run.model.size_message(folder)}")
+            run.log.info(f"warning: older checkpoints could not be deleted: {error}")
+    run.log.info(f"saved {run.model.size_message(folder)}")
     return folder
 
 
-def rehearse_save(run: Run) -> None:
+def preflight_save(run: Run) -> None:
     """Write a checkpoint of full size, read it back and delete it: now, not hours from now.
 
     Raises ValueError when it cannot be written, or when two do not fit on the disk: a new one is
     whole before an older one goes.
     """
-    folder = run.folder / REHEARSAL
+    folder = run.folder / PREFLIGHT
     moments = state_by_name(run.optimizer, run.model)
     for name, parameter in named_parameters(run.model).items():
         if not moments[name]:  # AdamW makes them in the first step
@@ -107,7 +102,7 @@ def write_state(run: Run, folder: Path, moments: dict[str, Any]) -> None:
 def last_good(run: Run) -> str:
     """A sentence that names the newest checkpoint that verifies."""
     for path in reversed(checkpoints(run.folder)):
-        if is_whole(path):
+        if is_intact(path):
             return f"The last good checkpoint is {path}."
     return "There is no checkpoint yet."
 
@@ -119,7 +114,7 @@ def resume(run: Run, source: str) -> None:
     to a future that is not going to be, and the run comes by those names again.
     Raises ValueError or FileNotFoundError naming what is missing or does not fit.
     """
-    folder = latest_checkpoint(run.folder, run.log.say) if source == "latest" else Path(source)
+    folder = latest_checkpoint(run.folder, run.log.info) if source == "latest" else Path(source)
     description = read_description(folder)
     check_same_settings(run, folder, description)
     load_model(run.model, folder, description["experts"])
@@ -145,7 +140,7 @@ def resume(run: Run, source: str) -> None:
     except ValueError as error:
         raise ValueError(f"{file}: sampler: {error}") from error
     if state.pop("steps") != run.steps:
-        run.log.say("note: the run has another length than the one it continues")
+        run.log.info("note: the run has another length than the one it continues")
     for name, value in state.items():
         setattr(run.progress, name, value)
     step = run.progress.step
@@ -156,11 +151,11 @@ def resume(run: Run, source: str) -> None:
     check_random_state(folder / "rng_state.pt", generators)
     for later in checkpoints(run.folder):
         if int(later.name.rpartition("-")[2]) > step:
-            aside = set_aside(later, "superseded" if is_whole(later) else "damaged")
-            run.log.say(f"set aside as {aside}")
+            aside = quarantine(later, "superseded" if is_intact(later) else "damaged")
+            run.log.info(f"set aside as {aside}")
     run.log.forget_after(step)
     restore_random_state(generators)
-    run.log.say(f"resumed {folder} at step {step}")
+    run.log.info(f"resumed {folder} at step {step}")
 
 
 def _load(file: Path) -> Any:
@@ -201,11 +196,13 @@ def check_same_settings(run: Run, folder: Path, description: dict[str, Any]) -> 
             f"{folder} was trained with model.quantization = {description['quantization']!r}, "
             f"this run has {run.config.model.quantization!r}"
         )
-    if what_rows(description["training"].get("data", {})) != what_rows(run.data.stamp):
+    if dataset_identity(description["training"].get("data", {})) != dataset_identity(
+        run.data.stamp
+    ):
         raise ValueError(f"{folder} was trained on other data than this run names")
 
 
-def what_rows(stamp: dict[str, Any]) -> dict[str, Any]:
+def dataset_identity(stamp: dict[str, Any]) -> dict[str, Any]:
     """A data stamp without where the rows lie: a moved file with the same rows is the same data."""
     stamp = json.loads(json.dumps(stamp))  # tuples become lists, as on disk
     for source in stamp.get("sources", []):

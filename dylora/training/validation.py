@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dylora import losses
-from dylora.losses import RoutingStatistics
+from dylora.data.batching import collate, to_device
+from dylora.data.tokenize import TokenizedSet
+from dylora.kernels import cross_entropy
 from dylora.model import DyLoRA_MoE
-from dylora.training.batches import collate, to_device
-from dylora.training.data import TokenizedSet
+from dylora.routing.losses import RoutingStatistics
 
 
 class SetScore(NamedTuple):
@@ -40,7 +40,7 @@ def validate(
     Rows of similar length share a batch: that changes the padding, not the result. What
     `before_batch` raises ends the scoring.
     """
-    device = model.injection.state.maturity_E.device
+    device = model.device
     was_training = model.training
     model.eval()
     scores = {}
@@ -55,7 +55,7 @@ def validate(
             batch = to_device(collate(rows, pad_token_id), device)
             output = model(**batch, keep_logits=False)
             loss += output.token_losses.double().sum()
-            targets += losses.count_targets(batch["labels"])
+            targets += cross_entropy.count_targets(batch["labels"])
             found = output.routing.statistics if output.routing else None
             if found is not None:
                 statistics = found if statistics is None else statistics.plus(found)

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.bases import load_tokenizer
-from dylora.evaluation.problem import program_of
-from dylora.evaluation.sampling import generate_in_batches
-from dylora.evaluation.suites import read_suite
+from dylora.base_models import load_tokenizer
+from dylora.evaluation.passk.problem import program_of
+from dylora.evaluation.passk.sampling import generate_in_batches
+from dylora.evaluation.passk.suites import read_suite
 
 BASE = "tiny-code-llama"
 SIZES = (1, 4, 16)

@@ -19,8 +19,8 @@ from dylora.run_config import (
     TrainConfig,
 )
 from dylora.training.optim import named_parameters, state_by_name
-from dylora.training.resume import random_state
-from dylora.training.setup import Run
+from dylora.training.random_state import random_state
+from dylora.training.run import Run
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

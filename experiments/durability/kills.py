@@ -60,7 +60,7 @@ def campaign(work: Path, base: str, every: int) -> dict[str, dict[str, int]]:
     import torch
     from common import make_config
 
-    from dylora.training.setup import prepare
+    from dylora.training.run import prepare
 
     torch.set_num_threads(1)
     settings = {"max_steps": 6, "save_steps": 1, "save_total_limit": 2}
@@ -83,7 +83,7 @@ def campaign(work: Path, base: str, every: int) -> dict[str, dict[str, int]]:
 def try_points(before, fresh, ready, scenario, every, out) -> None:
     """All modes and points of one scenario."""
     shim = ctypes.CDLL(os.environ["DYLORA_SHIM"])
-    from dylora.training.resume import random_state
+    from dylora.training.random_state import random_state
 
     begun = random_state()
     run = before._replace(folder=ready, log=quiet_log(ready))
@@ -182,7 +182,7 @@ def try_full_disk(run, shim, work, point, templates, marks) -> str | None:
 
 def take_steps(run, until: int) -> None:
     """Train up to a step, saving and logging nothing."""
-    from dylora.training.loop import train_step
+    from dylora.training.step import train_step
 
     while run.progress.step < until:
         result = train_step(run)
@@ -235,10 +235,10 @@ SCENARIOS: dict[str, Callable] = {
 
 def quiet_log(folder: Path):
     from dylora.run_config import LogConfig
-    from dylora.training.monitor import RunLog
+    from dylora.training.log import RunLog
 
     class Quiet(RunLog):
-        def say(self, text: str) -> None:
+        def info(self, text: str) -> None:
             pass
 
     return Quiet(folder, LogConfig(), "run", {})
@@ -252,8 +252,8 @@ def save_in(run, folder: Path) -> None:
 
 def finish(run, folder: Path):
     """The run that was never killed: save, and go on to the end."""
-    from dylora.training.interruption import Interruption
     from dylora.training.loop import run_steps
+    from dylora.training.signals import Interruption
 
     run = run._replace(folder=folder, log=quiet_log(folder))
     save_in(run, folder)
@@ -263,13 +263,14 @@ def finish(run, folder: Path):
 
 def resume_and_finish(fresh, folder: Path, begun):
     """What a new process does: settle leftovers, take the newest that verifies, go on."""
-    from dylora.storage.checkpoint import checkpoints, tidy
-    from dylora.training.interruption import Interruption
+    from dylora.storage.folders import checkpoints, recover
     from dylora.training.loop import run_steps
-    from dylora.training.resume import restore_random_state, resume
+    from dylora.training.random_state import restore_random_state
+    from dylora.training.resume import resume
+    from dylora.training.signals import Interruption
 
     run = fresh._replace(folder=folder, log=quiet_log(folder))
-    tidy(folder)
+    recover(folder)
     if checkpoints(folder):
         resume(run, "latest")
         if (folder / "grown").exists() and len(run.model.experts) == 3:

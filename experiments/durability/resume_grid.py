@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from common import arguments, digest, make_config
 
-from dylora.training.interruption import Interruption
 from dylora.training.loop import run_steps, train
 from dylora.training.resume import resume
-from dylora.training.setup import prepare
+from dylora.training.run import prepare
+from dylora.training.signals import Interruption
 
 STOPS, STEPS = (1, 4, 6, 9, 13, 20), 60
 

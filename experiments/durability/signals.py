@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from common import arguments, digest, make_config
 
-from dylora.storage.checkpoint import latest_checkpoint
+from dylora.storage.folders import latest_checkpoint
 from dylora.training.loop import train
 
 

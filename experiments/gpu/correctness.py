@@ -1,8 +1,8 @@
 """Question: does one GPU compute the mixture that the formula says, and how often does it wait?
 
 Method: logits and gradients of a small mixture on the device, in float32, bfloat16 and float16,
-against the slow float64 oracle on the CPU (`tests/oracles.py`, token by token). The yardstick is
-what the frozen base alone differs by in the same precision: a ratio of about 1 is rounding alone.
+against the slow float64 oracle on the CPU (tests/helpers/oracles.py). The yardstick is what the
+frozen base alone differs by in the same precision: a ratio of about 1 is rounding alone.
 Then decoding against one pass, and how often a step waits for the device
 (`torch.cuda.set_sync_debug_mode`).
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
 from dylora import DyLoRA_MoE, MoELoraConfig
 from oracles import OracleSite, logits_with_experts
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.bases import load_tokenizer
+from dylora.base_models import load_tokenizer
 from experiments.speed import models
 
 MODULES = ("argparse", "ast", "csv", "datetime", "decimal", "difflib", "inspect", "tarfile")

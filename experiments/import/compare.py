@@ -28,10 +28,11 @@ from typing import Any
 import torch
 
 from dylora import DyLoRA_MoE, MoELoraConfig, load_peft_experts
-from dylora.config_file import load_run_config
+from dylora.cli.config_file import load_run_config
 from dylora.run_config import RunConfig
-from dylora.training.loop import train_step
-from dylora.training.setup import Run, environment, prepare
+from dylora.training.environment import environment
+from dylora.training.run import Run, prepare
+from dylora.training.step import train_step
 from dylora.training.validation import validate
 
 ROOT = Path(__file__).parents[2]

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from dylora import DyLoRA_MoE
+from dylora.cli.config_file import load_run_config
 from dylora.config import MoELoraConfig
-from dylora.config_file import load_run_config
 from dylora.run_config import RunConfig
-from dylora.training.loop import train_step
-from dylora.training.monitor import summarize
-from dylora.training.setup import environment, prepare
+from dylora.training.environment import environment
+from dylora.training.metrics import summarize
+from dylora.training.run import prepare
+from dylora.training.step import train_step
 from dylora.training.validation import overall_loss, validate
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +100,7 @@ def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, An
     """Train one condition and measure it. Times are of the processor, not of the clock."""
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(configure(condition, seed, results["sizes"], folder), fresh=True)
-        device = run.model.injection.state.maturity_E.device
+        device = run.model.device
         results["environment"] = environment(device)
         seconds, active, curve = [], [], []
         matured: dict[int, int] = {}

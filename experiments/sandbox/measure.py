@@ -26,8 +26,9 @@ from typing import Any
 
 from test_suites import judge, mutant, plain
 
-from dylora.evaluation.sandbox import LEVELS, Limits, Sandbox, run_all
-from dylora.evaluation.suites import Problem, read_suite
+from dylora.evaluation.passk.problem import Problem
+from dylora.evaluation.passk.suites import read_suite
+from dylora.sandbox.host import LEVELS, Limits, Sandbox, run_all
 from sandboxes import processes, survivors
 
 HONEST = ("def f(x): return 2 * x\nopen('a', 'w').close()", "assert f(2) == 4")

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from dylora.bases import load_base
+from dylora.base_models import load_base
 from dylora.config import MoELoraConfig
 from dylora.run_config import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
-from dylora.training.loop import train_step
-from dylora.training.setup import Run, prepare
+from dylora.training.run import Run, prepare
+from dylora.training.step import train_step
 from experiments.speed.models import TARGETS, quiet
 
 

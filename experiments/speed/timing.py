@@ -57,7 +57,7 @@ def peak_bytes(way: Callable[[], object], device: torch.device) -> int:
         way()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    from dylora.evaluation.cost import peak_bytes as live_peak
+    from dylora.evaluation.validate.cost import peak_bytes as live_peak
 
     return live_peak(way, device)
 

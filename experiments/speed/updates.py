@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-import dylora.site
+import dylora.adapters.block
 from dylora import MoELoraConfig
-from dylora.adapter import StackedLoRA
-from dylora.compute.pieces import product_dtype
-from dylora.compute.rule import choose_way
-from dylora.router import RouterOutput, RoutingState
-from dylora.site import Site
+from dylora.adapters.block import RoutedBlock
+from dylora.adapters.projection import StackedLoRA
+from dylora.kernels.common import product_dtype
+from dylora.kernels.select import select_kernel
+from dylora.routing.gating import RouterOutput
+from dylora.routing.state import RoutingState
 from experiments.speed import models
 from experiments.speed.timing import timed
 
@@ -52,7 +53,7 @@ def adapted(
     block = copy.deepcopy(block)
     weight = block.self_attn.q_proj.weight
     config = MoELoraConfig(num_experts=experts, r=16, lora_alpha=32, top_k_experts=top_k or 2)
-    site = Site("self_attn", 0, RoutingState(experts))
+    site = RoutedBlock("self_attn", 0, RoutingState(experts))
     gates = torch.rand(1, tokens, experts, device=weight.device)
     mature = None
     if top_k is not None:
@@ -119,7 +120,7 @@ SPARSE_TOKENS += [(16, True), (64, True), (512, True), (4096, True)]
 def sparse(options: argparse.Namespace) -> dict[str, Any]:
     """One square projection: every way, and the automatic choice, over E and T."""
     results = {}
-    real = choose_way
+    real = select_kernel
     torch.manual_seed(0)
     width = options.width
     block = Block(width).requires_grad_(False).to(options.device, options.dtype)
@@ -141,7 +142,7 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
                 own: Any = parameters,
             ) -> Callable[[], None]:
                 def step() -> None:
-                    dylora.site.choose_way = real if way is None else lambda **known: way
+                    dylora.site.select_kernel = real if way is None else lambda **known: way
                     with torch.set_grad_enabled(grad):
                         y = lora.q_proj(lora_input(lora, x, grad))
                         if grad:
@@ -174,7 +175,7 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
                 f"added to the frozen projection, wide / automatic: "
                 f"{results[key]['wide / automatic, added']:.2f}"
             )
-    dylora.site.choose_way = real
+    dylora.site.select_kernel = real
     worst = max(results, key=lambda key: results[key]["choice / better"])
     print(f"\nchosen way / better way, at worst: {results[worst]['choice / better']:.3f}, {worst}")
     return results

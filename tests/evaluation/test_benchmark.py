@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.cli import main
-from dylora.evaluation import sampling
-from dylora.evaluation.anchors import ANCHORS, anchor_lines
-from dylora.evaluation.sampling import read_samples
-from dylora.evaluation.suites import SUITES
+from dylora.cli.main import main
+from dylora.evaluation.passk import sampling
+from dylora.evaluation.passk.published import PUBLISHED, published_lines
+from dylora.evaluation.passk.sampling import read_samples
+from dylora.evaluation.passk.suites import SUITES
 
 TASKS = [
     {
@@ -58,7 +58,7 @@ def by_heart(monkeypatch):
     """A model whose adapters know the answers to all tasks but one; its base knows none."""
 
     def draw(model, tokenizer, batch, settings):
-        off = not model.injection.state.enabled
+        off = not model.mixture.state.enabled
         for one in batch:
             knows = not off and not one.problem.task_id.endswith("5")
             yield one, one.problem.reference if knows else "def nothing(): pass"
@@ -177,17 +177,17 @@ def test_a_skill_has_no_file(folder, tmp_path, capsys):
 
 
 def test_a_known_base_gets_its_published_scores_and_an_unknown_one_the_advice_to_find_one():
-    lines = anchor_lines("google/codegemma-2b", "humaneval")
+    lines = published_lines("google/codegemma-2b", "humaneval")
     assert any("31.1" in line for line in lines)
     assert any("7.8" in line and "#261" in line for line in lines)
-    (line,) = anchor_lines("tiny-code-llama", "humaneval")
+    (line,) = published_lines("tiny-code-llama", "humaneval")
     assert "no published score of tiny-code-llama on humaneval" in line
 
 
 def test_every_published_score_is_of_a_suite_that_exists_and_says_whose_it_is():
     scores = [
         (suite, one)
-        for suites in ANCHORS.values()
+        for suites in PUBLISHED.values()
         for suite, found in suites.items()
         for one in found
     ]

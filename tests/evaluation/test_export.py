@@ -9,11 +9,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.bases import EMBEDDED_BASES, load_base
-from dylora.cli import main
-from dylora.storage.checkpoint import verify
-from dylora.storage.export import EXPORT_FILE
-from dylora.storage.peft_format import CONFIG_FILE, read_json
+from dylora.base_models import EMBEDDED_BASES, load_base
+from dylora.cli.main import main
+from dylora.integrations.folder_export import EXPORT_FILE
+from dylora.storage.manifest import verify
+from dylora.storage.peft_format import CONFIG_FILE
+from dylora.storage.safe_io import read_json
 
 BASE = "tiny-code-llama"
 CODE = "def mean(values):\n    return sum(values) / len(values)\n"

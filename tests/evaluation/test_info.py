@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dylora import export_mixture, export_peft
-from dylora.cli import main
-from dylora.storage.checkpoint import MANIFEST
+from dylora.cli.main import main
+from dylora.storage.manifest import MANIFEST
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_without_a_manifest_nothing_is_trusted(saved, info):
 
 
 def test_a_damaged_checkpoint_of_another_version_is_not_misread(saved, info):
-    from dylora.storage.checkpoint import write_manifest
+    from dylora.storage.manifest import write_manifest
 
     (saved / "config.json").write_text('{"format_version": 1}')
     (saved / MANIFEST).unlink()

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from dylora.evaluation.passk import bootstrap, compare, pass_at_k
+from dylora.evaluation.passk.estimate import bootstrap, compare, pass_at_k
 
 
 @pytest.mark.parametrize(("samples", "passed", "k"), [(5, 2, 1), (5, 2, 3), (6, 6, 2), (4, 0, 4)])

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from dylora import DyLoRA_MoE
-from dylora.bases import EMBEDDED_BASES, load_tokenizer
-from dylora.cli import main
+from dylora.base_models import EMBEDDED_BASES, load_tokenizer
+from dylora.cli.main import main
+from dylora.evaluation.passk.sampling import pad_left
 from dylora.evaluation.report import SetRow, format_table
-from dylora.evaluation.sampling import pad_left
 from dylora.evaluation.skills import answer
 from dylora.tasks import generate_tasks
 

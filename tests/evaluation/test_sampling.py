@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.bases import load_tokenizer
-from dylora.evaluation import sampling
-from dylora.evaluation.problem import Problem
-from dylora.evaluation.sampling import Sampling, generate, read_samples, sample_to_file
+from dylora.base_models import load_tokenizer
+from dylora.evaluation.passk import sampling
+from dylora.evaluation.passk.problem import Problem
+from dylora.evaluation.passk.sampling import Sampling, generate, read_samples, sample_to_file
 
 TEXTS = [
     "def add(a, b):\n",

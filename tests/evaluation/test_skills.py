@@ -3,8 +3,8 @@
 import pytest
 
 from dylora.evaluation import skills
-from dylora.evaluation.sandbox import Sandbox
 from dylora.evaluation.skills import ANSWER_LIMITS, check_in_sandbox, judge_answer
+from dylora.sandbox.host import Sandbox
 from dylora.tasks import SKILLS, generate_tasks
 
 DOUBLE = {"kind": "function", "function": "f", "inputs": [1, 5], "expected": [2, 10]}

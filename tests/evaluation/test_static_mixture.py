@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dylora.bases import load_tokenizer
+from dylora.base_models import load_tokenizer
+from dylora.data.prompts import encode_prompts, format_prompt
 from dylora.evaluation.static_mixture import Sequences, compare, measured_weights, read_text
-from dylora.training.prompts import encode_prompts, format_prompt
 
 CODE = "def mean(values):\n    return sum(values) / len(values)\n"
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from dylora.evaluation.judging import judge as judge_result
-from dylora.evaluation.plus import typed_input
-from dylora.evaluation.problem import Problem, program_of
-from dylora.evaluation.sandbox import Limits, Sandbox, run_all
-from dylora.evaluation.suites import data_of, leave_out_trained, read_suite
-from dylora.training.sources import text_hash
+from dylora.data.sources import text_hash
+from dylora.evaluation.passk.evalplus import typed_input
+from dylora.evaluation.passk.problem import Problem, program_of
+from dylora.evaluation.passk.scoring import judge as judge_result
+from dylora.evaluation.passk.suites import data_of, leave_out_trained, read_suite
+from dylora.sandbox.host import Limits, Sandbox, run_all
 from published import MBPP, needs_published_rows
 
 HUMAN = {

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from dylora import DyLoRA_MoE
-from dylora.cli import main
-from dylora.evaluation import validate
-from dylora.evaluation.checks import TIED_SHARE, Check, compare_routed
-from dylora.evaluation.cost import LivePeak, n_passes, peak_bytes
-from dylora.evaluation.ways import (
+from dylora.cli.main import main
+from dylora.evaluation.validate import run
+from dylora.evaluation.validate.checks import TIED_SHARE, Check, compare_routed
+from dylora.evaluation.validate.cost import LivePeak, n_passes, peak_bytes
+from dylora.evaluation.validate.reference import (
     Pass,
     largest,
     largest_gap,
     loop_logits,
     relative_difference,
-    rounding_of,
+    rounding_noise,
 )
-from dylora.router import DynamicHybridRouter
+from dylora.routing.router import DynamicHybridRouter
 
 JUDGED = {
     "folded = loop",
@@ -98,13 +98,13 @@ def broken(monkeypatch) -> Callable[[Callable[[DyLoRA_MoE], None]], None]:
 
 def change_gates(model: DyLoRA_MoE, change: Callable[[Tensor], Tensor]) -> None:
     """Every adapter gets other gates [B, S, E] than its site chose."""
-    for site in model.injection.sites:
+    for site in model.mixture.blocks:
 
-        def choose(*args, real=site._choose_mix, site=site):
+        def choose(*args, real=site._make_plan, site=site):
             mix, shape = real(*args), site.output.gates.shape
             return mix._replace(gates=change(mix.gates.view(shape)).flatten(0, 1))
 
-        site._choose_mix = choose
+        site._make_plan = choose
 
 
 # Sound checkpoints
@@ -181,11 +181,11 @@ def test_the_report_is_written_as_json(sound, tmp_path, capsys):
 
 
 def test_the_texts_hold_code_where_a_tokenizer_loads(mixture):
-    from dylora.bases import load_base
+    from dylora.base_models import load_base
 
     base = load_base("tiny-code-llama")
-    ids, texts = validate.sample_texts(base, "tiny-code-llama", None, 100)
-    again, _ = validate.sample_texts(base, "tiny-code-llama", None, 100)
+    ids, texts = run.sample_texts(base, "tiny-code-llama", None, 100)
+    again, _ = run.sample_texts(base, "tiny-code-llama", None, 100)
     assert ids.shape == (3, 100)
     assert "1 of code" in texts
     assert torch.equal(ids, again)
@@ -232,7 +232,7 @@ def average_in_the_routers(model):
 
 
 def leak_while_disabled(model):
-    path = next(iter(model.injection.adapters))
+    path = next(iter(model.mixture.adapters))
     projection = model.base.get_submodule(path)
     projection.register_forward_hook(lambda module, args, output: output * (1 + 1e-6))
 
@@ -370,11 +370,11 @@ def test_the_loop_is_the_folded_mixture_only_with_its_own_gates(mixture, ids):
 def test_the_tolerance_grows_with_the_unit_of_rounding_and_not_with_the_adapters(mixture, ids):
     model, idle = mixture(), mixture(fresh=True)
     with torch.no_grad():
-        single = rounding_of(model, ids)
-        assert single == rounding_of(idle, ids)
+        single = rounding_noise(model, ids)
+        assert single == rounding_noise(idle, ids)
         assert 1e-7 < single < 1e-5
         model.base.bfloat16()
-        half = rounding_of(model, ids)
+        half = rounding_noise(model, ids)
     unit = torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps
     assert unit / 4 < half / single < 4 * unit
 

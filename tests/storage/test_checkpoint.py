@@ -13,19 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.storage import checkpoint
-from dylora.storage.checkpoint import (
-    MANIFEST,
+from dylora.storage import manifest
+from dylora.storage.folders import (
     checkpoints,
     latest_checkpoint,
     prune,
-    set_aside,
-    tidy,
-    verify,
+    quarantine,
+    recover,
     write_file,
     write_folder,
-    write_manifest,
 )
+from dylora.storage.manifest import MANIFEST, verify, write_manifest
 from dylora.storage.peft_format import CONFIG_FILE
 
 
@@ -303,7 +301,7 @@ def test_a_checkpoint_has_the_files_of_its_layout(saved):
 
 
 def test_files_longer_than_a_chunk_are_hashed_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_CHUNK", 16)
+    monkeypatch.setattr(manifest, "_CHUNK", 16)
     write_folder(tmp_path / "new", write_text("a text of more than one chunk"))
     flip_bit(tmp_path / "new" / "b.txt", -1)
     with pytest.raises(ValueError, match=r"b\.txt has changed"):
@@ -574,7 +572,7 @@ def test_tidying_settles_every_kind_of_leftover(run_folder):
     shutil.copytree(run_folder / "checkpoint-10", run_folder / ".checkpoint-10.replaced")
     shutil.copytree(run_folder / "checkpoint-100", run_folder / ".checkpoint-100.replaced")
     flip_bit(run_folder / "checkpoint-100" / "b.txt", 0)
-    tidy(run_folder)
+    recover(run_folder)
     expected = ["checkpoint-10", "checkpoint-100", "checkpoint-100.damaged", "checkpoint-9"]
     assert sorted(path.name for path in run_folder.iterdir()) == expected
     verify(run_folder / "checkpoint-100")
@@ -584,14 +582,14 @@ def test_tidying_takes_no_foreign_folder_for_a_checkpoint(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "thesis.txt").write_text("years of work")
     (tmp_path / ".checkpoint-1.replaced").mkdir()
-    tidy(tmp_path)
+    recover(tmp_path)
     assert (tmp_path / "checkpoint-1" / "thesis.txt").exists()
 
 
 def test_a_name_that_is_taken_gets_a_number_when_set_aside(run_folder):
-    set_aside(run_folder / "checkpoint-9", "damaged")
+    quarantine(run_folder / "checkpoint-9", "damaged")
     shutil.copytree(run_folder / "checkpoint-10", run_folder / "checkpoint-9")
-    assert set_aside(run_folder / "checkpoint-9", "damaged").name == "checkpoint-9.damaged-2"
+    assert quarantine(run_folder / "checkpoint-9", "damaged").name == "checkpoint-9.damaged-2"
 
 
 def test_a_text_file_is_the_old_one_when_the_disk_is_full(tmp_path, monkeypatch):
@@ -608,14 +606,14 @@ def test_a_text_file_is_the_old_one_when_the_disk_is_full(tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_skipped(run_folder, monkeypatch):
-    original = checkpoint.hash_file
+    original = manifest.hash_file
 
     def failing(path):
         if "checkpoint-100" in str(path):
             raise OSError(5, "Input/output error")
         return original(path)
 
-    monkeypatch.setattr(checkpoint, "hash_file", failing)
+    monkeypatch.setattr(manifest, "hash_file", failing)
     said = []
     assert latest_checkpoint(run_folder, said.append).name == "checkpoint-10"
     assert "Input/output error" in said[0]
@@ -742,8 +740,8 @@ def test_the_state_of_maturity_comes_back_bit_for_bit(tiny_base, mixture_on, tmp
 
 def test_routers_follow_the_maturity_that_came_back(there_and_back):
     before, after = there_and_back("llama")
-    assert before.injection.state.maturity_E.min() > 0
-    assert torch.equal(after.injection.state.maturity_E, before.injection.state.maturity_E)
+    assert before.mixture.state.maturity_E.min() > 0
+    assert torch.equal(after.mixture.state.maturity_E, before.mixture.state.maturity_E)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters import make_adapter
-from dylora.storage.foreign import find_adapters, read_foreign_adapter, recognise
+from dylora.storage.detect import detect_format, find_adapters
+from dylora.storage.peft_foreign import read_foreign_adapter
+from peft_folders import make_adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -264,20 +265,20 @@ def touch(root, *names):
 )
 def test_a_folder_is_recognised_by_its_files(files, kind, adapters, tmp_path):
     touch(tmp_path, *files)
-    found = recognise(tmp_path)
+    found = detect_format(tmp_path)
     assert found.kind == kind
     assert found.adapters == [tmp_path / name for name in adapters]
 
 
 def test_the_folder_of_the_adapters_is_as_good_as_the_one_around_it(tmp_path):
     touch(tmp_path, "peft_adapters/expert_0/adapter_config.json", "dylo_moe_state/router.pt")
-    assert recognise(tmp_path / "peft_adapters") == recognise(tmp_path)
+    assert detect_format(tmp_path / "peft_adapters") == detect_format(tmp_path)
 
 
 def test_a_mixture_of_ours_that_lost_its_manifest_is_no_older_one(tmp_path):
     touch(tmp_path, "peft_adapters/expert_0/adapter_config.json", "router.safetensors")
     (tmp_path / "config.json").write_text('{"format_version": 2}')
-    assert recognise(tmp_path).kind == "mixture"
+    assert detect_format(tmp_path).kind == "mixture"
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,15 @@ import torch
 import harm
 import hostile
 from dylora import DyLoRA_MoE
-from dylora.adapter import StackedLoRA
-from dylora.bounded import check_link, read_json
-from dylora.cli import main
-from dylora.config_file import load_run_config
+from dylora.adapters.projection import StackedLoRA
+from dylora.cli.config_file import load_run_config
+from dylora.cli.main import main
 from dylora.experts import Expert
-from dylora.storage.checkpoint import MANIFEST, hash_file, read_description
-from dylora.storage.description import RECORD
+from dylora.storage.checkpoint import read_description
+from dylora.storage.manifest import MANIFEST, hash_file
 from dylora.storage.peft_format import read_adapter
+from dylora.storage.safe_io import check_link, read_json
+from dylora.storage.schema import RECORD
 
 ON_CPU = ("--device", "cpu", "--tokens", "16")
 COMMANDS: dict[str, Callable[[Path, Path, Path], list[str]]] = {

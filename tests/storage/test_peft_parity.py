@@ -73,7 +73,7 @@ def test_peft_adapts_the_projections_that_we_adapt(
     mixture = mixture_on(base)
     mixture.save_pretrained(tmp_path / "saved")
     adapted = in_peft(base, tmp_path / "saved" / "peft_adapters" / "expert_0")
-    assert lora_paths(adapted) == list(mixture.injection.adapters)
+    assert lora_paths(adapted) == list(mixture.mixture.adapters)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_peft_adapts_a_selection_of_projections_as_we_do(
     mixture = mixture_on(base, **settings)
     mixture.save_pretrained(tmp_path / "saved")
     adapted = in_peft(base, tmp_path / "saved" / "peft_adapters" / "expert_0")
-    assert lora_paths(adapted) == list(mixture.injection.adapters)
+    assert lora_paths(adapted) == list(mixture.mixture.adapters)
 
 
 def test_layers_one_and_eleven_are_told_apart(tiny_base, mixture_on, in_peft, tmp_path):
@@ -101,7 +101,7 @@ def test_layers_one_and_eleven_are_told_apart(tiny_base, mixture_on, in_peft, tm
     mixture = mixture_on(base, layers_to_transform=[1])
     mixture.save_pretrained(tmp_path / "saved")
     adapted = in_peft(base, tmp_path / "saved" / "peft_adapters" / "expert_0")
-    assert lora_paths(adapted) == list(mixture.injection.adapters)
+    assert lora_paths(adapted) == list(mixture.mixture.adapters)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,7 +148,7 @@ def plain_pair(base, mixture_on, use_rslora):
         r=ours.config.r,
         lora_alpha=ours.config.lora_alpha,
         use_rslora=use_rslora,
-        target_modules=list(ours.injection.adapters),
+        target_modules=list(ours.mixture.adapters),
         fan_in_fan_out=base.config.model_type == "gpt2",
         task_type="CAUSAL_LM",
     )
@@ -183,7 +183,7 @@ def test_a_plain_lora_has_the_gradients_of_peft(family, use_rslora, tiny_base, m
     labels = labels_for(tokens)
     ours(tokens, labels=labels).loss.backward()
     theirs(tokens, labels=labels).loss.backward()
-    for path, adapter in ours.injection.adapters.items():
+    for path, adapter in ours.mixture.adapters.items():
         layer = theirs.base_model.model.get_submodule(path)
         for grad, expected in (
             (adapter.stacks[0].lora_A.grad[0], layer.lora_A["default"].weight.grad),
@@ -227,12 +227,12 @@ def test_a_constant_mixture_is_one_lora_of_the_summed_rank_in_peft(
         read_adapter(tmp_path / "saved" / "peft_adapters" / f"expert_{expert}") for expert in (0, 1)
     ]
     factors = [w * scaling_of(e.config) for w, e in zip(shares, experts, strict=True)]
-    joined = {}
+    concat = {}
     for path in experts[0].weights:
         pairs = [expert.weights[path] for expert in experts]
         A = torch.cat([s * pair[0] for s, pair in zip(factors, pairs, strict=True)], dim=0)
         B = torch.cat([pair[1] for pair in pairs], dim=1)
-        joined[path] = (A, B)
+        concat[path] = (A, B)
     first = experts[0].config
     config = adapter_config(
         r=6,
@@ -241,7 +241,7 @@ def test_a_constant_mixture_is_one_lora_of_the_summed_rank_in_peft(
         base_model=None,
         fan_in_fan_out=first["fan_in_fan_out"],
     )
-    write_adapter(tmp_path / "joined", PeftAdapter(config, joined))
+    write_adapter(tmp_path / "joined", PeftAdapter(config, concat))
     weights = torch.tensor([shares, shares])
     adapted = in_peft(base, tmp_path / "joined")
     assert difference(mixture, weights, adapted, tokens) < 1e-5

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dylora.evaluation import in_training
-from dylora.evaluation.sampling import read_samples
+from dylora.evaluation.passk import callback
+from dylora.evaluation.passk.sampling import read_samples
 from dylora.training.loop import train
 from runs import STEPS, all_tensors, rows_of
 
@@ -87,7 +87,7 @@ def test_a_run_that_stops_early_has_its_benchmark_then(benchmarked):
 @pytest.mark.parametrize("where", ["sample_to_file", "score"])
 def test_a_signal_in_a_benchmark_leaves_it_due_and_loses_nothing(benchmarked, monkeypatch, where):
     whole = train(benchmarked("whole")).folder
-    original, calls = getattr(in_training, where), 0
+    original, calls = getattr(callback, where), 0
 
     def signalled(*args, **kwargs):
         nonlocal calls
@@ -96,7 +96,7 @@ def test_a_signal_in_a_benchmark_leaves_it_due_and_loses_nothing(benchmarked, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(in_training, where, signalled)
+    monkeypatch.setattr(callback, where, signalled)
     with pytest.raises(SystemExit):
         train(benchmarked("parts"))
     parts = whole.parent / "parts"
@@ -138,7 +138,7 @@ def test_a_suite_that_cannot_be_used_is_told_before_the_first_step(benchmarked, 
 
 def test_tasks_that_the_run_trains_on_are_left_out(benchmarked, tasks_file, monkeypatch):
     said = []
-    monkeypatch.setattr("dylora.training.monitor.RunLog.say", lambda self, text: said.append(text))
+    monkeypatch.setattr("dylora.training.log.RunLog.info", lambda self, text: said.append(text))
     row = json.loads(tasks_file.read_text().splitlines()[0])
     row |= {"text": "Add 3 and 4."}  # what the run's rows ask, too
     tasks_file.write_text("\n".join([json.dumps(row), *tasks_file.read_text().splitlines()[1:]]))

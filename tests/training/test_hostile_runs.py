@@ -1,4 +1,4 @@
-"""Hostile state of a run, and hostile data, are refused in one line: see tests/hostile.py."""
+"""Hostile state of a run, and hostile data, are refused in one line: see hostile.py."""
 
 import dataclasses
 import hashlib
@@ -11,12 +11,12 @@ import torch
 
 import harm
 import hostile
-from dylora.cli import main
+from dylora.cli.main import main
+from dylora.data.sources import read_source
 from dylora.run_config import SourceConfig, dump_run_config
 from dylora.training.loop import train
 from dylora.training.resume import resume
-from dylora.training.setup import Run, prepare
-from dylora.training.sources import read_source
+from dylora.training.run import Run, prepare
 
 FOUND: dict[str, Path | Run] = {}  # made by the first test that asks
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 import yaml
 
-from adapters import make_adapter
-from dylora.bases import load_base
-from dylora.cli import main
-from dylora.config_file import load_run_config
+from dylora.base_models import load_base
+from dylora.cli.config_file import load_run_config
+from dylora.cli.main import main
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import TrainConfig, dump_run_config
 from dylora.storage.checkpoint import read_description
 from dylora.training.loop import train
-from dylora.training.setup import prepare
+from dylora.training.run import prepare
+from peft_folders import make_adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

@@ -12,21 +12,18 @@ import pytest
 import torch
 from transformers.trainer_utils import SchedulerType
 
-from dylora.losses import target_positions
+from dylora.data.batching import collate
+from dylora.kernels.cross_entropy import target_positions
 from dylora.run_config import DataConfig, Schedule
 from dylora.storage.checkpoint import read_description
-from dylora.training.batches import collate
-from dylora.training.loop import Window, next_batches, train, train_step
+from dylora.training.environment import seed_everything
+from dylora.training.loop import train
+from dylora.training.metrics import Window
 from dylora.training.optim import named_parameters, state_by_name
-from dylora.training.resume import (
-    check_same_settings,
-    last_good,
-    random_state,
-    restore_random_state,
-    resume,
-    save,
-)
-from dylora.training.setup import prepare, seed_everything
+from dylora.training.random_state import random_state, restore_random_state
+from dylora.training.resume import check_same_settings, last_good, resume, save
+from dylora.training.run import prepare
+from dylora.training.step import next_batches, train_step
 from runs import STEPS, all_tensors, rows_of
 
 
@@ -153,7 +150,7 @@ def test_gradient_checkpointing_changes_neither_weights_nor_counters(make_config
     torch.testing.assert_close(again.model.maturity, plain.model.maturity, rtol=1e-4, atol=1e-6)
 
 
-def state_of(run) -> dict[str, object]:
+def tensor_versions(run) -> dict[str, object]:
     """What only a good step may change."""
     return {
         "parameters": {n: p.detach().clone() for n, p in named_parameters(run.model).items()},
@@ -187,19 +184,19 @@ def break_losses(monkeypatch):
 def test_a_step_whose_loss_is_not_finite_updates_nothing(make_config, break_losses, value):
     run = prepare(make_config(), fresh=True)
     break_losses(run, {1: value})
-    before = state_of(run)
+    before = tensor_versions(run)
     result = train_step(run)
     assert result.trouble == "loss"
-    torch.testing.assert_close(state_of(run), before, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(tensor_versions(run), before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_step_whose_gradient_is_not_finite_updates_nothing(make_config):
     run = prepare(make_config(), fresh=True)
     _, parameter = next(run.model.expert_parameters())
     parameter.register_hook(lambda gradient: gradient * float("inf"))
-    before = state_of(run)
+    before = tensor_versions(run)
     assert train_step(run).trouble == "gradient"
-    torch.testing.assert_close(state_of(run), before, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(tensor_versions(run), before, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture
@@ -387,7 +384,7 @@ def steps_of(run, count: int = 3) -> list:
 def counters_of(run, results) -> list[torch.Tensor]:
     """Everything that a run counts: statistics and loads of each step, maturity after the last."""
     counted = [value.detach() for result in results for value in result.statistics]
-    return counted + [result.load_E for result in results] + list(run.model.maturity)
+    return counted + [result.gate_share_E for result in results] + list(run.model.maturity)
 
 
 MIXED = {"lora_dropout": 0.0, "expert_dropout": 0.0, "maturity_mode": "usage", "maturity_tau": 1.0}
@@ -428,7 +425,7 @@ def test_counters_do_not_see_extra_padding(make_config, monkeypatch, extra):
 
     found = []
     for name, gather in (("plain", collate), ("padded", padded)):
-        monkeypatch.setattr("dylora.training.loop.collate", gather)
+        monkeypatch.setattr("dylora.training.step.collate", gather)
         run = prepare(make_config(name, moe=MIXED), fresh=True)
         run.model.double()
         found.append(counters_of(run, steps_of(run)))
@@ -509,7 +506,7 @@ def live_run(config, stops: tuple[int, ...]):
         if step in EVENTS:
             EVENTS[step](run)
         [result] = steps_of(run, 1)
-        losses.append((result.loss, result.grad_norm, result.load_E.tolist()))
+        losses.append((result.loss, result.grad_norm, result.gate_share_E.tolist()))
     return run, losses
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dylora.losses import RoutingStatistics
+from dylora.routing.losses import RoutingStatistics
 from dylora.run_config import LogConfig
-from dylora.training import monitor
+from dylora.training import loggers
+from dylora.training.log import RunLog
 from dylora.training.loop import train
-from dylora.training.monitor import CollapseWatch, RunLog, routing_metrics, summarize
+from dylora.training.metrics import CollapseDetector, routing_metrics, summarize
 from runs import rows_of
 
 
@@ -45,7 +46,7 @@ EVEN, COLLAPSED = [0.3, 0.4, 0.3], [0.9, 0.05, 0.05]
 
 def watched(steps: int, *usages: list[list[float]], active=(True, True, True)) -> list[list[str]]:
     """The lines of each step; a usage is [site][expert]."""
-    watch = CollapseWatch(steps)
+    watch = CollapseDetector(steps)
     names = [f"site_{index}" for index in range(len(usages[0]))]
     return [watch.observe(torch.tensor(usage), list(active), names) for usage in usages]
 
@@ -137,7 +138,7 @@ def test_whatever_wandb_does_the_rows_are_there_and_it_is_told(
     fake_wandb, tmp_path, monkeypatch, capsys, at, how
 ):
     fake_wandb(at, how)
-    monkeypatch.setattr(monitor, "WANDB_SECONDS", 1.0 if how == "hangs" else 30.0)
+    monkeypatch.setattr(loggers, "WANDB_SECONDS", 1.0 if how == "hangs" else 30.0)
     log = RunLog(tmp_path, LogConfig(wandb=True), "run", {})
     log.start(0, 2)
     log.write(1, 10, {"train/loss": 2.0})
@@ -159,7 +160,7 @@ def test_whatever_wandb_does_the_rows_are_there_and_it_is_told(
 
 def test_wandb_gets_every_row_of_this_run_and_none_of_before(fake_wandb, tmp_path, monkeypatch):
     fake_wandb("none", "none")
-    monkeypatch.setattr(monitor, "WANDB_SECONDS", 30.0)
+    monkeypatch.setattr(loggers, "WANDB_SECONDS", 30.0)
     log = RunLog(tmp_path, LogConfig(wandb=True), "run", {})
     log.write(1, 10, {"train/loss": 3.0})  # of the run that is resumed
     log.start(1, 3)
@@ -176,7 +177,7 @@ def test_wandb_gets_every_row_of_this_run_and_none_of_before(fake_wandb, tmp_pat
 def test_a_hanging_wandb_changes_no_loss(fake_wandb, make_config, monkeypatch):
     plain = train(make_config("plain", max_steps=3))
     fake_wandb("init", "hangs")
-    monkeypatch.setattr(monitor, "WANDB_SECONDS", 0.2)
+    monkeypatch.setattr(loggers, "WANDB_SECONDS", 0.2)
     mirrored = train(make_config("mirrored", max_steps=3, wandb=True))
     assert rows_of(plain.folder) == rows_of(mirrored.folder)
 

@@ -1,0 +1,326 @@
+"""The routed low-rank update of one projection.
+
+    y = base(x) + Σ_e g_e · s_e · B_e A_e drop(x)
+
+The gate is folded into the rank axis: h = x Aᵀ as [T, E, R], h *= (g·s)[..., None], y = h B. A
+mixture is then one LoRA of rank E·R with a diagonal in the middle: two matrix products, and no
+tensor of [T, E, O]. `StackedLoRA.forward` says this in plain autograd; `add_update` does the same
+by `compute/`, which keeps less and adds in place.
+
+Shape letters: T tokens, D input width, O output width, E experts, R rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dylora.adapters.block import RoutedBlock
+from dylora.adapters.dora import magnitude_ratio, row_norms, weight_OD
+from dylora.adapters.plan import Dense
+from dylora.adapters.stack import ExpertStack, initial_A, orthogonal_pair
+from dylora.config import MoELoraConfig, matching
+from dylora.kernels.common import product_dtype, tensor_versions
+from dylora.kernels.decode import ProjectionWeights
+from dylora.kernels.dense import Block, add_dense
+from dylora.kernels.grouped import add_grouped
+
+
+class StackedLoRA(nn.Module):
+    """The LoRA experts of one projection, in stacks.
+
+    The experts a mixture starts with are one stack; an expert that is created, frozen or unfrozen
+    alone becomes a stack of its own, so that what is frozen is a parameter without gradient and
+    what is new has optimizer moments of its own. Parameters are float32 whatever the base is; they
+    are cast to the activations' precision for the products.
+    """
+
+    def __init__(
+        self,
+        site: RoutedBlock,
+        path: str,
+        in_features: int,
+        out_features: int,
+        config: MoELoraConfig,
+        device: torch.device | None = None,
+    ):
+        super().__init__()
+        self.site = site
+        self.path = path
+        self.name = path.rpartition(".")[2]
+        self.in_features, self.out_features = in_features, out_features
+        self.config = config
+        self.device = device
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.shared_A: nn.Parameter | None = None  # [1, R, D]
+        if config.share_A:
+            shared = initial_A(1, self.rank(config.r), in_features, config, device)
+            self.shared_A = nn.Parameter(shared, requires_grad=not config.freeze_A)
+        self.stacks: Any = nn.ModuleList()  # of ExpertStack, in the order of the E axis
+        # The ratios of DoRA without gradient, the state of what they are made of, and that itself.
+        self._kept: tuple[Any, list[Tensor], list[Tensor]] | None = None
+
+    def rank(self, expert_rank: int) -> int:
+        """Rank at this projection of an expert of a given rank."""
+        return int(matching(self.config.rank_pattern, self.path, expert_rank))
+
+    def scaling(self, expert_rank: int, expert_alpha: float) -> float:
+        """s = alpha / r, or alpha / sqrt(r) with rslora, at this projection."""
+        rank = self.rank(expert_rank)
+        alpha = matching(self.config.alpha_pattern, self.path, expert_alpha)
+        return alpha / (rank**0.5 if self.config.use_rslora else rank)
+
+    def create_stack(
+        self,
+        first: int,
+        ranks: list[int],
+        alphas: list[float],
+        projection: nn.Module,
+        *,
+        drawn: bool = True,
+    ) -> ExpertStack:
+        """Fresh experts `first`, `first + 1`, … of these ranks and alphas; all 0 unless `drawn`,
+        for a loader.
+
+        A is random and different for each expert (equal ones would stay twins for ever) and B is
+        0, so that they change nothing (with init orthogonal: B·A is 0 up to rounding).
+        """
+        config, count = self.config, len(ranks)
+        own = [self.rank(rank) for rank in ranks]
+        scalings = [self.scaling(r, alpha) for r, alpha in zip(ranks, alphas, strict=True)]
+        widest = max(own) if self.shared_A is None else self.shared_A.shape[1]
+        A = None
+        if self.shared_A is None:
+            A = torch.zeros(count, widest, self.in_features, device=self.device)
+        B = torch.zeros(count, widest, self.out_features, device=self.device)
+        for expert, rank in enumerate(own if drawn else ()):
+            if config.init_lora_weights == "orthogonal":
+                assert A is not None
+                A[expert, :rank], B[expert, :rank] = orthogonal_pair(
+                    rank, self.in_features, self.out_features, self.device
+                )
+            elif A is not None:
+                A[expert, :rank] = initial_A(1, rank, self.in_features, config, self.device)[0]
+        magnitude = None
+        if config.use_dora:
+            magnitude = row_norms(weight_OD(projection)).to(B).expand(count, -1).clone()
+        bias = None
+        if config.bias != "none" and getattr(projection, "bias", None) is not None:
+            bias = torch.zeros(count, self.out_features, device=self.device)
+        stack = ExpertStack(first, own, scalings, A, B, magnitude, bias)
+        if config.freeze_A and stack.lora_A is not None:
+            stack.lora_A.requires_grad_(False)
+        return stack
+
+    def set_stacks(self, stacks: list[ExpertStack]) -> None:
+        """Other stacks from here on."""
+        self.stacks = nn.ModuleList(stacks)
+        self.forget()
+
+    def stack_of(self, expert: int) -> tuple[ExpertStack, int]:
+        """The stack that holds an expert, and its place in it; KeyError for a retired one."""
+        for stack in self.stacks:
+            if expert in stack.experts:
+                return stack, expert - stack.first
+        raise KeyError(expert)
+
+    def A_of(self, stack: ExpertStack) -> Tensor:
+        """[E, R, D], or [1, R, D] where the experts share it."""
+        A = stack.lora_A if self.shared_A is None else self.shared_A
+        assert A is not None
+        return A
+
+    def forward(self, x: Tensor, gates: Tensor, ratios: list[Tensor] | None = None) -> Tensor:
+        """x [..., D], gates [..., E] -> Σ_e g_e s_e B_e A_e drop(x), [..., O], in x's precision."""
+        x = self.dropout(x)
+        update = None
+        for index, stack in enumerate(self.stacks):
+            part = stack(x, gates, self.A_of(stack), None if ratios is None else ratios[index])
+            update = part if update is None else update + part
+        return x.new_zeros(*x.shape[:-1], self.out_features) if update is None else update
+
+    def add_update(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook of the projection."""
+        site = self.site
+        if not site.state.enabled:
+            return output
+        x, routing, few = args[0], site.output, site.few
+        assert routing is not None, f"{site.name} has not routed"
+        if few is not None and few.fits(x, output):
+            return few.add(self.name, x, output)
+        outside, site.outside = site.outside, None
+        if outside is not None:
+            x = outside
+        gates = fitting_gates(routing.gates, x, self.path)
+        if self.config.use_dora:
+            return self._add_dora(module, x, gates, output)
+        if self.config.bias != "none":
+            output = self._add_biases(gates, output)
+        if torch.compiler.is_compiling():  # the compiler fuses the plain form as well as can be
+            return output + self(x, gates).to(output.dtype)
+        mix = self.site.mix(self.stacks, self.config.top_k_experts)
+        if not (mix.dense or mix.sparse):
+            return output
+        dtype = product_dtype(output.dtype, output.device)
+        entry = self.site.enter(self.name, x, mix, dtype)
+        tie = None if outside is None else entry.take_over(weight_OD(module))
+        if entry.dense is not None:
+            Bs = [self._rows(dense, "lora_B") for dense in mix.dense]
+            scalings = [self._rows(dense, "scaling_E") for dense in mix.dense]
+            scaling_E = scalings[0] if len(scalings) == 1 else torch.cat(scalings)
+            blocks = self.blocks(mix.dense)
+            output = add_dense(output, entry.dense, mix.gates, scaling_E, blocks, Bs, tie)
+            tie = None
+        for sparse, h_PR in zip(mix.sparse, entry.sparse, strict=True):
+            stack = self.stacks[sparse.stack]
+            weights_TK = sparse.gates_TK * stack.scaling_E[sparse.experts_TK]
+            output = add_grouped(output, h_PR, weights_TK, stack.lora_B, sparse.plan, tie)
+            tie = None
+        return output
+
+    def take_over(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook of the projection: lets it run outside autograd, where it is sure to be
+        a frozen product and no more; the experts' gradient of x then has its part in it, too
+        (`kernels/frozen_linear.py`)."""
+        site = self.site
+        if not torch.is_grad_enabled() or not site.state.enabled or site.few is not None:
+            return None
+        x, site.outside = args[0], None
+        if not x.requires_grad or site.output is None or self.config.use_dora:
+            return None
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return None
+        # The experts' gradient is that of drop(x): the projection's own only where nothing drops.
+        if not is_frozen_product(module, x) or site.shared_input(self.name, x)[1] is not x:
+            return None
+        mix = site.mix(self.stacks, self.config.top_k_experts)
+        if not (mix.dense or mix.sparse):
+            return None
+        site.outside = x
+        return (x.detach(), *args[1:])
+
+    @property
+    def can_be_packed(self) -> bool:
+        """Whether the update is the plain sum that packed matrices compute."""
+        config = self.config
+        drops = self.training and config.lora_dropout > 0
+        return not (config.use_dora or config.bias != "none" or drops)
+
+    def as_member(self) -> ProjectionWeights:
+        """The matrices of all stacks, for packing."""
+        As = [self.A_of(stack) for stack in self.stacks]
+        shared = self.shared_A is not None
+        return ProjectionWeights(
+            As[:1] if shared else As,
+            [stack.lora_B for stack in self.stacks],
+            [stack.scaling_E for stack in self.stacks],
+        )
+
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the tensors of `as_member` lie: dictionaries of modules, and names in them."""
+        A = [(self._parameters, "shared_A")] if self.shared_A is not None else []
+        return A + [
+            (values, name)
+            for stack in self.stacks
+            for values, name in (
+                (stack._parameters, "lora_A"),
+                (stack._parameters, "lora_B"),
+                (stack._buffers, "scaling_E"),
+            )
+            if values[name] is not None
+        ]
+
+    def As_of(self, dense: list[Dense]) -> list[Tensor]:
+        """A of the experts that every token uses, [E, R, D] by stack; or the one they share."""
+        if self.shared_A is not None:
+            return [self.shared_A]
+        return [self._rows(part, "lora_A") for part in dense]
+
+    def blocks(self, dense: list[Dense]) -> list[Block]:
+        """Their columns in h."""
+        shared = self.shared_A is not None
+        blocks, first = [], 0
+        for part in dense:
+            B = self.stacks[part.stack].lora_B
+            experts = B.shape[0] if part.rows is None else len(part.rows)
+            blocks.append(Block(first, experts, B.shape[1], shared))
+            first += experts
+        return blocks
+
+    def _rows(self, part: Dense, name: str) -> Tensor:
+        """The rows of a stack's tensor that every token uses."""
+        tensor = getattr(self.stacks[part.stack], name)
+        return tensor if part.rows is None else tensor.index_select(0, part.rows)
+
+    def _add_dora(self, module: nn.Module, x: Tensor, gates: Tensor, output: Tensor) -> Tensor:
+        """What `magnitude_ratio` says of a mixture of DoRA experts."""
+        weight = weight_OD(module)
+        ratios = self._ratios(weight)
+        update = self(x, gates, ratios)
+        bias = getattr(module, "bias", None)
+        directed = output if bias is None else output - bias  # W x without its bias
+        for stack, ratio_EO in zip(self.stacks, ratios, strict=True):
+            own = gates[..., stack.first : stack.first + len(stack.ranks)]
+            update = update + (own.to(ratio_EO) @ (ratio_EO - 1)).to(x.dtype) * directed
+        return self._add_biases(gates, output) + update.to(output.dtype)
+
+    def _ratios(self, weight: Tensor) -> list[Tensor]:
+        """`magnitude_ratio` of every stack; without gradient kept until a value changes."""
+        autocast = torch.is_autocast_enabled(weight.device.type)  # lengths round otherwise within
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast:
+            self._kept = None
+            return [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
+        parts = [(self.A_of(s), s.lora_B, s.lora_magnitude, s.scaling_E) for s in self.stacks]
+        tensors = [weight, *(tensor for part in parts for tensor in part)]
+        state = tensor_versions(tensors, weight.dtype)
+        if self._kept is None or self._kept[0] != state:
+            ratios = [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
+            self._kept = state, ratios, tensors  # alive, so that no other takes their address
+        return self._kept[1]
+
+    def train(self, mode: bool = True) -> "StackedLoRA":
+        """As of every module; and what was kept between passes is made anew."""
+        self.forget()
+        return super().train(mode)
+
+    def forget(self) -> None:
+        """Let go of what is made of the stacks and kept between passes without gradient."""
+        self._kept = None
+        self.site.forget_packs()
+
+    def _add_biases(self, gates: Tensor, output: Tensor) -> Tensor:
+        """The shifts of the experts' biases, mixed by the gates."""
+        for stack in self.stacks:
+            if stack.lora_bias is not None:
+                own = gates[..., stack.first : stack.first + len(stack.ranks)]
+                output = output + (own.to(stack.lora_bias) @ stack.lora_bias).to(output.dtype)
+        return output
+
+
+def is_frozen_product(module: Any, x: Tensor) -> bool:
+    """Whether a projection of x is x Wᵀ + b with frozen W and b, and nobody else listens in."""
+    if type(module) not in (nn.Linear, Conv1D) or "forward" in vars(module):
+        return False  # quantised, or wrapped
+    weight, bias = module.weight, module.bias
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    # Hooks of others may take x apart, or expect a gradient of the output.
+    alone = len(module._forward_pre_hooks) == len(module._forward_hooks) == 1
+    alone = alone and not (module._backward_hooks or module._backward_pre_hooks)
+    alone = alone and not nn.modules.module._has_any_global_hook()
+    return frozen and alone and type(weight) is nn.Parameter and x.dtype == weight.dtype
+
+
+def fitting_gates(gates: Tensor, x: Tensor, path: str) -> Tensor:
+    """The gates [B, S, E] of a site for an input [B, S, D] of its projection, or [B·S, D].
+
+    Raises ValueError where the tokens of the two differ: broadcasting would hide it.
+    """
+    if gates.shape[:-1] == x.shape[:-1]:
+        return gates
+    if gates.shape[:-1].numel() != x.shape[:-1].numel():
+        raise ValueError(
+            f"{path} got an input of shape {list(x.shape)}, but its site has routed "
+            f"{list(gates.shape[:-1])} tokens: leave it out of the targets"
+        )
+    return gates.reshape(*x.shape[:-1], -1)

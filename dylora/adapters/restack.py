@@ -1,0 +1,176 @@
+"""Cutting and joining the stacks of a projection, optimizer moments included.
+
+Every function takes the optimizer that holds the parameters, or None. Moments stay with their
+rows, bit for bit; a parameter that is replaced leaves the optimizer, and what takes its place is
+in the group that held it.
+
+Shape letters: D input width, O output width, E experts, R rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dylora.adapters.projection import StackedLoRA
+from dylora.adapters.stack import ExpertStack
+
+STACKED = ("lora_A", "lora_B", "lora_magnitude", "lora_bias")
+
+
+def restack(optimizer: Optimizer | None, adapter: StackedLoRA, wanted: list[list[int]]) -> None:
+    """Cut and join an adapter's stacks into these runs of experts."""
+    if [list(stack.experts) for stack in adapter.stacks] == wanted:
+        return
+    stacks = []
+    for run in wanted:
+        kept = [stack for stack in adapter.stacks if list(stack.experts) == run]
+        stacks.append(kept[0] if kept else concat(optimizer, adapter, run))
+    gone = [stack for stack in adapter.stacks if stack not in stacks]
+    adapter.set_stacks(stacks)
+    for stack in gone:
+        remove_from_optimizer(optimizer, stack)
+
+
+def split_off(optimizer: Optimizer | None, adapter: StackedLoRA, expert: int) -> None:
+    """Give an expert a stack of its own."""
+    stack, place = adapter.stack_of(expert)
+    if len(stack.ranks) == 1:
+        return
+    numbers = list(stack.experts)
+    parts = [run for run in (numbers[:place], [expert], numbers[place + 1 :]) if run]
+    where = list(adapter.stacks).index(stack)
+    stacks = list(adapter.stacks)
+    stacks[where : where + 1] = [concat(optimizer, adapter, run) for run in parts]
+    adapter.set_stacks(stacks)
+    remove_from_optimizer(optimizer, stack)
+
+
+def replace_stack(
+    optimizer: Optimizer | None,
+    adapter: StackedLoRA,
+    old: ExpertStack,
+    new: ExpertStack | None = None,
+) -> None:
+    """Put another stack (with fresh moments) or none in the place of one."""
+    stacks = list(adapter.stacks)
+    where = stacks.index(old)
+    if new is not None:
+        add_to_optimizer(optimizer, adapter, new)
+    stacks[where : where + 1] = [] if new is None else [new]
+    adapter.set_stacks(stacks)
+    remove_from_optimizer(optimizer, old)
+
+
+def concat(optimizer: Optimizer | None, adapter: StackedLoRA, run: list[int]) -> ExpertStack:
+    """A stack of the experts of a run, with their rows of parameters and moments."""
+    pieces = [adapter.stack_of(expert) for expert in run]
+    first = pieces[0][0]
+
+    def rows(tensors: list[Tensor]) -> Tensor:
+        cut = [t[place : place + 1] for t, (_, place) in zip(tensors, pieces, strict=True)]
+        return torch.cat([piece.detach() for piece in cut])
+
+    values = {
+        name: None
+        if getattr(first, name) is None
+        else rows([getattr(stack, name) for stack, _ in pieces])
+        for name in STACKED
+    }
+    concat = ExpertStack(
+        run[0],
+        [stack.ranks[place] for stack, place in pieces],
+        [float(stack.scaling_E[place]) for stack, place in pieces],
+        values["lora_A"],
+        values["lora_B"],  # type: ignore[arg-type]
+        values["lora_magnitude"],
+        values["lora_bias"],
+    ).to(first.scaling_E.dtype)
+    for name in STACKED:
+        parameter = getattr(concat, name)
+        if parameter is None:
+            continue
+        olds = [getattr(stack, name) for stack, _ in pieces]
+        parameter.requires_grad_(olds[0].requires_grad)
+        group = group_of(optimizer, olds[0])
+        if optimizer is None or group is None:
+            continue
+        place = [p is olds[0] for p in group["params"]].index(True)
+        group["params"].insert(place, parameter)  # order decides how a norm over all is rounded
+        states = [optimizer.state.get(old, {}) for old in olds]
+        if states[0]:
+            optimizer.state[parameter] = {
+                key: rows([state[key] for state in states])
+                if torch.is_tensor(value) and value.shape == olds[0].shape
+                else _only_scalar(value, key)
+                for key, value in states[0].items()
+            }
+    return concat.train(adapter.training)
+
+
+def add_to_optimizer(optimizer: Optimizer | None, adapter: StackedLoRA, stack: ExpertStack) -> None:
+    """A new stack's parameters join the groups of their like."""
+    like = adapter.stacks[0]
+    stack.train(adapter.training).to(like.lora_B.device, like.lora_B.dtype)
+    for name in STACKED:
+        parameter, example = getattr(stack, name), getattr(like, name)
+        if parameter is None or example is None:
+            continue
+        if optimizer is not None and parameter.requires_grad:
+            group = group_of(optimizer, example) or optimizer.param_groups[0]
+            group["params"].append(parameter)
+
+
+def remove_from_optimizer(optimizer: Optimizer | None, stack: ExpertStack) -> None:
+    """A stack's parameters leave the optimizer."""
+    if optimizer is None:
+        return
+    for parameter in stack.parameters():
+        group = group_of(optimizer, parameter)
+        if group is not None:
+            group["params"] = [p for p in group["params"] if p is not parameter]
+        optimizer.state.pop(parameter, None)
+
+
+def group_of(optimizer: Optimizer | None, parameter: nn.Parameter) -> dict[str, Any] | None:
+    """The parameter group that holds a parameter."""
+    for group in optimizer.param_groups if optimizer else []:
+        if any(p is parameter for p in group["params"]):
+            return group
+    return None
+
+
+def extend_moments(optimizer: Optimizer | None, old: nn.Parameter, new: nn.Parameter) -> None:
+    """A router's parameter has grown by a row: its moments do, too.
+
+    The new row begins with no momentum and with the mean of the others' squares: with squares
+    of 0 beside an old step count, Adam's first updates would be several times too large.
+    """
+    group = group_of(optimizer, old)
+    if group is None or optimizer is None:
+        return
+    group["params"] = [new if p is old else p for p in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if not state:
+        return
+    grown = {}
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.shape == old.shape:
+            row = value.mean(0, keepdim=True) if "sq" in key else torch.zeros_like(value[:1])
+            grown[key] = torch.cat([value, row])
+        else:
+            grown[key] = _only_scalar(value, key)
+    optimizer.state[new] = grown
+
+
+def _only_scalar(value: Any, key: str) -> Any:
+    """A state that does not depend on the rows, copied. Raises ValueError for another shape."""
+    if torch.is_tensor(value):
+        if value.numel() != 1:
+            raise ValueError(
+                f"the optimizer's state {key!r} has the shape {list(value.shape)}, which cannot be "
+                "cut by expert: use an optimizer with a state for every element, such as AdamW"
+            )
+        return value.clone()
+    return value

@@ -1,0 +1,393 @@
+"""A run's YAML file to `RunConfig` and back, with errors that name file, key and remedy.
+
+The file is read strictly (no duplicate keys, no unknown ones), overrides such as
+`train.learning_rate=1e-4` are laid over it, jsonargparse gives every value its field's type, and
+the dataclasses judge the values. Paths inside a config are relative to the working directory.
+"""
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from dylora.fields import describe_type, shown
+from dylora.run_config import RunConfig
+from dylora.storage.safe_io import read_bytes
+
+COMMAND_LINE = "command line"
+MAX_BYTES = 128 << 10  # of a config: reading as much takes a second
+MAX_BRACKETS = 100  # open at a time; the parser takes a second for a few thousand
+MAX_NODES = 20_000  # of its tree, with every alias written out
+Origin = Callable[[str], str]
+
+
+def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file describes.
+
+    With train.init_from, what neither the file nor an override says of the mixture and its base is
+    as that checkpoint has it.
+
+    Args:
+        path: the file; none: the overrides are all there is.
+        overrides: settings that win over the file: `train.seed=1`, or as on the command line
+            `--train.seed=1` or `--train.seed`, `1`. An item of a list goes by its index or its
+            name: `data.sources.0.path=rows.jsonl`, `data.sources.mbpp.path=rows.jsonl`.
+
+    Raises ValueError in one line for everything that is wrong with the settings, and
+    FileNotFoundError for a file that is not there.
+    """
+    file_tree = tree = {} if path is None else _read_yaml(Path(path))
+    for key, text in split_overrides(overrides):
+        tree = _overridden(tree, RunConfig, _key_parts(key), text, "")
+    given = tree
+    tree, checkpoint = _over_checkpoint(given)
+
+    def origin(key: str) -> str:
+        """What to name in an error about `key`: the file, or what changed it since."""
+        parts = _key_parts(key)
+        if _look_up(given, parts) is not _look_up(tree, parts):
+            return str(checkpoint)
+        in_file = path is not None and _look_up(file_tree, parts) is _look_up(given, parts)
+        return str(path) if in_file else COMMAND_LINE
+
+    values = _typed_fields(tree, RunConfig, "", origin)
+    return _construct(values, RunConfig, "", origin)
+
+
+def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str]]:
+    """Key and text of `key=value`, `--key=value` and `--key`, `value`."""
+    pairs = []
+    queue = list(tokens)
+    while queue:
+        key, equals, text = queue.pop(0).partition("=")
+        if not equals:
+            if not key.startswith("--") or not queue or queue[0].startswith("--"):
+                raise ValueError(f"{COMMAND_LINE}: {key} needs a value: {key} VALUE")
+            text = queue.pop(0)
+        pairs.append((key.removeprefix("--"), text))
+    return pairs
+
+
+def all_keys() -> list[str]:
+    """Every key of a config, sections included, as on the command line."""
+    return list(_keys(RunConfig, ""))
+
+
+def unknown_key(key: str, siblings: Sequence[str]) -> str:
+    """What to say about a key that does not exist: the nearest valid one, or its siblings."""
+    name = _last(key)
+    known = [*siblings, *all_keys()]
+    # A key of the right name in the wrong section is nearer than a similar name in this one.
+    near = [other for other in all_keys() if _last(other) == name]
+    for group in (siblings, known):
+        if not near:
+            close = difflib.get_close_matches(name, [_last(other) for other in group], n=1)
+            near = [other for other in group if _last(other) in close][:1]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"valid are {', '.join(siblings)}"
+    return f"unknown key {key}; {hint}"
+
+
+# Reading
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys.
+
+    In YAML 1.1 1e-4 is a string for want of a dot; `_typed` reads it as the number it means.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The tree, refused while it is still small: ten lines of aliases can stand for 10^9."""
+        root: yaml.Node | None = super().get_single_node()
+        if root is not None:
+            _count_nodes(root, {})
+        return root
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in lines:
+                problem = f"duplicate key {key_node.value}, first in line {lines[key_node.value]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            lines[key_node.value] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The file's mapping; raises in one line that names the file and, where known, the line."""
+    try:
+        text = read_bytes(path, MAX_BYTES).decode()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason})") from error
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        what = "is empty" if tree is None else f"is a {type(tree).__name__}"
+        raise ValueError(f"{path}: must hold sections such as 'train:', but {what}")
+    return tree
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    depth = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > MAX_BRACKETS:
+            raise ValueError(f"{where}: more than {MAX_BRACKETS} brackets in one another")
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ValueError(f"{where}{line}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of a date or number that is none
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: too many lists and mappings in one another") from error
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a tree stands for, each alias written out. Raises ValueError for too many,
+    and for one that holds itself."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise yaml.MarkedYAMLError(None, None, "an alias of itself", node.start_mark)
+        return known[id(node)]
+    known[id(node)] = 0  # under way
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    count = 1 + sum(_count_nodes(part, known) for part in parts)
+    if count > MAX_NODES:
+        what = f"its aliases stand for more than {MAX_NODES:,} values"
+        raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
+    known[id(node)] = count
+    return count
+
+
+# Beginning with a checkpoint
+
+
+def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    """The settings laid over those of the checkpoint in train.init_from, and its config.json.
+
+    From there come the mixture, and the base by name, revision and quantization.
+    Raises FileNotFoundError or ValueError where that file does not say.
+    """
+    train = tree.get("train")
+    folder = train.get("init_from") if isinstance(train, dict) else None
+    if not isinstance(folder, str):
+        return tree, None
+    file = Path(folder) / "config.json"
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise FileNotFoundError(f"{file} does not exist: train.init_from is {folder!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(description, dict) or not isinstance(description.get("moe"), dict):
+        raise ValueError(f"{file} describes no mixture: train.init_from is {folder!r}")
+    names = {"base": "base_model_name_or_path", "revision": "base_revision"}
+    names |= {"quantization": "quantization"}
+    base = {name: description.get(key) for name, key in names.items()}
+    under = {"moe": description["moe"], "model": {k: v for k, v in base.items() if v is not None}}
+    own = tree.get("model")
+    if isinstance(own, dict) and own.get("base") not in (None, base["base"]):
+        under["model"].pop("revision", None)  # of another base
+    for section, below in under.items():
+        above = tree.get(section)
+        if above is None or isinstance(above, dict):  # else its own error comes
+            tree = {**tree, section: {**below, **(above or {})}}
+    return tree, file
+
+
+# Overriding
+
+
+def _overridden(value: Any, annotation: Any, parts: list[str], text: str, path: str) -> Any:
+    """The raw `value` at `path`, with `text` where `parts` leads."""
+    if not parts:
+        if _is_section(annotation):
+            raise ValueError(f"{COMMAND_LINE}: {path} has fields; set one of them: --{path}.FIELD")
+        return text
+    name, rest = parts[0], parts[1:]
+    item_type = _item_dataclass(annotation)
+    if _is_section(annotation):
+        hints = get_type_hints(annotation)
+        if name not in hints:
+            siblings = [_join(path, known) for known in hints]
+            key = ".".join([path, *parts] if path else parts)
+            raise ValueError(f"{COMMAND_LINE}: {unknown_key(key, siblings)}")
+        fields_ = _mapping(value, path)
+        inner = _overridden(fields_.get(name), hints[name], rest, text, _join(path, name))
+        return {**fields_, name: inner}
+    if item_type is not None:
+        items = list(value) if isinstance(value, list) else []
+        index = _index_of(items, name, path)
+        items[index] = _overridden(items[index], item_type, rest, text, f"{path}[{index}]")
+        return items
+    if get_origin(annotation) is dict:
+        return {**_mapping(value, path), ".".join(parts): text}
+    raise ValueError(f"{COMMAND_LINE}: {path} has no fields, so there is no {path}.{name}")
+
+
+def _key_parts(key: str) -> list[str]:
+    return re.sub(r"\[([^]]*)\]", r".\1", key).split(".")
+
+
+def _look_up(tree: Any, parts: list[str]) -> Any:
+    """The raw value that `parts` leads to, or what it is inside of; None where there is none."""
+    for part in parts:
+        if isinstance(tree, dict):
+            tree = tree.get(part)
+        elif isinstance(tree, list) and part.isdecimal() and int(part) < len(tree):
+            tree = tree[int(part)]
+    return tree
+
+
+def _index_of(items: list[Any], part: str, path: str) -> int:
+    """An item's index, given by itself or by the item's name."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
+    given = ", ".join(f"{index} ({name})" for index, name in enumerate(names)) or "none"
+    raise ValueError(f"{COMMAND_LINE}: {path} has no item {part}, only {given}")
+
+
+def _mapping(value: Any, path: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        given = f"{path} is {shown(value)} in the file"
+        raise ValueError(f"{COMMAND_LINE}: {given}, so it has no fields")
+    return value or {}
+
+
+# Types
+
+
+def _typed_fields(raw: Any, cls: type, path: str, origin: Origin) -> dict[str, Any]:
+    """The raw mapping with every value of its field's type; dataclasses still as dicts."""
+    hints = get_type_hints(cls)
+    raw = {} if raw is None else raw  # "train:" with nothing under it
+    if not isinstance(raw, dict):
+        wanted = f"but must have the fields {', '.join(hints)}"
+        raise ValueError(f"{origin(path)}: {path} is {shown(raw)}, {wanted}")
+    siblings = [_join(path, name) for name in hints]
+    for name in raw:
+        if name not in hints:
+            key = _join(path, str(name))
+            raise ValueError(f"{origin(key)}: {unknown_key(key, siblings)}")
+    for field in fields(cls):
+        optional = field.default is not MISSING or field.default_factory is not MISSING
+        if not optional and field.name not in raw:
+            key = _join(path, field.name)
+            raise ValueError(f"{origin(key)}: {key} is missing")
+    return {
+        name: _typed(value, hints[name], _join(path, name), origin) for name, value in raw.items()
+    }
+
+
+def _typed(value: Any, annotation: Any, key: str, origin: Origin) -> Any:
+    if _is_section(annotation):
+        return _typed_fields(value, annotation, key, origin)
+    item_type = _item_dataclass(annotation)
+    if item_type is not None:
+        if isinstance(value, str):  # --data.sources '[{name: mbpp}]'
+            value = _parse_yaml(value, f"{origin(key)}: {key}")
+        if not isinstance(value, list):
+            given = f"{key} is {shown(value)}"
+            raise ValueError(f"{origin(key)}: {given}, but must be a list of mappings")
+        return [
+            _typed_fields(item, item_type, f"{key}[{index}]", origin)
+            for index, item in enumerate(value)
+        ]
+    try:
+        # jsonargparse lets null through for every type
+        if value is None and NoneType not in get_args(annotation):
+            raise ArgumentError(None, "null")
+        return _value_parser(annotation).parse_object({"value": value}).value
+    except ArgumentError:
+        given = "null" if value is None else shown(value)
+        must = f"{key} is {given}, but must be {describe_type(annotation)}"
+        near = difflib.get_close_matches(given, _words(annotation), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{origin(key)}: {must}{hint}") from None
+
+
+@functools.cache
+def _value_parser(annotation: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=annotation)
+    return parser
+
+
+def _words(annotation: Any) -> list[str]:
+    """The choices of a Literal, also inside an optional."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [word for part in get_args(annotation) if get_origin(part) for word in _words(part)]
+
+
+# Building
+
+
+def _construct(values: dict[str, Any], cls: Any, path: str, origin: Origin) -> Any:
+    """The dataclass, its parts first; what they refuse gets the section and the file's name."""
+    hints = get_type_hints(cls)
+    built = dict(values)
+    for name, hint in hints.items():
+        key = _join(path, name)
+        item_type = _item_dataclass(hint)
+        if _is_section(hint):
+            built[name] = _construct(values.get(name, {}), hint, key, origin)
+        elif item_type is not None and name in values:
+            built[name] = [
+                _construct(item, item_type, f"{key}[{index}]", origin)
+                for index, item in enumerate(values[name])
+            ]
+    try:
+        return cls(**built)
+    except ValueError as error:
+        text = str(error)
+        name = text.split(maxsplit=1)[0]
+        key = _join(path, name) if name in hints else path
+        rest = text.removeprefix(name) if name in hints else f": {text}"
+        raise ValueError(f"{origin(key)}: {key}{rest}") from error
+
+
+def _is_section(annotation: Any) -> TypeGuard[type]:
+    return isinstance(annotation, type) and is_dataclass(annotation)
+
+
+def _item_dataclass(annotation: Any) -> type | None:
+    """SourceConfig for list[SourceConfig], None for other types."""
+    parts = get_args(annotation)
+    return parts[0] if get_origin(annotation) is list and _is_section(parts[0]) else None
+
+
+def _keys(cls: type, path: str) -> Iterator[str]:
+    for name, hint in get_type_hints(cls).items():
+        yield _join(path, name)
+        if _is_section(hint):
+            yield from _keys(hint, _join(path, name))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _last(key: str) -> str:
+    return key.rsplit(".", maxsplit=1)[-1]

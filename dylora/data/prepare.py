@@ -1,0 +1,119 @@
+"""From sources to token ids and labels, and their stamp."""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dylora.data.prompts import PROMPT_WITH_INPUT
+from dylora.data.sources import SourceRows, content_hash, read_source, seeded_generator
+from dylora.data.tokenize import SetReport, SplitReport, TokenizedSet, TokenizedSplit, tokenize_rows
+from dylora.run_config import DataConfig, SourceConfig
+
+
+class PreparedData(NamedTuple):
+    """Everything `load_data` found out. No set is empty."""
+
+    train: list[TokenizedSet]  # in the order of the sources
+    validation: list[TokenizedSet]
+    reports: list[SetReport]
+    stamp: dict[str, Any]  # JSON types, for the checkpoint: what was trained on, how it was split
+
+
+def load_data(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    training_subset: int | None = None,
+    eval_subset: int | None = None,
+) -> PreparedData:
+    """Reads, splits and tokenises every source; the same config gives the same data.
+
+    `training_subset` and `eval_subset` take that many examples of each set, drawn with the seed; a
+    smaller subset is part of a larger one.
+    Raises ValueError where a source cannot be used or a split of it ends up without an example.
+    """
+    if not config.sources:
+        raise ValueError("data.sources is empty; name a set, for example code_alpaca")
+    data = PreparedData([], [], [], {})
+    stamps = []
+    for source in config.sources:
+        read = read_source(source, seed=config.seed, skill_validation_rows=eval_subset)
+        train = _tokenize(read, "train", training_subset, source.name, tokenizer, config)
+        validation = _tokenize(read, "validation", eval_subset, source.name, tokenizer, config)
+        data.train.append(train.examples)
+        data.validation.append(validation.examples)
+        splits = {"train": train.report, "validation": validation.report}
+        data.reports.append(_report(source.name, read, splits))
+        stamps.append(_stamp(source, read, config.seed, train))
+    data.stamp.update(
+        prompt=PROMPT_WITH_INPUT,
+        max_length=config.max_length,
+        over_long=config.over_long,
+        sources=stamps,
+    )
+    return data
+
+
+def _tokenize(
+    read: SourceRows,
+    split: str,
+    subset: int | None,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+) -> TokenizedSplit:
+    indices = read.splits[split]
+    if subset is not None:
+        generator = seeded_generator("subset", config.seed, name, split)
+        indices = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
+    tokenized = tokenize_rows(
+        TokenizedSet(name, split),
+        read.rows.select(indices),
+        tokenizer,
+        max_length=config.max_length,
+        over_long=config.over_long,
+        wanted=subset,
+    )
+    if len(tokenized.examples) == 0:
+        raise ValueError(
+            f"source {name!r} has no {split} example: {len(indices)} rows in that split, "
+            f"{tokenized.report.dropped} of them over-long at max_length {config.max_length}"
+        )
+    return tokenized
+
+
+def _report(name: str, read: SourceRows, splits: dict[str, SplitReport]) -> SetReport:
+    return SetReport(
+        name=name,
+        read=read.read,
+        empty=read.empty,
+        malformed=read.malformed,
+        duplicates=read.duplicates,
+        problems=read.problems,
+        splits=splits,
+    )
+
+
+def _stamp(
+    source: SourceConfig, read: SourceRows, seed: int, train: TokenizedSplit
+) -> dict[str, Any]:
+    """What one source gave to training; the hashes do not depend on the order of its rows.
+
+    `text_hashes` has each question's and each answer's, so that a benchmark can leave out what
+    was trained on under whatever name: 26 bytes a row.
+    """
+    stamp = {
+        "name": source.name,
+        "path": read.path,
+        "revision": source.revision,
+        "split_scheme": read.split_scheme,
+        "seed": seed,
+        "training_rows": len(train.examples),
+        "training_sha256": content_hash(*sorted(train.content_hashes)),
+    }
+    if source.name == "mbpp":
+        stamp["task_ids"] = sorted(int(row_id) for row_id in train.row_ids)
+    if read.path is not None:  # what is generated shares no task with a benchmark
+        stamp["text_hashes"] = " ".join(sorted(train.text_hashes))
+    return stamp

@@ -1,0 +1,367 @@
+"""Rows of instruction-shaped sets: read, checked, stripped of duplicates, split.
+
+A set is one of the built-in names, a local file, or a set of the hub. What cannot be trained on is
+counted and reported with its place: `file:line`, or `file:row` (from 1) in parquet and on the hub.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from dylora.data.prompts import mbpp_instruction
+from dylora.data.readers import BadRecord, Record, read_records
+from dylora.fields import nearest
+from dylora.run_config import SourceConfig, SplitScheme
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CODE_ALPACA = "sahil2801/CodeAlpaca-20k"
+MBPP = "google-research-datasets/mbpp"
+MBPP_TASKS = 974
+MBPP_PUBLISHED = {
+    "train": range(601, 975),
+    "validation": range(511, 601),
+    "test": range(11, 511),
+    "prompt": range(1, 11),
+}
+SKILL_ROWS = {"train": 2000, "validation": 200}
+COLUMNS = ("instruction_column", "input_column", "output_column")
+MAX_PROBLEMS = 20
+CHUNK_ROWS = 10_000
+
+
+class Row(NamedTuple):
+    """One question and its answer."""
+
+    instruction: str  # stripped
+    input: str  # stripped; "" when there is none
+    output: str  # without trailing white space
+    id: str  # MBPP's task id, <split>/<n> of a skill, else the content's hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRows:
+    """What was read from one source."""
+
+    rows: "Dataset"
+    """Usable rows, columns as in Row."""
+    splits: dict[str, list[int]]
+    """Indices into rows of train and validation."""
+    path: str | None
+    """File or hub name; none: generated."""
+    split_scheme: SplitScheme | None
+    """The one that was used; none: generated splits."""
+    read: int
+    """Records in the source."""
+    empty: int
+    """Without an instruction or without an answer."""
+    malformed: int
+    """Unreadable, or with missing or non-text fields."""
+    duplicates: int
+    """Equal to an earlier row in instruction, input and output."""
+    problems: tuple[str, ...]
+    """`file:line: why` of the first MAX_PROBLEMS empty and malformed ones."""
+
+
+def read_source(
+    source: SourceConfig, *, seed: int = 0, skill_validation_rows: int | None = None
+) -> SourceRows:
+    """Reads and splits one source; the same seed gives the same splits.
+
+    MBPP is split by task id. Others go 90/10 by question (instruction and input), whatever the
+    order of the file: two answers to one question lie on the same side. Duplicates count once.
+    Raises ValueError for settings, files or hub sets that cannot be used, with what to do.
+    """
+    if source.name.startswith("skill/"):
+        plan = _skill_plan(source, seed, skill_validation_rows)
+    elif source.name == "mbpp":
+        plan = _mbpp_plan(source, seed)
+    else:
+        plan = _columns_plan(source, seed)
+    rows, counts = _collect(plan.records, plan.to_row, source.name)
+    return SourceRows(
+        rows=rows, splits=plan.split(rows), path=plan.path, split_scheme=plan.scheme, **counts
+    )
+
+
+def mbpp_split(scheme: SplitScheme, seed: int = 0) -> dict[str, list[int]]:
+    """Task ids of each split, sorted.
+
+    `published`: 374 train, 90 validation, 500 test, 10 prompt. `70/10/20`: 682, 97 and 195 of all
+    974, so that most published test tasks are trained on: score only what the stamp leaves out.
+    """
+    if scheme == "published":
+        return {split: list(ids) for split, ids in MBPP_PUBLISHED.items()}
+    if scheme != "70/10/20":
+        raise ValueError(f"split_scheme is {scheme!r}, but mbpp has published and 70/10/20")
+    ids = list(range(1, MBPP_TASKS + 1))
+    random.Random(derived_seed("mbpp", seed)).shuffle(ids)
+    train, validation = round(0.7 * MBPP_TASKS), round(0.8 * MBPP_TASKS)
+    parts = {"train": ids[:train], "validation": ids[train:validation], "test": ids[validation:]}
+    return {split: sorted(part) for split, part in parts.items()}
+
+
+def content_hash(*parts: str | int) -> str:
+    """SHA-256 of the parts and of where they begin and end, as 64 hex digits."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def text_hash(text: str) -> str:
+    """12 hex digits of SHA-256 of the words: equal for texts that differ in white space alone.
+
+    Between 10,000 texts and 100,000 others two that differ share one with a chance of 4 in a
+    million.
+    """
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
+
+
+def derived_seed(*parts: str | int) -> int:
+    """A seed in [0, 2^63) for one purpose: near seeds and other purposes share no sequence."""
+    return int(content_hash(*parts)[:16], 16) >> 1
+
+
+def seeded_generator(*parts: str | int) -> torch.Generator:
+    """A generator of its own for whatever the parts name."""
+    return torch.Generator().manual_seed(derived_seed(*parts))
+
+
+# The three kinds of source
+
+
+class _Plan(NamedTuple):
+    """How a kind of source is read."""
+
+    records: Iterable[Record]
+    to_row: Callable[[dict[str, Any]], Row]
+    split: Callable[["Dataset"], dict[str, list[int]]]
+    path: str | None
+    scheme: SplitScheme | None
+
+
+def _skill_plan(source: SourceConfig, seed: int, validation_rows: int | None) -> _Plan:
+    _reject(source, "path", "revision", "split_scheme", *COLUMNS)
+    counts = {
+        "train": source.rows or SKILL_ROWS["train"],
+        "validation": validation_rows or SKILL_ROWS["validation"],
+    }
+    return _Plan(
+        _skill_records(source.name.removeprefix("skill/"), counts, seed),
+        partial(_columns_to_row, instruction="instruction", input_=None, output="output", id_="id"),
+        _split_by_id,
+        None,
+        None,
+    )
+
+
+def _mbpp_plan(source: SourceConfig, seed: int) -> _Plan:
+    _reject(source, "rows", *COLUMNS)
+    scheme = _split_scheme(source, "published", "70/10/20")
+    records = read_records(
+        source.path or MBPP,
+        source.revision,
+        columns=["task_id", "text", "code", "test_list"],
+        hub_config="full" if source.path is None else None,
+        hub_splits=tuple(MBPP_PUBLISHED),
+    )
+    split = partial(_split_by_task, task_ids=mbpp_split(scheme, seed))
+    return _Plan(records, _mbpp_to_row, split, source.path or MBPP, scheme)
+
+
+def _columns_plan(source: SourceConfig, seed: int) -> _Plan:
+    _reject(source, "rows")
+    scheme = _split_scheme(source, "90/10")
+    path, instruction, input_, output = _path_and_columns(source)
+    columns = [column for column in (instruction, input_, output) if column is not None]
+    records = read_records(path, source.revision, columns=columns)
+    to_row = partial(_columns_to_row, instruction=instruction, input_=input_, output=output)
+    return _Plan(records, to_row, partial(_split_by_question, seed=seed), path, scheme)
+
+
+def _path_and_columns(source: SourceConfig) -> tuple[str, str, str | None, str]:
+    if source.name == "code_alpaca":
+        return (
+            source.path or CODE_ALPACA,
+            source.instruction_column or "instruction",
+            source.input_column or "input",
+            source.output_column or "output",
+        )
+    if source.path is None:
+        builtin = ["code_alpaca", "mbpp", "skill/<skill>"]
+        raise ValueError(
+            f"source {source.name!r} is not built in and has no path{nearest(source.name, builtin)}"
+        )
+    if source.instruction_column is None or source.output_column is None:
+        raise ValueError(
+            f"source {source.name!r}: name its columns with instruction_column and output_column"
+        )
+    return source.path, source.instruction_column, source.input_column, source.output_column
+
+
+def _split_scheme(source: SourceConfig, *choices: SplitScheme) -> SplitScheme:
+    if source.split_scheme not in (None, *choices):
+        raise ValueError(
+            f"source {source.name!r}: split_scheme is {source.split_scheme!r}, but must be "
+            + " or ".join(choices)
+        )
+    return source.split_scheme or choices[0]
+
+
+def _reject(source: SourceConfig, *names: str) -> None:
+    for name in names:
+        if getattr(source, name) is not None:
+            raise ValueError(f"source {source.name!r}: {name} does not apply to it; leave it out")
+
+
+# Records to rows
+
+
+def _collect(
+    records: Iterable[Record], to_row: Callable[[dict[str, Any]], Row], name: str
+) -> tuple["Dataset", dict[str, Any]]:
+    """Usable rows in their order, as Arrow columns, and the counts of SourceRows."""
+    from datasets import Dataset, concatenate_datasets
+
+    read = empty = malformed = duplicates = 0
+    problems: list[str] = []
+    chunks: list[Dataset] = []
+    pending: list[dict[str, str]] = []
+    seen: set[str] = set()
+    for record in records:
+        read += 1
+        try:
+            if record.problem:
+                raise BadRecord(record.problem)
+            row = to_row(record.fields)
+        except BadRecord as problem:
+            malformed += 1
+            problems += [f"{record.place}: {problem}"] * (len(problems) < MAX_PROBLEMS)
+            continue
+        row = Row(
+            _unix(row.instruction).strip(),
+            _unix(row.input).strip(),
+            _unix(row.output).rstrip(),
+            row.id,
+        )
+        if not row.instruction or not row.output:
+            empty += 1
+            what = "answer" if row.instruction else "instruction"
+            problems += [f"{record.place}: the {what} is empty"] * (len(problems) < MAX_PROBLEMS)
+            continue
+        content = content_hash(row.instruction, row.input, row.output)
+        if content in seen:
+            duplicates += 1
+            continue
+        seen.add(content)
+        pending.append((row if row.id else row._replace(id=content[:32]))._asdict())
+        if len(pending) == CHUNK_ROWS:
+            chunks.append(Dataset.from_list(pending))
+            pending = []
+    if pending:
+        chunks.append(Dataset.from_list(pending))
+    if not chunks:
+        raise ValueError(
+            f"source {name!r} has no usable row: {read} read, {malformed} malformed, {empty} empty"
+            + "".join(f"\n  {problem}" for problem in problems[:3])
+        )
+    counts = {
+        "read": read,
+        "empty": empty,
+        "malformed": malformed,
+        "duplicates": duplicates,
+        "problems": tuple(problems),
+    }
+    return concatenate_datasets(chunks), counts
+
+
+def _columns_to_row(
+    fields: dict[str, Any],
+    *,
+    instruction: str,
+    input_: str | None,
+    output: str,
+    id_: str | None = None,
+) -> Row:
+    return Row(
+        _text(fields, instruction),
+        # A row without further input leaves the field out or has null there.
+        "" if input_ is None or fields.get(input_) is None else _text(fields, input_),
+        _text(fields, output),
+        "" if id_ is None else _text(fields, id_),
+    )
+
+
+def _mbpp_to_row(fields: dict[str, Any]) -> Row:
+    task_id, tests = fields.get("task_id"), fields.get("test_list")
+    if type(task_id) is not int or not 1 <= task_id <= MBPP_TASKS:
+        raise BadRecord(f"task_id is {task_id!r}, but must be from 1 to {MBPP_TASKS}")
+    if not isinstance(tests, list) or not tests or not isinstance(tests[0], str):
+        raise BadRecord("test_list has no test")
+    text, code = _text(fields, "text"), _text(fields, "code")
+    return Row(mbpp_instruction(text, tests[0]) if text.strip() else "", "", code, str(task_id))
+
+
+def _text(fields: dict[str, Any], column: str) -> str:
+    if column not in fields:
+        raise BadRecord(f"no {column!r}")
+    value = fields[column]
+    if not isinstance(value, str):
+        raise BadRecord(f"{column!r} is of type {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRecord(f"{column!r} holds half a surrogate pair, which is no text") from None
+    return value
+
+
+def _unix(text: str) -> str:
+    return text.replace("\r\n", "\n")
+
+
+# Splits: indices of the rows of train and validation
+
+
+def _split_by_question(rows: "Dataset", seed: int) -> dict[str, list[int]]:
+    """A tenth of the questions, those whose seeded hash is lowest, for validation."""
+    pairs = zip(rows["instruction"], rows["input"], strict=True)
+    hashes = [content_hash(seed, *pair) for pair in pairs]
+    questions = sorted(set(hashes))
+    held_out = set(questions[: max(1, round(len(questions) / 10))])
+    splits: dict[str, list[int]] = {"train": [], "validation": []}
+    for index, question in enumerate(hashes):
+        splits["validation" if question in held_out else "train"].append(index)
+    return splits
+
+
+def _split_by_task(rows: "Dataset", task_ids: dict[str, list[int]]) -> dict[str, list[int]]:
+    ids = [int(id_) for id_ in rows["id"]]
+    splits: dict[str, list[int]] = {}
+    for split in ("train", "validation"):
+        wanted = set(task_ids[split])
+        splits[split] = [index for index, id_ in enumerate(ids) if id_ in wanted]
+    return splits
+
+
+def _split_by_id(rows: "Dataset") -> dict[str, list[int]]:
+    """Rows of a skill, whose ids begin with the name of the split."""
+    splits: dict[str, list[int]] = {"train": [], "validation": []}
+    for index, id_ in enumerate(rows["id"]):
+        splits[id_.partition("/")[0]].append(index)
+    return splits
+
+
+def _skill_records(skill: str, wanted: dict[str, int], seed: int) -> Iterator[Record]:
+    from dylora.tasks import SKILLS, generate_tasks
+
+    if skill not in SKILLS:
+        raise ValueError(f"unknown skill {skill!r}{nearest(skill, list(SKILLS))}")
+    for split in ("train", "validation"):
+        for number, task in enumerate(generate_tasks(skill, split, wanted[split], seed=seed)):
+            fields = {"instruction": task.instruction, "output": task.answer}
+            yield Record(f"skill/{skill}:{split}:{number}", fields | {"id": f"{split}/{number}"})

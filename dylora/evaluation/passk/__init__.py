@@ -1,0 +1,1 @@
+"""pass@k: suites, samples, verdicts and published scores."""

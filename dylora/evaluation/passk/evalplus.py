@@ -1,0 +1,221 @@
+"""HumanEval+ and MBPP+ (EvalPlus, arXiv:2305.01210), in both forms in which they are published.
+
+Each task has inputs instead of tests, and a program that answers them right: what is expected is
+computed by running it, in the tests' process. The JSONL of EvalPlus' releases holds the inputs as
+`base_input` and `plus_input`; the sets of the hub hold them in a line of `test`, `inputs = […]`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dylora.evaluation.passk.problem import Problem, unix
+
+CONTINUATION_STOPS = (
+    *("\ndef ", "\nclass ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n@", "\n```", "\n\n\n\n"),
+    *("<|endoftext|>", "<file_sep>", "<|file_separator|>"),
+)
+"""A continuation of a function ends where unindented text begins (Chen et al. 2021, and more), and
+where a base begins another file: to some tokenizers those marks are plain text."""
+DOCSTRING_STOPS = (
+    *('\n"""', "\nassert", "\nif __name__", "\ndef main(", "\nprint(", "\n```"),
+    *("<|endoftext|>", "<file_sep>", "<|file_separator|>"),
+)
+"""A program that follows its docstring may have several functions (EvalPlus ends it so, too)."""
+
+COMPARE = '''
+import copy, math
+from math import inf, nan
+
+def _is_floats(value):
+    if isinstance(value, (list, tuple)) and value:
+        return all(isinstance(item, float) for item in value)
+    return isinstance(value, float)
+
+def _near(given, expected, atol):
+    """Numbers, or lists and tuples of numbers, as far apart as EvalPlus allows (numpy.allclose)."""
+    if isinstance(expected, (list, tuple)):
+        return (
+            isinstance(given, (list, tuple))
+            and len(given) == len(expected)
+            and all(_near(one, other, atol) for one, other in zip(given, expected))
+        )
+    numbers = (int, float, complex)
+    return isinstance(given, numbers) and isinstance(expected, numbers) and (
+        given == expected or abs(given - expected) <= atol + 1e-7 * abs(expected)
+    )
+
+def _equal(given, expected, atol):
+    if given == expected:
+        return True
+    atol = atol or (1e-6 if _is_floats(expected) else 0)
+    return bool(atol) and type(given) is type(expected) and _near(given, expected, atol)
+
+def _not_none(value):
+    return value if isinstance(value, bool) else value is not None
+
+def _upright_surface(base, height):  # Mbpp/581 does not say which height it means
+    return round(base**2 + 2 * base * math.sqrt((base / 2) ** 2 + height**2))
+
+def _padded_distance(one, other):  # Mbpp/558 does not say how numbers of two lengths are aligned
+    width = max(len(str(one)), len(str(other)))
+    pairs = zip(str(one).zfill(width), str(other).zfill(width))
+    return sum(abs(int(a) - int(b)) for a, b in pairs)
+'''
+"""What the tests' process knows of comparing."""
+
+_SETS = (
+    "similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
+    "intersection_array", "find_dissimilar", "Diff",
+)  # fmt: skip
+_NOT_NONE = ("check_str", "text_match_three", "text_starta_endb")
+_VERDICTS = {
+    **dict.fromkeys(
+        _SETS, "set(given) == set(expected)"
+    ),  # Mbpp/2, 7, 111, 140, 232, 249, 579, 769
+    **dict.fromkeys(_NOT_NONE, "_not_none(given) == _not_none(expected)"),
+    "are_equivalent": "True",  # Mbpp/164: the question is unclear; to return is enough
+    "sum_div": "given == expected or given == 0",  # Mbpp/295
+    "surface_Area": "_equal(given, expected, {atol}) "
+    "or abs(given - _upright_surface(*arguments)) <= {atol}",
+    "digit_distance_nums": "given == expected or given == _padded_distance(*arguments)",
+}
+"""MBPP+'s questions with several right answers, by entry point, as EvalPlus 0.3 judges them."""
+
+
+def humaneval_plus(task: dict[str, Any]) -> Problem:
+    """A row of either form. Raises KeyError, TypeError or ValueError for what is none."""
+    prompt, name = unix(task["prompt"]), task["entry_point"]
+    answer = unix(task["canonical_solution"])
+    inputs, atol = _inputs(task, lambda rows: rows)
+    # find_zero has many right answers: its own definition decides (HumanEval/32).
+    zero = f"abs(_scope['poly'](*arguments, given)) <= {atol or 1e-4!r}"
+    return Problem(
+        task_id=task["task_id"],
+        prompt=prompt,
+        prefix=prompt,
+        stops=CONTINUATION_STOPS,
+        setup=_setup(prompt + answer, name),
+        tests=_tests(
+            name, inputs, zero if name == "find_zero" else f"_equal(given, expected, {atol!r})"
+        ),
+        entry_points=(name,),
+        reference=prompt + answer,
+        texts=(prompt, prompt + answer),
+    )
+
+
+def mbpp_plus(task: dict[str, Any]) -> Problem:
+    """A row of either form. Raises KeyError, TypeError or ValueError for what is none."""
+    number = int(str(task["task_id"]).rpartition("/")[2])
+    reference = unix(task["canonical_solution"] if "canonical_solution" in task else task["code"])
+    inputs, atol = _inputs(task, lambda rows: [typed_input(number, row) for row in rows])
+    if "entry_point" in task:
+        name, prompt = task["entry_point"], unix(task["prompt"])
+        question = prompt.strip().strip("\"'")
+    else:
+        name, question = _called(task["test"]), unix(task["prompt"])
+        prompt = f'"""\n{question}\n{unix(task["test_list"][0])}\n"""\n'
+    verdict = _VERDICTS.get(name, "_equal(given, expected, {atol})").format(atol=repr(atol))
+    return Problem(
+        task_id=f"Mbpp/{number}",
+        prompt=prompt,
+        prefix=prompt,
+        stops=DOCSTRING_STOPS,
+        setup=_setup(reference, name),
+        tests=_tests(name, inputs, verdict),
+        entry_points=(name,),
+        reference=prompt + reference,
+        texts=(question, question.partition("\nassert ")[0], reference),
+    )
+
+
+def _setup(reference: str, name: str) -> str:
+    """The reference in a scope of its own: what it calls by name must not be the program's."""
+    scope = f"_scope = {{'__name__': 'reference'}}\nexec({reference!r}, _scope)\n"
+    return f"{COMPARE}\n{scope}_reference = _scope[{name!r}]\n"
+
+
+def _tests(name: str, inputs: str, verdict: str) -> str:
+    return (
+        f"for arguments in {inputs}:\n"
+        f"    expected = _reference(*copy.deepcopy(arguments))\n"
+        f"    given = {name}(*arguments)\n"
+        f"    assert {verdict}\n"
+    )
+
+
+def _inputs(task: dict[str, Any], typed: Callable[[list[Any]], list[Any]]) -> tuple[str, float]:
+    """The arguments of every call as Python source, and the tolerance for floats."""
+    if "plus_input" in task:
+        return repr(typed([*task["base_input"], *task["plus_input"]])), float(task["atol"])
+    found = re.search(r"^\s*inputs = (\[.*\])\s*$", task["test"], re.MULTILINE)
+    tolerance = re.search(r"([\d.]+(?:e-?\d+)?)\)?\s*$", task["test"])
+    if not found or not tolerance:
+        raise ValueError("its test has no line of inputs")
+    return found[1], float(tolerance[1])
+
+
+def _called(test: str) -> str:
+    """The function that a test of the hub's form calls."""
+    found = re.search(r"(\w+)\(\*inp\)", test)
+    if not found:
+        raise ValueError("its test calls no function")
+    return found[1]
+
+
+# MBPP's functions take tuples, sets and complex numbers, for which JSON has lists and strings
+
+
+def _tuples(rows: list[Any]) -> list[Any]:
+    return [tuple(row) for row in rows]
+
+
+def _deep(value: Any) -> Any:
+    return tuple(map(_deep, value)) if isinstance(value, list) else value
+
+
+def _ids(text: str) -> frozenset[int]:
+    return frozenset(map(int, text.split()))
+
+
+_TYPES: tuple[tuple[frozenset[int], Callable[..., list[Any]]], ...] = (
+    (
+        _ids(
+            "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809"
+        ),
+        lambda *each: [tuple(one) for one in each],
+    ),
+    (
+        _ids("63 64 70 94 120 237 272 299 400 409 417 438 473 614 780"),
+        lambda *each: [_tuples(one) for one in each],
+    ),
+    (_ids("75 413 444 753"), lambda first, *rest: [_tuples(first), *rest]),
+    (_ids("106 750"), lambda first, second: [first, tuple(second)]),
+    (_ids("250 307 405 446 617 720 763 808"), lambda first, *rest: [tuple(first), *rest]),
+    (_ids("259 401 445"), lambda *each: [tuple(_tuples(one)) for one in each]),
+    (_ids("580 615 791"), lambda *each: [_deep(one) for one in each]),
+    (
+        _ids("115"),
+        lambda rows: [[set(row) if isinstance(row, list) and row else {} for row in rows]],
+    ),
+    (_ids("124"), lambda first, second: [float(first), complex(second)]),
+    (_ids("252"), lambda number: [complex(number)]),
+    (
+        _ids("278"),
+        lambda row: [tuple(tuple(item) if isinstance(item, list) else item for item in row)],
+    ),
+    (
+        _ids("722"),
+        lambda first, *rest: [{key: tuple(item) for key, item in first.items()}, *rest],
+    ),
+)
+"""MBPP's task ids, and what the JSON of their arguments stands for (EvalPlus' data/mbpp.py)."""
+
+
+def typed_input(number: int, arguments: list[Any]) -> list[Any]:
+    """The arguments of one call of MBPP's task `number`, of the types that its function takes."""
+    for ids, convert in _TYPES:
+        if number in ids:
+            return convert(*arguments)
+    return arguments

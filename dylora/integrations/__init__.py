@@ -1,0 +1,1 @@
+"""Other formats and libraries: PEFT adapters in and out, merging, static mixtures."""

@@ -1,0 +1,386 @@
+"""Experts made elsewhere: stock PEFT LoRA adapters as the experts of one mixture.
+
+Adapters may differ in rank, alpha, rslora and in what they adapt. All projections that any of them
+adapts are injected. An expert has one rank and one scale: the largest rank, and the scale of most
+of its projections. Where an adapter's rank is smaller, or it lacks the projection, rows of A and B
+are exactly 0, and stay so in training; where its scale is another, B takes up the ratio.
+"""
+
+import dataclasses
+import difflib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dylora.adapters.targets import is_projection, projection_sizes, shortest_targets
+from dylora.base_models import load_base
+from dylora.config import MoELoraConfig, Quantization, ends_with
+from dylora.fields import nearest
+from dylora.integrations.arrow import set_prototypes
+from dylora.model import DyLoRA_MoE
+from dylora.storage.detect import Found, find_adapters
+from dylora.storage.manifest import verify
+from dylora.storage.peft_foreign import ForeignAdapter, read_foreign_adapter, read_pickled
+from dylora.storage.safe_io import read_json
+
+RouterInit = Literal["learned", "arrow"]
+# Settings that the adapters decide: they may be given only as they turn out.
+DECIDED = ("num_experts", "r", "lora_alpha", "expert_ranks", "expert_alphas", "target_modules")
+DECIDED += ("bias", "use_rslora", "use_dora")
+# Settings for which adapters made elsewhere leave no room.
+UNSET = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "share_A")
+GATE_NAMES = (("gate.weight", "gate.bias"), ("weight", "bias"))  # of an older mixture's router
+
+
+class Shape(NamedTuple):
+    """What an expert is, once all its projections have one rank and one scale."""
+
+    rank: int
+    alpha: float
+    scale: float  # alpha / rank, or alpha / sqrt(rank) with rslora
+
+
+def load_peft_experts(
+    base: str | PreTrainedModel | None,
+    adapters: Sequence[str | Path],
+    config: MoELoraConfig | None = None,
+    *,
+    router_init: RouterInit = "learned",
+    freeze: bool = True,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+    quantization: Quantization = "none",
+    report: Callable[[str], Any] = warnings.warn,
+) -> DyLoRA_MoE:
+    """A mixture whose experts are PEFT LoRA adapters: one-hot routing computes what peft does.
+
+    Args:
+        base: by name or as a model (which is changed in place); never taken from the adapters.
+        adapters: folders, each with an adapter, or with several: a folder of adapters, a mixture
+            of ours, or the layout of an older one (peft_adapters/ beside dylo_moe_state/).
+        config: routing, losses and maturity; what the adapters decide (ranks, alphas, projections,
+            the number of experts) is left at its default. One adapter needs use_moe_routing=False.
+        router_init: learned: fresh routers, near uniform. arrow: rows that find the expert which
+            would change a token most, so that it routes without any training; it brings
+            router_logits 'absolute' along (see dylora/integrations/arrow.py).
+        freeze: the experts never change until `experts.unfreeze`; training then trains the routers.
+        report: gets a line for everything that is left out or differs from what a file names.
+
+    The experts begin as newborn, so that routing is dense until training or routing_mode says
+    otherwise. Raises ValueError or FileNotFoundError, naming file and key, for adapters that are no
+    plain LoRA, that differ in use_dora, that do not fit the base, or that name a base when none is
+    given; a base that was given as a model is then as it was.
+    """
+    found = [find_adapters(Path(folder)) for folder in adapters]
+    folders = [path for one in found for path in one.adapters]
+    for path in folders:
+        if folders.count(path) > 1:
+            raise ValueError(f"{path} is given twice: two equal experts stay equal")
+    earlier = [record for one in found if (record := _training_record(one)) is not None]
+    read = [read_foreign_adapter(path) for path in folders]
+    _check_bases(base, read, report)
+    assert base is not None
+    shapes, rslora = _shapes(read)
+    config = config or MoELoraConfig(num_experts=max(2, len(read)))
+    settings = _settings(read, shapes, rslora, config, router_init)
+    for line in [note for one in found for note in one.notes]:
+        report(line)
+
+    if isinstance(base, PreTrainedModel):
+        model, name = base, None
+    else:
+        name = base
+        model = load_base(
+            base,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            quantization=quantization,
+        )
+    paths = _fitting_paths(model, read, report)
+    settings = dataclasses.replace(settings, target_modules=shortest_targets(model, paths))
+    mixture = DyLoRA_MoE(model, settings, base_name=name, base_revision=revision)
+    try:
+        for expert, (adapter, shape) in enumerate(zip(read, shapes, strict=True)):
+            _fill(mixture, expert, adapter, shape)
+        if router_init == "arrow":
+            for site in set_prototypes(mixture):
+                report(f"no adapted projection of {site} reads its router's input: it mixes evenly")
+        for one in found:
+            _take_router(mixture, one, len(found) == 1 and router_init == "learned", report)
+    except Exception:
+        mixture.unload()
+        raise
+    for row, adapter in zip(mixture.experts.table, read, strict=True):
+        row.skill = adapter.name
+        row.history.append({"event": f"imported from {adapter.name}", "step": 0})
+    if freeze:
+        mixture.experts.freeze(*range(len(read)))
+    mixture.training_record = {"earlier": earlier} if earlier else {}
+    return mixture
+
+
+# What the files say
+
+
+def _training_record(found: Found) -> dict[str, Any] | None:
+    """What a mixture of ours was trained on, after a check that its files are as written."""
+    if found.kind != "mixture":
+        return None
+    folder = found.adapters[0].parents[1]
+    verify(folder)
+    return read_json(folder / "config.json").get("training")
+
+
+def _check_bases(
+    base: str | PreTrainedModel | None, read: list[ForeignAdapter], report: Callable[[str], Any]
+) -> None:
+    """Nobody is sent to a base that only a file names."""
+    named: dict[str, str] = {}
+    for adapter in read:
+        if adapter.base:
+            named.setdefault(adapter.base, adapter.name)
+    shown = ", ".join(f"{other} ({name})" for other, name in named.items())
+    if base is None:
+        if len(named) > 1:
+            raise ValueError(f"the adapters name different bases: {shown}. Give one as the base")
+        if not named:
+            raise ValueError("the adapters name no base: give one")
+        raise ValueError(
+            f"give a base; the adapters were made for {next(iter(named))}, as they say"
+        )
+    given = base if isinstance(base, str) else base.config.name_or_path
+    if set(named) - {given}:
+        report(f"the base is {given or 'a model without a name'}; the adapters name {shown}")
+
+
+def _shapes(read: list[ForeignAdapter]) -> tuple[list[Shape], bool]:
+    """Rank and alpha of each expert, and whether they are those of rslora.
+
+    rslora stays where all adapters have it; where some do, all scales are written as alpha / r.
+    """
+    rslora = all(bool(adapter.config.get("use_rslora")) for adapter in read)
+    shapes = []
+    for adapter in read:
+        rank = max(adapter.ranks.values())
+        scales = Counter(adapter.scale(path) for path in adapter.weights)
+        scale = scales.most_common(1)[0][0]
+        pairs = {(adapter.ranks[path], adapter.alphas[path]) for path in adapter.weights}
+        if len(pairs) == 1 and rslora == bool(adapter.config.get("use_rslora")):
+            alpha = next(iter(pairs))[1]  # as it is written
+        else:
+            alpha = scale * (rank**0.5 if rslora else rank)
+        shapes.append(Shape(rank, alpha, scale))
+    return shapes, rslora
+
+
+def _settings(
+    read: list[ForeignAdapter],
+    shapes: list[Shape],
+    rslora: bool,
+    config: MoELoraConfig,
+    router_init: RouterInit,
+) -> MoELoraConfig:
+    """The mixture's configuration but for its targets.
+
+    Raises ValueError for a setting that the adapters decide otherwise, or cannot have.
+    """
+    if router_init not in ("learned", "arrow"):
+        raise ValueError(
+            f"router_init is {router_init!r}{nearest(router_init, ['learned', 'arrow'])}"
+        )
+    dora = [bool(adapter.config.get("use_dora")) for adapter in read]
+    if any(dora) and not all(dora):
+        with_it, without = read[dora.index(True)], read[dora.index(False)]
+        raise ValueError(
+            f"{with_it.folder} is a DoRA and {without.folder} is none: experts are all DoRA or none"
+        )
+    if config.use_moe_routing and len(read) < 2:
+        raise ValueError(
+            f"{read[0].folder} alone makes no mixture: give another adapter, or "
+            "use_moe_routing=False for a plain LoRA"
+        )
+    if not config.use_moe_routing and len(read) > 1:
+        raise ValueError(f"use_moe_routing is false, but there are {len(read)} adapters")
+    ranks, alphas = [shape.rank for shape in shapes], [shape.alpha for shape in shapes]
+    largest = ranks.index(max(ranks))
+    biased = any(adapter.biases for adapter in read)
+    decided = {
+        "num_experts": len(read),
+        "r": ranks[largest],
+        "lora_alpha": alphas[largest],
+        "expert_ranks": ranks if len(set(ranks)) > 1 else None,
+        "expert_alphas": alphas if len(set(alphas)) > 1 else None,
+        "bias": "lora_only" if biased else "none",
+        "use_rslora": rslora,
+        "use_dora": all(dora),
+    }
+    for item in dataclasses.fields(MoELoraConfig):
+        name, value = item.name, getattr(config, item.name)
+        default = item.default if item.default is not dataclasses.MISSING else {}
+        if name in UNSET and value != default:
+            raise ValueError(
+                f"{name} is {value!r}, but adapters made elsewhere leave no room for it"
+            )
+        if name in DECIDED and value not in (default, decided.get(name, default)):
+            raise ValueError(
+                f"{name} is {value!r}, but the adapters decide it"
+                + (f": {decided[name]!r}" if name in decided else "")
+            )
+    if router_init == "arrow":
+        needed = {"router_hidden_size": None, "router_scope": "site", "use_moe_routing": True}
+        for name, value in needed.items():
+            if getattr(config, name) != value:
+                raise ValueError(f"router_init arrow needs {name} to be {value!r}")
+        if config.router_type == "fixed":
+            raise ValueError("router_init arrow needs a router_type other than 'fixed'")
+        decided["router_logits"] = "absolute"
+    return dataclasses.replace(config, **decided)
+
+
+def _fitting_paths(
+    base: PreTrainedModel, read: list[ForeignAdapter], report: Callable[[str], Any]
+) -> list[str]:
+    """The projections that any adapter adapts, in the base's order.
+
+    Raises ValueError for a path that is no projection of the base, for other widths, and for a
+    target whose tensors do not cover every projection of that name.
+    """
+    projections = {p: module for p, module in base.named_modules() if is_projection(module)}
+    for adapter in read:
+        for path, (A, B) in adapter.weights.items():
+            if path not in projections:
+                close = difflib.get_close_matches(path, projections, n=1)
+                hint = f"; the nearest is {close[0]}" if close else ""
+                raise ValueError(
+                    f"{adapter.folder} adapts {path}, which is no projection of the base{hint}"
+                )
+            inputs, outputs = projection_sizes(projections[path])
+            if (A.shape[1], B.shape[0]) != (inputs, outputs):
+                raise ValueError(
+                    f"{adapter.folder}: {path} is from {A.shape[1]} to {B.shape[0]}, but the "
+                    f"base's is from {inputs} to {outputs}: it was made for another base"
+                )
+        config = adapter.config
+        if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+            continue
+        if adapter.targets is None:
+            targets = config.get("target_modules")
+            report(
+                f"{adapter.folder}: target_modules is {targets!r}, which is not run; its "
+                f"{len(adapter.weights)} projections are those of its tensors"
+            )
+            continue
+        for path in projections:
+            wanted = any(ends_with(path, name) for name in adapter.targets)
+            if wanted and path not in adapter.weights:
+                raise ValueError(
+                    f"{adapter.folder}: its target_modules name {path}, but it has no "
+                    "tensors for it"
+                )
+    adapted = {path for adapter in read for path in adapter.weights}
+    return [path for path in projections if path in adapted]
+
+
+# Into the model
+
+
+@torch.no_grad()
+def _fill(model: DyLoRA_MoE, expert: int, adapter: ForeignAdapter, shape: Shape) -> None:
+    """Give an expert the values of an adapter; what the adapter lacks is 0."""
+    for path, stacked in model.mixture.adapters.items():
+        stack, place = stacked.stack_of(expert)
+        assert stack.lora_A is not None
+        stack.lora_A[place].zero_()
+        stack.lora_B[place].zero_()
+        if path not in adapter.weights:
+            continue  # with DoRA its magnitude is the base's own
+        A, B = adapter.weights[path]
+        ratio = adapter.scale(path) / shape.scale
+        stack.lora_A[place, : len(A)] = A.to(stack.lora_A)
+        stack.lora_B[place, : len(A)] = (B.T if ratio == 1 else B.T.double() * ratio).to(
+            stack.lora_B
+        )
+        if stack.lora_magnitude is not None:
+            stack.lora_magnitude[place] = adapter.magnitudes[path].to(stack.lora_magnitude)
+        if path in adapter.biases:
+            own: Any = model.base.get_submodule(path).bias
+            if stack.lora_bias is None or own is None:
+                raise ValueError(f"{adapter.folder}: {path} has a bias, but the base's has none")
+            shift = adapter.biases[path].to(stack.lora_bias) - own.to(stack.lora_bias)
+            stack.lora_bias[place] = shift
+
+
+@torch.no_grad()
+def _take_router(
+    model: DyLoRA_MoE, found: Found, alone: bool, report: Callable[[str], Any]
+) -> None:
+    """Say what becomes of the router beside the adapters, and take it where it fits."""
+    if found.kind == "mixture":
+        report(
+            f"{found.adapters[0].parents[1]}: its experts are taken, its router is not; "
+            "from_pretrained reads it whole"
+        )
+    if not found.routers:
+        return
+    file, routers = found.routers[0], list(model.routers())
+    gate = read_gate(file)
+    if gate is None:
+        why = "it is no linear gate"
+    elif not alone:
+        why = "other adapters were given beside its own, or router_init is arrow"
+    elif len(routers) != 1:
+        why = "every block has a router of its own here (router_scope: shared has one)"
+    elif routers[0][1].inner is not None:
+        why = "the router here has a hidden layer"
+    elif gate[0].shape != routers[0][1].outer.weight.shape:
+        here = list(routers[0][1].outer.weight.shape)
+        why = f"it is {list(gate[0].shape)}, and here it would be {here}"
+    else:
+        routers[0][1].outer.weight.copy_(gate[0])
+        routers[0][1].outer.bias.copy_(gate[1])
+        report(
+            f"the router {file} is taken, but it was trained on the base's last hidden states and "
+            "now reads those that enter the first block: train it before you trust it"
+        )
+        return
+    report(f"the router {file} is dropped and the experts are kept: {why}")
+
+
+def read_gate(file: Path) -> tuple[Tensor, Tensor] | None:
+    """Weight [E, D] and bias [E] of an older mixture's gate; None where it is no such thing.
+
+    Its router.pt is a state dict, or has one under gate_state_dict. Raises ValueError for a file
+    that holds more than tensors and plain values.
+    """
+    if file.suffix == ".safetensors":
+        try:
+            state: Any = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+    else:
+        state = read_pickled(file)
+    state = state.get("gate_state_dict", state)
+    for weight_name, bias_name in GATE_NAMES:
+        if isinstance(state, dict) and weight_name in state:
+            weight, bias = state[weight_name], state.get(bias_name)
+            if not isinstance(weight, Tensor) or weight.ndim != 2:
+                return None
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
+            if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+                return None
+            if not (weight.isfinite().all() and bias.isfinite().all()):
+                raise ValueError(f"{file}: {weight_name} holds values that are not finite")
+            return weight, bias
+    return None

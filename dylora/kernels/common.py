@@ -1,0 +1,54 @@
+"""What the ways share."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays, for the sake of exact tests."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision of an update's products beside a base of this one: its own where the device
+    multiplies it, or else float32, which a CPU without such instructions does tens of times faster.
+    """
+    return torch.float32 if device.type == "cpu" and is_emulated(dtype) else dtype
+
+
+@cache
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions to multiply a half precision."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if name is None or not torch.backends.mkldnn.is_available():
+        return name is not None
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+
+
+def flatten_tokens(x: Tensor) -> Tensor:
+    """[..., D] -> [T, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Operands are cast by hand here: an addition in place is not autocast."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def tensor_versions(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Changes when one of the tensors is written to, moved or replaced by another that is alive.
+
+    A write through `.data`, or of a fused optimizer, is not seen; tensors made in inference mode
+    have no version, so theirs always differs.
+    """
+    try:
+        return (dtype, *[(t._version, t.data_ptr()) for t in tensors])
+    except RuntimeError:
+        return (object(),)

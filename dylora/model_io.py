@@ -1,0 +1,227 @@
+"""A model's own files: experts as PEFT adapters, routers with maturity, one description.
+
+The layout is DESIGN section 4's; `storage` knows the formats, this file knows the model.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from dylora import config
+from dylora.adapters import targets
+from dylora.adapters.stack import ExpertStack
+from dylora.base_models import quantization_of
+from dylora.fields import shown
+from dylora.routing.maturity import ExpertMaturity
+from dylora.storage.peft_format import (
+    PeftAdapter,
+    adapter_config,
+    read_adapter,
+    scaling_of,
+    write_adapter,
+)
+from dylora.storage.schema import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
+from dylora.storage.tensors import read_tensors
+
+if TYPE_CHECKING:
+    from dylora.model import DyLoRA_MoE
+
+FIXED = "fixed_weights"  # [E], of router_type fixed
+
+
+def write_model(model: "DyLoRA_MoE", folder: Path) -> None:
+    """The files of `save_pretrained`, without the atomic folder around them.
+
+    Raises ValueError while the routers are detached: the files could not be loaded.
+    """
+    if config.is_learned(model.config) and not any(True for _ in model.routers()):
+        raise ValueError("the routers are detached: attach_router() before saving")
+    for expert, row in enumerate(model.experts.table):
+        if row.state != "retired":
+            write_adapter(folder / ADAPTERS / row.name, expert_adapter(model, expert))
+    tensors = {f"router.{name}": p.detach().cpu() for name, p in model.router_parameters()}
+    tensors |= {f"maturity.{name}": v for name, v in model.maturity._asdict().items()}
+    tensors[FIXED] = model.mixture.state.fixed_weights_E.cpu()  # a merge adds two of them up
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ROUTER_FILE)
+    if shifts := bias_shifts(model):
+        save_file({k: v.cpu().contiguous() for k, v in shifts.items()}, folder / SHIFTS_FILE)
+    experts = model.experts.records()
+    for index, record in enumerate(experts):  # for the reader; router.safetensors is the truth
+        record["maturity"] = round(float(model.maturity.maturity[index]), 6)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "base_model_name_or_path": model.base_name,
+        "base_revision": model.base_revision,
+        "quantization": quantization_of(model.base),
+        "moe": model.config.to_dict(),
+        "sites": model.site_names,
+        "projections": list(model.mixture.adapters),
+        "experts": experts,
+        "training": model.training_record,
+    }
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def expert_adapter(model: "DyLoRA_MoE", expert: int) -> PeftAdapter:
+    """One expert as PEFT keeps it; biases are the base's with the expert's shift."""
+    config, row = model.config, model.experts[expert]
+    paths = list(model.mixture.adapters)
+    projections = {path: model.base.get_submodule(path) for path in paths}
+    settings = adapter_config(
+        r=row.rank,
+        lora_alpha=row.alpha,
+        target_modules=targets.shortest_targets(model.base, paths),
+        base_model=model.base_name,
+        revision=model.base_revision,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        bias=config.bias,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in projections.values()),
+    )
+    magnitudes = {}
+    for path, adapter in model.mixture.adapters.items():
+        stack, place = adapter.stack_of(expert)
+        if stack.lora_magnitude is not None:
+            magnitudes[path] = stack.lora_magnitude.detach()[place]
+    biases = {}
+    for name, shift in bias_shifts(model).items():
+        path, _, whose = name.rpartition("/")
+        if whose in (row.name, "all"):
+            base_bias: Tensor = model.base.get_submodule(path).bias  # type: ignore[assignment]
+            biases[path] = base_bias.detach().float() + shift.to(base_bias.device)
+    return PeftAdapter(settings, model.expert_weights(expert), magnitudes, biases)
+
+
+def bias_shifts(model: "DyLoRA_MoE") -> dict[str, Tensor]:
+    """<path of a module>/<expert's name, or all> -> the trained shift of its bias [O]."""
+    shifts = {}
+    for path, adapter in model.mixture.adapters.items():
+        for stack in adapter.stacks:
+            if stack.lora_bias is not None:
+                for place, expert in enumerate(stack.experts):
+                    shifts[f"{path}/expert_{expert}"] = stack.lora_bias.detach()[place]
+    for path, module in model.mixture.biases.items():
+        shifts[f"{path}/all"] = module.shift.detach()
+    return shifts
+
+
+@torch.no_grad()
+def load_model(model: "DyLoRA_MoE", folder: Path, records: list[dict]) -> None:
+    """Fill experts, routers and maturity from a folder whose table of experts is `records`.
+
+    Raises ValueError, naming file and tensor, where the folder does not fit the model.
+    """
+    try:
+        model.experts.restore(records)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    shared: dict[str, Tensor] = {}
+    for expert, row in enumerate(model.experts.table):
+        if row.state == "retired":
+            continue
+        source = folder / ADAPTERS / row.name
+        adapter_files = read_adapter(source)
+        _check_same_keys(source, set(adapter_files.weights), set(model.mixture.adapters))
+        for path, adapter in model.mixture.adapters.items():
+            A, B = adapter_files.weights[path]
+            stack, place = adapter.stack_of(expert)
+            found, own = scaling_of(adapter_files.config, path), float(stack.scaling_E[place])
+            if abs(found - own) > 1e-6 * own:  # the buffer is float32
+                raise ValueError(f"{source}: {path} has the scale {found}, config.json {own}")
+            _fill(stack, place, adapter.shared_A, A, B, f"{source}: {path}", shared)
+            if stack.lora_magnitude is not None:
+                if path not in adapter_files.magnitudes:
+                    raise ValueError(f"{source}: {path} has no lora_magnitude_vector")
+                magnitude = adapter_files.magnitudes[path]
+                _copy(stack.lora_magnitude[place], magnitude, f"{source}: {path}.lora_magnitude")
+    _load_shifts(model, folder / SHIFTS_FILE)
+    _load_routers(model, folder / ROUTER_FILE)
+
+
+def _fill(
+    stack: ExpertStack,
+    place: int,
+    shared_A: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    what: str,
+    seen: dict[str, Tensor],
+) -> None:
+    """Put one expert's A [r, D] and B [O, r] into its rows; beyond its rank they stay 0."""
+    rank = stack.ranks[place]
+    if shared_A is None:
+        assert stack.lora_A is not None
+        _copy(stack.lora_A[place, :rank], A, f"{what}.lora_A")
+    else:
+        if not torch.equal(seen.setdefault(what.rpartition(": ")[2], A), A):
+            raise ValueError(f"{what}.lora_A differs from another expert's, but share_A is true")
+        _copy(shared_A[0], A, f"{what}.lora_A")
+    stack.lora_B[place].zero_()
+    _copy(stack.lora_B[place, :rank], B.T, f"{what}.lora_B")
+
+
+def _load_shifts(model: "DyLoRA_MoE", file: Path) -> None:
+    targets = bias_shifts(model)
+    if not targets:
+        return
+    tensors = read_tensors(file)
+    _check_same_keys(file, set(tensors), set(targets))
+    for name, target in targets.items():
+        _copy(target, tensors[name], f"{file}: {name}")
+        if not target.isfinite().all():
+            raise ValueError(f"{file}: {name} holds values that are not finite")
+
+
+def _load_routers(model: "DyLoRA_MoE", file: Path) -> None:
+    tensors = read_tensors(file)
+    routers = {f"router.{name}": p for name, p in model.router_parameters()}
+    maturity = {f"maturity.{name}": v for name, v in model.maturity._asdict().items()}
+    _check_same_keys(file, set(tensors), {*routers, *maturity, FIXED})
+    weights_E = model.mixture.state.fixed_weights_E
+    _copy(weights_E, tensors[FIXED], f"{file}: {FIXED}")
+    if not bool((weights_E.isfinite() & (weights_E >= 0)).all()):
+        raise ValueError(
+            f"{file}: {FIXED} is {shown(weights_E.tolist())}, but must be finite and at least 0"
+        )
+    for name, parameter in routers.items():
+        _copy(parameter, tensors[name], f"{file}: {name}")
+        if not parameter.isfinite().all():
+            raise ValueError(f"{file}: {name} holds values that are not finite")
+    state = {name.partition(".")[2]: tensors[name] for name in maturity}
+    for name, value in maturity.items():
+        if tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
+            raise ValueError(
+                f"{file}: {name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected "
+                f"{value.dtype} {list(value.shape)}"
+            )
+    bounds = {"maturity": 1.0, "born": 1.0} | dict.fromkeys(("evidence", "fast", "slow"), math.inf)
+    for name, most in bounds.items():
+        value = state[name]
+        unseen = value.isnan() if name in ("fast", "slow") else False  # before the first token
+        if not bool((unseen | ((value >= 0) & (value <= most) & ~value.isinf())).all()):
+            raise ValueError(
+                f"{file}: maturity.{name} is {shown(value.tolist())}, but must be in [0, {most:g}]"
+            )
+    model.set_maturity(ExpertMaturity(**state))
+
+
+def _check_same_keys(source: Path, found: set[str], expected: set[str]) -> None:
+    for name in sorted(expected - found):
+        raise ValueError(f"{source}: {name} is missing")
+    for name in sorted(found - expected):
+        raise ValueError(f"{source}: {name} fits nothing in this model")
+
+
+def _copy(target: Tensor, source: Tensor, what: str) -> None:
+    if target.shape != source.shape:
+        raise ValueError(f"{what} has shape {list(source.shape)}, expected {list(target.shape)}")
+    target.copy_(source)

@@ -1,0 +1,1 @@
+"""Routing: from a hidden state to the weight of every expert."""

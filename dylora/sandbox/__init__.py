@@ -1,0 +1,1 @@
+"""Running untrusted programs; imports nothing of dylora."""

@@ -1,0 +1,86 @@
+"""Walls of bubblewrap's around the launcher, for kernels without Landlock.
+
+Namespaces hold a tree with Python's standard library and the system's shared libraries to read,
+four devices, and a file system in memory to write to; no /proc, no network, no other process.
+seccomp and the limits are put on by the launcher, as with Landlock.
+"""
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dylora.sandbox.launcher.guard import DEVICES, INSTALLED, LIBRARIES
+
+# Of root's powers those that it takes to become nobody, and to end and tidy up after nobody.
+_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "KILL", "SETGID", "SETPCAP", "SETUID")
+
+
+class CommandPrefix(NamedTuple):
+    """How to start a process inside."""
+
+    name: str  # for the results
+    command: list[str]  # what comes before its own command
+    folder: str  # the only place to write to, inside
+
+
+def build(*inside: str) -> CommandPrefix:
+    """Walls with the paths `inside` to read, under their own names.
+
+    Raises:
+        OSError: bubblewrap is not there.
+    """
+    program = shutil.which("bwrap")
+    if program is None:
+        raise FileNotFoundError("there is no bwrap (package bubblewrap)")
+    name = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.strip()
+    # Exists in there only, so nothing outside is touched by a bwrap that does not do its work.
+    folder = str(Path(tempfile.gettempdir(), f"dylora-{secrets.token_hex(8)}"))
+    library = os.path.dirname(os.__file__)
+    prefix = os.path.join(sys.base_prefix, "lib")
+    options = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    options += ["--unshare-cgroup-try"]
+    if os.geteuid() == 0:  # root stays root in there, for the launcher makes nobody of it
+        options += [word for one in _CAPABILITIES for word in ("--cap-add", f"CAP_{one}")]
+    else:
+        options += ["--unshare-user"]
+    paths = _outermost((*LIBRARIES, prefix, library, os.path.realpath(sys.executable)))
+    # Made by bubblewrap itself, the folders above a closed one would be closed to nobody, too.
+    above = {str(one) for path in (*paths, *inside) for one in Path(path).parents}
+    options += [word for path in sorted(above - {"/"}) for word in ("--dir", path)]
+    for path in paths:
+        if os.path.islink(path):  # /lib, where everything lies in /usr
+            options += ["--symlink", os.readlink(path), path]
+        elif os.path.exists(path):
+            options += ["--ro-bind", path, path]
+    hidden = [
+        path
+        for parent in (library, "/usr/lib/python3")
+        for path in (os.path.join(parent, name) for name in INSTALLED)
+        if os.path.isdir(path)
+    ]
+    options += [word for path in hidden for word in ("--tmpfs", path)]
+    options += [word for path in inside for word in ("--ro-bind", path, path)]
+    for device in ("/dev/null", *DEVICES):
+        options += ["--dev-bind", device, device]
+    options += ["--tmpfs", folder, "--chdir", folder]
+    options += [word for path in (*hidden, "/") for word in ("--remount-ro", path)]
+    return CommandPrefix(name, [program, *options, "--"], folder)
+
+
+def _outermost(paths: Sequence[str]) -> list[str]:
+    """The paths that lie in no other."""
+    return [
+        path
+        for index, path in enumerate(paths)
+        if not any(
+            Path(path).is_relative_to(other) and (path != other or place < index)
+            for place, other in enumerate(paths)
+            if not os.path.islink(other)
+        )
+    ]

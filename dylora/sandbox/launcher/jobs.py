@@ -1,0 +1,247 @@
+"""The launcher and its runners: what is forked when, and what is watched meanwhile."""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+from typing import Any
+
+from .guard import NOBODY, Guard, die_with, give_up_root, limit
+from .program import answer_calls, serve_program
+from .test_runner import ENDED_EARLY, run_tests
+from .wire import MESSAGE_BYTES, Closed, read_frame, write_frame
+
+TICK_S = 0.01
+"""How often the size of the folder is looked at."""
+JOB_BYTES = 2**31
+
+
+class Launcher:
+    """Runs one job at a time, each in new processes and an empty folder."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.limits: dict[str, Any] = settings["limits"]
+        self.home: int | None = settings["home"]
+        self.folder = os.path.realpath(settings["folder"])
+        walls = settings["walls"]
+        self.guard = None
+        if walls != "unsafe":
+            self.guard = Guard(self.folder if walls == "landlock" else None)
+            walls = f"landlock {self.guard.abi}" if walls == "landlock" else walls
+        self.level = f"{walls} + seccomp + rlimits, unprivileged"
+        if self.guard is None:
+            self.level = "unsafe: resource limits only"
+        os.listdir(self.folder)  # raises where there is none
+        if os.geteuid() == 0:
+            os.chown(self.folder, NOBODY, NOBODY)
+
+    def serve(self) -> None:
+        """Forks a runner for each job, until the host is gone or a runner has failed."""
+        waiting = select.poll()
+        waiting.register(0, select.POLLIN)
+        while any(event & select.POLLIN for _, event in waiting.poll()):
+            launcher = os.getpid()
+            runner = os.fork()
+            if not runner:
+                try:
+                    die_with(launcher)
+                    self._run(json.loads(read_frame(0, JOB_BYTES)))
+                except BaseException:  # nothing may return into the launcher's own code
+                    os._exit(1)
+                os._exit(0)
+            if os.waitpid(runner, 0)[1]:
+                return
+
+    def _run(self, job: dict[str, Any]) -> None:
+        """Runs a job and writes its result."""
+        self._empty_folder()
+        theirs, ours = socket.socketpair()
+        output, output_end = os.pipe()
+        verdict, verdict_end = os.pipe()
+        children: list[int] = []
+        try:
+            if job["kind"] == "tests":
+                child = self._fork(job, ours.fileno(), verdict_end, None)
+                children.append(child)
+                if os.read(verdict, 1) != b"r":  # it has the tests: the next frame is a new job's
+                    raise SystemExit("the test runner did not start")
+            children.append(self._fork(job, theirs.fileno(), None, output_end))
+            for one in (theirs, *([ours] if job["kind"] == "tests" else [])):
+                one.close()
+            os.close(output_end)
+            os.close(verdict_end)
+            if job["kind"] == "calls":
+                verdict = ours.detach()
+            result = self._watch(job, output, verdict)
+        finally:
+            ends = [self._end(child) for child in reversed(children)]
+        self._empty_folder()
+        content = result.pop("content", b"")
+        result["cpu_seconds"] = max(used for _, used in ends)
+        signals = {signal_ for signal_, _ in ends}
+        if signal.SIGSYS in signals:
+            result |= {"outcome": "violation", "detail": "a forbidden system call"}
+        elif result["detail"] == ENDED_EARLY and (
+            signal.SIGXCPU in signals or result["cpu_seconds"] > self.limits["seconds"]
+        ):
+            result |= {"outcome": "timeout", "detail": "processor time"}
+        write_frame(1, json.dumps(result).encode())
+        write_frame(1, content)
+
+    def _fork(self, job: dict[str, Any], channel: int, verdict: int | None, output: int | None):
+        """Starts the test runner (with `verdict`) or the program (with `output`); its pid."""
+        parent = os.getpid()
+        child = os.fork()
+        if child:
+            with contextlib.suppress(OSError):
+                os.setpgid(child, child)  # here too: the group must exist before it is killed
+            return child
+        try:
+            os.setpgid(0, 0)
+            os.environ.clear()
+            os.environ["TMPDIR"] = os.environ["HOME"] = tempfile.tempdir = self.folder
+            os.chdir(self.folder)
+            null = os.open(os.devnull, os.O_RDWR)
+            if output is not None:
+                os.dup2(null, 0)
+            os.dup2(null if output is None else output, 1)
+            os.dup2(null if output is None else output, 2)
+            kept = {self.home, channel, verdict, self.guard.ruleset if self.guard else None}
+            for descriptor in range(3, 64):
+                if descriptor not in kept:
+                    with contextlib.suppress(OSError):
+                        os.close(descriptor)
+            limit(self.limits)
+            give_up_root()
+            die_with(parent)
+            if self.guard is not None:
+                self.guard.put_on()
+            sys.modules["random"].seed(0)
+            if verdict is not None:
+                tests = json.loads(read_frame(0, JOB_BYTES))
+                os.close(0)
+                os.write(verdict, b"r")
+                write_frame(verdict, json.dumps(run_tests(tests, channel)).encode())
+            elif job["kind"] == "tests":
+                serve_program(job["source"], channel)
+            else:
+                answer_calls(job["source"], job["calls"], channel)
+        except BaseException as error:  # nothing may return into the runner's own code
+            with contextlib.suppress(BaseException):
+                os.write(2, repr(error).encode())
+        os._exit(0)
+
+    def _watch(self, job: dict[str, Any], output: int, verdict: int) -> dict[str, Any]:
+        """Waits for the verdict, a limit or the host's end; what came of it, without the reasons
+        that only the program's end tells."""
+        begin, wall = time.monotonic(), self.limits["wall_seconds"]
+        poll = select.poll()
+        poll.register(output, select.POLLIN)
+        poll.register(verdict, select.POLLIN)
+        poll.register(0, 0)  # hang-up only
+        printed = said = b""
+        result: dict[str, Any] = {"outcome": "error", "detail": ENDED_EARLY}
+        while True:
+            left = begin + wall - time.monotonic()
+            if left <= 0:
+                result = {"outcome": "timeout", "detail": f"{wall:g} s of wall-clock time"}
+                break
+            events = dict(poll.poll(1000 * min(left, TICK_S)))
+            if 0 in events:
+                raise SystemExit  # nobody waits for the result
+            if events.get(output):
+                part = os.read(output, 2**16)
+                printed += part
+                if not part:
+                    poll.unregister(output)
+                if len(printed) > self.limits["output_kb"] * 1024:
+                    result = {"outcome": "output limit", "detail": "printed too much"}
+                    break
+            if events.get(verdict):
+                try:
+                    part = os.read(verdict, 2**16)
+                except ConnectionResetError:
+                    part = b""
+                said += part
+                if len(said) > MESSAGE_BYTES:
+                    result = {"outcome": "output limit", "detail": "it returned too much"}
+                    break
+                size = struct.unpack("<I", said[:4])[0] if len(said) >= 4 else None
+                if not part or (size is not None and len(said) >= size + 4):
+                    whole = size is not None and len(said) == size + 4
+                    if whole and job["kind"] == "tests":
+                        result = json.loads(said[4:])
+                    elif whole:
+                        result = {"outcome": "passed", "detail": "", "content": said[4:]}
+                    break
+            if not self._folder_is_small():
+                result = {"outcome": "output limit", "detail": "too much in files"}
+                break
+        seconds = time.monotonic() - begin
+        return result | {"seconds": seconds, "output": printed.decode("utf-8", "replace")}
+
+    def _folder_is_small(self) -> bool:
+        size = count = 0
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                size += entry.stat(follow_symlinks=False).st_blocks * 512
+                count += 1
+                if count > self.limits["files"] or size > self.limits["disk_kb"] * 1024:
+                    return False
+        return True
+
+    def _empty_folder(self) -> None:
+        for entry in os.scandir(self.folder):
+            if entry.is_dir(follow_symlinks=False):  # possible without protection only
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+
+    @staticmethod
+    def _end(child: int) -> tuple[int, float]:
+        """Kills a child with its group (of one, where protection is on).
+
+        Returns the signal that ended it (0: none), and its processor time in seconds.
+        """
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        _, status, used = os.wait4(child, 0)
+        return os.WTERMSIG(status), used.ru_utime + used.ru_stime
+
+
+def _preload() -> None:
+    """What answers import often: loaded once here and shared by the forks."""
+    for name in (
+        *("array", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses", "datetime"),
+        *("decimal", "enum", "fractions", "functools", "hashlib", "heapq", "itertools", "math"),
+        *("operator", "random", "re", "statistics", "string", "textwrap", "typing"),
+    ):
+        __import__(name)
+
+
+def main() -> None:
+    """Says how it protects, then runs jobs until they end."""
+    host = os.getppid()
+    settings = json.loads(read_frame(0))
+    try:
+        launcher = Launcher(settings)
+    except OSError as error:
+        write_frame(1, json.dumps({"refused": error.strerror or str(error)}).encode())
+        return
+    _preload()
+    with contextlib.suppress(Closed):
+        write_frame(1, json.dumps({"level": launcher.level}).encode())
+        launcher.serve()
+    if os.getppid() != host:  # the host was killed and cannot tidy up
+        shutil.rmtree(launcher.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(launcher.folder))  # made for it, and empty by now

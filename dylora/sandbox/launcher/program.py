@@ -1,0 +1,69 @@
+"""The program's side: it is loaded, and its functions are called from another process."""
+
+import json
+import sys
+import types
+from typing import Any, NoReturn
+
+from .wire import Closed, decode, describe_exception, encode, read_frame, write_frame
+
+
+def serve_program(source: str, channel: int) -> None:
+    """Runs the program, says that it runs, then answers calls until nobody asks.
+
+    A request is {"do", "of", "args"}: call, get an attribute, set one; `of` is a name of the
+    program's or the number of a handle. A reply is {"value"} or {"error": [type, message]}.
+    """
+    module = types.ModuleType("program")
+    sys.modules["program"] = module
+    objects: list[Any] = []
+
+    def keep(value: Any) -> int:
+        objects.append(value)
+        return len(objects) - 1
+
+    def answer(request: dict[str, Any] | None) -> Any:
+        if request is None:
+            exec(compile(source, "program", "exec"), module.__dict__)
+            return None
+        of, do = request["of"], request["do"]
+        args = [decode(item, objects.__getitem__) for item in request["args"]]
+        named = {name: decode(item, objects.__getitem__) for name, item in request["named"].items()}
+        if of not in module.__dict__ and not isinstance(of, int):
+            raise NameError(f"the program defines no {of}")
+        target = objects[of] if isinstance(of, int) else module.__dict__[of]
+        if do == "get":
+            return getattr(target, *args)
+        if do == "set":
+            return setattr(target, *args)
+        return target(*args, **named)
+
+    request = None
+    while True:
+        try:
+            reply = {"value": encode(answer(request), keep)}
+            content = json.dumps(reply).encode()
+        except BaseException as error:  # SystemExit too: to leave is no way to pass
+            content = json.dumps({"error": describe_exception(error)}).encode()
+        write_frame(channel, content)
+        try:
+            request = json.loads(read_frame(channel))
+        except Closed:
+            return
+
+
+def answer_calls(source: str, calls: list[list[Any]], channel: int) -> None:
+    """Runs the program, makes calls that are known beforehand, writes all values in one frame."""
+    names: dict[str, Any] = {"__name__": "program"}
+    decoded = [[name, [decode(item, _no_handle) for item in args]] for name, args in calls]
+    try:
+        exec(compile(source, "program", "exec"), names)
+        values = [encode(names[name](*args), lambda _: -1) for name, args in decoded]
+        content = json.dumps({"values": values}).encode()
+    except BaseException as error:
+        content = json.dumps({"error": describe_exception(error)}).encode()
+    write_frame(channel, content)
+
+
+def _no_handle(_: int) -> NoReturn:
+    raise ValueError("arguments are plain values")

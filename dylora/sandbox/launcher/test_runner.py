@@ -1,0 +1,142 @@
+"""The test runner's side: the tests, and what they see of the program."""
+
+import builtins
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from .wire import (
+    DETAIL_LENGTH,
+    Closed,
+    TooLong,
+    decode,
+    describe_exception,
+    encode,
+    read_frame,
+    write_frame,
+)
+
+ENDED_EARLY = "the program ended early"
+
+
+class ProgramFault(Exception):
+    """What kept the program from answering: an outcome and a detail."""
+
+
+class Remote:
+    """Something of the program's: a function by name, or a value that is not plain.
+
+    To call it and to get or set its attributes happens over there. It equals itself only, has no
+    truth and no order: what the program says about such things counts for nothing.
+    """
+
+    __slots__ = ("_ask", "_of")
+
+    def __init__(self, ask: Callable[..., Any], of: str | int) -> None:
+        object.__setattr__(self, "_ask", ask)
+        object.__setattr__(self, "_of", of)
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self._ask("call", self._of, args, named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copy and isinstance look for is not the program's to say
+            raise AttributeError(name)
+        return self._ask("get", self._of, (name,), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("set", self._of, (name, value), {})
+
+    def __bool__(self) -> bool:
+        raise TypeError("a value that is not plain is neither true nor false")
+
+
+class Channel:
+    """Asks the program, and believes nothing but the shape of its replies."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.fault: ProgramFault | None = None
+        """Why the program cannot answer any more. Tests that catch everything do not undo it."""
+
+    def ask(self, do: str, of: str | int, args: Sequence[Any], named: dict[str, Any]) -> Any:
+        """What the program gives; its exceptions of Python's own types are raised here too."""
+        request = {
+            "do": do,
+            "of": of,
+            "args": [encode(item, self._number) for item in args],
+            "named": {name: encode(item, self._number) for name, item in named.items()},
+        }
+        with contextlib.suppress(Closed):  # reading tells
+            write_frame(self.descriptor, json.dumps(request).encode())
+        return self.receive()
+
+    def receive(self) -> Any:
+        try:
+            reply = json.loads(read_frame(self.descriptor))
+            if "value" in reply:
+                return decode(reply["value"], lambda of: Remote(self.ask, of))
+            name, message = (str(part)[:DETAIL_LENGTH] for part in reply["error"])
+        except Closed:
+            self._fail("error", ENDED_EARLY)
+        except TooLong:
+            self._fail("output limit", "it returned too much")
+        except MemoryError:
+            self._fail("memory", "in what it returned")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            self._fail("error", "its reply is no value")
+        if name == "MemoryError":
+            self._fail("memory", "MemoryError")
+        kind = getattr(builtins, name, None)
+        if not isinstance(kind, type) or not issubclass(kind, Exception):
+            self._fail("error", f"{name}: {message}")  # SystemExit and the like
+        # Only the tests' own assertions count as failed, and only their own loops may stop: map
+        # and zip would take StopIteration for the end of what is to be compared.
+        if kind not in (AssertionError, StopIteration, StopAsyncIteration):
+            with contextlib.suppress(TypeError):  # UnicodeError's children want five arguments
+                raise kind(message)
+        raise ProgramFault("error", f"{name}: {message}")
+
+    def _fail(self, outcome: str, detail: str) -> NoReturn:
+        self.fault = ProgramFault(outcome, detail)
+        raise self.fault from None
+
+    @staticmethod
+    def _number(value: Any) -> int:
+        if isinstance(value, Remote):
+            return object.__getattribute__(value, "_of")
+        raise TypeError(f"a {type(value).__name__} cannot be sent to the program")
+
+
+def run_tests(job: dict[str, Any], channel: int) -> dict[str, str]:
+    """Runs the tests on the program; the verdict."""
+    asked = Channel(channel)
+    try:
+        outcome, detail = _run_tests(job, asked)
+    except ProgramFault as fault:
+        outcome, detail = fault.args
+    except AssertionError as error:
+        outcome, detail = "failed", ": ".join(describe_exception(error))
+    except MemoryError:
+        outcome, detail = "memory", "in the tests"
+    except BaseException as error:
+        outcome, detail = "error", ": ".join(describe_exception(error))
+    if asked.fault is not None:
+        outcome, detail = asked.fault.args
+    return {"outcome": outcome, "detail": detail}
+
+
+def _run_tests(job: dict[str, Any], asked: Channel) -> tuple[str, str]:
+    names: dict[str, Any] = {"__name__": "tests"}
+    asked.receive()  # the program has run to its end
+    exec(compile(job["setup"], "setup", "exec"), names)
+    code = compile(job["tests"], "tests", "exec")
+    # MBPP's tests lean on modules that the reference imports. The program's own may be fake.
+    for name in set(code.co_names) & sys.stdlib_module_names - set(names):
+        names[name] = importlib.import_module(name)
+    names |= {name: Remote(asked.ask, name) for name in job["entry_points"]}
+    exec(code, names)
+    return "passed", ""

@@ -1,0 +1,195 @@
+"""Folders that are either whole or absent.
+
+A folder is written under a temporary name, every file is hashed into manifest.json and flushed to
+the disk, one rename makes it appear, and it is read back before anything older is deleted. A reader
+verifies the manifest. Beside checkpoint-<step> a run's folder may hold, for a moment or after a
+crash: .checkpoint-<step>.writing, .replaced and .removing, which `tidy` settles.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from dylora.storage.manifest import _listed_files, is_intact, verify, write_manifest
+
+PREFLIGHT = "checkpoint-rehearsal"  # written and deleted before the first step
+FEWEST_KEPT = 2  # a single checkpoint is lost with the first bit that flips in it
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
+    """Let `write_files` fill a temporary folder, then rename it to `folder`.
+
+    An older folder of that name is replaced if it holds a manifest, or nothing.
+    Raises FileExistsError if it holds something else.
+    """
+    temporary = folder.with_name(f".{folder.name}.writing")
+    replaced = _replaced(folder)
+    _recover(folder)
+    check_place(folder)
+    _make_parents(folder)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    try:
+        write_files(temporary)
+        write_manifest(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full stays full otherwise
+        raise
+    if folder.exists():
+        folder.rename(replaced)
+    temporary.rename(folder)
+    _flush(folder.parent)
+    _recover(folder, always=True)
+
+
+def check_place(folder: Path) -> None:
+    """Raises FileExistsError unless `write_folder` may put a folder there."""
+    if not _may_replace(folder):
+        raise FileExistsError(f"{folder} exists and is no checkpoint of ours: name another folder")
+
+
+def write_file(file: Path, text: str) -> None:
+    """A text file that is the old one or the new one, whatever happens meanwhile."""
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        temporary.rename(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(file.parent)
+
+
+def quarantine(folder: Path, why: str) -> Path:
+    """Rename a folder to <name>.<why>, with a number where that is taken; returns the new name."""
+    target, count = folder.with_name(f"{folder.name}.{why}"), 1
+    while target.exists():
+        count += 1
+        target = folder.with_name(f"{folder.name}.{why}-{count}")
+    folder.rename(target)
+    _flush(folder.parent)
+    return target
+
+
+def recover(run_folder: Path) -> None:
+    """Settle what crashes have left: half-written, half-replaced and half-removed folders.
+
+    Only for the process that holds the run's lock: another one's save would look half-written.
+    """
+    for leftover in (".checkpoint-*.writing", ".checkpoint-*.removing", PREFLIGHT):
+        for path in run_folder.glob(leftover):
+            shutil.rmtree(path)
+    for path in run_folder.glob(".checkpoint-*.replaced"):
+        _recover(path.with_name(path.name.removeprefix(".").removesuffix(".replaced")))
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The folders checkpoint-<step>, by step."""
+    found = [
+        (int(match[1]), path)
+        for path in run_folder.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(run_folder: Path, report: Callable[[str], None]) -> Path:
+    """The newest checkpoint that verifies; says which newer ones it skipped and why.
+
+    Raises FileNotFoundError when there is none.
+    """
+    for path in reversed(checkpoints(run_folder)):
+        try:
+            verify(path)
+        except (ValueError, OSError) as error:
+            report(f"skipped {path}: {error}")
+        else:
+            return path
+    raise FileNotFoundError(f"no whole checkpoint under {run_folder}: nothing to resume from")
+
+
+def prune(run_folder: Path, keep: int, best: Path | None) -> None:
+    """Delete all but the newest `keep` whole checkpoints and the best one; damaged ones stay.
+
+    At least FEWEST_KEPT are kept. A folder loses its name before it loses its files, so that a
+    crash leaves no half of a checkpoint.
+    """
+    whole = [path for path in checkpoints(run_folder) if is_intact(path)]
+    for path in whole[: -max(keep, FEWEST_KEPT)]:
+        if best is None or path.name != best.name:
+            removing = path.with_name(f".{path.name}.removing")
+            path.rename(removing)
+            shutil.rmtree(removing)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _may_replace(folder: Path) -> bool:
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    try:
+        _listed_files(folder)  # many other tools call a file of theirs manifest.json
+    except ValueError:
+        return False
+    return True
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _recover(folder: Path, *, always: bool = False) -> None:
+    """Decide between a folder and the older one it replaces: the newer if it verifies.
+
+    A crash may have come between the two renames, or before the newer one was read back; `always`
+    reads it back where it replaces nothing, too.
+    Raises what `verify` does, after putting the damaged one aside, where it was just written.
+    """
+    replaced = _replaced(folder)
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
+    elif always or (replaced.exists() and _may_replace(folder)):
+        try:
+            verify(folder)
+        except (ValueError, OSError):
+            quarantine(folder, "damaged")
+            if replaced.exists():
+                replaced.rename(folder)
+            if always:
+                raise
+            return
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+
+def _make_parents(folder: Path) -> None:
+    """The folder's parent, and the entries that lead to it, on the disk."""
+    missing = [path for path in folder.parents if not path.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """On the disk, and out of memory where the system allows it: reading it back reads the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)

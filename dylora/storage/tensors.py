@@ -1,0 +1,198 @@
+"""Files of tensors, looked at before they are loaded: safetensors, and torch.save's archives.
+
+What a header claims is held against the file's size before anything is allocated. An archive of
+torch.save holds a pickle; it is read by torch.load(weights_only=True) only after its program has
+been found to name nothing but tensors.
+"""
+
+import io
+import math
+import pickle
+import pickletools
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dylora.fields import is_whole_number, shown
+from dylora.storage.safe_io import check_link, open_regular, parse_json
+
+MAX_FILE = 32 << 30  # bytes of one file of tensors
+MAX_HEADER = 16 << 20  # bytes that name 100,000 tensors
+MAX_PICKLE = 32 << 20  # and as many moments; of an archive's table of contents likewise
+_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_NAMED = {  # what the pickles of `training/resume.py` name, and those of adapters in older files
+    *("collections OrderedDict", "torch._utils _rebuild_tensor_v2"),
+    *("torch FloatStorage", "torch DoubleStorage", "torch LongStorage", "torch ByteStorage"),
+    *("torch HalfStorage", "torch BFloat16Storage", "torch._utils _rebuild_parameter"),
+}
+_MALFORMED = (  # torch's reader, zipfile and pickletools raise them all over broken files
+    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, AssertionError, OSError),
+    *(ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, struct.error),
+)
+_END_OF_ARCHIVE = 22 + 20 + 56  # bytes of the three records that end an archive of torch.save
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor."""
+
+    dtype: str  # F16, BF16, F32 or F64
+    shape: tuple[int, ...]
+
+
+def read_headers(file: Path) -> dict[str, Header]:
+    """Names, dtypes and shapes in a safetensors file, without reading a tensor.
+
+    Raises ValueError naming the file for anything but floating tensors that lie one after the other
+    and fill it; FileNotFoundError when it is missing.
+    """
+    check_link(file, file.parent)
+    with open_regular(file, MAX_FILE) as stream:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError(
+                f"{file}: not a readable safetensors file (it has {size:,} bytes and claims a "
+                f"header of {length:,})"
+            )
+        content = parse_json(stream.read(length), f"{file}: the header")
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: the header is not a JSON object")
+    content.pop("__metadata__", None)
+    headers, begins = {}, {}
+    for name, entry in content.items():
+        if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
+            raise ValueError(f"{file}: {shown(name)} has not dtype, shape and data_offsets alone")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _BYTES:
+            raise ValueError(
+                f"{file}: {shown(name)} is of type {shown(dtype)}, not of {', '.join(_BYTES)}"
+            )
+        for numbers in (shape, offsets):
+            if not (isinstance(numbers, list) and all(map(is_whole_number, numbers))):
+                raise ValueError(f"{file}: {shown(name)} has {shown(numbers)}, no list of sizes")
+        if len(shape) > 8 or len(offsets) != 2:
+            raise ValueError(f"{file}: {shown(name)} has a shape or offsets of a wrong length")
+        if offsets[1] - offsets[0] != math.prod(shape) * _BYTES[dtype]:
+            raise ValueError(f"{file}: {shown(name)} has the shape {shown(shape)} in other bytes")
+        headers[name] = Header(dtype, tuple(shape))
+        begins[name] = offsets
+    place = 0
+    for name, (begin, end) in sorted(begins.items(), key=lambda item: item[1]):
+        if begin != place:
+            raise ValueError(
+                f"{file}: {shown(name)} begins at byte {begin}, but what lies before it ends at "
+                f"{place}"
+            )
+        place = end
+    if place != size - 8 - length:
+        raise ValueError(
+            f"{file}: the tensors have {place:,} bytes, the file {size - 8 - length:,} for them"
+        )
+    return headers
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises as `read_headers`."""
+    read_headers(file)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+
+
+def read_state(file: Path) -> Any:
+    """What torch.save wrote of numbers, texts, lists, mappings and dense tensors.
+
+    The tensors lie in the file itself (mmap): copy what is to be changed or to outlive it.
+    Raises ValueError naming the file for an archive that is compressed, that claims more than it
+    holds or that names anything besides tensors; FileNotFoundError when it is missing.
+    """
+    check_archive(file)
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except _MALFORMED as error:
+        raise _unreadable(file, error) from error
+
+
+def check_archive(file: Path) -> None:
+    """All that can be said of a file of `read_state` before it is loaded. Raises likewise."""
+    check_link(file, file.parent)
+    with open_regular(file, MAX_FILE) as stream:
+        try:
+            program = _pickle_of(stream)
+            _check_pickle(program)
+        except _MALFORMED as error:
+            raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    reason = str(error).split("\n", 1)[0]
+    return ValueError(f"{file} is not a file of ours that can be read ({reason})")
+
+
+def is_plain(value: Any, dtype: torch.dtype) -> bool:
+    """Whether a value is an ordinary dense tensor of this type on the CPU, each number its own."""
+    return (
+        type(value) is Tensor
+        and value.layout == torch.strided
+        and value.dtype == dtype
+        and value.device.type == "cpu"
+        and value.is_contiguous()
+    )
+
+
+def _pickle_of(stream: BinaryIO) -> bytes:
+    """The pickle inside an archive whose records are stored as they are, each under a name of its
+    own and all in one folder: so every reader finds the same one."""
+    size = stream.seek(0, io.SEEK_END)
+    if size < _END_OF_ARCHIVE:
+        raise ValueError("it is too short")
+    stream.seek(-_END_OF_ARCHIVE, io.SEEK_END)
+    end = stream.read()
+    # The last 22 bytes: a mark, where the table of contents lies, and a comment that is empty.
+    if end[-22:-18] != b"PK\x05\x06" or end[-2:] != b"\0\0":
+        raise ValueError("it does not end as an archive of torch.save")
+    table = int.from_bytes(end[-10:-6], "little")
+    if table == 2**32 - 1:  # it stands in the record before
+        table = int.from_bytes(end[40:48], "little")
+    if table > MAX_PICKLE:
+        raise ValueError(f"its table of contents has {table:,} bytes")
+    with zipfile.ZipFile(stream) as archive:
+        records = archive.infolist()
+        names = {record.filename for record in records}
+        folders = {name.partition("/")[0] for name in names}
+        if len(names) < len(records) or len(folders) != 1:
+            raise ValueError("its records have not each a name of its own in one folder")
+        if any(r.compress_type or r.file_size != r.compress_size for r in records):
+            raise ValueError("its records are compressed, which torch.save never does")
+        if sum(record.file_size for record in records) > size:
+            raise ValueError("its records claim more than the file has")
+        (folder,) = folders
+        if f"{folder}/data.pkl" not in names:
+            raise ValueError("it holds no data.pkl")
+        found = archive.getinfo(f"{folder}/data.pkl")
+        if found.file_size > MAX_PICKLE:
+            raise ValueError(f"its pickle has {found.file_size:,} bytes")
+        return archive.read(found)
+
+
+def _check_pickle(program: bytes) -> None:
+    """Raises ValueError for a pickle that names anything but what makes dense tensors.
+
+    weights_only would let through constructors that allocate what they are told, sparse tensors and
+    subclasses.
+    """
+    for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name == "GLOBAL" and argument not in _NAMED:
+            raise ValueError(f"it names {shown(argument)}, which no state of ours holds")
+        if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX") or (
+            opcode.name.startswith(("EXT", "BYTEARRAY", "LONG4"))
+        ):
+            raise ValueError(f"it holds {opcode.name}, which no state of ours needs")

@@ -1,0 +1,142 @@
+"""metrics.jsonl, a progress bar or log lines."""
+
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dylora.run_config import LogConfig
+from dylora.training.loggers import WandbMirror
+
+
+class RunLog:
+    """metrics.jsonl, the bar or the lines, and wandb.
+
+    None of it can change or stop a run: what cannot be written is left out, and that is said.
+    """
+
+    def __init__(
+        self, folder: Path, config: LogConfig, run_name: str, settings: dict[str, Any]
+    ) -> None:
+        """Raises ValueError when log.wandb is true and wandb is not installed."""
+        self._file = folder / "metrics.jsonl"
+        self._bar: tqdm[Any] | None = None
+        self._mirror = None
+        if config.wandb:
+            self._mirror = WandbMirror(self._file, config.wandb_project, run_name, settings)
+        self._lost_rows = 0
+        self._started = time.perf_counter()
+
+    def forget_after(self, step: int) -> None:
+        """Drop rows of a later step: a resumed run writes them again."""
+        if not self._file.exists():
+            return
+        kept = []
+        for line in self._file.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the half-written last line of a killed run
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        replacement = self._file.with_suffix(".jsonl.new")
+        replacement.write_text("".join(kept))
+        replacement.replace(self._file)
+
+    def has(self, step: int, metric: str) -> bool:
+        """Whether a row of that step holds the metric."""
+        if not self._file.exists():
+            return False
+        rows = [json.loads(line) for line in self._file.read_text().splitlines()]
+        return any(row["step"] == step and metric in row for row in rows)
+
+    def start(self, step: int, steps: int) -> None:
+        """Show the bar, if this is a terminal; start the mirror."""
+        self._started, self._first_step, self._steps = time.perf_counter(), step, steps
+        with suppress(OSError, ValueError):
+            self._bar = tqdm(
+                total=steps, initial=step, disable=None, unit="step", dynamic_ncols=True
+            )
+        if self._mirror is not None:
+            self._tell(self._mirror.start())
+
+    def advance(self, loss: float, tokens_per_s: float) -> None:
+        """One step is done."""
+        if self._bar is not None and not self._bar.disable:
+            shown = f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s"
+            with suppress(OSError, ValueError):
+                self._bar.set_postfix_str(shown, refresh=False)
+                self._bar.update()
+
+    def write(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
+        """A row of metrics.jsonl, mirrored. On a full disk the row is left out, whole."""
+        row = json.dumps({"step": step, "tokens": tokens, **metrics}) + "\n"
+        size = None
+        try:
+            with self._file.open("a") as file:
+                size = file.tell()
+                file.write(row)
+        except OSError as error:
+            self._lost_rows += 1
+            if self._lost_rows == 1:
+                self.info(f"warning: metrics.jsonl lacks rows from step {step} on: {error}")
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self._file, size)
+        if self._mirror is not None:
+            self._tell(self._mirror.trouble())
+
+    def progress_line(self, step: int, metrics: dict[str, float]) -> None:
+        """A plain line where there is no bar."""
+        if self._bar is not None and not self._bar.disable:
+            return
+        done = step - self._first_step
+        left = (self._steps - step) * (time.perf_counter() - self._started) / max(done, 1)
+        self.info(
+            f"step {step}/{self._steps}  loss {metrics['train/loss']:.4f}  "
+            f"lr {metrics['train/lr']:.2e}  {metrics['train/tokens_per_s']:,.0f} tokens/s  "
+            f"{_clock(left)} left"
+        )
+
+    def info(self, text: str) -> None:
+        """A line for the reader, clear of the bar."""
+        with suppress(OSError, ValueError):  # nobody reads any more, or the disk is full
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """End the bar and the mirror."""
+        if self._bar is not None:
+            with suppress(OSError, ValueError):
+                self._bar.close()
+        if self._lost_rows:
+            self.info(f"warning: metrics.jsonl lacks {self._lost_rows} rows that did not fit")
+        if self._mirror is not None:
+            self._tell(self._mirror.finish())
+
+    def _tell(self, trouble: str | None) -> None:
+        if trouble is not None:
+            self.info(f"{trouble}; metrics.jsonl has everything")
+            self._mirror = None
+
+
+def memory_gb() -> float:
+    """Peak memory: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, KiB here
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

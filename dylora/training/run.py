@@ -1,0 +1,134 @@
+"""A run and its parts, built from a configuration in the order in which things fail cheaply."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dylora.base_models import choose_device, load_tokenizer
+from dylora.data.prepare import PreparedData, load_data
+from dylora.data.prompts import pad_token_id
+from dylora.data.sampler import InterleavedSampler
+from dylora.model import DyLoRA_MoE
+from dylora.run_config import RunConfig, dump_run_config
+from dylora.storage.folders import checkpoints, write_file
+from dylora.training.environment import environment, seed_everything
+from dylora.training.init_from import init_from_checkpoint
+from dylora.training.log import RunLog
+from dylora.training.optim import build_optimizer, build_scheduler
+from dylora.training.trainer_state import Progress
+
+
+class Run(NamedTuple):
+    """Everything a run works with."""
+
+    config: RunConfig
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    model: DyLoRA_MoE
+    sampler: InterleavedSampler
+    optimizer: torch.optim.AdamW
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler
+    steps: int  # optimizer steps of the whole run
+    target_tokens: float  # that the whole run will train on, about
+    log: RunLog
+    progress: Progress
+
+    @property
+    def pad_token_id(self) -> int:
+        return pad_token_id(self.tokenizer)
+
+
+def prepare(config: RunConfig, *, fresh: bool) -> Run:
+    """Load and build everything, in the order in which it can fail cheaply."""
+    if not config.data.sources:
+        raise ValueError("data.sources is empty: name at least one set to train on")
+    folder = run_folder(config)
+    if fresh and checkpoints(folder):
+        raise FileExistsError(
+            f"{folder} already holds checkpoints: give --resume_from_checkpoint latest, "
+            f"another --name, or remove it"
+        )
+    device = choose_device(config.model.device)
+    tokenizer = load_tokenizer(config.model.base, config.model.revision)
+    data = load_run_data(config, tokenizer)
+    per_step = config.train.batch_size * config.train.gradient_accumulation_steps
+    sampler = InterleavedSampler(
+        [len(examples) for examples in data.train],
+        interleaved=config.data.interleaved_sampling,
+        seed=config.data.seed,
+        window=config.data.length_window,
+        rows_per_step=per_step,
+        tokens=[examples.all_lengths for examples in data.train],
+    )
+    seed_everything(config.train.seed)
+    model = DyLoRA_MoE.from_base(
+        config.model.base,
+        config.moe,
+        revision=config.model.revision,
+        dtype=getattr(torch, config.model.dtype),
+        device=device,
+        attn_implementation=config.model.attn_implementation,
+        quantization=config.model.quantization,
+    )
+    model.training_record = {"data": data.stamp, "seed": config.train.seed}
+    if fresh and config.train.init_from is not None:
+        init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
+    if not any(parameter.requires_grad for _, parameter in model.own_parameters()):
+        raise ValueError(
+            "nothing would be trained: all experts are frozen and no router is learned; set "
+            "train.train_experts true"
+        )
+    if config.train.gradient_checkpointing:
+        model.enable_checkpointing()
+
+    steps = config.train.max_steps or max(1, round(config.train.epochs * len(sampler) / per_step))
+    targets_per_step = per_step * sampler.mean([rows.mean_targets for rows in data.train])
+    optimizer = build_optimizer(model, config.train)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    return Run(
+        config=config,
+        folder=folder,
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        sampler=sampler,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.train, steps),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.model.dtype == "float16"),
+        steps=steps,
+        target_tokens=targets_per_step * steps,
+        log=RunLog(folder, config.log, config.name, dataclasses.asdict(config)),
+        progress=Progress(),
+    )
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where everything of a run lies."""
+    return Path(config.output_dir) / config.name
+
+
+def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """The sets of a run, cut to its subsets. Raises ValueError as `load_data` does."""
+    return load_data(
+        config.data,
+        tokenizer,
+        training_subset=config.train.training_subset,
+        eval_subset=config.eval.eval_subset,
+    )
+
+
+def record_settings(run: Run) -> None:
+    """config.yaml and env.json; only once nothing speaks against the run any more."""
+    device = run.model.device
+    write_file(run.folder / "config.yaml", dump_run_config(run.config))
+    write_file(run.folder / "env.json", json.dumps(environment(device), indent=2) + "\n")

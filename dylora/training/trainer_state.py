@@ -1,0 +1,124 @@
+"""The state of a run besides its model: taken, checked as a stranger's, and put back.
+
+A checkpoint's files may be anybody's. Each value must be of the kind that the run itself has there:
+generators read beyond their state, and schedules fail hours later, where one is not.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dylora.fields import is_number, is_whole_number, shown
+from dylora.routing.losses import Fractions
+from dylora.storage.safe_io import read_json
+from dylora.storage.tensors import is_plain
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved as trainer_state.json."""
+
+    step: int = 0
+    targets: int = 0  # target tokens trained on so far
+    best_loss: float = math.inf
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    skipped_steps: int = 0  # whose loss or gradient was not finite: they updated nothing
+    skipped_in_a_row: int = 0  # of those, the latest without a good step between
+    evaluation_due: bool = False  # stopped after this step, before it was evaluated
+    benchmark_due: bool = False  # likewise: the benchmark comes after the save
+    # f of the balance losses, [N, E] each: the previous step's assignment fractions over its whole
+    # accumulated batch, so that the loss does not depend on how the batch is split.
+    fractions: dict[str, list[list[float]]] | None = None
+    sampler: dict[str, Any] = field(default_factory=dict)
+
+
+def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
+    """trainer_state.json: the fields of Progress, and `steps`.
+
+    Raises ValueError naming a field that is missing or cannot be what it is.
+    """
+    state = read_json(file, infinite=True)  # before the first evaluation, the best loss is infinite
+    require_keys(file, "", state, ("steps", *(item.name for item in dataclasses.fields(Progress))))
+    fractions = state["fractions"]
+    checks = {
+        "steps": is_whole_number(state["steps"], 1),
+        "best_loss": is_number(state["best_loss"], -math.inf, math.inf),
+        "best_step": state["best_step"] is None or is_whole_number(state["best_step"]),
+        "evaluation_due": type(state["evaluation_due"]) is bool,
+        "benchmark_due": type(state["benchmark_due"]) is bool,
+        "fractions": fractions is None
+        or (
+            isinstance(fractions, dict)
+            and fractions.keys() == set(Fractions._fields)
+            and all(_are_shares(rows, sites, experts) for rows in fractions.values())
+        ),
+        "sampler": isinstance(state["sampler"], dict),
+    }
+    for name, value in state.items():
+        if not checks.get(name, is_whole_number(value)):
+            raise ValueError(f"{file}: {name} is {shown(value)}, which it cannot be")
+    for name, value in state["sampler"].items():
+        if name in ("seed", "epoch", "position") and not is_whole_number(value):
+            raise ValueError(f"{file}: sampler.{name} is {shown(value)}, no whole number")
+    return state
+
+
+def require_same_form(file: Path, where: str, found: Any, ours: Any) -> None:
+    """Raises ValueError unless `found` has the keys, lengths, types and shapes of our own state.
+
+    Of numbers the kind does not matter, and infinity is one; what is unset with us may be set.
+    """
+    name = where.removesuffix(".")
+    if isinstance(ours, dict):
+        require_keys(file, where, found, ours)
+        for key, value in ours.items():
+            require_same_form(file, f"{where}{key}.", found[key], value)
+    elif isinstance(ours, list):
+        if not isinstance(found, list) or len(found) != len(ours):
+            raise ValueError(f"{file}: {name} is {shown(found)}, no list of {len(ours)}")
+        for index, value in enumerate(ours):
+            require_same_form(file, f"{where}{index}.", found[index], value)
+    elif isinstance(ours, Tensor):
+        if not is_plain(found, ours.dtype) or found.shape != ours.shape:
+            raise ValueError(f"{file}: {name} is no {ours.dtype} of shape {list(ours.shape)}")
+    elif ours is None or type(ours) in (int, float):
+        if not (ours is found is None or is_number(found, -math.inf, math.inf)):
+            raise ValueError(f"{file}: {name} is {shown(found)}, no number")
+    elif type(found) is not type(ours):
+        raise ValueError(f"{file}: {name} is {shown(found)}, not of type {type(ours).__name__}")
+
+
+def require_keys(file: Path, where: str, found: Any, expected: Iterable[str]) -> None:
+    """Raises ValueError naming the first piece of state that a file lacks, or that is not ours."""
+    expected = set(expected)
+    if not isinstance(found, dict):
+        name = where.removesuffix(".") or "the file"
+        raise ValueError(
+            f"{file}: {name} holds a {type(found).__name__}, but must hold {sorted(expected)}"
+        )
+    for key in sorted(expected - found.keys()):
+        raise ValueError(
+            f"{file}: {where}{key} is missing: the run cannot continue exactly without it"
+        )
+    for key in found.keys() - expected:
+        raise ValueError(f"{file}: {where}{shown(key)} is nothing that this run has")
+
+
+def _are_shares(rows: Any, height: int, width: int) -> bool:
+    """Whether these are `height` rows of at most `width` shares: an expert may have come since."""
+    return (
+        isinstance(rows, list)
+        and len(rows) == height
+        and all(
+            isinstance(row, list)
+            and len(row) == len(rows[0]) <= width
+            and all(is_number(share, 0, 1 + 1e-4) for share in row)
+            for row in rows
+        )
+    )

@@ -1,0 +1,519 @@
+"""The command line: what it calls, and what it says about mistakes."""
+
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dylora.cli.config_file import load_run_config, split_overrides
+from dylora.cli.main import main
+from dylora.cli.registry import COMMANDS
+from dylora.run_config import RunConfig, dump_run_config
+
+ROOT = Path(__file__).parents[2]
+SOURCES = "data: {sources: [{name: mbpp}, {name: skill/sql, rows: 5}]}\n"
+
+
+@pytest.fixture
+def config_file(tmp_path, monkeypatch):
+    """Writes configs/x.yaml, so that messages are the same everywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DYLORA_TRACEBACK", raising=False)
+    (tmp_path / "configs").mkdir()
+
+    def write(text: str) -> str:
+        Path("configs/x.yaml").write_text(text, encoding="utf-8")
+        return "configs/x.yaml"
+
+    return write
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs a command that must fail with exit code 2; its one line, without "error: "."""
+
+    def run(*argv: str) -> str:
+        assert main(list(argv)) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1, err
+        assert err.startswith("error: "), err
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def fake_module(monkeypatch):
+    """Puts a function in the place of a command's module; its calls are recorded."""
+
+    def install(module: str, function: str, result=None, error: BaseException | None = None):
+        calls = []
+
+        def record(*arguments):
+            calls.append(arguments)
+            if error is not None:
+                raise error
+            return result
+
+        fake = types.ModuleType(module)
+        setattr(fake, function, record)
+        monkeypatch.setitem(sys.modules, module, fake)
+        return calls
+
+    return install
+
+
+# Mistakes in the file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "train: {learning_rat: 1}",
+            "configs/x.yaml: unknown key train.learning_rat; did you mean train.learning_rate?",
+        ),
+        ("trian: {}", "configs/x.yaml: unknown key trian; did you mean train?"),
+        (
+            "learning_rate: 1",
+            "configs/x.yaml: unknown key learning_rate; did you mean train.learning_rate?",
+        ),
+        (
+            "train: {eval_steps: 1}",
+            "configs/x.yaml: unknown key train.eval_steps; did you mean eval.eval_steps?",
+        ),
+        (
+            "log: {xyz: 1}",
+            "configs/x.yaml: unknown key log.xyz; valid are log.logging_steps, "
+            "log.collapse_steps, log.wandb, log.wandb_project",
+        ),
+        (
+            "data: {sources: [{name: mbpp}, {name: b, pth: c}]}",
+            "configs/x.yaml: unknown key data.sources[1].pth; did you mean data.sources[1].path?",
+        ),
+        ("data: {sources: [{path: b}]}", "configs/x.yaml: data.sources[0].name is missing"),
+        (
+            "data: {sources: mbpp}",
+            "configs/x.yaml: data.sources is 'mbpp', but must be a list of mappings",
+        ),
+    ],
+)
+def test_an_unknown_or_missing_key_names_file_key_and_nearest(config_file, refusal, text, message):
+    assert refusal("train", "--config", config_file(text)) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {learning_rate: fast}", "train.learning_rate is 'fast', but must be a float"),
+        ("train: {learning_rate: null}", "train.learning_rate is null, but must be a float"),
+        ("train: {batch_size: 1.5}", "train.batch_size is 1.5, but must be an int"),
+        ("train: {batch_size: true}", "train.batch_size is True, but must be an int"),
+        ("train: {batch_size: 0}", "train.batch_size is 0, but must be at least 1"),
+        ("train: {learning_rate: .nan}", "train.learning_rate is nan, but must be finite"),
+        ("train: {learning_rate: .inf}", "train.learning_rate is inf, but must be finite"),
+        ("train: {max_steps: many}", "train.max_steps is 'many', but must be an int, or null"),
+        ("name: 5", "name is 5, but must be a string"),
+        ("name: a/b", "name is 'a/b', but must be the name of a folder, without slashes"),
+        ("log: {wandb: 3}", "log.wandb is 3, but must be true or false"),
+        (
+            "model: {dtype: bfloat}",
+            "model.dtype is 'bfloat', but must be one of float32, bfloat16, float16; "
+            "did you mean bfloat16?",
+        ),
+        (
+            "train: {lr_scheduler_type: cosin}",
+            "train.lr_scheduler_type is 'cosin', but must be one of linear, cosine, "
+            "cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt, "
+            "reduce_lr_on_plateau, cosine_with_min_lr, cosine_warmup_with_min_lr, "
+            "warmup_stable_decay, greedy; did you mean cosine?",
+        ),
+        ("moe: {num_experts: 1}", "moe.num_experts is 1, but must be at least 2 with routing"),
+        (
+            "moe: {maturity_schedule: [1]}",
+            "moe.maturity_schedule is [1], but must be a list of 2 items, each a float",
+        ),
+        (
+            "data: {sources: [{name: a, rows: 0}]}",
+            "data.sources[0].rows is 0, but must be at least 1",
+        ),
+        (
+            "data: {sources: [{name: a}, {name: a}]}",
+            "data.sources is ['a', 'a'], but must be of different names",
+        ),
+    ],
+)
+def test_a_bad_value_names_file_key_value_and_rule(config_file, refusal, text, message):
+    assert refusal("train", "--config", config_file(text)) == f"configs/x.yaml: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  seed: 1\n  seed: 1\n", ":3: duplicate key seed, first in line 2"),
+        ("train: {}\nname: a\ntrain: {}\n", ":3: duplicate key train, first in line 1"),
+        ("data:\n  sources:\n    - {name: a, name: b}\n", ":3: duplicate key name"),
+        ("name: x\ntrain: [1\n", ":3: expected ',' or ']'"),
+        ("name: a: b\n", ":1: mapping values are not allowed here"),
+        ("train:\n\tseed: 1\n", ":2: found character '\\t'"),
+        ("? [a]\n: b\n", ":1: found unhashable key"),
+        ("", ": must hold sections such as 'train:', but is empty"),
+        ("- a\n", ": must hold sections such as 'train:', but is a list"),
+        ("train: 3\n", ": train is 3, but must have the fields epochs"),
+    ],
+)
+def test_broken_yaml_names_file_and_line(config_file, refusal, text, message):
+    said = refusal("train", "--config", config_file(text))
+    assert said.startswith("configs/x.yaml" + message)
+
+
+def test_two_keys_in_one_line_are_a_duplicate_too(config_file, refusal):
+    said = refusal("train", "--config", config_file("train: {seed: 1, seed: 2}"))
+    assert said == "configs/x.yaml:1: duplicate key seed, first in line 1"
+
+
+def test_a_file_that_is_not_there_or_not_a_text_is_named(config_file, refusal):
+    config_file("")
+    assert refusal("train", "--config", "configs/y.yaml") == "configs/y.yaml: no such file"
+    assert refusal("train", "--config", "configs") == "configs is a folder, not a file"
+    Path("configs/x.yaml").write_bytes(b"name: \xff")
+    assert "not a text in UTF-8" in refusal("train", "--config", "configs/x.yaml")
+
+
+# Mistakes on the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--train.learning_rat 1", "unknown key train.learning_rat; did you mean train.learn"),
+        ("--train.learning_rat=1", "unknown key train.learning_rat; did you mean train.learn"),
+        ("--learning_rate 1", "unknown key learning_rate; did you mean train.learning_rate?"),
+        ("--train.learning_rate fast", "train.learning_rate is 'fast', but must be a float"),
+        ("--train.batch_size 0", "train.batch_size is 0, but must be at least 1"),
+        ("--train.seed", "--train.seed needs a value"),
+        ("--train.seed --train.epochs 1", "--train.seed needs a value"),
+        ("--train x.yaml", "train has fields; set one of them: --train.FIELD"),
+        ("--train.seed.x 1", "train.seed has no fields"),
+        ("--data.sources.2.path x", "data.sources has no item 2, only 0 (mbpp), 1 (skill/sql)"),
+        ("--data.sources.mbp.path x", "data.sources has no item mbp, only 0 (mbpp), 1 (skill"),
+        ("--data.sources[0].pth x", "unknown key data.sources[0].pth; did you mean data.sources"),
+        ("--data.sources.0.rows x", "data.sources[0].rows is 'x', but must be an int, or null"),
+        ("--data.sources [x]", "data.sources[0] is 'x', but must have the fields name"),
+        ("--resume_from_checkpont latest", "unknown option --resume_from_checkpont; did you mean"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_blames_the_command_line(
+    config_file, refusal, arguments, message
+):
+    said = refusal("train", "--config", config_file(SOURCES), *arguments.split())
+    assert said.startswith("command line: " + message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("tarin", "unknown command tarin; did you mean train?"),
+        ("--config x.yaml train", "unknown command --config"),
+        ("train", "the following arguments are required: config"),
+        ("train --config x.yaml stray", "unrecognized arguments: stray"),
+        ("generate --checkpoint c", "the following arguments are required: prompt"),
+        ("generate --checkpoint c --prompt", "argument --prompt: expected one argument"),
+        ("generate --checkpoint c --prompt p --promt q", "command line: unknown option --promt"),
+        ("generate --checkpoint c --prompt p --max_new_tokens q", "--max_new_tokens is 'q'"),
+        ("generate --checkpoint c --prompt p --max_new_tokens 0", "--max_new_tokens is 0"),
+        ("generate --checkpoint c --prompt p --temperature -1", "--temperature is -1.0"),
+        ("generate --checkpoint c --prompt p --train.seed 1", "command line: unknown option"),
+        ("export --checkpoint c --out o --expert first", "--expert is 'first', but must be all"),
+        ("info", "info needs either --checkpoint DIR or --config FILE"),
+        ("info --checkpoint c --config x.yaml", "info needs either"),
+        ("info --checkpoint c --train.seed 1", "command line: --train.seed changes a config"),
+    ],
+)
+def test_a_wrong_option_is_one_line(refusal, arguments, message):
+    assert refusal(*arguments.split()).startswith(message)
+
+
+# Precedence and reading
+
+
+@pytest.mark.parametrize("flag_first", [True, False])
+def test_the_command_line_wins_wherever_it_stands(config_file, capsys, flag_first):
+    path = config_file("name: file\ntrain: {seed: 1, max_steps: 7}\n")
+    flags, config = ["--train.seed", "2", "--name=mine"], ["--config", path]
+    assert main(["info", *(flags + config if flag_first else config + flags)]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert (tree["name"], tree["train"]["seed"], tree["train"]["max_steps"]) == ("mine", 2, 7)
+
+
+@pytest.mark.parametrize("item", ["0", "mbpp", "[0]"])
+def test_an_item_of_a_list_is_overridden_by_index_or_name(config_file, item):
+    key = f"data.sources{item}.path" if item.startswith("[") else f"data.sources.{item}.path"
+    config = load_run_config(config_file(SOURCES), [f"--{key}", "rows.jsonl"])
+    assert [source.path for source in config.data.sources] == ["rows.jsonl", None]
+    assert [source.rows for source in config.data.sources] == [None, 5]
+
+
+def test_a_name_with_a_slash_finds_its_item(config_file):
+    config = load_run_config(config_file(SOURCES), ["data.sources.skill/sql.rows=9"])
+    assert config.data.sources[1].rows == 9
+
+
+def test_a_whole_list_and_an_open_mapping_are_overridden(config_file):
+    path = config_file("train: {lr_scheduler_kwargs: {last_epoch: -1}}\n" + SOURCES)
+    config = load_run_config(
+        path, ["data.sources=[{name: x}]", "train.lr_scheduler_kwargs.num_cycles=3"]
+    )
+    assert [source.name for source in config.data.sources] == ["x"]
+    assert config.train.lr_scheduler_kwargs == {"last_epoch": -1, "num_cycles": 3}
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001"])
+def test_a_float_without_a_dot_is_a_float(config_file, text):
+    path = config_file(f"train: {{learning_rate: {text}, lr_scheduler_kwargs: {{x: {text}}}}}")
+    config = load_run_config(path)
+    assert config.train.learning_rate == 1e-4
+    assert config.train.lr_scheduler_kwargs == {"x": 1e-4}
+    assert load_run_config(path, [f"train.weight_decay={text}"]).train.weight_decay == 1e-4
+
+
+def test_words_that_look_like_numbers_stay_words(config_file):
+    config = load_run_config(config_file("name: e4\nmodel: {revision: 1e4f}"), ["output_dir=2"])
+    assert (config.name, config.model.revision, config.output_dir) == ("e4", "1e4f", "2")
+
+
+def test_null_unsets_an_optional_setting(config_file):
+    path = config_file("train: {max_steps: 5}\n")
+    assert load_run_config(path, ["train.max_steps=null"]).train.max_steps is None
+
+
+def test_an_empty_section_means_its_defaults(config_file):
+    assert load_run_config(config_file("name: run\ntrain:\n")) == RunConfig()
+
+
+def test_every_spelling_of_an_override_is_read():
+    expected = [("a.b", "1"), ("c", "2=3"), ("d", "-4")]
+    assert split_overrides(["--a.b", "1", "--c=2=3", "d=-4"]) == expected
+
+
+def test_a_dumped_config_reads_back_as_the_same(config_file):
+    first = load_run_config(
+        config_file(SOURCES),
+        ["moe.fixed_routing_weights=[1, 2, 3, 4]", "moe.router_type=fixed", "name=ä: #1"],
+    )
+    config_file(dump_run_config(first))
+    assert load_run_config("configs/x.yaml") == first
+
+
+def test_print_config_prints_the_resolved_config_and_stops(config_file, capsys, fake_module):
+    calls = fake_module("dylora.training.loop", "train")
+    path = config_file("name: file\n")
+    assert main(["train", "--print_config", "--config", path, "--train.seed", "3"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["seed"] == 3
+    assert calls == []
+
+
+# What the commands call
+
+
+def test_train_gets_the_config_and_where_to_resume(config_file, fake_module):
+    calls = fake_module("dylora.training.loop", "train", result="the run")
+    reports = fake_module("dylora.evaluation.report", "report_run")
+    path = config_file("name: file\n")
+    assert main(["train", "--config", path]) == 0
+
+    assert main(["train", "--config", path, "--resume_from_checkpoint", "latest"]) == 0
+    assert calls == [(RunConfig(name="file"), None), (RunConfig(name="file"), "latest")]
+    assert reports == [("the run",)] * 2
+
+
+def test_evaluate_gets_the_config_and_the_checkpoint(config_file, fake_module):
+    calls = fake_module("dylora.evaluation.evaluate", "evaluate_checkpoint")
+    assert main(["evaluate", "--config", config_file("name: f"), "--checkpoint", "c"]) == 0
+    assert calls == [(RunConfig(name="f"), "c")]
+
+
+def test_generate_gets_its_options_in_order(fake_module):
+    calls = fake_module("dylora.evaluation.generate", "generate_text")
+    assert main(["generate", "--checkpoint", "c", "--prompt", "say x"]) == 0
+    options = "--base b --max_new_tokens 3 --temperature 0.5 --raw --quantization bnb-8bit"
+    assert main(["generate", "--checkpoint", "c", "--prompt=--x", *options.split()]) == 0
+    assert calls == [
+        ("c", "say x", None, 128, 0.0, False, False, None),
+        ("c", "--x", "b", 3, 0.5, True, False, "bnb-8bit"),
+    ]
+
+
+def test_export_gets_its_options(monkeypatch):
+    from dylora.evaluation import export
+
+    calls = []
+    monkeypatch.setattr(export, "run_export", calls.append)
+    place = ["--checkpoint", "c", "--out", "o"]
+    assert main(["export", *place]) == 0
+    assert main(["export", *place, "--expert", "1", "--portable", "--base_name", "n"]) == 0
+    assert main(["export", *place, "--mixture", "--weights", "0.5, 1", "--text", "t"]) == 0
+    merge = "--merge --weights measured --text t --text_tokens 9 --dequantize --base b"
+    assert main(["export", *place, *merge.split(), "--dtype", "bfloat16"]) == 0
+    assert main(["export", *place, "--merge", "--expert", "0", "--quantization", "none"]) == 0
+    plain = export.ExportOptions("c", "o")
+    assert calls == [
+        plain,
+        plain._replace(expert="1", portable=True, base_name="n"),
+        plain._replace(form="mixture", weights=[0.5, 1.0], text="t"),
+        plain._replace(
+            form="merged",
+            weights="measured",
+            text="t",
+            text_tokens=9,
+            dequantize=True,
+            base="b",
+            dtype="bfloat16",
+        ),
+        plain._replace(form="merged", expert="0", quantization="none"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--mixture --merge", "--mixture writes an adapter and --merge a model"),
+        ("--weights 1,2", "--weights and --text need --mixture or --merge"),
+        ("--text t", "--weights and --text need --mixture or --merge"),
+        ("--mixture --expert 1", "--mixture takes all experts"),
+        ("--merge --expert all", "--merge takes one --expert"),
+        ("--merge --expert 1 --portable", "--portable is a form of adapters"),
+        ("--merge --expert 1 --weights 1,2", "--expert and --weights exclude each other"),
+        ("--mixture --weights measured", "--weights measured needs a --text FILE"),
+        ("--mixture --weights 1,x", "--weights has 'x', but each item must be a number"),
+        ("--dequantize", "--dequantize needs --merge"),
+        ("--merge --expert 1 --base_name b", "--base_name is a field of adapters"),
+        ("--mixture --weights 1,2 --text t --text_tokens 1", "--text_tokens is 1, but must be"),
+    ],
+)
+def test_options_of_export_that_do_not_go_together_are_refused(refusal, options, message):
+    place = ["--checkpoint", "c", "--out", "o"]
+    assert refusal("export", *place, *options.split()).startswith(message)
+
+
+def test_info_of_a_checkpoint_calls_its_module(fake_module):
+    calls = fake_module("dylora.evaluation.info", "print_info")
+    assert main(["info", "--checkpoint", "c"]) == 0
+    assert calls == [("c",)]
+
+
+# Errors inside commands
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("no such expert:\n  7"), "no such expert: 7"),
+        (FileNotFoundError("c has no config.json"), "c has no config.json"),
+        (
+            FileNotFoundError(2, "No such file or directory", "c/x"),
+            "c/x: No such file or directory",
+        ),
+        (FileExistsError("runs/a is there already"), "runs/a is there already"),
+    ],
+)
+def test_a_users_error_inside_a_command_is_one_line(fake_module, refusal, error, message):
+    fake_module("dylora.evaluation.info", "print_info", error=error)
+    assert refusal("info", "--checkpoint", "c") == message
+
+
+def test_a_fault_of_ours_keeps_its_traceback(fake_module):
+    fake_module("dylora.evaluation.info", "print_info", error=KeyError("x"))
+    with pytest.raises(KeyError):
+        main(["info", "--checkpoint", "c"])
+
+
+def test_a_users_error_shows_its_traceback_on_request(fake_module, monkeypatch):
+    fake_module("dylora.evaluation.info", "print_info", error=ValueError("x"))
+    with pytest.raises(ValueError, match="x"):
+        main(["info", "--checkpoint", "c", "--traceback"])
+    monkeypatch.setenv("DYLORA_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="x"):
+        main(["info", "--checkpoint", "c"])
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(fake_module, capsys):
+    fake_module("dylora.evaluation.info", "print_info", error=KeyboardInterrupt())
+    assert main(["info", "--checkpoint", "c"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# Help
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} ", out, re.M) for name in COMMANDS)
+
+
+def test_no_command_at_all_shows_the_help_and_fails(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "run.py COMMAND" in err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "info"])
+def test_help_explains_every_field_of_a_config(capsys, command):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    tree = yaml.safe_load(dump_run_config(RunConfig()))
+    keys = [
+        f"{name}.{key}" for name, part in tree.items() if isinstance(part, dict) for key in part
+    ]
+    keys += ["name", "output_dir", "data.sources.N.path", "data.sources.N.split_scheme"]
+    for key in keys:
+        # an option, then words of its own before "(type:"
+        assert re.search(rf"^  --{re.escape(key)} \S+\s+\w[^(]{{5,}}", out, re.M), key
+    assert "default: 0.0002" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option_of_a_command(capsys, command):
+    assert main([command, "--help"]) == 0
+    own = capsys.readouterr().out.partition("options:")[2].partition("\n\n")[0]
+    for option in re.findall(r"^  (--\S+)", own, re.M):
+        assert re.search(rf"^  {option}( \S+)?\s+[a-zA-Z0][^(]{{5,}}", own, re.M), option
+
+
+# As a program
+
+
+def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "DYLORA_TRACEBACK"}
+    return subprocess.run(
+        [sys.executable, "run.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_program_refuses_an_unknown_key_in_one_line():
+    result = run_program(
+        "train", "--config", "configs/quickstart.yaml", "--train.learning_rat", "1"
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: command line: unknown key train.learning_rat; did you mean train.learning_rate?\n"
+    )
+
+
+def test_the_program_prints_a_resolved_config():
+    result = run_program("info", "--config", "configs/quickstart.yaml", "--name", "mine")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert yaml.safe_load(result.stdout)["name"] == "mine"

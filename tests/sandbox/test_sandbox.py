@@ -1,0 +1,318 @@
+"""Hostile programs neither pass nor escape nor survive; honest ones pass."""
+
+import contextlib
+import itertools
+import platform
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import attacks
+from attacks import ESCAPES, RESOURCES, Attack
+from cheats import CHEATS
+from dylora.sandbox import host
+from dylora.sandbox.host import Limits, Opaque, Sandbox, run_all
+from dylora.sandbox.launcher import syscalls
+from sandboxes import USERS, processes, started, survivors
+
+ATTACKS = [*RESOURCES, *ESCAPES, *CHEATS]
+SHORT = Limits(seconds=1, wall_seconds=8.0)
+IMPATIENT = Limits(seconds=1, wall_seconds=0.4)
+"""For programs that must be stopped, so that to wait for it takes less time."""
+
+
+class Place(NamedTuple):
+    """Where programs run: on one level, for one user."""
+
+    name: str
+    short: Sandbox
+    impatient: Sandbox
+    residents: dict[int, set[str]]  # the processes of each while it has no job
+
+
+@pytest.fixture(scope="module")
+def places() -> Iterator[list[Place]]:
+    """Every level that this machine has, as every user that there can be; all attacks share them.
+
+    A level may be missing for the machine's sake alone: that its absence is told, and what a fake
+    one comes to, other tests show.
+    """
+    found = []
+    with contextlib.ExitStack() as stack:
+        for level, user in itertools.product(host.LEVELS, USERS):
+            try:
+                boxes = [stack.enter_context(started(level, user, SHORT))]
+            except ValueError as refusal:
+                if not re.search("no Landlock|there is no bwrap|bwrap: No perm", str(refusal)):
+                    raise
+                continue
+            boxes.append(stack.enter_context(started(level, user, IMPATIENT)))
+            residents = {box._process.pid: processes(box._process.pid) for box in boxes}
+            found.append(Place(f"{level} as {user}", *boxes, residents))
+        assert found
+        yield found
+
+
+@pytest.fixture(scope="module")
+def threads(places: list[Place]) -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(len(places)) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Sandbox]:
+    with Sandbox() as opened:
+        yield opened
+
+
+@pytest.fixture
+def outside() -> Iterator[Path]:
+    """A folder that everybody can write to, with files that nobody should read or change."""
+    folder = Path(tempfile.mkdtemp(prefix="outside-"))
+    folder.chmod(0o777)
+    for name in ("secret", "open", "victim", "other"):
+        (folder / name).write_text("swordfish")
+        (folder / name).chmod(0o666)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        yield listening
+
+
+def run(box: Sandbox, attack: Attack, outside: Path, server: socket.socket) -> host.Result:
+    source = attack.source.replace("{outside}", str(outside))
+    source = source.replace("{tests}", str(Path(attacks.__file__)))
+    source = source.replace("{port}", str(server.getsockname()[1]))
+    return box.run_tests(source, attack.tests, entry_points=["f"])
+
+
+def try_at(place: Place, attack: Attack, outside: Path, server: socket.socket) -> None:
+    box = place.impatient if attack.outcomes[0] == "timeout" else place.short
+    result = run(box, attack, outside, server)
+    assert result.outcome in attack.outcomes, (place.name, result)
+    assert result.seconds < box.limits.wall_seconds + 1, place.name
+    assert survivors(box._process.pid, place.residents[box._process.pid]) == set(), place.name
+    assert box._process.poll() is None, place.name
+    honest = box.run_tests("def f(x): return 2 * x", "assert f(2) == 4", entry_points=["f"])
+    assert honest.outcome == "passed", (place.name, honest)
+
+
+# Attacks
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name.replace(" ", "-"))
+def test_an_attack_neither_passes_nor_escapes_nor_survives(
+    places: list[Place],
+    threads: ThreadPoolExecutor,
+    attack: Attack,
+    outside: Path,
+    server: socket.socket,
+):
+    before = sorted((path.name, path.stat().st_mtime) for path in outside.iterdir())
+    list(threads.map(lambda place: try_at(place, attack, outside, server), places))
+    assert sorted((path.name, path.stat().st_mtime) for path in outside.iterdir()) == before
+    with pytest.raises(BlockingIOError):
+        server.accept()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [attack for attack in ATTACKS if attack.wins_unprotected],
+    ids=lambda attack: attack.name.replace(" ", "-"),
+)
+def test_the_attack_would_win_without_protection(
+    attack: Attack, outside: Path, server: socket.socket, unprotected: Sandbox
+):
+    result = run(unprotected, attack, outside, server)
+    with contextlib.suppress(BlockingIOError):
+        server.accept()[0].close()
+    assert result.outcome == "passed", result
+
+
+@pytest.fixture(scope="module")
+def unprotected() -> Iterator[Sandbox]:
+    with Sandbox(SHORT, unsafe=True) as box:
+        yield box
+
+
+# Controls
+
+TYPED = [
+    *(None, True, 7, -(2**70), 0.1, float("inf"), "é\ud800\0", b"\0\xff", bytearray(b"a"), 1 + 2j),
+    *([1, [2, "x"]], (1, (2,)), {1, 2}, frozenset({3}), {"a": 1, 2: (3,)}, [], (), {}, set(), int),
+]
+
+
+def test_values_of_pythons_own_types_pass_the_border_unchanged(box: Sandbox):
+    result, values = box.call("def f(x): return x", [("f", [value]) for value in TYPED])
+    assert result.outcome == "passed"
+    assert values == TYPED
+    assert [type(value) for value in values] == [type(value) for value in TYPED]
+
+
+def test_a_value_of_a_class_of_the_programs_equals_nothing(box: Sandbox):
+    _, values = box.call(
+        "class A:\n    __eq__ = lambda s, o: True\ndef f(): return A()", [("f", [])]
+    )
+    assert isinstance(values[0], Opaque)
+    assert values[0] != 4
+
+
+@pytest.mark.parametrize(
+    ("source", "outcome"),
+    [
+        ("import os; os._exit(0)", "error"),
+        ("import sys; sys.exit(0)", "error"),
+        ("def f(): return 'x' * 10**7", "output limit"),
+        ("def f(): return bytearray(10**9)", "memory"),
+        ("import socket; socket.socket()", "violation"),
+        ("def f(): raise ValueError", "error"),
+    ],
+)
+def test_calls_that_do_not_return_give_no_values(box: Sandbox, source: str, outcome: str):
+    result, values = box.call(source, [("f", [])])
+    assert (result.outcome, values) == (outcome, [])
+
+
+def test_objects_of_the_program_can_be_made_changed_and_given_back(box: Sandbox):
+    source = (
+        "class Node:\n    def __init__(self, n): self.n, self.next = n, None\n"
+        "def total(node): return node.n + (total(node.next) if node.next else 0)"
+    )
+    tests = "a = Node(1)\na.next = Node(2)\nassert total(a) == 3\nassert a.next.n == 2"
+    assert box.run_tests(source, tests, entry_points=["Node", "total"]).outcome == "passed"
+
+
+def test_tests_may_expect_an_exception_of_pythons_own(box: Sandbox):
+    source = "def f(x):\n    class E(ValueError): pass\n    raise E('no')"
+    tests = "try: f(1)\nexcept ValueError as error: assert str(error) == 'no'\nelse: assert False"
+    assert box.run_tests(source, tests, entry_points=["f"]).outcome == "passed"
+
+
+def test_what_the_setup_defines_the_program_cannot_replace(box: Sandbox):
+    setup = "def twice(x): return 2 * x\ndef f(x): ..."
+    source = "def twice(x): return 0\ndef f(x): return 0"
+    tests = "def check(candidate): assert twice(candidate(1)) == 0 and twice(3) == 6\ncheck(f)"
+    result = box.run_tests(source, tests, setup=setup, entry_points=["f"])
+    assert result.outcome == "passed"
+
+
+def test_a_program_may_use_the_library_its_folder_and_print(places: list[Place]):
+    source = (
+        "import csv, ctypes, decimal, hashlib, tempfile, unittest, xml.dom.minidom, zoneinfo\n"
+        "def f(x):\n    print('hello')\n    with open('a', 'w') as file: file.write(x)\n"
+        "    with tempfile.NamedTemporaryFile(delete=False) as file: file.write(b'x')\n"
+        "    return open('a').read()"
+    )
+    for place in places:
+        result = place.short.run_tests(source, "assert f('text') == 'text'", entry_points=["f"])
+        assert (result.outcome, result.output) == ("passed", "hello\n"), (place.name, result)
+
+
+def test_a_program_starts_with_nothing_of_the_one_before(box: Sandbox):
+    first = "import builtins\nbuiltins.left = 1\nopen('a', 'w').close()\ndef f(): return 1"
+    second = "import builtins, os\ndef f(): return hasattr(builtins, 'left') or os.listdir('.')"
+    assert box.run_tests(first, "assert f() == 1", entry_points=["f"]).outcome == "passed"
+    assert box.run_tests(second, "assert f() == []", entry_points=["f"]).outcome == "passed"
+
+
+def test_nothing_of_a_verdict_is_in_the_memory_of_a_later_program(box: Sandbox):
+    tests = "assert f() == 4, ' '.join(['answer', 'is 4444']) * 20"
+    for _ in range(3):
+        assert "answer is 4444" in box.run_tests("def f(): 0", tests, entry_points=["f"]).detail
+    # write(2) says of every page whether there is one, so this reads all there is near two objects.
+    source = """
+import ctypes, os
+def f():
+    needle, found = b' '.join([b'answer', b'is 4']), 0
+    libc, (r, w) = ctypes.CDLL(None), os.pipe()
+    for near in id(needle), ctypes.addressof(ctypes.create_string_buffer(4000)):
+        for page in range((near >> 12) - 6000, (near >> 12) + 6000):
+            if libc.write(w, ctypes.c_void_p(page << 12), 4096) == 4096:
+                found += needle + b'4' in os.read(r, 4096)
+    return found
+"""
+    result, values = box.call(source, [("f", [])])
+    assert (result.outcome, values) == ("passed", [0])
+
+
+def test_what_is_told_of_a_program_is_one_line_that_no_terminal_obeys(box: Sandbox):
+    source = "def f(): raise ValueError('\\x1b[2J\\n' + 'a\\r\\u202e\\ud800' * 10**6)"
+    run, _ = box.call(source, [("f", [])])
+    for result in run, box.run_tests(source, "f()", entry_points=["f"]):
+        assert result.detail.startswith("ValueError: [2J a ?a ?a")
+        assert result.detail.isprintable()
+        assert len(result.detail) <= 400
+
+
+def test_a_limit_on_processor_time_holds_for_the_deaf_and_is_told_as_such(box: Sandbox):
+    (deaf,) = (attack for attack in RESOURCES if attack.name == "loops, deaf to signals")
+    with Sandbox(Limits(seconds=1)) as short:
+        result = short.run_tests(deaf.source, "", entry_points=[])
+    assert result[:2] == ("timeout", "processor time"), result
+
+
+def test_a_program_that_dies_starts_no_handler_of_core_dumps(box: Sandbox):
+    source = "import ctypes\ndef f():\n    two = (ctypes.c_ulong * 2)()\n"
+    source += "    ctypes.CDLL(None).syscall({number}, 4, two)\n    return list(two)"
+    number = syscalls.ALLOWED[platform.machine()]["getrlimit"]
+    _, values = box.call(source.replace("{number}", str(number)), [("f", [])])
+    assert values == [[1, 1]]  # the kernel's word for: not even with a handler
+
+
+def test_keys_of_one_hash_do_not_keep_the_host_busy(box: Sandbox):
+    source = "def f(): return {k * (2**61 - 1) for k in range(1, 1000)}"
+    result, values = box.call(source, [("f", [])])
+    assert (result.detail, values) == ("its reply is no value", [])
+
+
+def test_chance_and_the_order_of_sets_are_the_same_each_time():
+    source = "import random\ndef f(): return random.random(), hash('a')"
+    seen = []
+    for _ in range(2):
+        with Sandbox() as box:
+            seen.append(box.call(source, [("f", [])])[1])
+    assert seen[0] == seen[1]
+
+
+def test_results_of_many_sandboxes_come_in_the_jobs_order():
+    def square(box: Sandbox, number: int) -> int:
+        return box.call("def f(x): return x * x", [("f", [number])])[1][0]
+
+    assert list(run_all(range(12), square, workers=2)) == [number**2 for number in range(12)]
+
+
+@pytest.mark.parametrize("name", ["seconds", "memory_mb", "files"])
+def test_a_limit_that_is_not_above_zero_is_refused(name: str):
+    with pytest.raises(ValueError, match=f"{name} must be above 0, got 0"):
+        Limits(**{name: 0})
+
+
+HEADERS = {
+    "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+    "aarch64": Path("/usr/include/asm-generic/unistd.h"),
+}
+
+
+@pytest.mark.parametrize("machine", HEADERS)
+def test_the_numbers_of_system_calls_are_the_kernels(machine: str):
+    parts = (syscalls.ALLOWED[machine], syscalls.KILLED[machine], syscalls.KILLED_EVERYWHERE)
+    table = {name: number for part in parts for name, number in part.items()}
+    assert len(set(table.values())) == len(table) == sum(map(len, parts))
+    if HEADERS[machine].exists():
+        text = HEADERS[machine].read_text()
+        defined = dict(re.findall(r"define __NR(?:3264)?_(\w+)\s+(\d+)", text))
+        defined["newfstatat"] = defined.get("newfstatat", defined.get("fstatat"))
+        assert {name: int(defined[name]) for name in table} == table
