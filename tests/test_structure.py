@@ -19,20 +19,58 @@ PACKAGE = ROOT / "dylora"
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/*.yaml"))
 
 # A module imports only from the rows above its own. Names are relative to dylora; a folder stands
-# for its modules, which may import each other.
+# for its modules, which may import each other, but see the test of circles.
 LAYERS = (
     ("fields", "sandbox"),
-    ("config", "kernels"),
-    ("run_config", "tasks"),
-    ("routing", "storage", "base_models"),
+    ("config", "kernels", "tasks"),
+    ("run_config", "routing", "storage", "base_models"),
     ("adapters", "data"),
-    ("model_io", "experts"),
-    ("integrations.merge", "integrations.static_weights", "integrations.site_weights"),
+    ("mixture",),
+    ("experts",),
+    ("integrations.site_weights", "integrations.static_weights", "integrations.merge", "model_io"),
     ("model",),
     ("integrations",),
-    ("training", "evaluation"),  # either may use the other, but see the test of cycles
+    ("training",),
+    ("evaluation",),
     ("cli",),
 )
+# What is not so yet: these may only become fewer.
+KNOWN: set[str] = {
+    "experts imports model, which does not stand below it",
+    "integrations.merge imports model, which does not stand below it",
+    "integrations.merge imports model_io, which does not stand below it",
+    "integrations.static_weights imports model, which does not stand below it",
+    "model_io imports model, which does not stand below it",
+    "training.loop imports evaluation.passk.callback, which does not stand below it",
+}
+CIRCLES: set[str] = {
+    "adapters.block",
+    "adapters.projection",
+    "experts",
+    "integrations.merge",
+    "integrations.static_weights",
+    "model",
+    "model_io",
+}
+LONG: set[str] = {
+    "adapters.inject.inject",
+    "cli.config_file",
+    "config.__post_init__",
+    "data.sources",
+    "evaluation.passk.benchmark._run_suite",
+    "evaluation.passk.suites.read_suite",
+    "evaluation.validate.run.validate_checkpoint",
+    "experts",
+    "experts.merge",
+    "integrations.peft_import",
+    "integrations.peft_import._settings",
+    "integrations.peft_import.load_peft_experts",
+    "model",
+    "model.forward",
+    "storage.peft_foreign.read_foreign_adapter",
+    "training.run.prepare",
+    "training.step.train_step",
+}
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
@@ -110,21 +148,13 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(source: str, known: set[str], *, module: str, is_folder: bool = False) -> set[str]:
-    """The modules of dylora that a source imports, wherever the statement stands.
+    """The modules of dylora that a source names in an import, wherever it stands.
 
-    Imports for type checkers alone are none: they never run.
+    Imports inside functions and for type checkers count, and so does a string that is the name of
+    a module (`importlib.import_module("dylora.model")`).
     """
     names = set()
-    tree = ast.parse(source)
-    unread = {
-        child
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for child in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if node in unread:
-            continue
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -134,6 +164,8 @@ def imports_of(source: str, known: set[str], *, module: str, is_folder: bool = F
                 above = parts[: len(parts) - node.level + is_folder]
                 base = ".".join([*above, base] if base else above)
             names |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_ours(node.value):
+            names |= {node.value} & {f"dylora.{name}" for name in known}
     inside = {name.removeprefix("dylora").removeprefix(".") for name in names if is_ours(name)}
     # `from dylora.routing.gating import top_k_mask` is cut to the module.
     return {
@@ -157,8 +189,7 @@ def violation(importer: str, imported: str) -> str | None:
     if target not in RANKS:
         return f"{importer} imports dylora itself, or a module without a place: {imported!r}"
     same_folder = importer.split(".")[0] == imported.split(".")[0] and "." in imported
-    both_uses = {top, target} == {"training", "evaluation"}
-    if RANKS[target] < RANKS[top] or same_folder or both_uses:
+    if RANKS[target] < RANKS[top] or same_folder:
         return None
     return f"{importer} imports {imported}, which does not stand below it"
 
@@ -183,7 +214,7 @@ def test_every_module_has_a_place_in_the_table():
 def test_imports_inside_the_package_point_down_only():
     graph = import_graph()
     found = [violation(name, target) for name, targets in graph.items() for target in targets]
-    assert [text for text in found if text] == []
+    assert sorted(text for text in found if text and text not in KNOWN) == []
 
 
 def test_no_module_imports_itself_through_others():
@@ -198,7 +229,31 @@ def test_no_module_imports_itself_through_others():
                 queue.extend(graph.get(target, ()))
         return seen
 
-    assert [name for name in graph if name in reachable(name)] == []
+    assert [name for name in graph if name in reachable(name) and name not in CIRCLES] == []
+
+
+# Sizes
+
+MOST_LINES = {"file": 350, "function": 60}
+
+
+def too_long() -> set[str]:
+    """Files and functions of the package that are longer than MOST_LINES."""
+    found = set()
+    for name, path in modules().items():
+        source = path.read_text(encoding="utf-8")
+        if len(source.splitlines()) > MOST_LINES["file"]:
+            found.add(name)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > MOST_LINES["function"]:
+                    found.add(f"{name}.{node.name}")
+    return found
+
+
+def test_files_and_functions_are_short():
+    assert sorted(too_long() - LONG) == []
 
 
 @pytest.mark.parametrize(
@@ -213,10 +268,12 @@ def test_no_module_imports_itself_through_others():
         ("storage.checkpoint", "from ..adapters.inject import Mixture"),
         ("training.loop", "from dylora.cli import main"),
         ("model", "from dylora import DyLoRA_MoE"),
+        ("experts", "if TYPE_CHECKING:\n    from dylora.model import DyLoRA_MoE"),
+        ("training.loop", "import_module('dylora.evaluation.report')"),
     ],
 )
 def test_an_import_that_points_up_is_seen(importer: str, source: str):
-    known = {"model", "adapters", "routing", "cli", "training", "storage"}
+    known = {"model", "adapters", "routing", "cli", "training", "storage", "evaluation.report"}
     targets = imports_of(source, known, module=importer)
     assert any(violation(importer, target) for target in targets)
 
