@@ -7,10 +7,10 @@ the value it got.
 
 import math
 import warnings
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
 
-from dylora.fields import check_fields, nearest, require, shown
+from dylora.fields import build, check_fields, option, require
 
 RouterType = Literal["learned", "learned_with_maturity", "fixed"]
 RouterScope = Literal["site", "shared"]
@@ -20,46 +20,29 @@ MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
 BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "none"]
 Quantization = Literal["none", "bnb-4bit", "bnb-8bit", "torchao-int8"]
 LARGEST = 65_536  # ranks, experts and hidden widths; no projection of any base is as wide
-MAX_ALPHA = 1e6
+MAX_ALPHA = 1_000_000
 _ONE_A = "unset with share_A: the experts have one A"
-
-ROUTING_FIELDS = (
-    "num_experts",
-    "top_k_experts",
-    "router_hidden_size",
-    "router_aux_loss_coef",
-    "router_switch_loss_coef",
-    "router_z_loss_coef",
-    "router_temperature",
-    "router_noise",
-    "router_type",
-    "router_scope",
-    "router_logits",
-    "routing_mode",
-    "fixed_routing_weights",
-    "expert_capacity_factor",
-    "expert_dropout",
-    "load_balance_loss_type",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoELoraConfig:
     """A mixture of LoRA experts: LoRA fields by PEFT's names, then routing, then maturity."""
 
-    r: int = 16
+    RENAMED: ClassVar[dict[str, str | None]] = {"fan_in_fan_out": None}
+
+    r: int = option(16, least=1, most=LARGEST)
     """Rank of each expert."""
-    lora_alpha: float = 32
+    lora_alpha: float = option(32, above=0, most=MAX_ALPHA)
     """Numerator of an expert's scale: alpha / r, or alpha / sqrt(r) with use_rslora."""
-    expert_ranks: list[int] | None = None
+    expert_ranks: list[int] | None = option(None, least=1, most=LARGEST)
     """A rank for each expert; none: r for all."""
-    expert_alphas: list[float] | None = None
+    expert_alphas: list[float] | None = option(None, above=0, most=MAX_ALPHA)
     """An alpha for each expert; none: lora_alpha for all."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = option({}, least=1, most=LARGEST)
     """Other ranks for some projections, by the end of their path; goes before expert_ranks."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = option({}, above=0, most=MAX_ALPHA)
     """Other alphas for some projections, likewise."""
-    lora_dropout: float = 0.0
+    lora_dropout: float = option(0.0, least=0, below=1)
     """Dropout on the input of A, shared by the experts of a projection."""
     target_modules: list[str] | None = None
     """Projections to adapt, by the end of their path; none: the attention projections we find."""
@@ -78,165 +61,121 @@ class MoELoraConfig:
     """LoRA-FA: A stays as drawn and only B is trained (Zhang et al. 2023)."""
     share_A: bool = False
     """HydraLoRA: the experts of a projection have one A and a B each (Tian et al. 2024)."""
-    fan_in_fan_out: bool | None = None
-    """Whether base weights are stored [in, out]; none: seen from the module (GPT-2's Conv1D)."""
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
     """True: Kaiming-uniform A as in PEFT, B = 0; gaussian: normal A with deviation 1/r, B = 0;
     orthogonal: both random, with B·A = 0 up to rounding (even ranks)."""
 
     use_moe_routing: bool = True
     """False: a plain LoRA of one expert, without a router."""
-    num_experts: int = 4
+    num_experts: int = option(4, least=1, most=LARGEST, routing=True)
     """Experts at the start."""
-    top_k_experts: int = 2
+    top_k_experts: int = option(2, least=1, routing=True)
     """Mature experts that a token keeps."""
-    router_hidden_size: int | None = None
+    router_hidden_size: int | None = option(None, least=1, most=LARGEST, routing=True)
     """Width of the router's hidden layer; none: a linear router."""
-    router_type: RouterType = "learned_with_maturity"
+    router_type: RouterType = option("learned_with_maturity", routing=True)
     """learned: top-k from step 0; learned_with_maturity: dense to sparse; fixed: constant."""
-    router_scope: RouterScope = "site"
+    router_scope: RouterScope = option("site", routing=True)
     """site: a router in every adapted block; shared: the first one serves all."""
-    router_logits: RouterLogits = "linear"
+    router_logits: RouterLogits = option("linear", routing=True)
     """linear: w·x + b; absolute: |w·x| + b, which takes a row for what it is up to its sign, as the
     prototypes of Arrow need (Ostapenko et al. 2024)."""
-    routing_mode: RoutingMode = "maturity"
+    routing_mode: RoutingMode = option("maturity", routing=True)
     """maturity: the gate follows the experts' maturity; the others force dense or sparse mixing."""
-    router_temperature: float = 2.0
+    router_temperature: float = option(2.0, above=0, routing=True)
     """Divides the logits before the softmax."""
-    router_noise: float = 0.0
+    router_noise: float = option(0.0, least=0, routing=True)
     """Deviation of the normal noise that training adds to the logits (Shazeer et al. 2017)."""
-    fixed_routing_weights: list[float] | None = None
+    fixed_routing_weights: list[float] | None = option(None, least=0, routing=True)
     """Weights of router_type fixed, one an expert; none: uniform."""
-    load_balance_loss_type: BalanceLoss = "aux_loss"
+    load_balance_loss_type: BalanceLoss = option("aux_loss", routing=True)
     """aux_loss: fractions from the top-k (GShard); switch: from the argmax (Switch); or both."""
-    router_aux_loss_coef: float = 0.01
+    router_aux_loss_coef: float = option(0.01, least=0, routing=True)
     """Weight of aux_loss."""
-    router_switch_loss_coef: float | None = None
+    router_switch_loss_coef: float | None = option(None, least=0, routing=True)
     """Weight of switch; none: router_aux_loss_coef."""
-    router_z_loss_coef: float = 0.001
+    router_z_loss_coef: float = option(0.001, least=0, routing=True)
     """Weight of the mean squared logsumexp of the logits (ST-MoE)."""
-    expert_capacity_factor: float | None = 1.25
+    expert_capacity_factor: float | None = option(1.25, above=0, routing=True)
     """In sparse training an expert takes at most ceil(factor·K·T/E) tokens; none: no limit."""
-    expert_dropout: float = 0.0
+    expert_dropout: float = option(0.0, least=0, below=1, routing=True)
     """Probability that a sequence loses an expert in training."""
 
     maturity_mode: MaturityMode = "hybrid"
     """What makes an expert mature: see dylora/routing/maturity.py."""
-    maturity_tau: float = 0.1
+    maturity_tau: float = option(0.1, above=0)
     """Evidence that counts as much (1 - 1/e), as a share of the tokens the run gives an expert."""
     maturity_rho: float = 0.02
     """Relative improvement of an expert's loss below which it counts as having settled."""
-    maturity_s: float = 0.005
+    maturity_s: float = option(0.005, above=0)
     """Width of that threshold."""
-    maturity_fast: float = 0.02
+    maturity_fast: float = option(0.02, above=0)
     """Memory of the fast loss average, as a share of the tokens the run gives an expert."""
-    maturity_slow: float = 0.1
+    maturity_slow: float = option(0.1, above=0)
     """Memory of the slow loss average, likewise."""
-    maturity_threshold: float = 0.9
+    maturity_threshold: float = option(0.9, above=0, most=1)
     """Maturity at which an expert becomes fully mature and stays so; 1: only by itself."""
-    maturity_schedule: tuple[float, float] = (0.2, 0.6)
+    maturity_schedule: tuple[float, float] = option((0.2, 0.6), least=0)
     """Shares of the run between which mode schedule raises maturity from 0 to 1."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(1 <= self.r <= LARGEST, "r", self.r, f"from 1 to {LARGEST}")
-        alpha = self.lora_alpha
-        require(0 < alpha <= MAX_ALPHA, "lora_alpha", alpha, f"above 0 and at most {MAX_ALPHA:.0f}")
-        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
-        self._check_ranks()
-        experts = self.num_experts
-        require(experts <= LARGEST, "num_experts", experts, f"at most {LARGEST}")
-        if self.use_moe_routing:
-            require(experts >= 2, "num_experts", experts, "at least 2 with routing")
-        else:
-            require(experts >= 1, "num_experts", experts, "at least 1")
-            self._warn_of_unused_routing()
-        require(
-            1 <= self.top_k_experts <= max(self.num_experts, 2 if not self.use_moe_routing else 0),
-            "top_k_experts",
-            self.top_k_experts,
-            f"from 1 to num_experts ({self.num_experts})",
-        )
-        hidden = self.router_hidden_size
-        in_bounds = hidden is None or 1 <= hidden <= LARGEST
-        require(in_bounds, "router_hidden_size", hidden, f"from 1 to {LARGEST}")
-        require(
-            self.router_temperature > 0, "router_temperature", self.router_temperature, "above 0"
-        )
-        for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_noise"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        switch = self.router_switch_loss_coef
-        require(switch is None or switch >= 0, "router_switch_loss_coef", switch, "at least 0")
-        capacity = self.expert_capacity_factor
-        require(capacity is None or capacity > 0, "expert_capacity_factor", capacity, "above 0")
-        require(0 <= self.expert_dropout < 1, "expert_dropout", self.expert_dropout, "in [0, 1)")
-        weights = self.fixed_routing_weights
-        if weights is not None:
-            require(
-                len(weights) == self.num_experts and all(0 <= w < math.inf for w in weights),
-                "fixed_routing_weights",
-                weights,
-                f"{self.num_experts} finite weights of at least 0",
-            )
-            require(
-                self.router_type == "fixed",
-                "fixed_routing_weights",
-                weights,
-                "unset unless router_type is fixed",
-            )
-        for name in ("maturity_tau", "maturity_s", "maturity_fast", "maturity_slow"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        require(
-            0 < self.maturity_threshold <= 1,
-            "maturity_threshold",
-            self.maturity_threshold,
-            "in (0, 1]",
-        )
-        if self.maturity_mode in ("hybrid", "plateau") and self.maturity_threshold < 1:
-            highest = 1 / (1 + math.exp(-self.maturity_rho / self.maturity_s))
-            require(
-                highest >= self.maturity_threshold,
-                "maturity_threshold",
-                self.maturity_threshold,
-                f"at most sigmoid(maturity_rho / maturity_s) = {highest:.3f}, "
-                "which is all that a settled loss gives",
-            )
-        begin, end = self.maturity_schedule
-        require(0 <= begin < end, "maturity_schedule", self.maturity_schedule, "two rising shares")
+        self._check_experts()
+        self._check_low_rank()
+        self._check_maturity()
 
-    def _check_ranks(self) -> None:
-        """Ranks and alphas of experts and projections, and what goes with them."""
-        count = self.expert_count
-        for suffix, most in (("rank", LARGEST), ("alpha", MAX_ALPHA)):
-            rule = f"values above 0 and at most {most:.0f}"
-            name = f"expert_{suffix}s"
+    def _check_experts(self) -> None:
+        """How many there are, and what has one value for each of them."""
+        experts, routed = self.num_experts, self.use_moe_routing
+        require(not routed or experts >= 2, "num_experts", experts, "at least 2 with routing")
+        top_k = self.top_k_experts
+        most = experts if routed else max(experts, 2)
+        require(top_k <= most, "top_k_experts", top_k, f"from 1 to num_experts ({experts})")
+        counts = {"expert_ranks": self.expert_count, "expert_alphas": self.expert_count}
+        for name, count in {**counts, "fixed_routing_weights": experts}.items():
             values = getattr(self, name)
-            fit = values is None or (len(values) == count and all(0 < v <= most for v in values))
-            require(fit, name, values, f"{count} {rule}, one an expert")
-            name = f"{suffix}_pattern"
-            values = getattr(self, name)
-            require(all(0 < v <= most for v in values.values()), name, values, f"of {rule}")
+            fits = values is None or len(values) == count
+            require(fits, name, values, f"{count} numbers, one an expert")
+        weights, fixed = self.fixed_routing_weights, self.router_type == "fixed"
+        rule = "unset unless router_type is fixed"
+        require(weights is None or fixed, "fixed_routing_weights", weights, rule)
+        unused = [] if routed else self._changed_routing()
+        if unused:
+            warnings.warn(
+                f"use_moe_routing is false, so these settings do nothing: {', '.join(unused)}",
+                stacklevel=4,
+            )
+
+    def _changed_routing(self) -> list[str]:
+        """The settings of routing that are not as by default; one expert needs none."""
+        defaults = {
+            item.name: item.default for item in fields(self) if item.metadata.get("routing")
+        }
+        if self.num_experts == 1:
+            del defaults["num_experts"]
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
+
+    def _check_low_rank(self) -> None:
+        """What goes together of A, B and their ranks."""
+        own = self.init_lora_weights
         if self.share_A:
             require(self.expert_ranks is None, "expert_ranks", self.expert_ranks, _ONE_A)
-            own = self.init_lora_weights != "orthogonal"
-            require(own, "init_lora_weights", self.init_lora_weights, f"true or gaussian: {_ONE_A}")
-        if self.init_lora_weights == "orthogonal":
+            require(own != "orthogonal", "init_lora_weights", own, f"true or gaussian: {_ONE_A}")
+        if own == "orthogonal":
             ranks = [self.r, *(self.expert_ranks or []), *self.rank_pattern.values()]
             require(all(r % 2 == 0 for r in ranks), "r", ranks, "even for orthogonal values")
 
-    def _warn_of_unused_routing(self) -> None:
-        defaults = {item.name: item.default for item in fields(self)}
-        changed = [
-            name
-            for name in ROUTING_FIELDS
-            if getattr(self, name) != defaults[name]
-            and not (name == "num_experts" and self.num_experts == 1)
-        ]
-        if changed:
-            warnings.warn(
-                f"use_moe_routing is false, so these settings do nothing: {', '.join(changed)}",
-                stacklevel=4,
+    def _check_maturity(self) -> None:
+        threshold = self.maturity_threshold
+        if self.maturity_mode in ("hybrid", "plateau") and threshold < 1:
+            highest = 1 / (1 + math.exp(-self.maturity_rho / self.maturity_s))
+            rule = (
+                f"at most sigmoid(maturity_rho / maturity_s) = {highest:.3f}, "
+                "which is all that a settled loss gives"
             )
+            require(highest >= threshold, "maturity_threshold", threshold, rule)
+        begin, end = self.maturity_schedule
+        require(begin < end, "maturity_schedule", self.maturity_schedule, "two rising shares")
 
     @property
     def expert_count(self) -> int:
@@ -248,6 +187,11 @@ class MoELoraConfig:
         """The kinds of balance loss that are trained with: aux_loss, switch, both or none."""
         kind = self.load_balance_loss_type
         return () if kind == "none" else tuple(kind.split("+"))
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether routers are trained: not with constant weights, or without routing."""
+        return self.use_moe_routing and self.router_type != "fixed"
 
     @property
     def switch_loss_coef(self) -> float:
@@ -264,15 +208,7 @@ class MoELoraConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MoELoraConfig":
         """Raises ValueError on an unknown key, naming the nearest valid one."""
-        known = [item.name for item in fields(cls)]
-        for key in values:
-            if key not in known:
-                near = nearest(key[:100], known)
-                raise ValueError(f"unknown field {shown(key)} in the MoELoraConfig{near}")
-        values = dict(values)
-        if isinstance(values.get("maturity_schedule"), list):
-            values["maturity_schedule"] = tuple(values["maturity_schedule"])
-        return cls(**values)
+        return build(cls, values)
 
 
 def matching(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
@@ -284,7 +220,3 @@ def matching(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
 def ends_with(path: str, name: str) -> bool:
     """Whether `name` is the last dotted words of `path`."""
     return path == name or path.endswith("." + name)
-
-
-def is_learned(config: MoELoraConfig) -> bool:
-    return config.use_moe_routing and config.router_type != "fixed"

@@ -1,13 +1,54 @@
-"""Typed, validated dataclass fields: one type system for YAML, the command line and checkpoints."""
+"""Typed, validated dataclass fields: one type system for YAML, the command line and checkpoints.
 
+A raw value becomes a value of its field's declared type in `convert`, and a mapping a dataclass in
+`build`. What else must hold of a field stands beside it, in `option(…)`, and `check_fields` in
+`__post_init__` holds it. Whatever does not fit is a `FieldError`, one line that names the field.
+"""
+
+import ast
 import difflib
+import functools
+import inspect
 import math
-from collections.abc import Iterator
-from dataclasses import fields
+import operator
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+T = TypeVar("T")
+Parse = Callable[[str], Any]  # a text to the YAML value that it writes; raises ValueError
 MAX_SHOWN = 120  # characters of a value in an error
+MAX_INT = 2**63 - 1
+PLAIN = {float: "a float", int: "an int", bool: "true or false", str: "a string", NoneType: "null"}
+
+
+class FieldError(ValueError):
+    """What is wrong with one field, as `key` (its path) and the rest of the sentence."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(key, problem)
+        self.key, self.problem = key, problem
+
+    def __str__(self) -> str:
+        return self.key + self.problem
+
+    def under(self, path: str) -> "FieldError":
+        """The same of a field inside of `path`."""
+        return FieldError(join(path, self.key), self.problem)
+
+
+class UnknownKey(FieldError):
+    """A key that no field has; `siblings` are the names that its last part could have been."""
+
+    def __init__(self, key: str, siblings: list[str]) -> None:
+        name = key.rpartition(".")[2]
+        super().__init__(key, f"unknown field {shown(key)}{nearest(name, siblings)}")
+        self.siblings = siblings
+
+    def __str__(self) -> str:
+        return self.problem
 
 
 def shown(value: Any) -> str:
@@ -19,7 +60,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
-def is_whole_number(value: Any, least: int = 0, most: int = 2**63 - 1) -> bool:
+def is_whole_number(value: Any, least: int = 0, most: int = MAX_INT) -> bool:
     """Whether a value from a file is an int (no bool) within bounds."""
     return type(value) is int and least <= value <= most
 
@@ -34,97 +75,276 @@ def is_name(value: Any, longest: int = 512) -> bool:
     return isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()
 
 
+def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known word that is most like `word`, if any is."""
+    found = difflib.get_close_matches(word[:MAX_SHOWN], known, n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
 def nearest(word: str, known: list[str]) -> str:
     """'; did you mean …?' with the closest of the known words, or what there is."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid are {', '.join(sorted(known))}"
+    close = closest(word, known)
+    return f"; did you mean {close!r}?" if close else f"; valid are {', '.join(sorted(known))}"
 
 
 def require(condition: bool, name: str, value: Any, rule: str) -> None:
-    """Raises ValueError with the field's name, the value it got and the rule."""
+    """Raises FieldError with the field's name, the value it got and the rule."""
     if not condition:
-        raise ValueError(f"{name} is {shown(value)}, but must be {rule}")
+        raise FieldError(name, f" is {shown(value)}, but must be {rule}")
+
+
+# Declarations
+
+
+class Bounds(NamedTuple):
+    """The range of a number, or of every number in a list or mapping."""
+
+    above: float | None = None
+    least: float | None = None
+    below: float | None = None
+    most: float | None = None
+
+    def hold(self, value: float) -> bool:
+        rules = (operator.gt, operator.ge, operator.lt, operator.le)
+        pairs = zip(rules, self, strict=True)
+        return all(bound is None or rule(value, bound) for rule, bound in pairs)
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"from {self.least} to {self.most}"
+        words = ("above", "at least", "below", "at most")
+        pairs = zip(words, self, strict=True)
+        return " and ".join(f"{word} {bound}" for word, bound in pairs if bound is not None)
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    accept: Callable[[Any], bool] | None = None,
+    rule: str = "",
+    **metadata: Any,
+) -> Any:
+    """A dataclass field and what must hold of it beside its type; null is not asked.
+
+    Without a default it is required; a list or dict is copied for each instance. The bounds are of
+    its number, or of every number in it; `rule` says, after "must be", what `accept` asks.
+    """
+    bounds = Bounds(above, least, below, most)
+    if any(bound is not None for bound in bounds):
+        metadata["bounds"] = bounds
+    if accept is not None:
+        metadata["accept"], metadata["rule"] = accept, rule
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_fields(config: Any) -> None:
-    """Fields hold what they are declared as, finite numbers, and one of the values they may have;
-    JSON and YAML bring anything, and dataclasses look at none of it.
+    """To be called by `__post_init__`: every field is of its type, finite and in its range.
 
-    Raises ValueError.
+    A list given for a tuple becomes one. Raises FieldError.
     """
+    hints = field_types(type(config))
     for item in fields(config):
-        value = getattr(config, item.name)
-        require(_fits(value, item.type), item.name, value, describe_type(item.type))
-        numbers = [number for number in _leaves(value) if isinstance(number, float)]
+        value = convert(getattr(config, item.name), hints[item.name], item.name)
+        object.__setattr__(config, item.name, value)  # also of a frozen one
+        leaves = value.values() if isinstance(value, dict) else value
+        leaves = leaves if isinstance(value, dict | list | tuple) else [value]
+        numbers = [leaf for leaf in leaves if type(leaf) in (int, float)]
         require(all(map(math.isfinite, numbers)), item.name, value, "finite")
-        choices = _literal_choices(item.type)
-        if choices and value not in choices:
-            listed = ", ".join(map(str, choices))
-            hint = nearest(value, [str(c) for c in choices]) if isinstance(value, str) else ""
-            raise ValueError(f"{item.name} is {shown(value)}, but must be one of {listed}{hint}")
+        bounds = item.metadata.get("bounds")
+        if bounds is not None and not all(map(bounds.hold, numbers)):
+            each = "" if numbers == [value] else "numbers "
+            require(False, item.name, value, f"{each}{bounds}")
+        accept = item.metadata.get("accept")
+        if accept is not None and value is not None and not accept(value):
+            require(False, item.name, value, item.metadata["rule"])
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The type of each field, resolved where it was written as a text."""
+    hints = get_type_hints(cls)
+    return {item.name: hints[item.name] for item in fields(cls)}
+
+
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field, on one line; a field without one is left out."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for before, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
+            assert isinstance(before.target, ast.Name)
+            assert isinstance(after.value, ast.Constant)
+            found[before.target.id] = " ".join(str(after.value.value).split())
+    return found
+
+
+def default_of(item: "Field[Any]") -> Any:
+    """A field's default, made if it has to be; MISSING where it is required."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def describe_type(annotation: Any) -> str:
     """A type in words, to stand after "must be"."""
-    plain = {float: "a float", int: "an int", bool: "true or false", str: "a string"}
     kind, parts = get_origin(annotation), get_args(annotation)
-    if annotation in plain:
-        return plain[annotation]
-    if annotation is NoneType:
-        return "null"
+    if annotation in PLAIN:
+        return PLAIN[annotation]
     if kind is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if kind in (Union, UnionType):
         return ", or ".join(map(describe_type, parts))
-    if kind is list:
+    if kind is list or parts[1:] == (Ellipsis,):
         return f"a list, each item {describe_type(parts[0])}"
     if kind is tuple:
         return f"a list of {len(parts)} items, each {describe_type(parts[0])}"
     if kind is dict:
         return "a mapping" + ("" if parts[1] is Any else f", each value {describe_type(parts[1])}")
-    return str(annotation)
+    return "a mapping" if is_dataclass(annotation) else str(annotation)
 
 
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of a declared type; a Literal's values are listed elsewhere."""
-    kind, parts = get_origin(annotation), get_args(annotation)
-    if annotation is float and isinstance(value, float):
-        return True
-    if annotation in (int, float):  # an int may stand for a float
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole and abs(value) < 2**63
-    if kind is Literal or annotation is Any:
-        return True
+# Raw values
+
+
+def build(cls: type[T], raw: Any, key: str = "", parse: Parse | None = None) -> T:
+    """The dataclass that a mapping describes.
+
+    Its `RENAMED`, if it has one, maps names in files of earlier versions to those of today, or to
+    None where a setting is gone. Raises FieldError, or the UnknownKey among them.
+    """
+    hints = field_types(cls)
+    raw = {} if raw is None else raw  # "train:" with nothing under it
+    if not isinstance(raw, dict):
+        raise FieldError(key, f" is {shown(raw)}, but must have the fields {', '.join(hints)}")
+    values: dict[str, Any] = {}
+    renamed = getattr(cls, "RENAMED", {})
+    for written, value in raw.items():
+        name = renamed.get(written, str(written))
+        if name is None:
+            continue
+        if name not in hints:
+            raise UnknownKey(join(key, name), list(hints))
+        if name in values:
+            raise FieldError(join(key, name), f" appears twice, also as {shown(written)}")
+        values[name] = convert(value, hints[name], join(key, name), parse)
+    for item in fields(cls):  # type: ignore[arg-type]
+        if default_of(item) is MISSING and item.name not in values:
+            raise FieldError(join(key, item.name), " is missing")
+    try:
+        return cls(**values)
+    except FieldError as error:
+        raise error.under(key) from None
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}" if key else str(error)) from error
+
+
+def convert(value: Any, annotation: Any, key: str = "", parse: Parse | None = None) -> Any:
+    """The value as its declared type has it; an int may stand for a float. Raises FieldError.
+
+    `key` is the field's path, for the error. `parse` reads texts that stand for something else, as
+    on the command line and in YAML; without it a text is a text, as in JSON.
+    """
+    kind = get_origin(annotation)
     if kind in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if kind is list:
-        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
-    if kind is tuple:
-        right = isinstance(value, tuple) and len(value) == len(parts)
-        return right and all(map(_fits, value, parts))
+        return _convert_union(value, annotation, key, parse)
+    if is_dataclass(annotation):
+        same = type(value) is annotation
+        return value if same else build(annotation, _parsed(value, parse), key, parse)  # type: ignore
+    if kind is Literal:
+        return _convert_choice(value, annotation, key, parse)
+    if kind in (list, tuple):
+        return _convert_list(value, annotation, key, parse)
     if kind is dict:
-        return isinstance(value, dict) and all(
-            _fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items()
-        )
-    return isinstance(value, annotation)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """A field's value, or what is in its list or mapping."""
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list | tuple):
-        yield from value
+        return _convert_dict(value, annotation, key, parse)
+    found = value if annotation is str else _parsed(value, parse)
+    if annotation in (int, float):
+        whole = type(found) is int and abs(found) <= MAX_INT
+        fits = whole or (annotation is float and type(found) is float)
     else:
-        yield value
+        fits = annotation is Any or isinstance(found, annotation)
+    if not fits:
+        raise _misfit(key, value, annotation)
+    return found
 
 
-def _literal_choices(annotation: Any) -> tuple[Any, ...]:
-    """The values a Literal, or an optional Literal, allows; empty for other types."""
-    members = get_args(annotation)
-    if getattr(annotation, "__origin__", None) is Literal:
-        return members
-    for member in members:
-        if getattr(member, "__origin__", None) is Literal:
-            return (*get_args(member), None)
-    return ()
+def join(path: str, name: str) -> str:
+    """`name` as a part of `path`."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _parsed(value: Any, parse: Parse | None) -> Any:
+    """What a text stands for, or the text where it stands for nothing."""
+    if parse is None or not isinstance(value, str):
+        return value
+    try:
+        return parse(value)
+    except ValueError:
+        return value
+
+
+def _misfit(key: str, value: Any, annotation: Any) -> FieldError:
+    """That a value is not of a type, with the nearest of the words that it could be."""
+    choices = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    words = [str(word) for part in choices for word in get_args(part)]
+    close = closest(value, words) if isinstance(value, str) else None
+    hint = f"; did you mean {close!r}?" if close else ""
+    return FieldError(key, f" is {shown(value)}, but must be {describe_type(annotation)}{hint}")
+
+
+def _convert_union(value: Any, annotation: Any, key: str, parse: Parse | None) -> Any:
+    parts = get_args(annotation)
+    if value is None and NoneType in parts:
+        return None
+    failures = []
+    for part in parts:
+        try:
+            return convert(value, part, key, parse)
+        except FieldError as error:
+            failures.append(error)
+    inner = [error for error in failures if error.key != key]
+    raise inner[0] if inner and len(parts) == 2 else _misfit(key, value, annotation)
+
+
+def _convert_choice(value: Any, annotation: Any, key: str, parse: Parse | None) -> Any:
+    for candidate in (value, _parsed(value, parse)):
+        for choice in get_args(annotation):
+            if type(choice) is type(candidate) and choice == candidate:
+                return choice
+    raise _misfit(key, value, annotation)
+
+
+def _convert_list(value: Any, annotation: Any, key: str, parse: Parse | None) -> Any:
+    """A list or tuple; as a text `[a, b]` or `a, b`."""
+    kind, parts = get_origin(annotation), get_args(annotation)
+    items = value
+    if parse is not None and isinstance(value, str):
+        split = [item.strip() for item in value.split(",") if item.strip()]
+        items = _parsed(value, parse) if value.lstrip()[:1] == "[" else split
+    open_ended = kind is list or parts[1:] == (Ellipsis,)
+    right = isinstance(items, list) or (kind is tuple and isinstance(items, tuple))
+    if not (right and (open_ended or len(items) == len(parts))):
+        raise _misfit(key, value, annotation)
+    types = [parts[0]] * len(items) if open_ended else parts
+    pairs = enumerate(zip(items, types, strict=True))
+    return kind(convert(item, part, f"{key}[{index}]", parse) for index, (item, part) in pairs)
+
+
+def _convert_dict(value: Any, annotation: Any, key: str, parse: Parse | None) -> dict[str, Any]:
+    """A mapping with texts as keys; as a text `{a: b}` or `a=b, c=d`."""
+    items = value
+    if parse is not None and isinstance(value, str):
+        pairs = [item.partition("=") for item in value.split(",")]
+        if all(equals for _, equals, _ in pairs):
+            items = {name.strip(): text.strip() for name, _, text in pairs}
+        else:
+            items = _parsed(value, parse)
+    if not (isinstance(items, dict) and all(isinstance(name, str) for name in items)):
+        raise _misfit(key, value, annotation)
+    part = get_args(annotation)[1]
+    return {name: convert(item, part, join(key, name), parse) for name, item in items.items()}

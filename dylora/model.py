@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dylora import config
 from dylora.adapters import inject
 from dylora.base_models import keep_as_stored, load_base, named_base, stored_bytes
 from dylora.config import MoELoraConfig, Quantization
@@ -344,9 +343,7 @@ class DyLoRA_MoE(nn.Module):
         if any(True for _ in self.routers()):
             raise ValueError("routers are attached already: detach_router() first")
         needing = [
-            site
-            for site in self.mixture.blocks
-            if config.is_learned(self.config) and not site.shares_first
+            site for site in self.mixture.blocks if self.config.is_learned and not site.shares_first
         ]
         if routers is None:
             paths = list(self.mixture.adapters)

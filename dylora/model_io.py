@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from dylora import config
 from dylora.adapters import targets
 from dylora.adapters.stack import ExpertStack
 from dylora.base_models import quantization_of
@@ -40,7 +39,7 @@ def write_model(model: "DyLoRA_MoE", folder: Path) -> None:
 
     Raises ValueError while the routers are detached: the files could not be loaded.
     """
-    if config.is_learned(model.config) and not any(True for _ in model.routers()):
+    if model.config.is_learned and not any(True for _ in model.routers()):
         raise ValueError("the routers are detached: attach_router() before saving")
     for expert, row in enumerate(model.experts.table):
         if row.state != "retired":

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dylora.config import MoELoraConfig, Quantization
-from dylora.fields import check_fields, require
+from dylora.fields import check_fields, option, require
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal[
@@ -65,13 +65,12 @@ class SourceConfig:
     """Column of the answer; needed for a source of your own."""
     split_scheme: SplitScheme | None = None
     """code_alpaca and your own: 90/10; mbpp: published (default) or 70/10/20."""
-    rows: int | None = None
+    rows: int | None = option(None, least=1)
     """Skills only: training examples to generate."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         require(bool(self.name), "name", self.name, "a word")
-        require(self.rows is None or self.rows >= 1, "rows", self.rows, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +79,13 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)
     """The sets, in the order of their reports."""
-    max_length: int = 512
+    max_length: int = option(512, least=8)
     """Most tokens of an example, BOS and EOS included."""
     over_long: Literal["truncate", "drop"] = "drop"
     """What happens to a longer one; both are counted."""
     interleaved_sampling: bool = True
     """True: equal shares of each set, smaller ones repeated; false: in proportion to their size."""
-    length_window: int = 1
+    length_window: int = option(1, least=1)
     """Steps whose rows are sorted by length together, so that a step holds rows of similar length
     and computes less padding; 1: as they are drawn. What a row shares a step with then depends on
     its length."""
@@ -95,8 +94,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.length_window >= 1, "length_window", self.length_window, "at least 1")
-        require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
         names = [source.name for source in self.sources]
         require(len(names) == len(set(names)), "sources", names, "of different names")
 
@@ -105,50 +102,50 @@ class DataConfig:
 class TrainConfig:
     """The training loop."""
 
-    epochs: float = 1.0
+    epochs: float = option(1.0, above=0)
     """Passes over the data; max_steps goes before it."""
-    max_steps: int | None = None
+    max_steps: int | None = option(None, least=1)
     """Optimizer steps; none: from epochs."""
-    batch_size: int = 2
+    batch_size: int = option(2, least=1)
     """Examples in a forward pass, on average: a pass takes more short ones and fewer long ones, and
     no more tokens than this many of the longest."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = option(1, least=1)
     """Forward passes in an optimizer step."""
-    learning_rate: float = 2e-4
+    learning_rate: float = option(2e-4, above=0)
     """Of the experts."""
-    router_learning_rate: float | None = None
+    router_learning_rate: float | None = option(None, above=0)
     """Of the routers; none: learning_rate."""
-    weight_decay: float = 0.01
+    weight_decay: float = option(0.01, least=0)
     """Of the matrices A and B; routers and biases have none."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = option(0.9, least=0, below=1)
     """Decay of AdamW's first moment."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = option(0.999, least=0, below=1)
     """Decay of AdamW's second moment."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = option(1e-8, above=0)
     """AdamW's epsilon."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = option(1.0, least=0)
     """Gradients are clipped to this norm; 0: not clipped."""
     lr_scheduler_type: Schedule = "cosine"
     """Any schedule of transformers.get_scheduler."""
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     """Its own settings, such as num_cycles for cosine_with_restarts."""
-    warmup_steps: int = 0
+    warmup_steps: int = option(0, least=0)
     """Steps over which the rate rises from 0."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = option(0.0, least=0, below=1)
     """Share of the target probability spread over the vocabulary."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    training_subset: int | None = None
+    training_subset: int | None = option(None, least=1)
     """Use only this many training rows of each set."""
-    save_steps: int | None = None
+    save_steps: int | None = option(None, least=1)
     """Checkpoint every so many steps; none: at the end only (and the best one)."""
-    save_total_limit: int | None = None
+    save_total_limit: int | None = option(None, least=1)
     """Keep this many newest checkpoints that verify, at least two, and the best besides; none:
     all."""
-    max_nonfinite_steps: int = 3
+    max_nonfinite_steps: int = option(3, least=1)
     """Stop when the loss or the gradient was not finite so many steps in a row; such a step updates
     nothing, is counted, and the run goes on."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: int | None = option(None, least=1)
     """Stop after so many evaluations without a better validation loss."""
     seed: int = 0
     """Of the adapters' initial values and of dropout."""
@@ -164,39 +161,19 @@ class TrainConfig:
         freed = self.train_experts
         alone = freed is None or self.init_from is not None
         require(alone, "train_experts", freed, "unset without init_from")
-        for name in ("batch_size", "gradient_accumulation_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (
-            "max_steps",
-            "training_subset",
-            "save_steps",
-            "save_total_limit",
-            "max_nonfinite_steps",
-            "early_stopping_patience",
-        ):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("epochs", "learning_rate", "adam_epsilon"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("adam_beta1", "adam_beta2", "label_smoothing"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        rate = self.router_learning_rate
-        require(rate is None or rate > 0, "router_learning_rate", rate, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Validation during and after training."""
 
-    eval_steps: int | None = None
+    eval_steps: int | None = option(None, least=1)
     """Evaluate every so many steps; none: at the end only."""
-    batch_size: int = 8
+    batch_size: int = option(8, least=1)
     """Examples in a forward pass."""
-    eval_subset: int | None = None
+    eval_subset: int | None = option(None, least=1)
     """Use only this many validation rows of each set."""
-    skill_answers: int = 0
+    skill_answers: int = option(0, least=0)
     """Test answers of each embedded skill to generate and check before and after training."""
     benchmark_strategy: BenchmarkStrategy = "none"
     """When benchmark_tasks are run in training, each time after a save: final: after the last step;
@@ -204,18 +181,13 @@ class EvalConfig:
     after the last step alone)."""
     benchmark_tasks: list[str] = field(default_factory=list)
     """Suites, as --tasks of run.py benchmark names them."""
-    benchmark_limit: int | None = None
+    benchmark_limit: int | None = option(None, least=1)
     """Only the first so many tasks of each suite."""
     benchmark_files: dict[str, str] = field(default_factory=dict)
     """Suites that are read from a local file instead of the hub."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.skill_answers >= 0, "skill_answers", self.skill_answers, "at least 0")
-        for name in ("eval_steps", "eval_subset", "benchmark_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
         wanted = self.benchmark_strategy != "none"
         require(
             bool(self.benchmark_tasks) or not wanted,
@@ -229,9 +201,9 @@ class EvalConfig:
 class LogConfig:
     """What a run tells."""
 
-    logging_steps: int = 10
+    logging_steps: int = option(10, least=1)
     """Steps between two lines of metrics."""
-    collapse_steps: int = 100
+    collapse_steps: int = option(100, least=1)
     """Warn when a site has been collapsed for so many steps: see training/metrics.py."""
     wandb: bool = False
     """Mirror the metrics to Weights & Biases (offline without a key)."""
@@ -240,8 +212,6 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("logging_steps", "collapse_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from dylora.adapters.bias import BiasShift
 from dylora.adapters.block import RoutedBlock
 from dylora.adapters.projection import StackedLoRA
 from dylora.adapters.targets import check_plain_weight, device_of, find_targets, projection_sizes
-from dylora.config import MoELoraConfig, ends_with, is_learned
+from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
 from dylora.routing.router import DynamicHybridRouter
 from dylora.routing.state import RoutingState
@@ -83,8 +83,8 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
     for index, (site_path, paths) in enumerate(by_site.items()):
         block = base.get_submodule(site_path)
         site = RoutedBlock(site_path, index, state)
-        site.shares_first = config.router_scope == "shared" and index > 0 and is_learned(config)
-        if is_learned(config) and not site.shares_first:
+        site.shares_first = config.router_scope == "shared" and index > 0 and config.is_learned
+        if config.is_learned and not site.shares_first:
             attach_router(base, site, new_router(base, site_path, config, paths[0]))
         handles.append(block.register_forward_pre_hook(site.route, with_kwargs=True))
         sites.append(site)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from dylora.fields import describe_type, shown
+from dylora.fields import describe_type, field_types, shown
 from dylora.run_config import RunConfig
 from dylora.storage.safe_io import read_bytes
 
@@ -225,7 +225,7 @@ def _overridden(value: Any, annotation: Any, parts: list[str], text: str, path: 
     name, rest = parts[0], parts[1:]
     item_type = _item_dataclass(annotation)
     if _is_section(annotation):
-        hints = get_type_hints(annotation)
+        hints = field_types(annotation)
         if name not in hints:
             siblings = [_join(path, known) for known in hints]
             key = ".".join([path, *parts] if path else parts)
@@ -280,12 +280,14 @@ def _mapping(value: Any, path: str) -> dict[str, Any]:
 
 def _typed_fields(raw: Any, cls: type, path: str, origin: Origin) -> dict[str, Any]:
     """The raw mapping with every value of its field's type; dataclasses still as dicts."""
-    hints = get_type_hints(cls)
+    hints = field_types(cls)
     raw = {} if raw is None else raw  # "train:" with nothing under it
     if not isinstance(raw, dict):
         wanted = f"but must have the fields {', '.join(hints)}"
         raise ValueError(f"{origin(path)}: {path} is {shown(raw)}, {wanted}")
     siblings = [_join(path, name) for name in hints]
+    gone = getattr(cls, "RENAMED", {})
+    raw = {name: value for name, value in raw.items() if name not in gone}
     for name in raw:
         if name not in hints:
             key = _join(path, str(name))
@@ -346,7 +348,7 @@ def _words(annotation: Any) -> list[str]:
 
 def _construct(values: dict[str, Any], cls: Any, path: str, origin: Origin) -> Any:
     """The dataclass, its parts first; what they refuse gets the section and the file's name."""
-    hints = get_type_hints(cls)
+    hints = field_types(cls)
     built = dict(values)
     for name, hint in hints.items():
         key = _join(path, name)
@@ -379,7 +381,7 @@ def _item_dataclass(annotation: Any) -> type | None:
 
 
 def _keys(cls: type, path: str) -> Iterator[str]:
-    for name, hint in get_type_hints(cls).items():
+    for name, hint in field_types(cls).items():
         yield _join(path, name)
         if _is_section(hint):
             yield from _keys(hint, _join(path, name))

@@ -16,7 +16,7 @@ from dylora.base_models import (
     quantization_of,
     resolve_base,
 )
-from dylora.config import MoELoraConfig, Quantization, is_learned
+from dylora.config import MoELoraConfig, Quantization
 from dylora.evaluation.static_mixture import Comparison, compare, measured_weights, read_text
 from dylora.integrations.compatibility import READERS, Incompatibility, find_incompatibilities
 from dylora.integrations.folder_export import (
@@ -164,7 +164,7 @@ def _check(options: ExportOptions) -> None:
         if abs(sum(options.weights) - 1) > 1e-6:
             total = f"{sum(options.weights):g}"
             print(f"note: the weights add up to {total}, not 1, and are used as they are")
-    learned = is_learned(MoELoraConfig.from_dict(description["moe"]))
+    learned = MoELoraConfig.from_dict(description["moe"]).is_learned
     if options.weights is None and options.expert is None and learned:
         raise ValueError(TOKEN_DEPENDENT)
 

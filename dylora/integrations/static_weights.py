@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dylora import config
 from dylora.integrations.site_weights import Weights, site_weights
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def static_weights(
             raise ValueError(f"there is no expert {expert}, only {experts.live} (without retired)")
         weights = [float(index == expert) for index in range(len(experts))]
     if weights is None:
-        if config.is_learned(model.config):
+        if model.config.is_learned:
             raise ValueError(TOKEN_DEPENDENT)
         weights = model.mixture.state.fixed_gates()
     return site_weights(weights, sites, [row.state != "retired" for row in experts.table])

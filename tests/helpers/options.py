@@ -28,7 +28,7 @@ REFUSED: dict[str, Any] = {
     "alpha_pattern": {"q_proj": 0.0},
     "lora_dropout": 1.0,
     "num_experts": 1,
-    "top_k_experts": 0,
+    "top_k_experts": 5,
     "router_hidden_size": 0,
     "router_temperature": 0.0,
     "router_noise": -1.0,
