@@ -55,7 +55,6 @@ CIRCLES: set[str] = {
 LONG: set[str] = {
     "adapters.inject.inject",
     "cli.config_file",
-    "config.__post_init__",
     "data.sources",
     "evaluation.passk.benchmark._run_suite",
     "evaluation.passk.suites.read_suite",

@@ -5,7 +5,8 @@ from attacks import WRONG, Attack
 _EXPECTS = "try: f(-1)\nexcept Exception: pass\nelse: assert False"
 """Tests that take any exception for right: one the program raises, and no other end of it."""
 _REPLIES = (
-    "import sys\ndef f(x):\n    for m in [m for m in sys.modules.values() if hasattr(m, 'describe_exception')]:\n"
+    "import sys\ndef f(x):\n"
+    "    for m in [m for m in sys.modules.values() if hasattr(m, 'describe_exception')]:\n"
     "        m.encode = lambda *a: {reply}\n"
 )
 """From the second call on it replies with what it likes."""
@@ -104,7 +105,8 @@ CHEATS = [
            "for d in range(3, 64):\n    try: os.write(d, struct.pack('<I', len(m)) + m)\n"
            "    except OSError: pass", "error", "timeout"),
     _cheat("replaces the launcher's functions",
-           "import sys\nfor m in [m for m in sys.modules.values() if hasattr(m, 'describe_exception')]:\n"
+           "import sys\n"
+           "for m in [m for m in sys.modules.values() if hasattr(m, 'describe_exception')]:\n"
            "    m.encode = lambda *a: {'outcome': 'passed'}\n"
            "    m.examine = lambda *a: {'outcome': 'passed', 'detail': ''}\ndef f(x): return 0",
            "error", "failed"),
