@@ -8,38 +8,59 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dylora.base_models import load_tokenizer
     from dylora.config import MoELoraConfig
+    from dylora.data.prompts import format_prompt
+    from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
+    from dylora.experts import ExpertManager
     from dylora.integrations.folder_export import export_checkpoint
     from dylora.integrations.peft_export import export_mixture, export_peft
     from dylora.integrations.peft_import import load_peft_experts
     from dylora.model import DyLoRA_MoE, DyLoRAOutput, Routing
+    from dylora.routing.losses import BatchTotals, Observation
     from dylora.routing.maturity import ExpertMaturity
     from dylora.routing.router import DynamicHybridRouter
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchTotals",
     "DyLoRAOutput",
     "DyLoRA_MoE",
     "DynamicHybridRouter",
+    "ExpertManager",
     "ExpertMaturity",
     "MoELoraConfig",
+    "Observation",
     "Routing",
     "export_checkpoint",
     "export_mixture",
     "export_peft",
+    "format_prompt",
     "load_peft_experts",
+    "load_tokenizer",
+    "plot_loss",
+    "plot_maturity",
+    "plot_usage",
 ]
 _HOMES = {
+    "BatchTotals": "dylora.routing.losses",
     "DyLoRAOutput": "dylora.model",
     "DyLoRA_MoE": "dylora.model",
     "DynamicHybridRouter": "dylora.routing.router",
+    "ExpertManager": "dylora.experts",
     "ExpertMaturity": "dylora.routing.maturity",
     "MoELoraConfig": "dylora.config",
+    "Observation": "dylora.routing.losses",
     "Routing": "dylora.model",
     "export_checkpoint": "dylora.integrations.folder_export",
     "export_mixture": "dylora.integrations.peft_export",
     "export_peft": "dylora.integrations.peft_export",
+    "format_prompt": "dylora.data.prompts",
     "load_peft_experts": "dylora.integrations.peft_import",
+    "load_tokenizer": "dylora.base_models",
+    "plot_loss": "dylora.evaluation.plots",
+    "plot_maturity": "dylora.evaluation.plots",
+    "plot_usage": "dylora.evaluation.plots",
 }
 
 

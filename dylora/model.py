@@ -6,6 +6,7 @@ Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from dylora.adapters import inject
 from dylora.base_models import keep_as_stored, load_base, named_base, stored_bytes
-from dylora.config import MoELoraConfig, Quantization
+from dylora.config import MoELoraConfig, Quantization, RoutingMode
 from dylora.experts import ExpertManager
 from dylora.integrations import merge
 from dylora.integrations.site_weights import Weights
@@ -28,9 +29,15 @@ from dylora.kernels.cross_entropy import (
     is_trained,
 )
 from dylora.model_io import load_model, write_model
-from dylora.routing import losses
+from dylora.routing import losses, maturity
 from dylora.routing.gating import check_routing_weights
-from dylora.routing.losses import Fractions, RoutingStatistics
+from dylora.routing.losses import (
+    BatchTotals,
+    Fractions,
+    Observation,
+    RoutingStatistics,
+    observe_pass,
+)
 from dylora.routing.maturity import ExpertMaturity
 from dylora.routing.router import DynamicHybridRouter
 from dylora.storage.checkpoint import read_description
@@ -51,21 +58,40 @@ class DyLoRAOutput(NamedTuple):
     """What a pass returns. The losses are None without labels."""
 
     loss: Tensor | None  # lm_loss + each of the others times its coefficient
-    lm_loss: Tensor | None  # mean cross-entropy over the targets, in nats; 0 without targets
-    aux_loss: Tensor | None  # balance loss over the top-k, 1 when uniform; 0 where not trained
-    switch_loss: Tensor | None  # balance loss over the argmax, likewise
-    z_loss: Tensor | None  # mean squared logsumexp of the router's logits
+    losses: dict[str, Tensor]  # by name: lm_loss and routing.losses.ROUTING_LOSSES; else empty
     logits: Tensor  # [B, S, V]; None where they were not to be kept
     routing: Routing | None  # None while the adapters are disabled
     token_losses: Tensor | None  # [B, S] detached, 0 where nothing is learned
 
+    @property
+    def lm_loss(self) -> Tensor | None:
+        """Mean cross-entropy over the targets, in nats; 0 without targets."""
+        return self.losses.get("lm_loss")
 
-class BatchTotals(NamedTuple):
-    """How one micro-batch counts in an accumulated batch; the default is a batch of its own."""
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """Balance loss over the top-k, 1 when uniform; 0 where it is not trained with."""
+        return self.losses.get("aux_loss")
 
-    targets: Tensor | float | None = None  # divides the summed cross-entropy
-    tokens: Tensor | float | None = None  # divides the summed probabilities and logsumexps
-    fractions: Fractions | None = None  # f of the balance losses
+    @property
+    def switch_loss(self) -> Tensor | None:
+        """Balance loss over the argmax, likewise."""
+        return self.losses.get("switch_loss")
+
+    @property
+    def z_loss(self) -> Tensor | None:
+        """Mean squared logsumexp of the router's logits."""
+        return self.losses.get("z_loss")
+
+    def observation(self, labels: Tensor) -> Observation:
+        """What this pass shows of the experts, for `DyLoRA_MoE.observe`; labels [B, S] as given.
+
+        Raises ValueError for a pass without labels or with the adapters disabled.
+        """
+        if self.routing is None or self.token_losses is None:
+            raise ValueError("there is nothing to observe: pass labels, with the adapters enabled")
+        statistics = self.routing.statistics
+        return observe_pass(self.routing.gates, statistics, self.token_losses, labels)
 
 
 class DyLoRA_MoE(nn.Module):
@@ -85,7 +111,7 @@ class DyLoRA_MoE(nn.Module):
         super().__init__()
         keep_as_stored(base)
         self.base = base
-        self.config = config
+        self._config = config
         self.base_name = base_name or base.config.name_or_path or None
         self.base_revision = base_revision
         self.mixture = inject.inject(base, config, with_experts=records is None)
@@ -97,6 +123,7 @@ class DyLoRA_MoE(nn.Module):
         except ValueError:  # a base that was given is as it was
             inject.remove(base, self.mixture)
             raise
+        self.fractions: Fractions | None = None  # f of the last observed step
         self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
         # Saving an injected model would write files that reload with fresh weights.
         base.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
@@ -139,7 +166,7 @@ class DyLoRA_MoE(nn.Module):
         routing_weights: Tensor | None = None,
         *,
         label_smoothing: float = 0.0,
-        scale: BatchTotals | None = None,
+        totals: BatchTotals | None = None,
         keep_logits: bool = True,
         target_positions: Tensor | None = None,
         **kwargs: Any,
@@ -153,7 +180,7 @@ class DyLoRA_MoE(nn.Module):
             routing_weights: [B, E], [B, S, E] or [B, S, N, E]; used as gates instead of the
                 routers' decisions, as they are. Raises ValueError for another shape, negative or
                 non-finite values.
-            scale: how this batch counts in a larger one; the default is its own means.
+            totals: how this batch counts in a larger one; the default is its own means.
             keep_logits: False, with labels: compute logits at the positions with a target alone, in
                 chunks, and return none. The same loss, without a tensor of [B, S, V].
             target_positions: [N] indices into B·S of those positions, for a caller who knows them
@@ -171,9 +198,8 @@ class DyLoRA_MoE(nn.Module):
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         routing = self._collect_routing(attention_mask) if state.enabled else None
         if labels is None:
-            return DyLoRAOutput(None, None, None, None, None, output.logits, routing, None)
+            return DyLoRAOutput(None, {}, output.logits, routing, None)
 
-        scale = scale or BatchTotals()
         if head is None or seen is None or seen.hidden is None:
             logits = output.logits
             token_losses = cross_entropy.token_losses(logits, labels, label_smoothing)
@@ -184,31 +210,11 @@ class DyLoRA_MoE(nn.Module):
             token_losses = chunked_token_losses(
                 head, last, seen.hidden, labels, target_positions, label_smoothing
             )
-        targets = scale.targets
-        if targets is None:
-            targets = cross_entropy.count_targets(labels).clamp_min(
-                1
-            )  # nothing to learn: 0, not NaN
-        lm_loss = token_losses.sum() / targets
-        aux_loss = switch_loss = z_loss = lm_loss.new_zeros(())
         statistics = routing.statistics if routing else None
-        if statistics is not None:
-            tokens = statistics.tokens if scale.tokens is None else scale.tokens
-            fractions = scale.fractions or losses.fractions_of(statistics)
-            z_loss = losses.z_loss(statistics.squared_logsumexp_N, tokens)
-            mass_NE, experts = statistics.probability_NE, state.active_count
-            if "aux_loss" in self.config.balance_losses:
-                aux_loss = losses.balance_loss(mass_NE, fractions.aux_loss, tokens, experts)
-            if "switch" in self.config.balance_losses:
-                switch_loss = losses.balance_loss(mass_NE, fractions.switch, tokens, experts)
-        loss = (
-            lm_loss
-            + self.config.router_aux_loss_coef * aux_loss
-            + self.config.switch_loss_coef * switch_loss
-            + self.config.router_z_loss_coef * z_loss
+        loss, parts = losses.combined_loss(
+            token_losses, labels, statistics, self.config, totals, state.active_count
         )
-        parts = (loss, lm_loss, aux_loss, switch_loss, z_loss)
-        return DyLoRAOutput(*parts, logits, routing, token_losses.detach())
+        return DyLoRAOutput(loss, parts, logits, routing, token_losses.detach())
 
     def generate(self, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' generate, KV cache included; routing_weights [B, E] hold for all tokens."""
@@ -246,7 +252,106 @@ class DyLoRA_MoE(nn.Module):
         finally:
             state.enabled = before
 
+    # Training by hand
+
+    def observe(
+        self,
+        output: DyLoRAOutput | Observation,
+        labels: Tensor | None = None,
+        *,
+        steps: int,
+        step: int | None = None,
+        target_tokens: float | None = None,
+    ) -> None:
+        """After an optimizer step: update the experts' maturity, their counts of steps, and the
+        fractions of the balance losses (`carried_fractions`).
+
+        Args:
+            output, labels: of the step's pass. Of an accumulated batch: its passes'
+                `output.observation(labels)`, added up, and no labels.
+            steps: optimizer steps of the whole run.
+            step: the number of this one, from 1; by default one more than in the last call.
+            target_tokens: what the whole run trains on; by default `steps` times this step's.
+
+        Raises ValueError for a step outside of the run.
+        """
+        step = self.experts.step + 1 if step is None else step
+        if not 1 <= step <= steps:
+            raise ValueError(f"step is {step}, but must be from 1 to steps ({steps})")
+        if isinstance(output, DyLoRAOutput):
+            if labels is None:
+                raise ValueError("labels are missing: give those of the pass")
+            output = output.observation(labels)
+        if target_tokens is None:
+            target_tokens = max(float(output.target_tokens), 1.0) * steps
+        self.set_maturity(
+            maturity.observe(
+                self.maturity,
+                output.gate_sum_E,
+                output.loss_sum_E,
+                progress=step / steps,
+                tokens_per_expert=target_tokens / self.mixture.state.active_count,
+                config=self.config,
+            )
+        )
+        self.experts.count_step(step, step / steps)
+        if output.statistics is not None:
+            self.fractions = losses.fractions_of(output.statistics)
+
+    def carried_fractions(self) -> Fractions:
+        """f of the balance losses, [N, E] each, of the last step that was observed.
+
+        For `BatchTotals` of an accumulated batch: the loss does not depend on how it is split.
+        Uniform before the first step, which exerts no pressure; an expert that is new since has
+        none yet, one that is gone keeps none.
+        """
+        active_E = self.mixture.state.active_E
+        if self.fractions is None:
+            even_NE = (active_E / active_E.sum()).expand(len(self.site_names), -1)
+            return dict.fromkeys(losses.ASSIGNMENTS, even_NE)
+        return {
+            name: losses.carried_fractions(rows_NE.to(active_E.device), active_E)
+            for name, rows_NE in self.fractions.items()
+        }
+
+    def set_routing(
+        self,
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        mode: RoutingMode | None = None,
+    ) -> None:
+        """Change how tokens are routed, from the next pass on; a checkpoint keeps it.
+
+        Args: as top_k_experts, router_temperature and routing_mode of the configuration; None
+        leaves one as it is. Raises ValueError for values out of range and without learned routing.
+        """
+        if not self.config.is_learned:
+            raise ValueError("nothing is routed here: router_type is fixed, or it is a plain LoRA")
+        given = {
+            "top_k_experts": top_k,
+            "router_temperature": temperature,
+            "routing_mode": mode,
+        }
+        changes: Any = {name: value for name, value in given.items() if value is not None}
+        self._config = replace(self.config, **changes)
+        for _, router in self.routers():
+            router.config = self._config
+        for adapter in self.mixture.adapters.values():
+            adapter.config = self._config
+
     # Parts
+
+    @property
+    def config(self) -> MoELoraConfig:
+        """What the mixture is; `set_routing` changes what may change."""
+        return self._config
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        raise AttributeError(
+            "config cannot be assigned: set_routing(top_k=…, temperature=…, mode=…) changes routing"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -362,6 +467,7 @@ class DyLoRA_MoE(nn.Module):
         for site in needing:
             router = routers[site.name.replace(".", "/")]
             assert isinstance(router, DynamicHybridRouter)
+            router.config = self.config
             inject.attach_router(self.base, site, router)
 
     def unload(self) -> PreTrainedModel:

@@ -516,14 +516,14 @@ def test_a_split_batch_has_the_loss_and_gradient_of_the_whole(gpt2, mixture, row
 
     model.zero_grad()
     statistics = whole.routing.statistics.detach()
-    scale = BatchTotals(
-        targets=(labels[:, 1:] != -100).sum(),
+    totals = BatchTotals(
+        target_tokens=(labels[:, 1:] != -100).sum(),
         tokens=statistics.tokens,
         fractions=fractions_of(statistics),
     )
     total = 0.0
     for part in torch.arange(8).split(rows):
-        loss = model(tokens[part], mask[part], labels[part], scale=scale).loss
+        loss = model(tokens[part], mask[part], labels[part], totals=totals).loss
         loss.backward()
         total += loss.detach()
     torch.testing.assert_close(total, whole.loss.detach(), rtol=1e-12, atol=0)

@@ -68,7 +68,6 @@ LONG: set[str] = {
     "model.forward",
     "storage.peft_foreign.read_foreign_adapter",
     "training.run.prepare",
-    "training.step.train_step",
 }
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

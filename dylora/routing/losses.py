@@ -7,13 +7,18 @@ so the loop can hold f of the whole accumulated batch fixed and split the batch 
 Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dylora.config import MoELoraConfig
+from dylora.kernels.cross_entropy import count_targets
 from dylora.routing.gating import top_k_indices
+
+Fractions = dict[str, Tensor]  # f of the balance losses by the keys of ASSIGNMENTS, [N, E] each
 
 
 class RoutingStatistics(NamedTuple):
@@ -91,18 +96,9 @@ def balance_loss(
     return (experts or probability_NE.shape[-1]) * (fractions_NE * mean_NE).sum(-1).mean()
 
 
-class Fractions(NamedTuple):
-    """f of the two balance losses, [N, E] each."""
-
-    aux_loss: Tensor
-    switch: Tensor
-
-
 def fractions_of(statistics: RoutingStatistics) -> Fractions:
-    """Both f from the sums of a batch."""
-    return Fractions(
-        assignment_fractions(statistics.assigned_NE), assignment_fractions(statistics.first_NE)
-    )
+    """f of every balance loss from the sums of a batch; no gradient."""
+    return {name: assignment_fractions(counts(statistics)) for name, counts in ASSIGNMENTS.items()}
 
 
 def assignment_fractions(assigned_NE: Tensor) -> Tensor:
@@ -124,3 +120,134 @@ def carried_fractions(fractions_NE: Tensor, active_E: Tensor) -> Tensor:
 def z_loss(squared_logsumexp_N: Tensor, tokens: Tensor | float) -> Tensor:
     """Mean over tokens and sites of logsumexp(logits)² (Zoph et al. 2022): keeps logits small."""
     return (squared_logsumexp_N / tokens).mean()
+
+
+# The losses by name
+
+
+class BatchTotals(NamedTuple):
+    """How one micro-batch counts in an accumulated batch; the default is a batch of its own."""
+
+    target_tokens: Tensor | float | None = None  # divides the summed cross-entropy
+    tokens: Tensor | float | None = None  # divides the summed probabilities and logsumexps
+    fractions: Fractions | None = None  # f of the balance losses
+
+
+class RoutingTotals(NamedTuple):
+    """What a loss of the routers is made of."""
+
+    statistics: RoutingStatistics  # of this micro-batch
+    tokens: Tensor | float  # of the whole batch
+    fractions: Fractions
+    experts: int  # how many are active
+
+
+class RoutingLoss(NamedTuple):
+    """A loss of the routers, and its coefficient in the loss that is trained with."""
+
+    value: Callable[[RoutingTotals], Tensor]
+    coefficient: Callable[[MoELoraConfig], float | None]  # None: left out, its value reads 0
+
+
+def _balance(name: str) -> Callable[[RoutingTotals], Tensor]:
+    def value(now: RoutingTotals) -> Tensor:
+        mass_NE = now.statistics.probability_NE
+        return balance_loss(mass_NE, now.fractions[name], now.tokens, now.experts)
+
+    return value
+
+
+# What f counts: one row for each balance loss that has fractions of its own.
+ASSIGNMENTS: dict[str, Callable[[RoutingStatistics], Tensor]] = {
+    "aux_loss": lambda statistics: statistics.assigned_NE,
+    "switch": lambda statistics: statistics.first_NE,
+}
+# One row a loss. A new one needs a row here (and in ASSIGNMENTS), and its coefficient in config.py.
+ROUTING_LOSSES: dict[str, RoutingLoss] = {
+    "aux_loss": RoutingLoss(
+        _balance("aux_loss"),
+        lambda config: config.router_aux_loss_coef if "aux_loss" in config.balance_losses else None,
+    ),
+    "switch_loss": RoutingLoss(
+        _balance("switch"),
+        lambda config: config.switch_loss_coef if "switch" in config.balance_losses else None,
+    ),
+    "z_loss": RoutingLoss(
+        lambda now: z_loss(now.statistics.squared_logsumexp_N, now.tokens),
+        lambda config: config.router_z_loss_coef,
+    ),
+}
+
+
+def combined_loss(
+    token_losses: Tensor,
+    labels: Tensor,
+    statistics: RoutingStatistics | None,
+    config: MoELoraConfig,
+    totals: BatchTotals | None,
+    experts: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss that is trained with, and its parts by name: lm_loss, then ROUTING_LOSSES.
+
+    token_losses [B, S], 0 where labels [B, S] have no target; statistics: None without learned
+    routing, whose losses are 0 then; experts: how many are active.
+    """
+    totals = totals or BatchTotals()
+    target_tokens = totals.target_tokens
+    if target_tokens is None:
+        target_tokens = count_targets(labels).clamp_min(1)  # nothing to learn: 0, not NaN
+    loss = lm_loss = token_losses.sum() / target_tokens
+    losses, routed = {"lm_loss": lm_loss}, None
+    if statistics is not None:
+        tokens = statistics.tokens if totals.tokens is None else totals.tokens
+        fractions = totals.fractions or fractions_of(statistics)
+        routed = RoutingTotals(statistics, tokens, fractions, experts)
+    for name, (value, coefficient) in ROUTING_LOSSES.items():
+        factor = coefficient(config)
+        if routed is None or factor is None:
+            losses[name] = lm_loss.new_zeros(())
+        else:
+            losses[name] = value(routed)
+            loss = loss + factor * losses[name]
+    return loss, losses
+
+
+# What a step shows of the experts
+
+
+class Observation(NamedTuple):
+    """What passes show of the experts, summed over their tokens, so that passes add up; detached.
+
+    `DyLoRAOutput.observation` makes it, `DyLoRA_MoE.observe` uses it.
+    """
+
+    gate_sum_E: Tensor  # over the target tokens, averaged over blocks (Shazeer's importance)
+    loss_sum_E: Tensor  # gate-weighted cross-entropy, likewise
+    target_tokens: Tensor  # scalar
+    statistics: RoutingStatistics | None  # None without learned routing
+
+    def plus(self, other: "Observation | None") -> "Observation":
+        """Both together; with None alone."""
+        if other is None:
+            return self
+        statistics = self.statistics
+        if statistics is not None and other.statistics is not None:
+            statistics = statistics.plus(other.statistics)
+        return Observation(
+            self.gate_sum_E + other.gate_sum_E,
+            self.loss_sum_E + other.loss_sum_E,
+            self.target_tokens + other.target_tokens,
+            statistics,
+        )
+
+
+def observe_pass(
+    gates: Tensor, statistics: RoutingStatistics | None, token_losses: Tensor, labels: Tensor
+) -> Observation:
+    """What one pass shows: gates [B, S, N, E], token_losses [B, S], labels [B, S]."""
+    is_target = F.pad(labels[:, 1:] != -100, (0, 1)).to(gates.device)
+    gates_BSE = gates.detach().mean(2) * is_target[..., None]
+    gate_sum_E = gates_BSE.sum((0, 1))
+    loss_sum_E = torch.einsum("bse,bs->e", gates_BSE, token_losses.to(gates_BSE))
+    found = None if statistics is None else statistics.detach()
+    return Observation(gate_sum_E, loss_sum_E, is_target.sum(), found)

@@ -4,7 +4,6 @@ Shape letters: B batch, S sequence, N sites, E experts.
 """
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 
@@ -14,10 +13,10 @@ from dylora.storage.folders import recover
 from dylora.storage.lock import lock_folder
 from dylora.training.metrics import CollapseDetector, Window, summarize
 from dylora.training.optim import FOLLOWS_VALIDATION
-from dylora.training.resume import last_good, preflight_save, resume, save
+from dylora.training.resume import preflight_save, resume, save
 from dylora.training.run import Run, prepare, record_settings, run_folder
 from dylora.training.signals import Interrupted, Interruption
-from dylora.training.step import StepResult, train_step
+from dylora.training.step import StepResult, run_step
 from dylora.training.validation import SetScore, overall_loss, validate
 
 
@@ -63,13 +62,10 @@ def run_steps(run: Run, interruption: Interruption) -> None:
     if progress.evaluation_due or progress.benchmark_due:
         stopping = finish_step(run, interruption)
     while progress.step < run.steps and not stopping:
-        started, passes = time.perf_counter(), run.sampler.epoch
-        result = train_step(run)
-        progress.step += 1
-        seconds = time.perf_counter() - started
-        count_trouble(run, result)
-        window.add(result, seconds)
-        log.advance(result.loss, result.tokens / seconds)
+        passes = run.sampler.epoch
+        result = run_step(run)
+        window.add(result)
+        log.advance(result.loss, result.tokens / result.seconds)
         warn_of_collapse(run, result, watch)
 
         last = progress.step == run.steps
@@ -78,8 +74,6 @@ def run_steps(run: Run, interruption: Interruption) -> None:
             log.write(progress.step, progress.targets, metrics)
             log.progress_line(progress.step, metrics)
             window = Window()
-        run.optimizer.zero_grad(set_to_none=True)
-
         progress.evaluation_due = _due(progress.step, config.eval.eval_steps) or last
         strategy = config.eval.benchmark_strategy
         ends_pass = strategy == "epoch" and run.sampler.epoch > passes
@@ -148,36 +142,9 @@ def log_summary(run: Run) -> None:
         )
 
 
-def count_trouble(run: Run, result: StepResult) -> None:
-    """Count a step that was left out, or what a good one trained on.
-
-    Raises ValueError, naming the last good checkpoint, after train.max_nonfinite_steps in a row.
-    """
-    progress, limit = run.progress, run.config.train.max_nonfinite_steps
-    if result.trouble is None:
-        progress.targets += result.targets
-        progress.skipped_in_a_row = 0
-        return
-    progress.skipped_steps += 1
-    # float16 begins with a scale that overflows, and halves it until it fits: that is no trouble.
-    if result.trouble == "gradient" and run.scaler.is_enabled() and run.scaler.get_scale() >= 1:
-        return
-    progress.skipped_in_a_row += 1
-    what = (
-        f"step {progress.step}: the {result.trouble} is not finite (loss {result.loss}, gradient "
-        f"norm {result.grad_norm}); nothing was updated"
-    )
-    if progress.skipped_in_a_row >= limit:
-        raise ValueError(
-            f"{what}, {progress.skipped_in_a_row} steps in a row. {last_good(run)} "
-            f"Try a lower train.learning_rate, a warm-up, or model.dtype float32"
-        )
-    run.log.info(f"warning: {what} ({progress.skipped_in_a_row} in a row, stopping at {limit})")
-
-
 def warn_of_collapse(run: Run, result: StepResult, watch: CollapseDetector) -> None:
     """Say so when the routing of a site stays collapsed."""
-    if result.statistics is None or result.trouble or not run.config.moe.use_moe_routing:
+    if result.statistics is None or result.nonfinite or not run.config.moe.use_moe_routing:
         return
     usage_NE = summarize(result.statistics).usage_NE
     active = [row.takes_part for row in run.model.experts.table]

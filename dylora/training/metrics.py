@@ -130,29 +130,27 @@ class Window:
 
     def __init__(self) -> None:
         self.results: list[StepResult] = []
-        self.seconds = 0.0
 
-    def add(self, result: StepResult, seconds: float) -> None:
+    def add(self, result: StepResult) -> None:
         self.results.append(result)
-        self.seconds += seconds
 
     def metrics(self, run: Run, last: StepResult) -> dict[str, float]:
         """train/…, router/…, expert/… and system/… of a line of metrics.jsonl.
 
         The losses are means over the steps that were not left out, and NaN where there is none.
         """
-        count = len(self.results)
-        applied = [result for result in self.results if result.trouble is None]
+        seconds = sum(result.seconds for result in self.results)
+        applied = [r.losses | {"grad_norm": r.grad_norm} for r in self.results if not r.nonfinite]
         metrics = {
-            f"train/{name}": sum(getattr(result, name) for result in applied) / len(applied)
+            f"train/{name}": sum(values[name] for values in applied) / len(applied)
             if applied
             else math.nan
-            for name in ("loss", "lm_loss", "aux_loss", "switch_loss", "z_loss", "grad_norm")
+            for name in (*last.losses, "grad_norm")
         }
         metrics["train/skipped_steps"] = float(run.progress.skipped_steps)
         metrics["train/lr"] = float(run.scheduler.get_last_lr()[0])
-        metrics["train/tokens_per_s"] = sum(r.tokens for r in self.results) / self.seconds
-        metrics["train/step_time_s"] = self.seconds / count
+        metrics["train/tokens_per_s"] = sum(r.tokens for r in self.results) / seconds
+        metrics["train/step_time_s"] = seconds / len(self.results)
         if last.statistics is not None:
             active = [row.takes_part for row in run.model.experts.table]
             metrics |= routing_metrics(summarize(last.statistics), run.model.site_names, active)

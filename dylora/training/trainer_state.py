@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dylora.fields import is_number, is_whole_number, shown
-from dylora.routing.losses import Fractions
+from dylora.routing.losses import ASSIGNMENTS
 from dylora.storage.safe_io import read_json
 from dylora.storage.tensors import is_plain
 
@@ -32,8 +32,7 @@ class Progress:
     skipped_in_a_row: int = 0  # of those, the latest without a good step between
     evaluation_due: bool = False  # stopped after this step, before it was evaluated
     benchmark_due: bool = False  # likewise: the benchmark comes after the save
-    # f of the balance losses, [N, E] each: the previous step's assignment fractions over its whole
-    # accumulated batch, so that the loss does not depend on how the batch is split.
+    # The model's fractions [N, E] of the balance losses, as lists.
     fractions: dict[str, list[list[float]]] | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
 
@@ -55,7 +54,7 @@ def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
         "fractions": fractions is None
         or (
             isinstance(fractions, dict)
-            and fractions.keys() == set(Fractions._fields)
+            and fractions.keys() == set(ASSIGNMENTS)
             and all(_are_shares(rows, sites, experts) for rows in fractions.values())
         ),
         "sampler": isinstance(state["sampler"], dict),

@@ -182,13 +182,10 @@ def try_full_disk(run, shim, work, point, templates, marks) -> str | None:
 
 def take_steps(run, until: int) -> None:
     """Train up to a step, saving and logging nothing."""
-    from dylora.training.step import train_step
+    from dylora.training.step import run_step
 
     while run.progress.step < until:
-        result = train_step(run)
-        run.progress.step += 1
-        run.progress.targets += result.targets
-        run.optimizer.zero_grad(set_to_none=True)
+        run_step(run)
 
 
 def first_save(run) -> None:

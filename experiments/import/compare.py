@@ -32,7 +32,7 @@ from dylora.cli.config_file import load_run_config
 from dylora.run_config import RunConfig
 from dylora.training.environment import environment
 from dylora.training.run import Run, prepare
-from dylora.training.step import train_step
+from dylora.training.step import run_step
 from dylora.training.validation import validate
 
 ROOT = Path(__file__).parents[2]
@@ -180,9 +180,7 @@ def configure(
 def steps(run: Run, count: int) -> None:
     """Train; the schedule is that of the configured number of steps."""
     for _ in range(count):
-        train_step(run)
-        run.optimizer.zero_grad(set_to_none=True)
-        run.progress.step += 1
+        run_step(run)
 
 
 def measure(model: DyLoRA_MoE, run: Run) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from dylora.run_config import RunConfig
 from dylora.training.environment import environment
 from dylora.training.metrics import summarize
 from dylora.training.run import prepare
-from dylora.training.step import train_step
+from dylora.training.step import run_step
 from dylora.training.validation import overall_loss, validate
 
 ROOT = Path(__file__).parents[2]
@@ -106,10 +106,8 @@ def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, An
         matured: dict[int, int] = {}
         while run.progress.step < run.steps:
             begun = time.process_time()
-            result = train_step(run)
+            result = run_step(run)
             seconds.append(time.process_time() - begun)
-            run.optimizer.zero_grad(set_to_none=True)
-            run.progress.step += 1
             found = result.statistics
             active.append(1.0 if found is None else float(summarize(found).active_N.mean()))
             maturity = run.model.maturity.maturity.tolist()

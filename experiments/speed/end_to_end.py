@@ -24,7 +24,7 @@ from dylora.base_models import load_base
 from dylora.config import MoELoraConfig
 from dylora.run_config import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from dylora.training.run import Run, prepare
-from dylora.training.step import train_step
+from dylora.training.step import run_step
 from experiments.speed.models import TARGETS, quiet
 
 
@@ -70,11 +70,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             # The Trainer fetches the batches of a step before it begins it.
             theirs.append((sum(counts[-options.accumulation :]), seconds))
             counts.clear()
-            started = time.perf_counter()
-            result = train_step(run)
-            run.optimizer.zero_grad(set_to_none=True)
-            run.progress.step += 1
-            ours.append((result.targets, time.perf_counter() - started))
+            result = run_step(run)
+            ours.append((result.target_tokens, result.seconds))
 
     trainer.add_callback(TakeTurns())
     trainer.train()

@@ -44,7 +44,7 @@ def statistics_of(probabilities, logits=None, mask=None, gates=None, top_k=K):
 
 
 def balance_of(statistics, kind="aux_loss"):
-    fractions = getattr(fractions_of(statistics), kind)
+    fractions = fractions_of(statistics)[kind]
     return balance_loss(statistics.probability_NE, fractions, statistics.tokens)
 
 
@@ -187,7 +187,7 @@ def test_extra_padding_does_not_change_any_statistic():
 def test_balance_loss_adds_up_over_a_split_batch_with_the_whole_fractions(splits, kind):
     probabilities = torch.rand(8, S, N, E).softmax(-1).requires_grad_()
     summed = probabilities.sum((0, 1))
-    fractions = getattr(fractions_of(statistics_of(probabilities.detach())), kind)
+    fractions = fractions_of(statistics_of(probabilities.detach()))[kind]
     tokens = 8 * S
     whole = balance_loss(summed, fractions, tokens)
     parts = [

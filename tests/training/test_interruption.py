@@ -50,10 +50,10 @@ def send_at(monkeypatch):
 
 
 STOPS = {
-    "in training": (loop, "train_step", 3, 3),
+    "in training": (loop, "run_step", 3, 3),
     "in evaluation": (loop, "validate", 1, 4),
     "in saving": (loop, "save", 2, 5),
-    "in the last step": (loop, "train_step", STEPS, STEPS),
+    "in the last step": (loop, "run_step", STEPS, STEPS),
 }
 
 
@@ -90,7 +90,7 @@ def test_a_second_sigint_does_not_wait_for_the_step_to_end(make_config, monkeypa
             os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("still here")
 
-    monkeypatch.setattr(loop, "train_step", stuck)
+    monkeypatch.setattr(loop, "run_step", stuck)
     with pytest.raises(KeyboardInterrupt):
         train(make_config())
 
@@ -164,7 +164,7 @@ def test_two_checkpoints_that_do_not_fit_are_refused_before_the_first_step(
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(loop, "train_step", lambda run: pytest.fail("trained"))
+    monkeypatch.setattr(loop, "run_step", lambda run: pytest.fail("trained"))
     with pytest.raises(ValueError, match=r"0\.0 MB are free .*two do not fit"):
         train(make_config())
     assert not list((tmp_path / "runs" / "a").glob("*checkpoint*"))

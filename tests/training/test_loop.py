@@ -23,7 +23,7 @@ from dylora.training.optim import named_parameters, state_by_name
 from dylora.training.random_state import random_state, restore_random_state
 from dylora.training.resume import check_same_settings, last_good, resume, save
 from dylora.training.run import prepare
-from dylora.training.step import next_batches, train_step
+from dylora.training.step import next_batches, run_step
 from runs import STEPS, all_tensors, rows_of
 
 
@@ -123,18 +123,12 @@ def test_how_a_batch_is_split_changes_nothing(make_config, batch_size, parts):
         )
         run = prepare(config, fresh=True)
         run.model.double()
-        results = []
-        for _ in range(3):
-            results.append(train_step(run))
-            run.progress.step += 1
-            run.optimizer.zero_grad()
-        return run, results
+        return run, [run_step(run) for _ in range(3)]
 
     whole, whole_results = three_steps("whole", 8, 1)
     split, split_results = three_steps("split", batch_size, parts)
     for one, other in zip(whole_results, split_results, strict=True):
-        assert other.aux_loss == pytest.approx(one.aux_loss, rel=1e-5)
-        assert other.loss == pytest.approx(one.loss, rel=1e-5)
+        assert other.losses == pytest.approx(one.losses, rel=1e-5)
     for name, parameter in named_parameters(whole.model).items():
         other = named_parameters(split.model)[name]
         torch.testing.assert_close(other, parameter, rtol=1e-6, atol=1e-8, msg=name)
@@ -185,8 +179,8 @@ def test_a_step_whose_loss_is_not_finite_updates_nothing(make_config, break_loss
     run = prepare(make_config(), fresh=True)
     break_losses(run, {1: value})
     before = tensor_versions(run)
-    result = train_step(run)
-    assert result.trouble == "loss"
+    result = run_step(run)
+    assert result.nonfinite == "loss"
     torch.testing.assert_close(tensor_versions(run), before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -195,7 +189,7 @@ def test_a_step_whose_gradient_is_not_finite_updates_nothing(make_config):
     _, parameter = next(run.model.expert_parameters())
     parameter.register_hook(lambda gradient: gradient * float("inf"))
     before = tensor_versions(run)
-    assert train_step(run).trouble == "gradient"
+    assert run_step(run).nonfinite == "gradient"
     torch.testing.assert_close(tensor_versions(run), before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -257,9 +251,7 @@ def test_training_never_changes_a_base_weight(make_config):
 
     before = digest()
     for _ in range(3):
-        train_step(run)
-        run.progress.step += 1
-        run.optimizer.zero_grad()
+        run_step(run)
     assert digest() == before
 
 
@@ -373,12 +365,7 @@ def test_checkpoints_hold_adapters_only(make_config):
 
 def steps_of(run, count: int = 3) -> list:
     """What some steps measured, as the loop takes them."""
-    results = []
-    for _ in range(count):
-        results.append(train_step(run))
-        run.progress.step += 1
-        run.optimizer.zero_grad(set_to_none=True)
-    return results
+    return [run_step(run) for _ in range(count)]
 
 
 def counters_of(run, results) -> list[torch.Tensor]:
@@ -470,7 +457,7 @@ def test_a_step_asks_the_device_for_numbers_once(make_config, monkeypatch):
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
         watch(name)
     steps_of(run, 1)
-    assert asked == [("cpu", "train_step")]
+    assert asked == [("cpu", "read")]
 
 
 def grow(run) -> None:
@@ -568,7 +555,7 @@ def test_a_retired_expert_is_not_counted_as_dead(make_config):
     run.model.experts.retire(1)
     [result] = steps_of(run, 1)
     window = Window()
-    window.add(result, 1.0)
+    window.add(result)
     metrics = window.metrics(run, result)
     assert metrics["router/dead_experts"] == 0
     assert "expert/1/load" not in metrics
@@ -611,7 +598,7 @@ def test_router_noise_follows_the_seed_of_the_run(make_config):
 def test_router_noise_is_off_in_evaluation(make_config):
     run = prepare(make_config(moe=NOISY), fresh=True)
     steps_of(run, 2)
-    batch = next_batches(run)[0]
+    batch = next_batches(run)[0][0]
     gates = [run.model.eval()(**batch).routing.gates for _ in range(2)]
     assert torch.equal(*gates)
     gates = [run.model.train()(**batch).routing.gates for _ in range(2)]
@@ -626,10 +613,9 @@ def test_noisy_routers_get_the_same_gradients_with_checkpointed_layers(make_conf
         config = make_config(name, moe=NOISY, warmup_steps=0, **checkpointed)
         run = prepare(config, fresh=True)
         seed_everything(5)
-        train_step(run)  # before it B is 0, and the routers learn from the balance loss alone
-        run.optimizer.zero_grad()
+        run_step(run)  # before it B is 0, and the routers learn from the balance loss alone
         seed_everything(6)
-        train_step(run)
+        run_step(run)
         named = named_parameters(run.model).items()
         found.append({key: value.grad for key, value in named})
     for key, gradient in found[0].items():
