@@ -30,7 +30,7 @@ from dylora.kernels.cross_entropy import (
 )
 from dylora.model_io import load_model, write_model
 from dylora.routing import losses, maturity
-from dylora.routing.gating import check_routing_weights
+from dylora.routing.gating import RouterOutput, check_routing_weights
 from dylora.routing.losses import (
     BatchTotals,
     Fractions,
@@ -40,6 +40,7 @@ from dylora.routing.losses import (
 )
 from dylora.routing.maturity import ExpertMaturity
 from dylora.routing.router import DynamicHybridRouter
+from dylora.routing.state import Request
 from dylora.storage.checkpoint import read_description
 from dylora.storage.detect import refuse_foreign
 from dylora.storage.folders import folder_bytes, write_folder
@@ -191,12 +192,16 @@ class DyLoRA_MoE(nn.Module):
         if routing_weights is not None:
             self._check_routing_weights(routing_weights, input_ids)
         head = self._find_logit_transform() if labels is not None and not keep_logits else None
-        state.requested = routing_weights  # for the next pass, so after the one that finds a head
+        decisions: dict[int, RouterOutput] = {}
+        # Of the next pass, so after the one that finds a head.
+        state.mine.requested = Request(routing_weights, decisions)
         kwargs.setdefault("use_cache", False)
         last: Any = self.base.get_output_embeddings()
         with nullcontext() if head is None else capture_head_input(last) as seen:
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        routing = self._collect_routing(attention_mask) if state.enabled else None
+        routing = None
+        if not state.mine.disabled:
+            routing = self._collect_routing(decisions, attention_mask)
         if labels is None:
             return DyLoRAOutput(None, {}, output.logits, routing, None)
 
@@ -225,12 +230,12 @@ class DyLoRA_MoE(nn.Module):
                 )
             prompt: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
             self._check_routing_weights(routing_weights, prompt)
-        self.mixture.state.held = routing_weights
+        self.mixture.state.mine.held = routing_weights
         try:
             generate: Any = self.base.generate  # its stub is a Tensor's
             return generate(*args, **kwargs)
         finally:
-            self.mixture.state.held = None
+            self.mixture.state.mine.held = None
 
     @torch.no_grad()
     def get_routing_weights(
@@ -245,12 +250,12 @@ class DyLoRA_MoE(nn.Module):
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
         """Within this context a pass is the frozen base's own."""
-        state = self.mixture.state
-        before, state.enabled = state.enabled, False
+        mine = self.mixture.state.mine
+        before, mine.disabled = mine.disabled, True
         try:
             yield
         finally:
-            state.enabled = before
+            mine.disabled = before
 
     # Training by hand
 
@@ -602,9 +607,11 @@ class DyLoRA_MoE(nn.Module):
                 )
         return self._head[0]
 
-    def _collect_routing(self, attention_mask: Tensor | None) -> Routing:
-        outputs = [site.output for site in self.mixture.blocks]
-        silent = [site.name for site in self.mixture.blocks if site.output is None]
+    def _collect_routing(
+        self, decisions: dict[int, RouterOutput], attention_mask: Tensor | None
+    ) -> Routing:
+        outputs = [decisions.get(site.index) for site in self.mixture.blocks]
+        silent = [site.name for site in self.mixture.blocks if site.index not in decisions]
         if silent:
             raise ValueError(f"{silent[0]} took no part in this pass: leave it out of the targets")
         device = self.device

@@ -860,23 +860,47 @@ def test_the_dense_path_compiles_without_a_graph_break(mixture, ids):
 
 def test_gates_of_other_tokens_than_a_projection_sees_are_an_error_and_not_broadcast(mixture, ids):
     model = mixture()
-    adapter = model.mixture.adapters["model.layers.0.self_attn.q_proj"]
-    model(ids)
+    projection = model.base.model.layers[0].self_attn.q_proj
+
+    def cut(module, args):
+        return (args[0][:1],)
+
+    projection.register_forward_pre_hook(cut, prepend=True)
     with pytest.raises(ValueError, match=r"q_proj got an input of shape \[1, 7, 32\]"):
-        adapter.add_update(None, (torch.randn(1, 7, 32),), torch.zeros(1, 7, 32))
+        model(ids)
 
 
 def test_a_projection_may_see_its_tokens_in_one_row(mixture, ids):
     model = mixture()
-    adapter = model.mixture.adapters["model.layers.0.self_attn.q_proj"]
+    expected = model(ids).logits
+    projection = model.base.model.layers[0].self_attn.q_proj
+    projection.register_forward_pre_hook(lambda m, args: (args[0].flatten(0, 1),), prepend=True)
+    projection.register_forward_hook(lambda m, args, y: y.unflatten(0, ids.shape))
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_a_projection_called_outside_its_block_is_refused(mixture, ids):
+    model = mixture()
     model(ids)
-    x = torch.randn(2, 7, 32)
-    flat = adapter.add_update(None, (x.flatten(0, 1),), torch.zeros(14, 32))
-    expected = adapter.add_update(None, (x,), torch.zeros(2, 7, 32))
-    torch.testing.assert_close(flat.view(2, 7, 32), expected)
+    with pytest.raises(ValueError, match=r"q_proj was called outside model\.layers\.0\.self_attn"):
+        model.base.model.layers[0].self_attn.q_proj(torch.randn(1, 3, 32))
 
 
-def test_recomputed_layers_see_the_wishes_of_their_own_pass(mixture, ids):
+def test_a_block_called_by_itself_routes_and_leaves_nothing(mixture, ids):
+    model = mixture()
+    seen = []
+    layer = model.base.model.layers[0]
+    layer.self_attn.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
+    layer.self_attn.register_forward_hook(lambda m, args, output: seen.append(output[0]))
+    model(ids)
+    (args, kwargs), expected = seen[0], seen[1]
+    torch.testing.assert_close(layer.self_attn(*args, **kwargs)[0], expected)
+    assert model.mixture.state.current() is None
+
+
+def test_recomputed_layers_have_the_inputs_of_their_own_pass(mixture, ids):
     """Two forward passes before one backward, with other weights in the second."""
     expected = None
     for checkpointed in (False, True):

@@ -18,4 +18,7 @@ class BiasShift(nn.Module):
 
     def add_shift(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the module whose bias this moves."""
-        return output + self.shift.to(output.dtype) if self.state[0].enabled else output
+        pass_ = self.state[0].current()
+        if pass_ is not None and not pass_.enabled:
+            return output
+        return output + self.shift.to(output.dtype)

@@ -3,18 +3,17 @@
 Shape letters: D input width, O output width, E experts, R rank.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-if TYPE_CHECKING:
-    from dylora.adapters.stack import ExpertStack
+from dylora.adapters.stack import ExpertStack
 
 
-def magnitude_ratio(stack: "ExpertStack", A_ERD: Tensor, weight: Tensor) -> Tensor:
+def magnitude_ratio(stack: ExpertStack, A_ERD: Tensor, weight: Tensor) -> Tensor:
     """c_e = magnitude_e / ‖W + s_e B_e A_e‖ by row, [E, O]; the norm counts as a constant.
 
     One DoRA expert is y = c ∘ ((W + s B A) x) + bias (Liu et al. 2024; 4.3 on the constant).

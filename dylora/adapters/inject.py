@@ -74,9 +74,15 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
     state = RoutingState(config.expert_count, weights, device_of(base, targets[0]))
     base.add_module(STATE_NAME, state)
     handles = [
-        base.register_forward_pre_hook(state.begin_pass, with_kwargs=True),
-        base.register_forward_hook(state.end_pass),
+        base.register_forward_pre_hook(state.begin, with_kwargs=True),
+        base.register_forward_hook(state.end, always_call=True),
     ]
+    decoder: Any = base.get_decoder()
+    if decoder is not None and decoder is not base:
+        handles += [
+            decoder.register_forward_pre_hook(state.begin_decoder, with_kwargs=True),
+            decoder.register_forward_hook(state.end_decoder, always_call=True),
+        ]
     ranks = config.expert_ranks or [config.r] * config.expert_count
     alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
     sites, adapters, biases = [], {}, {}
@@ -87,8 +93,8 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
         if config.is_learned and not site.shares_first:
             attach_router(base, site, new_router(base, site_path, config, paths[0]))
         handles.append(block.register_forward_pre_hook(site.route, with_kwargs=True))
+        handles.append(block.register_forward_hook(site.leave, always_call=True))
         sites.append(site)
-        state.sites.append(site)
         for path in paths:
             projection = base.get_submodule(path)
             sizes = projection_sizes(projection)
@@ -96,7 +102,7 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
             if with_experts:
                 adapter.stacks.append(adapter.create_stack(0, ranks, alphas, projection))
             projection.add_module(ADAPTER_NAME, adapter)
-            handles.append(projection.register_forward_pre_hook(adapter.take_over))
+            handles.append(projection.register_forward_pre_hook(adapter.run_outside_autograd))
             handles.append(projection.register_forward_hook(adapter.add_update))
             adapters[path] = adapter
             site.adapters[adapter.name] = adapter

@@ -1,44 +1,51 @@
-"""How one pass mixes at a block: which experts are computed for every token, and which for the
+"""How one pass mixes at a block: which experts are computed for every token, and which only for the
 tokens that choose them.
 
-Shape letters: T tokens, E experts, R rank, K top-k, C columns (E·R summed over stacks), P pairs.
+Shape letters: T tokens, E experts, R rank, K top-k, C columns (E·R summed over stacks), P pairs of
+a token and an expert (T·K).
 """
 
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dylora.kernels.common import product_dtype
 from dylora.kernels.frozen_linear import FrozenLinearGrads
 from dylora.kernels.grouped import Plan, plan_pairs
+from dylora.kernels.select import select_kernel
+from dylora.routing.gating import RouterOutput, top_k_indices
+from dylora.routing.state import RoutingState
 
 
 class Dense(NamedTuple):
     """Experts of a stack that every token uses."""
 
     stack: int  # its place among the stacks
-    rows: Tensor | None  # theirs in it; None: all
+    expert_ids: Tensor | None  # theirs in the stack; None: all
 
 
 class Sparse:
-    """Mature experts of a stack, which only their chosen tokens use."""
+    """Mature experts of a stack, which only the tokens that choose them use."""
 
-    def __init__(self, stack: int, experts_TK: Tensor, gates_TK: Tensor, rows: int, gather: bool):
+    def __init__(
+        self, stack: int, experts_TK: Tensor, gates_TK: Tensor, experts: int, gather: bool
+    ):
         self.stack = stack
-        self.experts_TK = experts_TK  # rows of the stack
-        self.gates_TK = gates_TK  # 0 where a place is not used
-        self.rows = rows  # how many the stack has
-        self.gather = gather  # wanted so, where packed matrices can serve
+        self.experts_TK = experts_TK  # numbers within the stack
+        self.gates_TK = gates_TK  # 0 where a choice is not used
+        self.experts = experts  # how many the stack has
+        self.gather = gather  # the kernel wanted where it can serve
 
     @cached_property
-    def plan(self) -> Plan:
-        """For the grouped way; looking rows up needs none."""
-        return plan_pairs(self.experts_TK, self.rows)
+    def pairs(self) -> Plan:
+        """For the grouped kernel; gathering needs none."""
+        return plan_pairs(self.experts_TK, self.experts)
 
 
 class DispatchPlan(NamedTuple):
-    """How the projections of a site compute one pass."""
+    """How the projections of a block compute one pass."""
 
     dense: list[Dense]
     gates: Tensor  # [T, E] of the experts in `dense`, in that order
@@ -49,17 +56,59 @@ class DownProjection(NamedTuple):
     """What enters one projection; made once for all that share its input."""
 
     dense: Tensor | None  # h [T, C] of the experts that every token uses
-    sparse: list[Tensor]  # h [P, R] of every stack in Mix.sparse
-    tie: Tensor | None  # of the projection's output, where it can be taken over
-    taken: FrozenLinearGrads | None
-    place: int  # the projection's among those that share the input
+    sparse: list[Tensor]  # h [P, R] of every stack in DispatchPlan.sparse
+    grad_carrier: Tensor | None  # of the projection's output, where it may run outside autograd
+    frozen_grads: FrozenLinearGrads | None
+    order: int  # the projection's among those that share the input
 
-    def take_over(self, weight: Tensor) -> Tensor:
-        """The tie, for a projection that has run outside autograd with this weight [O, D]."""
-        assert self.taken is not None
-        assert self.tie is not None
-        self.taken.take(self.place, weight)
-        return self.tie
+    def carry_gradient(self, weight: Tensor) -> Tensor:
+        """The carrier, for a projection that has run outside autograd with this weight [O, D]."""
+        assert self.frozen_grads is not None
+        assert self.grad_carrier is not None
+        self.frozen_grads.record(self.order, weight)
+        return self.grad_carrier
+
+
+def make_plan(
+    decision: RouterOutput, stacks: Any, state: RoutingState, top_k: int, dtype: torch.dtype
+) -> DispatchPlan:
+    """The plan of a pass whose inputs have this precision; all projections of a block share it."""
+    gates, mature = decision.gates.flatten(0, -2), decision.mature
+    if mature is None or (state.all_active and not any(mature)):
+        everyone = [Dense(index, None) for index in range(len(stacks))]
+        if len(stacks) != 1 or len(stacks[0].ranks) != gates.shape[1]:
+            gates = _columns(gates, [e for s in stacks for e in s.experts])
+        return DispatchPlan(everyone, gates, [])
+    dense, columns, sparse = [], [], []
+    for index, stack in enumerate(stacks):
+        if not any(state.active[e] for e in stack.experts):
+            continue  # its gates are all 0
+        ids = [e for e in stack.experts if mature[e]]
+        immature = [e for e in stack.experts if not mature[e]]
+        k = min(top_k, len(ids))
+        kernel = select_kernel(
+            tokens=gates.shape[0],
+            mature=len(ids),
+            top_k=k,
+            needs_grad=torch.is_grad_enabled(),
+            device=gates.device.type,
+            half=product_dtype(dtype, gates.device).itemsize == 2,
+        )
+        if kernel == "dense" or not ids or stack.lora_A is None:
+            dense.append(Dense(index, None))
+            columns += stack.experts
+            continue
+        if immature:
+            expert_ids = _indices(tuple(e - stack.first for e in immature), gates.device)
+            dense.append(Dense(index, expert_ids))
+            columns += immature
+        own = _columns(gates, ids)
+        chosen_TK = top_k_indices(own, k)
+        gates_TK = own.gather(-1, chosen_TK)
+        if immature:
+            chosen_TK = _indices(tuple(e - stack.first for e in ids), gates.device)[chosen_TK]
+        sparse.append(Sparse(index, chosen_TK, gates_TK, len(stack.ranks), kernel == "gather"))
+    return DispatchPlan(dense, _columns(gates, columns), sparse)
 
 
 def _columns(gates: Tensor, experts: list[int]) -> Tensor:
@@ -73,7 +122,7 @@ def _columns(gates: Tensor, experts: list[int]) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
+def _indices(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """As a tensor, copied once: a copy to a device waits for it, and no CUDA graph may hold one."""
     with torch.inference_mode(False):  # or training could not use what inference made
-        return torch.tensor(places, device=device)
+        return torch.tensor(numbers, device=device)

@@ -1,11 +1,9 @@
-"""The routed low-rank update of one projection.
+"""The routed low-rank update of one projection, by hooks on it.
 
     y = base(x) + Σ_e g_e · s_e · B_e A_e drop(x)
 
-The gate is folded into the rank axis: h = x Aᵀ as [T, E, R], h *= (g·s)[..., None], y = h B. A
-mixture is then one LoRA of rank E·R with a diagonal in the middle: two matrix products, and no
-tensor of [T, E, O]. `StackedLoRA.forward` says this in plain autograd; `add_update` does the same
-by `compute/`, which keeps less and adds in place.
+`StackedLoRA.forward` is the plain form (`lora.py`); `add_update` does the same by `dylora.kernels`,
+which keep less for backward and add in place.
 
 Shape letters: T tokens, D input width, O output width, E experts, R rank.
 """
@@ -16,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dylora.adapters.block import RoutedBlock
+from dylora.adapters.block import BlockPass, RoutedBlock
 from dylora.adapters.dora import magnitude_ratio, row_norms, weight_OD
 from dylora.adapters.plan import Dense
 from dylora.adapters.stack import ExpertStack, initial_A, orthogonal_pair
 from dylora.config import MoELoraConfig, matching
-from dylora.kernels.common import product_dtype, tensor_versions
+from dylora.kernels.common import product_dtype
 from dylora.kernels.decode import ProjectionWeights
 from dylora.kernels.dense import Block, add_dense
 from dylora.kernels.grouped import add_grouped
@@ -38,7 +36,7 @@ class StackedLoRA(nn.Module):
 
     def __init__(
         self,
-        site: RoutedBlock,
+        block: RoutedBlock,
         path: str,
         in_features: int,
         out_features: int,
@@ -46,7 +44,7 @@ class StackedLoRA(nn.Module):
         device: torch.device | None = None,
     ):
         super().__init__()
-        self.site = site
+        self.block = block
         self.path = path
         self.name = path.rpartition(".")[2]
         self.in_features, self.out_features = in_features, out_features
@@ -58,8 +56,6 @@ class StackedLoRA(nn.Module):
             shared = initial_A(1, self.rank(config.r), in_features, config, device)
             self.shared_A = nn.Parameter(shared, requires_grad=not config.freeze_A)
         self.stacks: Any = nn.ModuleList()  # of ExpertStack, in the order of the E axis
-        # The ratios of DoRA without gradient, the state of what they are made of, and that itself.
-        self._kept: tuple[Any, list[Tensor], list[Tensor]] | None = None
 
     def rank(self, expert_rank: int) -> int:
         """Rank at this projection of an expert of a given rank."""
@@ -116,7 +112,7 @@ class StackedLoRA(nn.Module):
     def set_stacks(self, stacks: list[ExpertStack]) -> None:
         """Other stacks from here on."""
         self.stacks = nn.ModuleList(stacks)
-        self.forget()
+        self.block.state.forget_kept()
 
     def stack_of(self, expert: int) -> tuple[ExpertStack, int]:
         """The stack that holds an expert, and its place in it; KeyError for a retired one."""
@@ -142,73 +138,89 @@ class StackedLoRA(nn.Module):
 
     def add_update(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the projection."""
-        site = self.site
-        if not site.state.enabled:
+        run = self._run()
+        if run is None:
             return output
-        x, routing, few = args[0], site.output, site.few
-        assert routing is not None, f"{site.name} has not routed"
-        if few is not None and few.fits(x, output):
-            return few.add(self.name, x, output)
-        outside, site.outside = site.outside, None
-        if outside is not None:
-            x = outside
-        gates = fitting_gates(routing.gates, x, self.path)
+        x, run.detached_input = args[0] if run.detached_input is None else run.detached_input, None
+        outside = x is not args[0]
+        if run.decode is not None and run.decode.fits(x, output):
+            return run.decode.add(self.name, x, output)
+        gates = fitting_gates(run.decision.gates, x, self.path)
         if self.config.use_dora:
             return self._add_dora(module, x, gates, output)
         if self.config.bias != "none":
             output = self._add_biases(gates, output)
         if torch.compiler.is_compiling():  # the compiler fuses the plain form as well as can be
             return output + self(x, gates).to(output.dtype)
-        mix = self.site.mix(self.stacks, self.config.top_k_experts)
-        if not (mix.dense or mix.sparse):
+        plan = run.plan()
+        if not (plan.dense or plan.sparse):
             return output
-        dtype = product_dtype(output.dtype, output.device)
-        entry = self.site.enter(self.name, x, mix, dtype)
-        tie = None if outside is None else entry.take_over(weight_OD(module))
-        if entry.dense is not None:
-            Bs = [self._rows(dense, "lora_B") for dense in mix.dense]
-            scalings = [self._rows(dense, "scaling_E") for dense in mix.dense]
+        down = run.project_down(self.name, x, product_dtype(output.dtype, output.device))
+        carrier = down.carry_gradient(weight_OD(module)) if outside else None
+        if down.dense is not None:
+            Bs = [self._rows(dense, "lora_B") for dense in plan.dense]
+            scalings = [self._rows(dense, "scaling_E") for dense in plan.dense]
             scaling_E = scalings[0] if len(scalings) == 1 else torch.cat(scalings)
-            blocks = self.blocks(mix.dense)
-            output = add_dense(output, entry.dense, mix.gates, scaling_E, blocks, Bs, tie)
-            tie = None
-        for sparse, h_PR in zip(mix.sparse, entry.sparse, strict=True):
+            blocks = self.column_blocks(plan.dense)
+            output = add_dense(output, down.dense, plan.gates, scaling_E, blocks, Bs, carrier)
+            carrier = None
+        for sparse, h_PR in zip(plan.sparse, down.sparse, strict=True):
             stack = self.stacks[sparse.stack]
             weights_TK = sparse.gates_TK * stack.scaling_E[sparse.experts_TK]
-            output = add_grouped(output, h_PR, weights_TK, stack.lora_B, sparse.plan, tie)
-            tie = None
+            output = add_grouped(output, h_PR, weights_TK, stack.lora_B, sparse.pairs, carrier)
+            carrier = None
         return output
 
-    def take_over(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def run_outside_autograd(
+        self, module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
         """Forward pre-hook of the projection: lets it run outside autograd, where it is sure to be
         a frozen product and no more; the experts' gradient of x then has its part in it, too
         (`kernels/frozen_linear.py`)."""
-        site = self.site
-        if not torch.is_grad_enabled() or not site.state.enabled or site.few is not None:
+        if not torch.is_grad_enabled() or self.config.use_dora or torch.compiler.is_compiling():
             return None
-        x, site.outside = args[0], None
-        if not x.requires_grad or site.output is None or self.config.use_dora:
+        x = args[0] if args else None
+        if x is None or not x.requires_grad or torch.is_autocast_enabled(x.device.type):
             return None
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        run = self._run()
+        if run is None or run.decode is not None:
             return None
+        run.detached_input = None
         # The experts' gradient is that of drop(x): the projection's own only where nothing drops.
-        if not is_frozen_product(module, x) or site.shared_input(self.name, x)[1] is not x:
+        if not is_frozen_product(module, x) or run.shared_input(self.name, x)[1] is not x:
             return None
-        mix = site.mix(self.stacks, self.config.top_k_experts)
-        if not (mix.dense or mix.sparse):
+        plan = run.plan()
+        if not (plan.dense or plan.sparse):
             return None
-        site.outside = x
+        run.detached_input = x
         return (x.detach(), *args[1:])
+
+    def _run(self) -> BlockPass | None:
+        """The pass through the block; None while the adapters are disabled.
+
+        Raises ValueError outside the block, where nothing has been routed.
+        """
+        state = self.block.state
+        pass_ = state.current()
+        if not (state.mine.disabled if pass_ is None else not pass_.enabled):
+            run = None if pass_ is None else pass_.blocks.get(self.block.index)
+            if run is None:
+                raise ValueError(
+                    f"{self.path} was called outside {self.block.name}, which routes its tokens: "
+                    "call the block, or leave the projection out of target_modules"
+                )
+            return run
+        return None
 
     @property
     def can_be_packed(self) -> bool:
-        """Whether the update is the plain sum that packed matrices compute."""
+        """Whether the update is the plain sum that the decode kernel computes."""
         config = self.config
         drops = self.training and config.lora_dropout > 0
         return not (config.use_dora or config.bias != "none" or drops)
 
-    def as_member(self) -> ProjectionWeights:
-        """The matrices of all stacks, for packing."""
+    def projection_weights(self) -> ProjectionWeights:
+        """The matrices of all stacks, for decoding."""
         As = [self.A_of(stack) for stack in self.stacks]
         shared = self.shared_A is not None
         return ProjectionWeights(
@@ -217,33 +229,19 @@ class StackedLoRA(nn.Module):
             [stack.scaling_E for stack in self.stacks],
         )
 
-    def places(self) -> list[tuple[dict[str, Any], str]]:
-        """Where the tensors of `as_member` lie: dictionaries of modules, and names in them."""
-        A = [(self._parameters, "shared_A")] if self.shared_A is not None else []
-        return A + [
-            (values, name)
-            for stack in self.stacks
-            for values, name in (
-                (stack._parameters, "lora_A"),
-                (stack._parameters, "lora_B"),
-                (stack._buffers, "scaling_E"),
-            )
-            if values[name] is not None
-        ]
-
-    def As_of(self, dense: list[Dense]) -> list[Tensor]:
+    def dense_As(self, dense: list[Dense]) -> list[Tensor]:
         """A of the experts that every token uses, [E, R, D] by stack; or the one they share."""
         if self.shared_A is not None:
             return [self.shared_A]
         return [self._rows(part, "lora_A") for part in dense]
 
-    def blocks(self, dense: list[Dense]) -> list[Block]:
+    def column_blocks(self, dense: list[Dense]) -> list[Block]:
         """Their columns in h."""
         shared = self.shared_A is not None
         blocks, first = [], 0
         for part in dense:
             B = self.stacks[part.stack].lora_B
-            experts = B.shape[0] if part.rows is None else len(part.rows)
+            experts = B.shape[0] if part.expert_ids is None else len(part.expert_ids)
             blocks.append(Block(first, experts, B.shape[1], shared))
             first += experts
         return blocks
@@ -251,7 +249,7 @@ class StackedLoRA(nn.Module):
     def _rows(self, part: Dense, name: str) -> Tensor:
         """The rows of a stack's tensor that every token uses."""
         tensor = getattr(self.stacks[part.stack], name)
-        return tensor if part.rows is None else tensor.index_select(0, part.rows)
+        return tensor if part.expert_ids is None else tensor.index_select(0, part.expert_ids)
 
     def _add_dora(self, module: nn.Module, x: Tensor, gates: Tensor, output: Tensor) -> Tensor:
         """What `magnitude_ratio` says of a mixture of DoRA experts."""
@@ -261,39 +259,37 @@ class StackedLoRA(nn.Module):
         bias = getattr(module, "bias", None)
         directed = output if bias is None else output - bias  # W x without its bias
         for stack, ratio_EO in zip(self.stacks, ratios, strict=True):
-            own = gates[..., stack.first : stack.first + len(stack.ranks)]
+            own = stack.own(gates)
             update = update + (own.to(ratio_EO) @ (ratio_EO - 1)).to(x.dtype) * directed
         return self._add_biases(gates, output) + update.to(output.dtype)
 
     def _ratios(self, weight: Tensor) -> list[Tensor]:
-        """`magnitude_ratio` of every stack; without gradient kept until a value changes."""
-        autocast = torch.is_autocast_enabled(weight.device.type)  # lengths round otherwise within
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast:
-            self._kept = None
-            return [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
-        parts = [(self.A_of(s), s.lora_B, s.lora_magnitude, s.scaling_E) for s in self.stacks]
-        tensors = [weight, *(tensor for part in parts for tensor in part)]
-        state = tensor_versions(tensors, weight.dtype)
-        if self._kept is None or self._kept[0] != state:
-            ratios = [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
-            self._kept = state, ratios, tensors  # alive, so that no other takes their address
-        return self._kept[1]
+        """`magnitude_ratio` of every stack; kept within a decoding, where nothing changes."""
+        pass_ = self.block.state.current()
+        kept = None if pass_ is None else pass_.kept
+        key = f"{self.path}.ratios"
+        if kept is not None and key in kept:
+            return kept[key]
+        ratios = [magnitude_ratio(stack, self.A_of(stack), weight) for stack in self.stacks]
+        if kept is not None:
+            kept[key] = ratios
+        return ratios
 
     def train(self, mode: bool = True) -> "StackedLoRA":
-        """As of every module; and what was kept between passes is made anew."""
-        self.forget()
+        """As of every module; nothing is kept across it."""
+        self.block.state.forget_kept()
         return super().train(mode)
 
-    def forget(self) -> None:
-        """Let go of what is made of the stacks and kept between passes without gradient."""
-        self._kept = None
-        self.site.forget_packs()
+    def _apply(self, *args: Any, **kwargs: Any) -> "StackedLoRA":
+        """As of every module (moves, casts); nothing is kept across it."""
+        self.block.state.forget_kept()
+        return super()._apply(*args, **kwargs)
 
     def _add_biases(self, gates: Tensor, output: Tensor) -> Tensor:
         """The shifts of the experts' biases, mixed by the gates."""
         for stack in self.stacks:
             if stack.lora_bias is not None:
-                own = gates[..., stack.first : stack.first + len(stack.ranks)]
+                own = stack.own(gates)
                 output = output + (own.to(stack.lora_bias) @ stack.lora_bias).to(output.dtype)
         return output
 

@@ -6,9 +6,9 @@ Shape letters: E experts, R rank, D input width, O output width.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dylora.adapters.lora import mixture_update
 from dylora.config import MoELoraConfig
 
 
@@ -60,14 +60,12 @@ class ExpertStack(nn.Module):
 
         A_ERD may be one for all, [1, R, D]; ratio_EO multiplies the outputs of B (DoRA).
         """
-        own = gates[..., self.first : self.first + len(self.ranks)]
-        weights = (own * self.scaling_E).to(x.dtype)
-        A_CD = A_ERD.flatten(0, 1).to(x.dtype)  # C = E·R; casting these two is
-        B_ERO = self.lora_B if ratio_EO is None else self.lora_B * ratio_EO[:, None]
-        B_CO = B_ERO.flatten(0, 1).to(x.dtype)  # cheaper than raising x and y
-        h = F.linear(x, A_CD).unflatten(-1, A_ERD.shape[:2])  # [..., E, R]
-        h = h * weights.unsqueeze(-1).to(h.dtype)
-        return h.flatten(-2) @ B_CO.to(h.dtype)
+        B = self.lora_B if ratio_EO is None else self.lora_B * ratio_EO[:, None]
+        return mixture_update(x, self.own(gates), A_ERD, B, self.scaling_E)
+
+    def own(self, gates: Tensor) -> Tensor:
+        """The columns of this stack's experts in the gates [..., E] of all."""
+        return gates[..., self.first : self.first + len(self.ranks)]
 
 
 def initial_A(

@@ -100,7 +100,7 @@ def readers_of_router_input(model: DyLoRA_MoE) -> dict[str, list[str]]:
         block = model.base.get_submodule(site.name)
         handles.append(block.register_forward_pre_hook(enter(site.name), with_kwargs=True))
     for path, adapter in model.mixture.adapters.items():
-        hook = read(adapter.site.name, path)
+        hook = read(adapter.block.name, path)
         handles.append(model.base.get_submodule(path).register_forward_pre_hook(hook))
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     was_training = model.training

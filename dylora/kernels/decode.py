@@ -1,12 +1,10 @@
-"""Stacks packed once for a few tokens without gradient: decoding.
+"""The decode kernel: a few tokens without gradient, with the stacks laid out once for them.
 
 At one token a step the time goes into launching operations, not into arithmetic. So the matrices of
 all projections that share an input are laid out for as few operations as can be: one product with
 A, one multiplication by the gates, and one product with B a projection, added in place.
 
-Packs are made anew when a parameter of them has changed (its version says so; a fused optimizer
-does not raise it by itself: `training/optim.py`), has moved or was replaced, after every pass with
-gradient, and when `train()` or `eval()` is called, for the sake of writes through `.data`.
+A layout lives as long as one decoding (`routing/state.py`).
 
 Shape letters: T tokens, D input width, O output width, E experts, R rank, C columns (E·R summed
 over stacks), K top-k.
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DECODE_TOKENS = 64  # more of them are better served by the ways beside this file
+DECODE_TOKENS = 64  # more of them are better served by the other kernels
 
 
 class ProjectionWeights(NamedTuple):
@@ -30,58 +28,58 @@ class ProjectionWeights(NamedTuple):
 
 
 class DecodeCache:
-    """The projections of a site that share an input."""
+    """The projections of a block that share an input."""
 
-    def __init__(self, members: dict[str, ProjectionWeights], dtype: torch.dtype):
+    def __init__(self, projections: dict[str, ProjectionWeights], dtype: torch.dtype):
         self.dtype = dtype
-        self._members = members
-        self._wide: DenseLayout | None = None
-        self._tall: GatherLayout | None = None
+        self._projections = projections
+        self._dense: DenseLayout | None = None
+        self._gathered: GatherLayout | None = None
 
     @property
-    def wide(self) -> "DenseLayout":
-        """Packed for every expert at once."""
-        if self._wide is None:
-            self._wide = dense_layout(self._members, self.dtype)
-        return self._wide
+    def dense(self) -> "DenseLayout":
+        """For every expert at once."""
+        if self._dense is None:
+            self._dense = dense_layout(self._projections, self.dtype)
+        return self._dense
 
     @property
-    def tall(self) -> "GatherLayout":
-        """Packed for looking experts up; of a single stack."""
-        if self._tall is None:
-            self._tall = gather_layout(self._members, self.dtype)
-        return self._tall
+    def gathered(self) -> "GatherLayout":
+        """For gathering experts; of a single stack."""
+        if self._gathered is None:
+            self._gathered = gather_layout(self._projections, self.dtype)
+        return self._gathered
 
 
 class DenseLayout(NamedTuple):
-    """All experts of all members side by side."""
+    """All experts of all projections side by side."""
 
     A_CD: Tensor
-    rank: int | None  # of every expert at every member; None where they differ
+    rank: int | None  # of every expert at every weights; None where they differ
     expert_C: Tensor  # whose column it is
-    columns: dict[str, int]  # how many are each member's
-    Bs: dict[str, Tensor]  # [C, O] of each member, the scale inside
+    columns: dict[str, int]  # how many are each weights's
+    Bs: dict[str, Tensor]  # [C, O] of each weights, the scale inside
 
 
 class GatherLayout(NamedTuple):
-    """All members of an expert under each other."""
+    """All projections of an expert under each other."""
 
-    A_ERD: Tensor  # R summed over the members
-    rows: dict[str, int]  # how many are each member's
-    Bs: dict[str, Tensor]  # [E, R, O] of each member, the scale inside
+    A_ERD: Tensor  # R summed over the projections
+    rows: dict[str, int]  # how many are each weights's
+    Bs: dict[str, Tensor]  # [E, R, O] of each weights, the scale inside
 
 
 class DecodePass:
-    """One pass of a few tokens through a site: what its projections share.
+    """One pass of a few tokens through a block: what its projections share.
 
-    gates [T, E], or with `experts_TK` the gates [T, K] of those experts, which are looked up;
-    packs: of each projection.
+    gates [T, E], or with `experts_TK` the gates [T, K] of those experts, which are gathered;
+    caches: of each projection.
     """
 
     def __init__(
-        self, packs: dict[str, DecodeCache], gates: Tensor, experts_TK: Tensor | None = None
+        self, caches: dict[str, DecodeCache], gates: Tensor, experts_TK: Tensor | None = None
     ):
-        self.packs = packs
+        self.caches = caches
         self.gates = gates
         self.tokens = len(gates)
         self.experts_TK = experts_TK
@@ -98,91 +96,92 @@ class DecodePass:
 
         The first projection of those that share an input computes the products with A for all.
         """
-        pack, tokens = self.packs[name], self.tokens
+        cache, tokens = self.caches[name], self.tokens
         if self._input is not x or name not in self._products:
             x_TD = x.view(tokens, -1)
             self._input = x
             if self.experts_TK is None:
-                self._products = gated_products(pack.wide, x_TD, self.gates)
+                self._products = gated_products(cache.dense, x_TD, self.gates)
             else:
-                self._products = gathered_products(pack.tall, x_TD, self.gates, self.experts_TK)
+                layout, experts_TK = cache.gathered, self.experts_TK
+                self._products = gathered_products(layout, x_TD, self.gates, experts_TK)
         gated, y_TO = self._products.pop(name), y.view(tokens, -1)
         if self.experts_TK is None:
-            y_TO.addmm_(gated, pack.wide.Bs[name])
+            y_TO.addmm_(gated, cache.dense.Bs[name])
         elif tokens == 1:
-            y_TO.addmm_(gated.view(1, -1), _looked_up(pack.tall.Bs[name], self.experts_TK))
+            y_TO.addmm_(gated.view(1, -1), _gather(cache.gathered.Bs[name], self.experts_TK))
         else:
-            B_TCO = pack.tall.Bs[name][self.experts_TK].flatten(1, 2)
+            B_TCO = cache.gathered.Bs[name][self.experts_TK].flatten(1, 2)
             y_TO[:, None].baddbmm_(gated.reshape(tokens, 1, -1), B_TCO)
         return y
 
 
 @torch.no_grad()
-def dense_layout(members: dict[str, ProjectionWeights], dtype: torch.dtype) -> DenseLayout:
-    """Lay the members out for one product with A."""
+def dense_layout(projections: dict[str, ProjectionWeights], dtype: torch.dtype) -> DenseLayout:
+    """Lay the projections out for one product with A."""
     exact = torch.promote_types(dtype, torch.float32)  # the scale is not to round what B holds
     parts, experts, Bs = [], [], {}
-    for name, member in members.items():
+    for name, weights in projections.items():
         own, first = [], 0
-        for index, B in enumerate(member.Bs):
-            A = member.As[index if len(member.As) > 1 else 0]
+        for index, B in enumerate(weights.Bs):
+            A = weights.As[index if len(weights.As) > 1 else 0]
             own.append(A.expand(B.shape[0], -1, -1).flatten(0, 1))
             numbers = torch.arange(first, first + B.shape[0], device=B.device)
             experts.append(numbers.repeat_interleave(B.shape[1]))
             first += B.shape[0]
         scaled = [
             (B.to(exact) * s[:, None, None]).flatten(0, 1)
-            for B, s in zip(member.Bs, member.scalings, strict=True)
+            for B, s in zip(weights.Bs, weights.scalings, strict=True)
         ]
         parts += own
         Bs[name] = torch.cat(scaled).to(dtype)
     columns = {name: B.shape[0] for name, B in Bs.items()}
-    ranks = {B.shape[1] for member in members.values() for B in member.Bs}
+    ranks = {B.shape[1] for weights in projections.values() for B in weights.Bs}
     rank = ranks.pop() if len(ranks) == 1 else None
     return DenseLayout(torch.cat(parts).to(dtype), rank, torch.cat(experts), columns, Bs)
 
 
 @torch.no_grad()
-def gather_layout(members: dict[str, ProjectionWeights], dtype: torch.dtype) -> GatherLayout:
-    """Lay the members out for looking up an expert's rows at once."""
+def gather_layout(projections: dict[str, ProjectionWeights], dtype: torch.dtype) -> GatherLayout:
+    """Lay the projections out for looking up an expert's rows at once."""
     exact = torch.promote_types(dtype, torch.float32)
     Bs = {}
-    for name, member in members.items():
-        [B], [scaling_E] = member.Bs, member.scalings
+    for name, weights in projections.items():
+        [B], [scaling_E] = weights.Bs, weights.scalings
         Bs[name] = (B.to(exact) * scaling_E[:, None, None]).to(dtype)
-    A_ERD = torch.cat([member.As[0] for member in members.values()], 1)
+    A_ERD = torch.cat([weights.As[0] for weights in projections.values()], 1)
     return GatherLayout(A_ERD.to(dtype), {name: B.shape[1] for name, B in Bs.items()}, Bs)
 
 
-def gated_products(wide: DenseLayout, x_TD: Tensor, gates_TE: Tensor) -> dict[str, Tensor]:
-    """x -> the gated h [T, C] of every member."""
-    gated = F.linear(x_TD, wide.A_CD)
-    members = len(wide.columns)
-    if wide.rank is None:
-        gated *= gates_TE.index_select(1, wide.expert_C)
-        parts = gated.split(list(wide.columns.values()), 1)
+def gated_products(layout: DenseLayout, x_TD: Tensor, gates_TE: Tensor) -> dict[str, Tensor]:
+    """x -> the gated h [T, C] of every weights."""
+    gated = F.linear(x_TD, layout.A_CD)
+    projections = len(layout.columns)
+    if layout.rank is None:
+        gated *= gates_TE.index_select(1, layout.expert_C)
+        parts = gated.split(list(layout.columns.values()), 1)
     else:
         tokens, experts = gates_TE.shape
-        by_expert = gated.view(tokens, members, experts, wide.rank)
+        by_expert = gated.view(tokens, projections, experts, layout.rank)
         by_expert *= gates_TE.view(tokens, 1, experts, 1)
-        parts = (gated,) if members == 1 else gated.chunk(members, 1)
-    return dict(zip(wide.columns, parts, strict=True))
+        parts = (gated,) if projections == 1 else gated.chunk(projections, 1)
+    return dict(zip(layout.columns, parts, strict=True))
 
 
 def gathered_products(
-    tall: GatherLayout, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor
+    layout: GatherLayout, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor
 ) -> dict[str, Tensor]:
-    """x -> the gated h [T, K, R] of every member, for the chosen experts."""
+    """x -> the gated h [T, K, R] of every weights, for the chosen experts."""
     if x_TD.shape[0] == 1:
-        A_CD = _looked_up(tall.A_ERD, experts_TK)
+        A_CD = _gather(layout.A_ERD, experts_TK)
         h_TKR = F.linear(x_TD, A_CD).view(*experts_TK.shape, -1)
     else:
-        h_TKR = torch.matmul(tall.A_ERD[experts_TK], x_TD[:, None, :, None]).squeeze(-1)
+        h_TKR = torch.matmul(layout.A_ERD[experts_TK], x_TD[:, None, :, None]).squeeze(-1)
     h_TKR *= gates_TK[..., None]
-    pieces = h_TKR.split(list(tall.rows.values()), -1)
-    return {n: piece.contiguous() for n, piece in zip(tall.rows, pieces, strict=True)}
+    pieces = h_TKR.split(list(layout.rows.values()), -1)
+    return {n: piece.contiguous() for n, piece in zip(layout.rows, pieces, strict=True)}
 
 
-def _looked_up(stack: Tensor, experts_1K: Tensor) -> Tensor:
+def _gather(stack: Tensor, experts_1K: Tensor) -> Tensor:
     """The matrices of one token's experts, [E, R, N] -> [K·R, N]."""
     return stack.index_select(0, experts_1K[0]).flatten(0, 1)

@@ -30,17 +30,17 @@ class Block(NamedTuple):
 
 
 def down_products(
-    x: Tensor, As: list[list[Tensor]], dtype: torch.dtype, taken: FrozenLinearGrads | None = None
+    x: Tensor, As: list[list[Tensor]], dtype: torch.dtype, grads: FrozenLinearGrads | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """x [..., D] and for every projection its A's -> h [T, C] of every projection, and with `taken`
-    the ties of every projection.
+    the gradient carriers of every projection.
 
     An A is [E, R, D] of a stack, or [C, D].
     """
     sizes = [sum(A.shape[:-1].numel() for A in own) for own in As]
     flat = [A for own in As for A in own]
     if torch.is_grad_enabled():
-        found = _DownProducts.apply(x, dtype, sizes, taken, *flat)
+        found = _DownProducts.apply(x, dtype, sizes, grads, *flat)
         return list(found[: len(sizes)]), list(found[len(sizes) :])  # type: ignore[index]
     return list((flatten_tokens(x).to(dtype) @ _joined(flat, dtype).T).split(sizes, 1)), []
 
@@ -52,15 +52,15 @@ def add_dense(
     scaling_E: Tensor,
     blocks: list[Block],
     Bs: list[Tensor],
-    tie: Tensor | None = None,
+    carrier: Tensor | None = None,
 ) -> Tensor:
     """y [..., O] + the mixture, in place where y lies in one piece.
 
     h [T, C]; gates [T, E] of all experts; scaling_E: of those in the blocks, in order; Bs: of each
-    block, [E, R, O] or [C, O]; tie: of y, where it was taken over.
+    block, [E, R, O] or [C, O]; carrier: of y, where it ran outside autograd.
     """
     if torch.is_grad_enabled():
-        return _AddDense.apply(y, tie, h, gates, scaling_E, blocks, *Bs)  # type: ignore[return-value]
+        return _AddDense.apply(y, carrier, h, gates, scaling_E, blocks, *Bs)  # type: ignore[return-value]
     gated = _gated(h, _weights(gates, scaling_E, blocks, h.dtype), blocks)
     return _add_product(y, gated, _joined(Bs, h.dtype))
 
@@ -74,16 +74,16 @@ class _DownProducts(torch.autograd.Function):
         x: Tensor,
         dtype: torch.dtype,
         sizes: list[int],
-        taken: FrozenLinearGrads | None,
+        grads: FrozenLinearGrads | None,
         *As: Tensor,
     ) -> Any:
         # With every A frozen (LoRA-FA, or none trained here) x is of no more use.
         ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, *As)
-        ctx.dtype, ctx.like_x, ctx.sizes, ctx.taken = dtype, (x.shape, x.dtype), sizes, taken
+        ctx.dtype, ctx.like_x, ctx.sizes, ctx.grads = dtype, (x.shape, x.dtype), sizes, grads
         ctx.set_materialize_grads(False)
         with without_autocast(x):
             h = flatten_tokens(x).to(dtype) @ _joined(As, dtype).T
-        return (*h.split(sizes, 1), *(taken.ties(x) if taken else ()))
+        return (*h.split(sizes, 1), *(grads.carriers(x) if grads else ()))
 
     @staticmethod
     @once_differentiable
@@ -93,7 +93,7 @@ class _DownProducts(torch.autograd.Function):
         dhs, dys = given[: len(ctx.sizes)], given[len(ctx.sizes) :]
         gradients: list[Tensor | None] = [None] * len(As)
         with without_autocast(As[0]):
-            dx = ctx.taken.gradient(dys) if ctx.taken else None
+            dx = ctx.grads.gradient(dys) if ctx.grads else None
             dh = _side_by_side(dhs, ctx.sizes)
             if dh is not None:
                 if ctx.needs_input_grad[0]:
@@ -113,7 +113,7 @@ class _AddDense(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,
-        tie: Tensor | None,
+        carrier: Tensor | None,
         h: Tensor,
         gates: Tensor,
         scaling_E: Tensor,

@@ -47,17 +47,17 @@ def grouped_products(
     As: list[Tensor],
     dtype: torch.dtype,
     plan: Plan,
-    taken: FrozenLinearGrads | None = None,
+    grads: FrozenLinearGrads | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """x [..., D] and A [E, R, D] of every projection -> h [P, R] of every projection, and with
-    `taken` the ties of every projection.
+    `grads` the gradient carriers of every projection.
 
     On a CPU in float32 at least where groups are small: half precision is no faster then, even with
     instructions for it, and the stacks would have to be cast.
     """
     if x.device.type == "cpu" and len(plan.token_P) < SMALL_GROUP * len(plan.ends_E):
         dtype = torch.promote_types(dtype, torch.float32)
-    found = _GroupedProducts.apply(x, dtype, plan, taken, *As)
+    found = _GroupedProducts.apply(x, dtype, plan, grads, *As)
     return list(found[: len(As)]), list(found[len(As) :])  # type: ignore[index]
 
 
@@ -67,14 +67,14 @@ def add_grouped(
     weights_TK: Tensor,
     B_ERO: Tensor,
     plan: Plan,
-    tie: Tensor | None = None,
+    carrier: Tensor | None = None,
 ) -> Tensor:
     """y [..., O] + Σ over each token's K experts of weight · B h, in place where possible.
 
-    h [P, R]; weights_TK: g·s of the pairs; 0 where a place of the K is not used; tie: of y, where
-    it was taken over.
+    h [P, R]; weights_TK: g·s of the pairs, 0 where a choice is not used; carrier: of y, where it
+    ran outside autograd.
     """
-    return _AddGrouped.apply(y, tie, h, weights_TK, B_ERO, plan)  # type: ignore[return-value]
+    return _AddGrouped.apply(y, carrier, h, weights_TK, B_ERO, plan)  # type: ignore[return-value]
 
 
 class _GroupedProducts(torch.autograd.Function):
@@ -86,16 +86,16 @@ class _GroupedProducts(torch.autograd.Function):
         x: Tensor,
         dtype: torch.dtype,
         plan: Plan,
-        taken: FrozenLinearGrads | None,
+        grads: FrozenLinearGrads | None,
         *As: Tensor,
     ) -> Any:
         ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, *plan, *As)
-        ctx.dtype, ctx.like_x, ctx.taken = dtype, (x.shape, x.dtype), taken
+        ctx.dtype, ctx.like_x, ctx.grads = dtype, (x.shape, x.dtype), grads
         ctx.set_materialize_grads(False)
         with without_autocast(x):
             x_PD = flatten_tokens(x).index_select(0, plan.token_P).to(dtype)
             h = grouped(x_PD, _side_by_side(As, dtype).transpose(1, 2), plan.ends_E)
-        return (*h.split([A.shape[1] for A in As], 1), *(taken.ties(x) if taken else ()))
+        return (*h.split([A.shape[1] for A in As], 1), *(grads.carriers(x) if grads else ()))
 
     @staticmethod
     @once_differentiable
@@ -108,7 +108,7 @@ class _GroupedProducts(torch.autograd.Function):
         used = [(n, dh, As[n]) for n, dh in enumerate(dhs) if dh is not None]
         shape, dtype_of_x = ctx.like_x
         with without_autocast(As[0]):
-            dx = ctx.taken.gradient(dys) if ctx.taken else None
+            dx = ctx.grads.gradient(dys) if ctx.grads else None
             wanted = [(n, dh) for n, dh, _ in used if ctx.needs_input_grad[4 + n]]
             if wanted:
                 x_PD = flatten_tokens(x).index_select(0, plan.token_P).to(ctx.dtype)
@@ -131,7 +131,7 @@ class _AddGrouped(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,
-        tie: Tensor | None,
+        carrier: Tensor | None,
         h_PR: Tensor,
         weights_TK: Tensor,
         B_ERO: Tensor,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dylora.config import MoELoraConfig
 from dylora.kernels.common import at_least_float32
 from dylora.routing.gating import RouterOutput, cap_tokens, drop_experts, maturity_gates
-from dylora.routing.state import RoutingState
+from dylora.routing.state import Pass, RoutingState
 
 
 class DynamicHybridRouter(nn.Module):
@@ -33,8 +33,9 @@ class DynamicHybridRouter(nn.Module):
         nn.init.normal_(self.outer.weight, std=0.5 / math.sqrt(hidden or width))
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, x: Tensor, state: RoutingState) -> RouterOutput:
+    def forward(self, x: Tensor, pass_: Pass) -> RouterOutput:
         """x [B, S, D] -> gates, probabilities and logits [B, S, E]."""
+        state = pass_.state
         logits = self.score(x)
         if self.training and self.config.router_noise:
             logits = logits + self.config.router_noise * torch.randn_like(logits)
@@ -43,7 +44,7 @@ class DynamicHybridRouter(nn.Module):
         temperature = self.config.router_temperature
         scaled = logits if temperature == 1 else logits / temperature
         probabilities = scaled.softmax(-1)
-        gates = self.gate(probabilities, state)
+        gates = self.gate(probabilities, pass_)
         return RouterOutput(gates, probabilities, logits, self.mature_experts(state))
 
     def resize(self, experts: int) -> None:
@@ -89,9 +90,9 @@ class DynamicHybridRouter(nn.Module):
             return "sparse"
         return mode
 
-    def gate(self, probabilities: Tensor, state: RoutingState) -> Tensor:
+    def gate(self, probabilities: Tensor, pass_: Pass) -> Tensor:
         """Probabilities [..., E] -> gates [..., E] by routing mode, dropout and capacity."""
-        config, mode = self.config, self._mode()
+        config, state, mode = self.config, pass_.state, self._mode()
         if self.training and config.expert_dropout:
             probabilities = drop_experts(probabilities, config.expert_dropout)
         if mode == "dense":
@@ -107,6 +108,6 @@ class DynamicHybridRouter(nn.Module):
             # Experts that take no part hold no tokens, so they count neither in K nor in E.
             top_k = min(config.top_k_experts, state.active_count)
             gates = cap_tokens(
-                gates, top_k, config.expert_capacity_factor, state.token_mask, state.active_count
+                gates, top_k, config.expert_capacity_factor, pass_.token_mask, state.active_count
             )
         return gates

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import dylora.adapters.block
+import dylora.adapters.plan
 from dylora import MoELoraConfig
 from dylora.adapters.block import RoutedBlock
 from dylora.adapters.projection import StackedLoRA
@@ -68,13 +68,16 @@ def adapted(
         nn.init.normal_(stack.lora_B, std=0.02)
         lora.set_stacks([stack])
         projection.add_module("dylora_adapter", lora)
-        projection.register_forward_pre_hook(lora.take_over)
+        projection.register_forward_pre_hook(lora.run_outside_autograd)
         projection.register_forward_hook(lora.add_update)
         site.adapters[name] = lora
 
     def begin(module: nn.Module, args: Any) -> None:
-        site.begin(RouterOutput(gates, gates, None, mature), args[0].dtype)
+        pass_ = site.state.begin_block()
+        pass_.kept = None if torch.is_grad_enabled() else kept
+        site.begin(pass_, RouterOutput(gates, gates, None, mature), args[0].dtype)
 
+    kept: dict[str, Any] = {}  # as in one decoding
     block.self_attn.register_forward_pre_hook(begin)
     return block
 
@@ -142,7 +145,8 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
                 own: Any = parameters,
             ) -> Callable[[], None]:
                 def step() -> None:
-                    dylora.site.select_kernel = real if way is None else lambda **known: way
+                    choose = real if way is None else lambda **known: way
+                    dylora.adapters.plan.select_kernel = choose
                     with torch.set_grad_enabled(grad):
                         y = lora.q_proj(lora_input(lora, x, grad))
                         if grad:
@@ -152,11 +156,11 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
 
                 return step
 
-            names = ["wide", "grouped"] if grad else ["wide", "grouped", "gathered"]
+            names = ["dense", "grouped"] if grad else ["dense", "grouped", "gather"]
             frozen = copy.deepcopy(block).self_attn
-            ways = {"frozen": run("wide", frozen, own=[])} | {name: run(name) for name in names}
+            ways = {"frozen": run("dense", frozen, own=[])} | {name: run(name) for name in names}
             ways["automatic"] = run(None)
-            results[key] = timed(f"one projection, K=2 r=16, {key}", ways, "wide", options)
+            results[key] = timed(f"one projection, K=2 r=16, {key}", ways, "dense", options)
             found = {name: timing["median_ms"] for name, timing in results[key].items()}
             choice = real(
                 tokens=tokens,
@@ -170,12 +174,12 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
             results[key]["choice"] = choice
             results[key]["choice / better"] = found[choice] / min(map(found.get, names))
             added = {name: value - found["frozen"] for name, value in found.items()}
-            results[key]["wide / automatic, added"] = added["wide"] / added["automatic"]
+            results[key]["wide / automatic, added"] = added["dense"] / added["automatic"]
             print(
                 f"added to the frozen projection, wide / automatic: "
                 f"{results[key]['wide / automatic, added']:.2f}"
             )
-    dylora.site.select_kernel = real
+    dylora.adapters.plan.select_kernel = real
     worst = max(results, key=lambda key: results[key]["choice / better"])
     print(f"\nchosen way / better way, at worst: {results[worst]['choice / better']:.3f}, {worst}")
     return results

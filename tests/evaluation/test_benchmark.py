@@ -58,7 +58,7 @@ def by_heart(monkeypatch):
     """A model whose adapters know the answers to all tasks but one; its base knows none."""
 
     def draw(model, tokenizer, batch, settings):
-        off = not model.mixture.state.enabled
+        off = model.mixture.state.mine.disabled
         for one in batch:
             knows = not off and not one.problem.task_id.endswith("5")
             yield one, one.problem.reference if knows else "def nothing(): pass"

@@ -98,13 +98,16 @@ def broken(monkeypatch) -> Callable[[Callable[[DyLoRA_MoE], None]], None]:
 
 def change_gates(model: DyLoRA_MoE, change: Callable[[Tensor], Tensor]) -> None:
     """Every adapter gets other gates [B, S, E] than its site chose."""
-    for site in model.mixture.blocks:
+    for block in model.mixture.blocks:
 
-        def choose(*args, real=site._make_plan, site=site):
-            mix, shape = real(*args), site.output.gates.shape
-            return mix._replace(gates=change(mix.gates.view(shape)).flatten(0, 1))
+        def begin(pass_, decision, dtype, real=block.begin, block=block):
+            real(pass_, decision, dtype)
+            run = pass_.blocks[block.index]
+            plan, shape = run.plan(), decision.gates.shape
+            run._plan = plan._replace(gates=change(plan.gates.view(shape)).flatten(0, 1))
+            run.decode = None
 
-        site._make_plan = choose
+        block.begin = begin
 
 
 # Sound checkpoints

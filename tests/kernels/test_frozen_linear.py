@@ -23,20 +23,20 @@ def frozen_weights():
     return [double(width, D, grad=False) for width in WIDTHS]
 
 
-def test_two_wide_projections_of_one_input_have_the_numeric_gradient():
+def test_two_dense_projections_of_one_input_have_the_numeric_gradient():
     weights, gates = frozen_weights(), torch.rand(T, E).double()
     matrices = [*(double(E, R, D) for _ in WIDTHS), *(double(E, R, width) for width in WIDTHS)]
     block, scaling_E = [Block(0, E, R, False)], torch.ones(E).double()
 
     def both(x, *matrices):
-        taken = FrozenLinearGrads(list(WIDTHS))
+        grads = FrozenLinearGrads(list(WIDTHS))
         As, Bs = [[A] for A in matrices[:2]], matrices[2:]
-        hs, ties = down_products(x, As, x.dtype, taken)
+        hs, carriers = down_products(x, As, x.dtype, grads)
         found = []
         for place, weight in enumerate(weights):
-            taken.take(place, weight)
+            grads.record(place, weight)
             y = x.detach() @ weight.T
-            parts = (hs[place], gates, scaling_E, block, [Bs[place]], ties[place])
+            parts = (hs[place], gates, scaling_E, block, [Bs[place]], carriers[place])
             found.append(add_dense(y, *parts))
         return tuple(found)
 
@@ -49,31 +49,31 @@ def test_two_grouped_projections_of_one_input_have_the_numeric_gradient():
     matrices = [*(double(E, R, D) for _ in WIDTHS), *(double(E, R, width) for width in WIDTHS)]
 
     def both(x, *matrices):
-        taken = FrozenLinearGrads(list(WIDTHS))
-        hs, ties = grouped_products(x, list(matrices[:2]), x.dtype, plan, taken)
+        grads = FrozenLinearGrads(list(WIDTHS))
+        hs, carriers = grouped_products(x, list(matrices[:2]), x.dtype, plan, grads)
         found = []
         for place, (weight, B) in enumerate(zip(weights, matrices[2:], strict=True)):
-            taken.take(place, weight)
+            grads.record(place, weight)
             y = x.detach() @ weight.T
-            found.append(add_grouped(y, hs[place], weights_TK, B, plan, ties[place]))
+            found.append(add_grouped(y, hs[place], weights_TK, B, plan, carriers[place]))
         return tuple(found)
 
     assert gradcheck(both, (double(T, D), *matrices))
 
 
-def test_a_tie_takes_no_memory():
-    [tie] = FrozenLinearGrads([1000]).ties(double(1, 500, 4))
-    assert tie.shape == (1, 500, 1000)
-    assert tie.untyped_storage().nbytes() == 8
+def test_a_gradient_carrier_takes_no_memory():
+    [carrier] = FrozenLinearGrads([1000]).carriers(double(1, 500, 4))
+    assert carrier.shape == (1, 500, 1000)
+    assert carrier.untyped_storage().nbytes() == 8
 
 
 def test_a_weight_changed_before_backward_is_found():
-    taken, weight = FrozenLinearGrads([3]), double(3, D, grad=False)
-    taken.take(0, weight)
-    assert taken.gradient((double(T, 3),)) is not None
+    grads, weight = FrozenLinearGrads([3]), double(3, D, grad=False)
+    grads.record(0, weight)
+    assert grads.gradient((double(T, 3),)) is not None
     weight.zero_()
     with pytest.raises(RuntimeError, match="changed between forward and backward"):
-        taken.gradient((double(T, 3),))
+        grads.gradient((double(T, 3),))
 
 
 # Whole models
@@ -81,7 +81,7 @@ def test_a_weight_changed_before_backward_is_found():
 
 @pytest.fixture
 def watched(monkeypatch):
-    """How many projections each backward pass took over, of those that ran."""
+    """How many projections ran outside autograd, by backward pass."""
     counts = []
     real = FrozenLinearGrads.gradient
 
@@ -122,7 +122,7 @@ def agree(ours, theirs):
 
 
 CASES = {
-    "wide": {"maturity": [0.0] * 8},
+    "dense": {"maturity": [0.0] * 8},
     "grouped": {"maturity": [1.0] * 8},
     "both": {"maturity": [1.0] * 6 + [0.0] * 2},
     "one A": {"maturity": [0.0] * 8, "share_A": True},
@@ -150,7 +150,7 @@ def test_a_model_learns_the_same_whoever_has_the_frozen_products(
     else:
         model = mixture(**settings).double()
     if case in ("grouped", "both"):
-        monkeypatch.setattr("dylora.adapters.block.select_kernel", lambda **known: "grouped")
+        monkeypatch.setattr("dylora.adapters.plan.select_kernel", lambda **known: "grouped")
     for adapter in model.mixture.adapters.values():
         for stack in adapter.stacks:
             nn.init.normal_(stack.lora_B, std=0.1)
@@ -196,7 +196,7 @@ def test_a_projection_that_is_more_than_a_frozen_product_is_left_to_autograd(
 @pytest.mark.parametrize("maturity", [0.0, 1.0])
 def test_a_base_may_clip_its_projections_in_place(maturity, mixture, random_base, ids, monkeypatch):
     """As OLMo does with clip_qkv."""
-    monkeypatch.setattr("dylora.adapters.block.select_kernel", lambda **known: "grouped")
+    monkeypatch.setattr("dylora.adapters.plan.select_kernel", lambda **known: "grouped")
     sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "clip_qkv": 0.5}
     base = random_base("OlmoConfig", **sizes, num_hidden_layers=2, num_attention_heads=2)
     model = mixture(base, num_experts=8, maturity=[maturity] * 8).double()
@@ -239,17 +239,6 @@ def test_projections_of_one_input_agree_on_what_is_dropped(mixture, ids, watched
     assert sum(watched) == len(model.base.model.layers)  # o alone
 
 
-def test_a_projection_called_with_gradient_after_routing_without_keeps_its_own(mixture, ids):
-    model = mixture()
-    block = model.base.model.layers[0].self_attn
-    with torch.no_grad():
-        model(ids)
-    x = torch.randn(*ids.shape, block.q_proj.in_features, requires_grad=True)
-    block.q_proj(x).sum().backward()
-    assert x.grad is not None
-    assert x.grad.any()
-
-
 def test_disabled_adapters_take_any_call_of_a_projection(mixture):
     model = mixture()
     projection = model.base.model.layers[0].self_attn.q_proj
@@ -259,7 +248,7 @@ def test_disabled_adapters_take_any_call_of_a_projection(mixture):
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.1}])
-def test_nothing_is_taken_over_where_the_experts_read_another_input(
+def test_nothing_runs_outside_autograd_where_the_experts_read_another_input(
     settings, mixture, ids, watched
 ):
     model = mixture(**settings)
@@ -268,7 +257,7 @@ def test_nothing_is_taken_over_where_the_experts_read_another_input(
     assert sum(watched) == 0
 
 
-def test_nothing_is_taken_over_under_autocast(mixture, ids, watched):
+def test_nothing_runs_outside_autograd_under_autocast(mixture, ids, watched):
     model = mixture()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         learn(model, ids)

@@ -1,21 +1,20 @@
 """The compute paths: one meaning, held against the loop over experts, gradients included."""
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache, StaticCache
 
 import oracles
 from dylora.kernels import select
 from dylora.kernels.common import product_dtype
+from dylora.kernels.decode import DecodePass
 from dylora.kernels.dense import Block, add_dense, down_products
 from dylora.kernels.grouped import add_grouped, grouped_products, plan_pairs
 from dylora.kernels.select import select_kernel
-from dylora.run_config import TrainConfig
-from dylora.training.optim import build_optimizer
 
 T, D, O, E, R = 5, 4, 3, 6, 2  # noqa: E741 - the letters of the design
 
@@ -59,7 +58,7 @@ def wide_oracle(y, x, gates, scaling_E, blocks, As, Bs):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_wide_way_is_the_loop_over_experts(layout):
+def test_the_dense_kernel_is_the_loop_over_experts(layout):
     blocks, As, Bs = wide_parts(layout)
     x, gates, y = double(T, D), torch.rand(T, E).double(), double(T, O)
     scaling_E = torch.linspace(0.5, 2, E).double()
@@ -73,7 +72,7 @@ def test_the_wide_way_is_the_loop_over_experts(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_wide_way_has_the_numeric_gradient_and_none_for_frozen_experts(layout):
+def test_the_dense_kernel_has_the_numeric_gradient_and_none_for_frozen_experts(layout):
     blocks, As, Bs = wide_parts(layout)
     gates = torch.rand(T, E).double().requires_grad_()
     scaling_E = torch.linspace(0.5, 2, E).double()
@@ -178,7 +177,7 @@ def as_gates(weights_TK, experts_TK, experts=E):
 
 @pytest.mark.parametrize("used", [None, 3])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_the_grouped_way_is_the_loop_over_experts(top_k, used):
+def test_the_grouped_kernel_is_the_loop_over_experts(top_k, used):
     """With `used`, half of the experts have no token at all."""
     weights_TK, experts_TK = sparse_parts(top_k, used=used)
     x, A, B, y = double(T, D), double(E, R, D), double(E, R, O), double(T, O)
@@ -189,7 +188,7 @@ def test_the_grouped_way_is_the_loop_over_experts(top_k, used):
 
 
 @pytest.mark.parametrize("frozen", [(), ("A",), ("A", "B")])
-def test_the_grouped_way_has_the_numeric_gradient(frozen):
+def test_the_grouped_kernel_has_the_numeric_gradient(frozen):
     weights_TK, experts_TK = sparse_parts(2)
     plan = plan_pairs(experts_TK, E)
     A, B = double(E, R, D, grad="A" not in frozen), double(E, R, O, grad="B" not in frozen)
@@ -199,7 +198,7 @@ def test_the_grouped_way_has_the_numeric_gradient(frozen):
     )
 
 
-def test_the_grouped_way_is_the_same_in_float32_by_torchs_grouped_products():
+def test_the_grouped_kernel_is_the_same_in_float32_by_torchs_grouped_products():
     weights_TK, experts_TK = sparse_parts(2)
     plan = plan_pairs(experts_TK, E)
     results = {}
@@ -230,7 +229,7 @@ def test_a_bfloat16_base_learns_near_what_a_float32_one_does(
 ):
     """Whether the device multiplies bfloat16 itself, or the products are made in float32."""
     monkeypatch.setattr("dylora.kernels.common.is_emulated", lambda dtype: emulated)
-    monkeypatch.setattr("dylora.adapters.block.select_kernel", lambda **known: "grouped")
+    monkeypatch.setattr("dylora.adapters.plan.select_kernel", lambda **known: "grouped")
     model = mixture(num_experts=8, maturity=[maturity] * 8)
     for adapter in model.mixture.adapters.values():
         torch.nn.init.normal_(adapter.stacks[0].lora_B, std=0.1)
@@ -264,32 +263,32 @@ def test_products_keep_the_precision_that_the_device_has(monkeypatch):
 def test_the_rule_looks_at_experts_tokens_and_gradients():
     train = {"needs_grad": True, "device": "cpu"}
     assert select_kernel(tokens=1024, mature=64, top_k=2, **train) == "grouped"
-    assert select_kernel(tokens=1024, mature=0, top_k=2, **train) == "wide"
-    assert select_kernel(tokens=1024, mature=2, top_k=2, **train) == "wide"
-    assert select_kernel(tokens=4, mature=64, top_k=2, **train) == "wide"
+    assert select_kernel(tokens=1024, mature=0, top_k=2, **train) == "dense"
+    assert select_kernel(tokens=1024, mature=2, top_k=2, **train) == "dense"
+    assert select_kernel(tokens=4, mature=64, top_k=2, **train) == "dense"
     assert select_kernel(tokens=16, mature=64, top_k=2, **train) == "grouped"
-    assert select_kernel(tokens=64, mature=8, top_k=2, **train) == "wide"
+    assert select_kernel(tokens=64, mature=8, top_k=2, **train) == "dense"
     step = {"needs_grad": False, "device": "cpu"}
-    assert select_kernel(tokens=1, mature=64, top_k=2, **step) == "gathered"
-    assert select_kernel(tokens=1, mature=16, top_k=2, **step) == "wide"
-    assert select_kernel(tokens=16, mature=64, top_k=2, **step) == "gathered"
-    assert select_kernel(tokens=20, mature=64, top_k=2, **step) == "wide"
+    assert select_kernel(tokens=1, mature=64, top_k=2, **step) == "gather"
+    assert select_kernel(tokens=1, mature=16, top_k=2, **step) == "dense"
+    assert select_kernel(tokens=16, mature=64, top_k=2, **step) == "gather"
+    assert select_kernel(tokens=20, mature=64, top_k=2, **step) == "dense"
     assert select_kernel(tokens=40, mature=64, top_k=2, **step) == "grouped"
-    assert select_kernel(tokens=40, mature=256, top_k=2, **step) == "gathered"
+    assert select_kernel(tokens=40, mature=256, top_k=2, **step) == "gather"
     assert select_kernel(tokens=80, mature=512, top_k=2, **step) == "grouped"
     assert select_kernel(tokens=512, mature=8, top_k=2, **train) == "grouped"
-    assert select_kernel(tokens=512, mature=8, top_k=2, half=True, **train) == "wide"
-    assert select_kernel(tokens=16, mature=64, top_k=2, half=True, **step) == "wide"
+    assert select_kernel(tokens=512, mature=8, top_k=2, half=True, **train) == "dense"
+    assert select_kernel(tokens=16, mature=64, top_k=2, half=True, **step) == "dense"
 
 
 def test_on_cuda_only_large_passes_are_sorted():
     train, step = {"needs_grad": True, "device": "cuda"}, {"needs_grad": False, "device": "cuda"}
-    assert select_kernel(tokens=2048, mature=64, top_k=2, **train) == "wide"
-    assert select_kernel(tokens=8192, mature=256, top_k=2, **train) == "wide"
+    assert select_kernel(tokens=2048, mature=64, top_k=2, **train) == "dense"
+    assert select_kernel(tokens=8192, mature=256, top_k=2, **train) == "dense"
     assert select_kernel(tokens=32768, mature=256, top_k=2, **train) == "grouped"
     assert select_kernel(tokens=8192, mature=512, top_k=2, **train) == "grouped"
-    assert select_kernel(tokens=1, mature=256, top_k=2, **step) == "wide"
-    assert select_kernel(tokens=64, mature=256, top_k=2, **step) == "wide"
+    assert select_kernel(tokens=1, mature=256, top_k=2, **step) == "dense"
+    assert select_kernel(tokens=64, mature=256, top_k=2, **step) == "dense"
 
 
 SPARSE = {
@@ -310,8 +309,8 @@ SPARSE = {
 
 
 def by(way, monkeypatch, model, ids, *, learns=True):
-    """Logits and gradients of a model all of whose stacks go one way where they can."""
-    monkeypatch.setattr("dylora.adapters.block.select_kernel", lambda **known: way)
+    """Logits and gradients of a model all of whose stacks take one kernel where they can."""
+    monkeypatch.setattr("dylora.adapters.plan.select_kernel", lambda **known: way)
     if not learns:
         with torch.no_grad():
             return model(ids).logits, {}
@@ -324,7 +323,7 @@ def by(way, monkeypatch, model, ids, *, learns=True):
 
 @pytest.mark.parametrize("pool", ["as it began", "with a history"])
 @pytest.mark.parametrize("settings", SPARSE)
-def test_every_way_through_a_model_has_the_same_logits_and_gradients(
+def test_every_kernel_has_the_same_logits_and_gradients(
     settings, pool, mixture, gpt2, ids, monkeypatch
 ):
     settings = {"maturity": [1.0] * 8} | SPARSE[settings]
@@ -338,15 +337,15 @@ def test_every_way_through_a_model_has_the_same_logits_and_gradients(
             model.mixture.adapters["transformer.h.0.attn.c_attn"].stacks[-1].lora_B
         )
     model.train()
-    logits, gradients = by("wide", monkeypatch, model, ids)
+    logits, gradients = by("dense", monkeypatch, model, ids)
     ours, theirs = by("grouped", monkeypatch, model, ids)
     torch.testing.assert_close(ours, logits, rtol=1e-9, atol=1e-9)
     assert theirs.keys() == gradients.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(gradient, gradients[name], rtol=1e-7, atol=1e-9, msg=name)
     model.eval()
-    logits, _ = by("wide", monkeypatch, model, ids)
-    for way in ("wide", "grouped", "gathered"):
+    logits, _ = by("dense", monkeypatch, model, ids)
+    for way in ("dense", "grouped", "gather"):
         ours, _ = by(way, monkeypatch, model, ids, learns=False)
         torch.testing.assert_close(ours, logits, rtol=1e-9, atol=1e-9, msg=way)
 
@@ -375,7 +374,7 @@ def test_weights_that_a_caller_gives_reach_experts_that_are_not_chosen(mixture, 
     torch.testing.assert_close(compute_all(ids, routing_weights=weights).logits, expected)
 
 
-def test_a_site_that_matures_changes_its_way_without_a_restart(mixture, monkeypatch):
+def test_a_block_that_matures_changes_its_kernel_without_a_restart(mixture, monkeypatch):
     seen = []
     real = select.select_kernel
 
@@ -383,7 +382,7 @@ def test_a_site_that_matures_changes_its_way_without_a_restart(mixture, monkeypa
         seen.append(real(**known))
         return seen[-1]
 
-    monkeypatch.setattr("dylora.adapters.block.select_kernel", watch)
+    monkeypatch.setattr("dylora.adapters.plan.select_kernel", watch)
     model = mixture(num_experts=16, maturity=[0.0] * 16)
     ids = torch.randint(3, 40, (4, 32))
     model(ids, labels=ids).loss.backward()
@@ -412,7 +411,7 @@ def test_a_pass_copies_no_list_to_the_device_again(learns, groups, mixture):
     ids = torch.randint(3, 40, (4, 32))
     counts = []
     for enabled in (True, True, False):
-        model.mixture.state.enabled = enabled
+        model.mixture.state.mine.disabled = not enabled
         with torch.set_grad_enabled(learns), CopiedLists() as mode:
             model(ids)
         counts.append(mode.count)
@@ -429,71 +428,111 @@ def test_what_inference_has_made_serves_training(mixture):
     assert all(p.grad is not None for _, p in model.expert_parameters())
 
 
-# Packed for decoding
+# Decoding
 
 
-def as_if_not_packed(monkeypatch):
-    monkeypatch.setattr("dylora.adapters.block.DECODE_TOKENS", 0)
+def decoded(model, ids, cache=None):
+    """Logits [B, S, V] of one token at a time with a cache."""
+    cache = DynamicCache(config=model.base.config) if cache is None else cache
+    with torch.no_grad():
+        steps = [
+            model.base(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+            for t in range(ids.shape[1])
+        ]
+    return torch.cat(steps, 1)
 
 
 @pytest.mark.parametrize("settings", [*SPARSE, "newborn", "one A"])
-def test_a_few_tokens_without_gradient_are_computed_as_any(
-    settings, mixture, gpt2, ids, monkeypatch
-):
+def test_decoding_is_computed_as_any_pass(settings, mixture, gpt2, ids, monkeypatch):
     extra = {"newborn": {"maturity": [0.0] * 8}, "one A": {"share_A": True}}
     settings = {"maturity": [1.0] * 8} | (SPARSE | extra)[settings]
     model = mixture(gpt2(), num_experts=8, **settings).double()
-    with torch.no_grad():
-        packed = model(ids).logits
-        as_if_not_packed(monkeypatch)
-        torch.testing.assert_close(packed, model(ids).logits, rtol=1e-10, atol=1e-10)
-
-
-def test_a_pack_follows_every_change_of_its_values(mixture, ids, monkeypatch):
-    model = mixture(num_experts=4, maturity=[0.0] * 4)
-    optimizer = torch.optim.SGD([p for _, p in model.own_parameters()], lr=0.5)
-
-    def both_ways():
+    used = []
+    real = DecodePass.add
+    monkeypatch.setattr(DecodePass, "add", lambda *args: used.append(1) or real(*args))
+    for kernel in (None, "dense", "gather"):
+        with monkeypatch.context() as patch:
+            if kernel:
+                patch.setattr(
+                    "dylora.adapters.plan.select_kernel", lambda kernel=kernel, **k: kernel
+                )
+            ours = decoded(model, ids)
         with torch.no_grad():
-            packed = model(ids).logits
-            with monkeypatch.context() as patch:
-                as_if_not_packed(patch)
-                torch.testing.assert_close(packed, model(ids).logits, rtol=1e-4, atol=1e-4)
-        return packed
+            torch.testing.assert_close(ours, model(ids).logits, rtol=1e-10, atol=1e-10)
+    assert used
 
-    seen = [both_ways()]
-    model(ids, labels=ids).loss.backward()
-    optimizer.step()
-    seen.append(both_ways())
+
+KEPT = pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["layouts", "ratios"])
+
+
+@KEPT
+@pytest.mark.parametrize("write", ["data", "fused", "in place", "eval", "cast", "loaded"])
+def test_a_decoding_sees_every_write_that_came_before_it(settings, write, mixture, ids):
+    """`.data` and fused optimizers leave version counters as they are."""
+    model = mixture(num_experts=4, maturity=[0.0] * 4, **settings)
+    before = decoded(model, ids)
     with torch.no_grad():
-        for _, parameter in model.expert_parameters():
-            parameter.mul_(1.5)
-    seen.append(both_ways())
+        for _, parameter in model.own_parameters():
+            if write in ("data", "eval"):
+                parameter.data.mul_(-1.5)
+            elif write == "fused":
+                parameter.grad = torch.ones_like(parameter)
+            else:
+                parameter.mul_(-1.5)
+    if write == "fused":
+        parameters = [p for _, p in model.own_parameters()]
+        torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+    if write == "eval":
+        model.train().eval()
+    if write == "cast":
+        model.double()
+        model.float()
+    if write == "loaded":
+        model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
+    after = decoded(model, ids)
+    with torch.no_grad():
+        torch.testing.assert_close(after, model(ids).logits, rtol=1e-3, atol=1e-3)
+    assert (after - before).abs().max() > 0.1
+
+
+@KEPT
+def test_a_static_cache_used_again_is_another_decoding(settings, mixture, ids):
+    model = mixture(**settings)
+    cache = StaticCache(config=model.base.config, max_cache_len=ids.shape[1] + 1)
+
+    def continued():
+        cache.reset()
+        with torch.no_grad():
+            model.base(input_ids=ids, past_key_values=cache, use_cache=True)
+            last = model.base(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        return last.logits
+
+    continued()
+    for _, parameter in model.own_parameters():
+        parameter.data.mul_(-1.5)
+    with torch.no_grad():
+        expected = model(torch.cat([ids, ids[:, -1:]], 1)).logits[:, -1:]
+    torch.testing.assert_close(continued(), expected, rtol=1e-4, atol=1e-4)
+
+
+@KEPT
+def test_experts_that_come_and_go_within_a_decoding_are_seen(settings, mixture, ids):
+    model, cache = mixture(**settings), None
+    cache = DynamicCache(config=model.base.config)
+    decoded(model, ids[:, :3], cache)
+    assert model.mixture.state._decodings
     model.experts.retire(1)
-    seen.append(both_ways())
-    model.double()
-    both_ways()
-    model.float()
-    model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
-    seen.append(both_ways())
-    for one, other in pairwise(seen):
-        assert (one - other).abs().max() > 1e-3
-
-
-def test_a_pack_follows_a_step_of_our_optimizer(mixture, ids):
-    """Fused steps leave versions as they are; a pass between backward and step has packed."""
-    model = mixture(num_experts=4, maturity=[0.0] * 4)
-    optimizer = build_optimizer(model, TrainConfig(learning_rate=0.1))
-    model(ids, labels=ids).loss.backward()
+    ours = decoded(model, ids[:, 3:4], cache)
+    cache.crop(-1)
     with torch.no_grad():
-        model(ids)
-        optimizer.step()
-        few, many = model(ids).logits, model(ids.repeat(30, 1)).logits[: len(ids)]
-    torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)
+        theirs = model.base(input_ids=ids[:, 3:5], past_key_values=cache, use_cache=True).logits[
+            :, :1
+        ]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["packs", "lengths"])
-def test_what_is_kept_follows_parameters_that_are_replaced(settings, mixture, ids):
+@KEPT
+def test_parameters_that_are_replaced_are_followed(settings, mixture, ids):
     model, other = mixture(**settings), mixture(**settings)
     with torch.no_grad():
         for parameter in (p for _, p in other.own_parameters()):
@@ -505,44 +544,33 @@ def test_what_is_kept_follows_parameters_that_are_replaced(settings, mixture, id
         torch.testing.assert_close(model(ids).logits, before)
         model.load_state_dict(other.state_dict(), assign=True)
         torch.testing.assert_close(model(ids).logits, expected)
+        torch.testing.assert_close(decoded(model, ids), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["packs", "lengths"])
-def test_what_is_kept_is_made_anew_after_eval(settings, mixture, ids):
-    model = mixture(**settings)
-    with torch.no_grad():
-        before = model(ids).logits
-        for _, parameter in model.own_parameters():
-            parameter.data.mul_(-1.5)  # no version tells
-        model.eval()
-        many = model(ids.repeat(30, 1)).logits[: len(ids)]
-        torch.testing.assert_close(model(ids).logits, many, rtol=1e-4, atol=1e-4)
-        assert (many - before).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["packs", "lengths"])
+@KEPT
 def test_experts_that_change_in_inference_mode_decode_and_train_after_it(settings, mixture, ids):
     model = mixture(**settings)
     with torch.inference_mode():
         model.experts.set_active_expert(1)
-        model(ids)
+        decoded(model, ids)
         model.experts.activate_all_experts()
         model.experts.create_expert()
         if not settings:
             model.experts.merge(0, 1)  # DoRA's cannot be
         model.experts.restore(model.experts.records())
-        model(ids)
-    with torch.no_grad():
-        model(ids)
+        decoded(model, ids)
+    decoded(model, ids)
     model.train()(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for _, p in model.own_parameters() if p.requires_grad)
 
 
-def test_packs_are_let_go_when_training_begins(mixture, ids):
+def test_what_a_decoding_keeps_ends_with_its_cache_and_with_training(mixture, ids):
     model = mixture()
-    with torch.no_grad():
-        model(ids)
-    site = model.mixture.blocks[0]
-    assert site._packs
+    decodings = model.mixture.state._decodings
+    decoded(model, ids)
+    assert not decodings
+    cache = DynamicCache(config=model.base.config)
+    decoded(model, ids, cache)
+    assert len(decodings) == 1
     model(ids, labels=ids)
-    assert not site._packs
+    assert not decodings

@@ -16,7 +16,7 @@ from dylora.routing.gating import (
     maturity_gates,
     top_k_mask,
 )
-from dylora.routing.state import RoutingState
+from dylora.routing.state import Pass, RoutingState
 
 E = 4
 MATURITIES = {
@@ -262,7 +262,7 @@ def largest_load(router, maturity=1.0):
     x = torch.randn(2, 10, 8)
     state = RoutingState(E)
     state.set_maturity(torch.full((E,), maturity))
-    return int((router(x, state).gates > 0).sum((0, 1)).max())
+    return int((router(x, Pass(state)).gates > 0).sum((0, 1)).max())
 
 
 def test_capacity_holds_in_sparse_training():
@@ -302,7 +302,7 @@ def test_capacity_is_shared_by_the_experts_that_take_part():
     router, x = sparse_router(expert_capacity_factor=1.0, top_k_experts=1), torch.randn(4, 50, 8)
     state = RoutingState(E)
     state.set_active([True, False, True, False])
-    loads = (router(x, state).gates > 0).sum((0, 1))
+    loads = (router(x, Pass(state)).gates > 0).sum((0, 1))
     assert loads.max() == 100  # ceil(1 · 1 · 200 / 2)
     assert loads[1] == loads[3] == 0
 
@@ -311,7 +311,7 @@ def test_capacity_of_a_single_expert_is_every_token():
     router, x = sparse_router(expert_capacity_factor=1.0), torch.randn(4, 50, 8)
     state = RoutingState(E)
     state.set_active([False, False, True, False])
-    gates = router(x, state).gates
+    gates = router(x, Pass(state)).gates
     assert torch.equal(gates, torch.tensor([0.0, 0.0, 1.0, 0.0]).expand_as(gates))
 
 
@@ -340,7 +340,7 @@ def route_among(active, training, maturity=MATURITIES["mixed"], **settings):
     state, x = RoutingState(E), 3 * torch.randn(5, 6, 8)
     state.set_maturity(torch.tensor(maturity))
     state.set_active(active)
-    return router(x.requires_grad_(), state)
+    return router(x.requires_grad_(), Pass(state))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -421,7 +421,7 @@ def route(x, maturity=None, **settings):
     state = RoutingState(E)
     if maturity is not None:
         state.set_maturity(torch.tensor(maturity))
-    return router, router(x, state)
+    return router, router(x, Pass(state))
 
 
 def test_probabilities_are_the_softmax_of_the_logits_over_the_temperature():
@@ -561,14 +561,20 @@ def test_absolute_logits_take_a_row_for_what_it_is_up_to_its_sign():
     torch.testing.assert_close(logits[..., 1], logits[..., 0] + 0.25)
 
 
-def test_the_mask_of_a_pass_reaches_the_routers(ids, mixture):
+def masks_seen(model, *args, **kwargs) -> list:
+    """The masks that the routers of a pass were given."""
+    seen = []
+    handles = [
+        router.register_forward_pre_hook(lambda module, args: seen.append(args[1].token_mask))
+        for _, router in model.routers()
+    ]
+    model(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_the_mask_of_a_pass_reaches_its_routers_and_not_the_next_pass(ids, mixture):
     model, mask = mixture(), torch.ones_like(ids)
-    model.base(input_ids=ids, attention_mask=mask)
-    assert model.mixture.state.token_mask is mask
-
-
-def test_the_mask_of_a_pass_does_not_reach_the_next(ids, mixture):
-    model = mixture()
-    model(ids, torch.ones_like(ids))
-    model(ids)
-    assert model.mixture.state.token_mask is None
+    assert all(seen is mask for seen in masks_seen(model, ids, mask))
+    assert masks_seen(model, ids) == [None, None]
