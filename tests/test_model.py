@@ -490,7 +490,7 @@ def test_what_is_not_routed_has_no_routing_losses(mixture, ids, settings):
 
 def test_no_losses_without_labels(mixture, ids):
     out = mixture()(ids)
-    assert out[:4] == (None,) * 4
+    assert (out.loss, out.lm_loss, out.aux_loss, out.switch_loss, out.z_loss) == (None,) * 5
     assert out.token_losses is None
 
 
