@@ -64,11 +64,8 @@ def add_benchmark(command: ArgumentParser) -> None:
 def benchmark(options: Namespace, overrides: list[str]) -> None:
     config = load_run_config(options.config, overrides)
     files = dict(_pair(item) for item in split_items(options.task_files))
-    from dylora.evaluation.passk.benchmark import (
-        BenchmarkOptions,
-        benchmark_checkpoint,
-        expand_tasks,
-    )
+    from dylora.evaluation.passk.benchmark import benchmark_checkpoint
+    from dylora.evaluation.passk.options import BenchmarkOptions, expand_tasks
 
     if not all(item.isdecimal() for item in split_items(options.k)):
         raise ValueError(f"--k is {options.k!r}, but must be numbers with commas between")

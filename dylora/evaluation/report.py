@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dylora.evaluation.passk.skills import score_skills
 from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
-from dylora.evaluation.skills import score_skills
 from dylora.training.run import Run
 from dylora.training.validation import validate
 
@@ -39,14 +39,14 @@ def report_run(run: Run) -> list[SetRow]:
 
     count = run.config.eval.skill_answers
     skills = [s.name.removeprefix(SKILL_PREFIX) for s in sets if s.name.startswith(SKILL_PREFIX)]
-    trained_skills, base_skills, level = {}, {}, None
+    trained_skills, base_skills, backend = {}, {}, None
     if count and skills:
         run.log.info(f"answering {count} test tasks of {len(skills)} skills, base and trained …")
         trained_skills = score_skills(model, run.tokenizer, skills, count)
         with model.disable_adapters():
             base_skills = score_skills(model, run.tokenizer, skills, count)
-        level = trained_skills[skills[0]].level
-        run.log.info(f"answers ran under {level}")
+        backend = trained_skills[skills[0]].backend
+        run.log.info(f"answers ran under {backend}")
 
     rows = []
     for name, score in trained.items():
@@ -71,7 +71,7 @@ def report_run(run: Run) -> list[SetRow]:
     results = {
         "step": run.progress.step,
         "test_answers_per_skill": count,
-        "sandbox": level,
+        "sandbox": backend,
         "sets": [row._asdict() for row in rows],
         "answers": {name: score.answers for name, score in trained_skills.items()},
         "written": time.strftime("%Y-%m-%dT%H:%M:%S"),

@@ -1,1 +1,1 @@
-"""Running untrusted programs; imports nothing of dylora."""
+"""Running untrusted programs. Imports nothing of dylora."""

@@ -1,8 +1,8 @@
-"""Walls of bubblewrap's around the launcher, for kernels without Landlock.
+"""The command prefix that starts the launcher in bubblewrap, for kernels without Landlock.
 
-Namespaces hold a tree with Python's standard library and the system's shared libraries to read,
-four devices, and a file system in memory to write to; no /proc, no network, no other process.
-seccomp and the limits are put on by the launcher, as with Landlock.
+Inside are a tree with Python's standard library and the system's shared libraries to read, four
+devices, and a file system in memory to write to; no /proc, no network, no other process. The
+launcher applies seccomp and the limits, as with Landlock.
 """
 
 import os
@@ -17,40 +17,40 @@ from typing import NamedTuple
 
 from dylora.sandbox.launcher.guard import DEVICES, INSTALLED, LIBRARIES
 
-# Of root's powers those that it takes to become nobody, and to end and tidy up after nobody.
+# For changing to the user nobody, and for ending its processes and removing its files.
 _CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "KILL", "SETGID", "SETPCAP", "SETUID")
 
 
 class CommandPrefix(NamedTuple):
-    """How to start a process inside."""
+    """How to start a process inside bubblewrap."""
 
     name: str  # for the results
-    command: list[str]  # what comes before its own command
-    folder: str  # the only place to write to, inside
+    command: list[str]  # comes before the process's own command
+    folder: str  # the only writable folder inside
 
 
 def build(*inside: str) -> CommandPrefix:
-    """Walls with the paths `inside` to read, under their own names.
+    """The prefix for a process that may also read the paths `inside`, under their own names.
 
     Raises:
-        OSError: bubblewrap is not there.
+        OSError: bubblewrap is not installed.
     """
     program = shutil.which("bwrap")
     if program is None:
         raise FileNotFoundError("there is no bwrap (package bubblewrap)")
     name = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.strip()
-    # Exists in there only, so nothing outside is touched by a bwrap that does not do its work.
+    # Exists inside only: a bwrap that does not isolate finds no such folder to write to.
     folder = str(Path(tempfile.gettempdir(), f"dylora-{secrets.token_hex(8)}"))
     library = os.path.dirname(os.__file__)
     prefix = os.path.join(sys.base_prefix, "lib")
     options = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     options += ["--unshare-cgroup-try"]
-    if os.geteuid() == 0:  # root stays root in there, for the launcher makes nobody of it
+    if os.geteuid() == 0:  # root stays root inside: the launcher changes to the user nobody
         options += [word for one in _CAPABILITIES for word in ("--cap-add", f"CAP_{one}")]
     else:
         options += ["--unshare-user"]
     paths = _outermost((*LIBRARIES, prefix, library, os.path.realpath(sys.executable)))
-    # Made by bubblewrap itself, the folders above a closed one would be closed to nobody, too.
+    # Parents that bubblewrap itself makes would have the child's mode, closed to the user nobody.
     above = {str(one) for path in (*paths, *inside) for one in Path(path).parents}
     options += [word for path in sorted(above - {"/"}) for word in ("--dir", path)]
     for path in paths:

@@ -1,10 +1,9 @@
-"""Runs programs that a model wrote, as if an enemy had written them.
+"""Runs untrusted programs: the host's side.
 
 `Sandbox` starts launcher/, which runs each program in a process that can compute and little
-else, and the tests in another one. No program sees a test or an expected value; exit codes and
-prints count for nothing. Files are kept from a program by Landlock, or by bubblewrap where the
-kernel has no Landlock. Where the machine has neither, `Sandbox` refuses, unless told `unsafe`;
-`level` says what protected, for the results.
+else, and the tests in another one. No program sees a test or an expected value, and its exit code
+and output do not decide. Landlock keeps a program from files, or bubblewrap where the kernel has no
+Landlock. Where the machine has neither, `Sandbox` raises ValueError unless `unsafe` is set.
 """
 
 import contextlib
@@ -26,18 +25,18 @@ from dylora.sandbox.launcher.wire import Closed, decode, encode, read_frame, wri
 
 Outcome = Literal["passed", "failed", "error", "timeout", "memory", "output limit", "violation"]
 Job = TypeVar("Job")
-Done = TypeVar("Done")
+Output = TypeVar("Output")
 
-LEVELS = ("landlock", "bubblewrap")
-"""What can keep files from a program, the first choice first."""
+BACKENDS = ("landlock", "bubblewrap")
+"""What can keep a program from files, in the order in which "auto" tries them."""
 _LAUNCHER = Path(__file__).with_name("launcher")
 _GRACE_S = 20.0
-"""A launcher silent for this much longer than a job's limit is dead."""
+"""A launcher that has not answered this long after a job's limit is killed."""
 _PROBES = (
     ("open('/etc/passwd').read()", "error"),
     ("import os; os.kill(os.getppid(), 0)", "violation"),
 )
-"""Programs that only a sandbox which works ends in this way."""
+"""Programs, and the outcomes that only a working sandbox gives them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class Limits:
 
     seconds: int = 5
     """Processor time of the program, and of its tests: the same however busy the machine is.
-    A program deaf to the signal that ends it is killed a third, but at least 1 s, later."""
+    A program that ignores the signal is killed a third, but at least 1 s, later."""
     wall_seconds: float = 20.0
     """Wall-clock time of both together, for programs that wait."""
     memory_mb: int = 512
@@ -56,7 +55,7 @@ class Limits:
     file_kb: int = 1024
     """One file of its folder, in KiB."""
     disk_kb: int = 8192
-    """All files of its folder, in KiB. Looked at every 10 ms."""
+    """All files of its folder, in KiB. Checked every 10 ms."""
     files: int = 64
     """Files in its folder."""
     open_files: int = 32
@@ -71,13 +70,12 @@ class Limits:
 class Result(NamedTuple):
     """How one program ended."""
 
-    outcome: (
-        Outcome  # failed: an assertion of the tests; error: any other exception, or an early end
-    )
-    detail: str  # one line for a reader
-    output: str  # what it printed, up to the limit
-    seconds: float  # wall-clock time
-    cpu_seconds: float  # processor time of the program or the tests, whichever took more
+    # failed: an assertion of the tests; error: any other exception, or an early end
+    outcome: Outcome
+    detail: str = ""  # one line for a reader
+    output: str = ""  # what it printed, up to the limit
+    seconds: float = 0.0  # wall-clock time
+    cpu_seconds: float = 0.0  # processor time of the program or the tests, whichever took more
 
 
 class Sandbox:
@@ -85,30 +83,31 @@ class Sandbox:
 
     Args:
         limits: What one program may use.
-        level: One of `LEVELS`; "auto" takes the first that works.
-        unsafe: Resource limits only, whatever the machine could do.
+        backend: One of `BACKENDS`; "auto" takes the first that works.
+        unsafe: Separate processes with resource limits only, on any machine.
 
     Raises:
-        ValueError: This machine cannot protect itself in the way that was asked for, and `unsafe`
-            was not said.
+        ValueError: The backend does not work on this machine, and `unsafe` is not set.
     """
 
     def __init__(
-        self, limits: Limits | None = None, *, level: str = "auto", unsafe: bool = False
+        self, limits: Limits | None = None, *, backend: str = "auto", unsafe: bool = False
     ) -> None:
-        if level not in ("auto", *LEVELS):
-            raise ValueError(f"there is no sandbox {level!r}; choose auto, {' or '.join(LEVELS)}")
-        if unsafe and level != "auto":
-            raise ValueError(f"a sandbox cannot be both {level} and unsafe")
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(
+                f"there is no sandbox {backend!r}; choose auto, {' or '.join(BACKENDS)}"
+            )
+        if unsafe and backend != "auto":
+            raise ValueError(f"a sandbox cannot be both {backend} and unsafe")
         self.limits = limits or Limits()
-        self.level = ""
-        """What protects, for the results."""
+        self.backend = ""
+        """What protects the machine, in words for the results."""
         refusals = []
-        wanted = ("unsafe",) if unsafe else LEVELS if level == "auto" else (level,)
+        wanted = ("unsafe",) if unsafe else BACKENDS if backend == "auto" else (backend,)
         for one in wanted:
             self._stack = contextlib.ExitStack()
             try:
-                self.level = self._start(one)
+                self.backend = self._start(one)
                 for source, expected in () if unsafe else _PROBES:
                     result, _ = self.call(source, [])
                     if result.outcome != expected:
@@ -145,15 +144,15 @@ class Sandbox:
     def call(
         self, source: str, calls: Sequence[tuple[str, Sequence[Any]]]
     ) -> tuple[Result, list[Any]]:
-        """Runs a program, then calls its functions; what they return, to be compared out here.
+        """Runs a program, then calls its functions and returns their values for comparison.
 
         Args:
             source: Python source of the program.
-            calls: names of functions with their arguments: values of Python's own types.
+            calls: names of functions with their arguments: values of built-in types.
 
         Returns:
-            The result, and a value a call if it is "passed" (all calls returned). A value that
-            is not of Python's own types comes as an `Opaque`, which equals nothing.
+            The result, and one value per call if it is "passed" (all calls returned). A value that
+            is not of a built-in type comes as an `Opaque`, which equals nothing.
         """
         sent = [[name, [encode(item, _refuse) for item in args]] for name, args in calls]
         job = {"kind": "calls", "source": source, "calls": sent}
@@ -184,35 +183,41 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, level: str) -> str:
-        """Starts the launcher; what protects. Raises _Refused with the reason."""
+    def _start(self, backend: str) -> str:
+        """Starts the launcher; returns what protects. Raises _Refused with the reason."""
         python = [os.path.realpath(sys.executable), *("-s", "-S", "-P", "-B", "-u", "-X", "utf8")]
         command = [*python, str(_LAUNCHER / "__main__.py")]
-        home, prefix, walls, place = None, sys.base_prefix, level, "/"
-        if level == "bubblewrap":
+        home, python_home, cwd = None, sys.base_prefix, "/"
+        if backend == "bubblewrap":
             try:
-                walls, around, folder = bubblewrap.build(str(_LAUNCHER))
+                prefix = bubblewrap.build(str(_LAUNCHER))
             except OSError as error:
                 raise _Refused(str(error)) from None
-            command = [*around, *command]
+            backend, command, folder = prefix.name, [*prefix.command, *command], prefix.folder
         else:
-            place = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dylora-sandbox-"))
-            os.chmod(place, 0o711)  # the program, an unprivileged user, must reach its own inside
-            folder = os.path.join(place, "program")
+            cwd = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dylora-sandbox-"))
+            os.chmod(cwd, 0o711)  # the program, an unprivileged user, must reach its own inside
+            folder = os.path.join(cwd, "program")
             os.mkdir(folder, mode=0o700)
             if sys.platform == "linux":
                 # Modules are found through the open folder, so that a user who cannot pass the
                 # folders above it (an interpreter below /root) imports them all the same.
                 home = os.open(sys.base_prefix, os.O_RDONLY | os.O_DIRECTORY)
-                prefix = f"/proc/self/fd/{home}"
+                python_home = f"/proc/self/fd/{home}"
+        settings = {
+            "limits": asdict(self.limits),
+            "home": home,
+            "folder": folder,
+            "backend": backend,
+        }
         with tempfile.TemporaryFile() as errors:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                cwd=place,
-                env={"PYTHONHOME": prefix, "PYTHONHASHSEED": "0"},
+                cwd=cwd,
+                env={"PYTHONHOME": python_home, "PYTHONHASHSEED": "0"},
                 pass_fds=[] if home is None else [home],
                 start_new_session=True,  # Ctrl-C is for the host, which then closes the launcher
                 bufsize=0,
@@ -220,12 +225,6 @@ class Sandbox:
             if home is not None:
                 os.close(home)
             self._stack.callback(self._stop)
-            settings = {
-                "limits": asdict(self.limits),
-                "home": home,
-                "folder": folder,
-                "walls": walls,
-            }
             try:
                 self._write(settings)
                 reply = json.loads(read_frame(self._output))
@@ -236,7 +235,7 @@ class Sandbox:
                 raise _Refused(said[-1] if said else "its launcher does not start") from None
         if "refused" in reply:
             raise _Refused(reply["refused"])
-        return reply["level"]
+        return reply["backend"]
 
     def _stop(self) -> None:
         for stream in (self._process.stdin, self._process.stdout):
@@ -260,7 +259,7 @@ class Sandbox:
         write_frame(cast(Any, self._process.stdin).fileno(), json.dumps(content).encode())
 
     def _ask(self, job: dict[str, Any], inside: dict[str, Any] | None) -> tuple[Result, bytes]:
-        """Sends a job, and the tests behind it for the test runner alone; the launcher's answer."""
+        """Sends a job, then the tests, which the test runner alone reads; the launcher's reply."""
         watch = threading.Timer(self.limits.wall_seconds + _GRACE_S, self._kill)
         watch.start()
         try:
@@ -278,33 +277,34 @@ class Sandbox:
 
 
 class Opaque:
-    """A returned value that is not of Python's own types. It equals nothing but itself."""
+    """A returned value that is not of a built-in type. It equals nothing but itself."""
 
 
 def run_all(
     jobs: Sequence[Job],
-    run: Callable[[Sandbox, Job], Done],
+    run: Callable[[Sandbox, Job], Output],
     *,
     workers: int = 2,
     limits: Limits | None = None,
-    level: str = "auto",
+    backend: str = "auto",
     unsafe: bool = False,
-) -> Iterator[Done]:
-    """`run(sandbox, job)` for every job, in the jobs' order, with `workers` sandboxes at work.
+) -> Iterator[Output]:
+    """`run(sandbox, job)` for every job, in the jobs' order, on `workers` sandboxes in parallel.
 
     Raises:
-        ValueError: No worker, or a machine that cannot protect itself.
+        ValueError: workers below 1, or no backend that works on this machine.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     local = threading.local()
     with contextlib.ExitStack() as stack:
         sandboxes = [
-            stack.enter_context(Sandbox(limits, level=level, unsafe=unsafe)) for _ in range(workers)
+            stack.enter_context(Sandbox(limits, backend=backend, unsafe=unsafe))
+            for _ in range(workers)
         ]
         free = list(sandboxes)
 
-        def work(job: Job) -> Done:
+        def work(job: Job) -> Output:
             if not hasattr(local, "sandbox"):
                 local.sandbox = free.pop()
             return run(local.sandbox, job)
@@ -318,10 +318,10 @@ def _refuse(value: Any) -> int:
 
 
 def _in_one_line(text: str) -> str:
-    """At most 400 characters that a terminal shows and does not obey."""
+    """At most 400 printable characters: no control sequence reaches a terminal."""
     words = "".join(one if one.isprintable() else " " for one in text).split()
     return " ".join(words)[:400]
 
 
 class _Refused(Exception):
-    """Why a level does not protect here."""
+    """Why a backend does not protect here."""

@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 from dylora.fields import nearest
 from dylora.tasks import arithmetic, lists, records, regex, sql, strings
+from dylora.tasks.answers import run_answer
 from dylora.tasks.checking import check_answers
 from dylora.tasks.task import Split, Task, is_held_out
-from dylora.tasks.worker import run_answer
 
 __all__ = ["SKILLS", "Split", "Task", "check_answers", "generate_tasks"]
 

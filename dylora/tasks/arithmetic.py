@@ -3,8 +3,8 @@
 import random
 from typing import Any
 
+from dylora.tasks.answers import calculate
 from dylora.tasks.task import Draft, Forms, Literals, Split
-from dylora.tasks.worker import calculate
 
 STARTS: Forms = {
     "has": ("{a}", ("{name} has {a} {item}.", "There are {a} {item} at the shop of {name}.")),

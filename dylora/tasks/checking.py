@@ -1,22 +1,16 @@
-"""Decides whether answers are right by running them in worker processes (see worker.py)."""
+"""Whether answers are right: the sandbox runs them, and this process compares the values."""
 
-import contextlib
 import json
 import math
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
+from dylora.sandbox.host import Limits, Result, Sandbox, run_all
 from dylora.tasks.task import Task
 
-_WORKER = Path(__file__).with_name("worker.py")
-_GRACE_S = 5.0
-"""A worker silent for this much longer than the time limit is dead."""
+ANSWER_LIMITS = Limits(seconds=2, wall_seconds=10)
 
 
 def check_answers(
@@ -24,92 +18,61 @@ def check_answers(
     answers: Sequence[str],
     *,
     workers: int = 2,
-    timeout_s: float = 2.0,
-) -> list[bool]:
+    limits: Limits = ANSWER_LIMITS,
+) -> tuple[list[bool], str]:
     """Runs each answer, stripped of surrounding white space, and compares what it gives.
 
-    Values are compared in this process; the one that runs the answers is not told what is
-    expected. Types count: True is not 1, 1.0 is not 1, a tuple is no list; floats may differ by
-    rounding. Only the values of arithmetic may be int or float alike, and the rows of a query
-    without an order may come in any.
+    A machine on which no sandbox works runs them in separate processes with resource limits.
 
-    Args:
-        workers: Processes side by side.
-        timeout_s: Wall-clock limit of one answer over all its inputs.
+    Returns:
+        Whether each answer is right, and what protected the machine.
 
     Raises:
-        ValueError: As many answers as tasks are needed, a worker, and a positive limit.
+        ValueError: The numbers of tasks and answers differ, or workers is below 1.
     """
     if len(tasks) != len(answers):
         raise ValueError(f"{len(answers)} answers for {len(tasks)} tasks")
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    if timeout_s <= 0:
-        raise ValueError(f"timeout_s must be above 0, got {timeout_s}")
-    verdicts = [False] * len(tasks)
-
-    def work(first: int) -> None:
-        with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            process = None
-            for index in range(first, len(tasks), workers):
-                if process is None:
-                    process = stack.enter_context(_worker(folder))
-                job = {key: item for key, item in tasks[index].check.items() if key != "expected"}
-                job |= {"source": answers[index].strip(), "timeout_s": timeout_s}
-                reply = _ask(process, json.dumps(job).encode() + b"\n", timeout_s + _GRACE_S)
-                verdicts[index] = _is_right_reply(tasks[index].check, reply)
-                if not reply.endswith(b"\n"):  # the worker died, and only this answer with it
-                    process = None
-
-    with ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(work, first) for first in range(workers)]:
-            future.result()
-    return verdicts
-
-
-@contextlib.contextmanager
-def _worker(folder: str):
-    command = [sys.executable, "-I", "-S", "-X", "utf8", str(_WORKER)]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-        env={},
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def _ask(process: subprocess.Popen[bytes], job: bytes, limit_s: float) -> bytes:
-    """The worker's line, or less than a line when it died or had to be killed."""
-    watch = threading.Timer(limit_s, process.kill)
-    watch.start()
+    unsafe = False
     try:
-        stdin, stdout = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
-        stdin.write(job)
-        stdin.flush()
-        return stdout.readline()
-    except BrokenPipeError:
-        return b""
-    finally:
-        watch.cancel()
+        with Sandbox(limits) as sandbox:
+            backend = sandbox.backend
+    except ValueError as refusal:
+        unsafe, backend = True, f"resource limits only ({refusal})"
+    results = run_all(
+        list(zip(tasks, answers, strict=True)),
+        lambda sandbox, job: check_answer(sandbox, job[0].check, job[1]),
+        workers=workers,
+        limits=limits,
+        unsafe=unsafe,
+    )
+    return [result.outcome == "passed" for result in results], backend
 
 
-def _is_right_reply(check: dict[str, Any], reply: bytes) -> bool:
-    try:
-        values = json.loads(reply)
-    except (ValueError, RecursionError):  # empty, cut off, or an integer beyond Python's limit
-        return False
-    return is_right(check, values)
+def check_answer(sandbox: Sandbox, check: dict[str, Any], answer: str) -> Result:
+    """Runs one answer to a task with this check; "failed" means that it gave other values.
+
+    The process that runs the answer is not told what is expected.
+    """
+    job = {key: item for key, item in check.items() if key != "expected"}
+    call = ("answer_values", [job | {"source": answer.strip()}])
+    result, values = sandbox.call(_answers_source(), [call])
+    if result.outcome == "passed" and not is_right(check, values[0]):
+        return result._replace(outcome="failed", detail="not what was expected")
+    return result
+
+
+@cache
+def _answers_source() -> str:
+    return Path(__file__).with_name("answers.py").read_text(encoding="utf-8")
 
 
 def is_right(check: dict[str, Any], values: Any) -> bool:
-    """Whether an answer's values, one for each input of its check, are those expected."""
+    """Whether an answer's values, one for each input of its check, are those expected.
+
+    Types count: True is not 1, 1.0 is not 1, a tuple is no list; floats may differ by rounding.
+    Only the values of arithmetic may be int or float alike, and the rows of a query without an
+    order may come in any.
+    """
     expected = check["expected"]
     if not isinstance(values, list) or len(values) != len(expected):
         return False

@@ -8,10 +8,12 @@ are vocabulary, not literals, and are shared.
 
 import bisect
 import itertools
+import json
 import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "validation", "test"]
@@ -70,63 +72,17 @@ def _cut(values: Sequence[Any]) -> dict[str, list[Any]]:
     return {split: sorted(pool) for split, pool in pools.items()}
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-_WORDS = _words("""
-amber anchor apple arrow autumn badge bamboo banner barrel basket beacon beaver berry bird blanket
-bottle branch brass bread breeze brick bridge broom brush bucket butter button cabin cactus camel
-candle canoe canvas carbon carpet castle cedar chain chalk cherry circle clay cloak clock cloud
-clover coal cobalt coffee comet copper coral corn cotton crane crater cream creek cricket crow
-crystal cup daisy dawn deer desert desk diamond dove dragon drum dune eagle earth echo elm ember
-falcon feather fern ferry field flame flint flute fog forest fossil fox frost galaxy garden garlic
-ginger glacier glass globe goat gold goose granite grape grass gravel hammer harbor hawk hazel
-hedge helmet heron hill honey horse ice indigo iron island ivory jacket jade jaguar jar jungle
-kettle kite ladder lagoon lake lamp lantern lava leaf lemon lily lion lotus magnet mango maple
-marble meadow melon metal mint mirror mist moon moss mouse nectar needle nest north nut oak oasis
-ocean olive onion opal orange orbit orchid otter owl paddle palm panda paper parrot peach pearl
-pebble pepper piano pigeon pillow pine planet plum pond poppy prism pumpkin quartz rabbit radar
-rain raven reef ribbon ridge river robin rocket rose ruby saddle sail salt sand shell ship silk
-silver slate smoke snow spark spider spruce star steel stone storm sugar summit sun swan sword
-thunder tiger timber torch tower train tulip tunnel turtle valley velvet violet walnut water wave
-whale wheat willow wind winter wolf wood wool
-""")
-_NUMBER_KEYS = _words("""
-size weight height width depth cost score rank level speed total points votes volume page seed rate
-tax fee bonus limit offset index start end day month minute area mass power energy heat load gain
-loss debt credit budget wins goals clicks views likes shares visits errors retries
-""")
-_TEXT_KEYS = _words("""
-color label brand model status region country street owner user email kind type mode state host
-path file code tag note role city group source target format language section option
-""")
-_NAMES = _words("""
-Ada Alan Alice Amir Anna Ben Bela Carl Clara Dana David Diego Elena Emil Emma Eva Felix Finn Fatima
-Grace Greta Hana Hugo Ian Ines Ivan Jane Jonas Julia Karl Kate Kenji Lara Leo Lena Luis Maria Mark
-Maya Mina Nadia Nils Nina Noah Olga Oscar Otto Paul Petra Priya Rosa Ruth Sam Sara Simon Sofia Tara
-Tim Tom Uma Vera Victor Wanda Yara Yusuf Zoe
-""")
-_ITEMS = _words("""
-apples balls bananas beads books bottles brushes bricks buttons cakes candles cards chairs coconuts
-cookies crayons cups dolls eggs figs flowers forks gloves grapes hats jars keys kites lemons
-letters magnets mangos marbles melons mugs nails nuts onions oranges pears pencils pens photos
-pies pins plates plums ribbons rings roses ropes scarves shells socks spoons stamps stickers
-stones tickets tiles toys
-""")
+_WORDS: dict[str, list[str]] = json.loads(
+    (Path(__file__).parents[1] / "assets" / "tasks" / "words.json").read_text(encoding="utf-8")
+)
 _VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnprstvwxz"
-_CHUNKS = [v + c for v in _VOWELS for c in _CONSONANTS] + [
-    c + v for c in _CONSONANTS for v in _VOWELS
-]
+_CHUNKS = [v + c for v in _VOWELS for c in _CONSONANTS]
+_CHUNKS += [c + v for c in _CONSONANTS for v in _VOWELS]
 LARGEST = 999
 
 POOLS: dict[str, dict[str, list[Any]]] = {
     "integer": _cut(range(2, LARGEST + 1)),
-    "word": _cut(_WORDS),
-    "number_key": _cut(_NUMBER_KEYS),
-    "text_key": _cut(_TEXT_KEYS),
-    "name": _cut(_NAMES),
-    "item": _cut(_ITEMS),
+    **{use: _cut(words) for use, words in _WORDS.items()},
     "chunk": _cut(_CHUNKS),
     "letter": _cut("eaiourstlnmdpbgkcfhvwjxyzq"),
     "separator": _cut(list("-_/:;=&~#@!%,<>")),

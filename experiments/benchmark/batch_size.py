@@ -17,8 +17,8 @@ import torch
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.base_models import load_tokenizer
-from dylora.evaluation.passk.problem import program_of
-from dylora.evaluation.passk.sampling import generate_in_batches
+from dylora.evaluation.passk.generation import generate_in_batches
+from dylora.evaluation.passk.problem import answer_of
 from dylora.evaluation.passk.suites import read_suite
 
 BASE = "tiny-code-llama"
@@ -50,7 +50,7 @@ def main() -> None:
                     model, tokenizer, problems, size, max_new_tokens=options.max_new_tokens
                 )
                 pairs = zip(problems, texts, strict=True)
-                programs[size] = [program_of(problem, text) for problem, text in pairs]
+                programs[size] = [answer_of(problem, text) for problem, text in pairs]
                 changed = sum(
                     one != other for one, other in zip(programs[1], programs[size], strict=True)
                 )

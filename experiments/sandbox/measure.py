@@ -1,7 +1,7 @@
 """Question: what does a program cost in the sandbox, what is left after many, does it judge right?
 
-Method, on each level that the machine has: 400 times a program of one line with one test, the
-levels in turn; then 2,000 runs, every second of which is a violation; then MBPP's 974 references
+Method, on each backend that the machine has: 400 times a program of one line with one test, the
+backends in turn; then 2,000 runs, every second of which is a violation; then MBPP's 974 references
 and 974 programs with one thing changed (`mutant` of tests/evaluation/test_suites.py). A mutant that
 passes is run once more by plain Python, with program and tests in one process.
 Decision: at most 60 ms a program (median); no process, mount, file or open descriptor left; every
@@ -28,7 +28,7 @@ from test_suites import judge, mutant, plain
 
 from dylora.evaluation.passk.problem import Problem
 from dylora.evaluation.passk.suites import read_suite
-from dylora.sandbox.host import LEVELS, Limits, Sandbox, run_all
+from dylora.sandbox.host import BACKENDS, Limits, Sandbox, run_all
 from sandboxes import processes, survivors
 
 HONEST = ("def f(x): return 2 * x\nopen('a', 'w').close()", "assert f(2) == 4")
@@ -45,45 +45,45 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "invalid escape sequence")  # MBPP's programs
     problems = read_suite("mbpp", options.mbpp, split="all")
-    levels = [level for level in LEVELS if works(level)]
+    backends = [backend for backend in BACKENDS if works(backend)]
     results: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"}
-    results["cost"] = cost(levels)
-    for level in levels:
-        results[level] = {"left": left(level, options.runs), "mbpp": mbpp(level, problems)}
-        print(level, results[level])
-    results["decision"] = "passed" if passed(results, levels) else "failed"
+    results["cost"] = cost(backends)
+    for backend in backends:
+        results[backend] = {"left": left(backend, options.runs), "mbpp": mbpp(backend, problems)}
+        print(backend, results[backend])
+    results["decision"] = "passed" if passed(results, backends) else "failed"
     options.results.write_text(json.dumps(results, indent=2) + "\n")
     print(results["cost"], results["decision"])
     sys.exit(results["decision"] != "passed")
 
 
-def works(level: str) -> bool:
-    with contextlib.suppress(ValueError), Sandbox(level=level):
+def works(backend: str) -> bool:
+    with contextlib.suppress(ValueError), Sandbox(backend=backend):
         return True
     return False
 
 
-def cost(levels: list[str], rounds: int = 400) -> dict[str, dict[str, float]]:
+def cost(backends: list[str], rounds: int = 400) -> dict[str, dict[str, float]]:
     """Milliseconds of wall-clock time a program, its tests included."""
-    taken: dict[str, list[float]] = {level: [] for level in levels}
+    taken: dict[str, list[float]] = {backend: [] for backend in backends}
     with contextlib.ExitStack() as stack:
-        boxes = {level: stack.enter_context(Sandbox(level=level)) for level in levels}
+        boxes = {backend: stack.enter_context(Sandbox(backend=backend)) for backend in backends}
         for _ in range(rounds):
-            for level, box in boxes.items():
+            for backend, box in boxes.items():
                 begin = time.perf_counter()
                 assert box.run_tests(*HONEST, entry_points=["f"]).outcome == "passed"
-                taken[level].append(1000 * (time.perf_counter() - begin))
+                taken[backend].append(1000 * (time.perf_counter() - begin))
     return {
-        level: {
+        backend: {
             "least": round(min(each), 1),
             "median": round(statistics.median(each), 1),
             "95th percentile": round(statistics.quantiles(each, n=20)[-1], 1),
         }
-        for level, each in taken.items()
+        for backend, each in taken.items()
     }
 
 
-def left(level: str, runs: int) -> dict[str, int]:
+def left(backend: str, runs: int) -> dict[str, int]:
     """How much more of each kind of thing there is after the runs than before."""
 
     def count(launcher: int) -> dict[str, int]:
@@ -98,7 +98,7 @@ def left(level: str, runs: int) -> dict[str, int]:
         os.chmod(folder, 0o711)  # nobody has to pass
         stack.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
         tempfile.tempdir = folder
-        box = stack.enter_context(Sandbox(level=level))
+        box = stack.enter_context(Sandbox(backend=backend))
         launcher = box._process.pid
         residents, before = processes(launcher), count(launcher)
         for run in range(runs):
@@ -117,14 +117,14 @@ def left(level: str, runs: int) -> dict[str, int]:
     }
 
 
-def mbpp(level: str, problems: list[Problem]) -> dict[str, Any]:
+def mbpp(backend: str, problems: list[Problem]) -> dict[str, Any]:
     references = [(problem, problem.reference) for problem in problems]
     patient = Limits(seconds=30, wall_seconds=120)
-    found = list(run_all(references, judge, workers=2, limits=patient, level=level))
+    found = list(run_all(references, judge, workers=2, limits=patient, backend=backend))
     failed = [job[0].task_id for job, one in zip(references, found, strict=True) if one != "passed"]
     mutants = [(problem, mutant(problem)) for problem in problems]
     short = Limits(seconds=1, wall_seconds=10)
-    found = list(run_all(mutants, judge, workers=2, limits=short, level=level))
+    found = list(run_all(mutants, judge, workers=2, limits=short, backend=backend))
     right = [job for job, one in zip(mutants, found, strict=True) if one == "passed"]
     return {
         "references": len(references),
@@ -135,13 +135,13 @@ def mbpp(level: str, problems: list[Problem]) -> dict[str, Any]:
     }
 
 
-def passed(results: dict[str, Any], levels: list[str]) -> bool:
+def passed(results: dict[str, Any], backends: list[str]) -> bool:
     return all(
-        results["cost"][level]["median"] <= 60
-        and not any(count for name, count in results[level]["left"].items() if name != "runs")
-        and not results[level]["mbpp"]["references that do not pass"]
-        and not results[level]["mbpp"]["of them wrong in plain Python"]
-        for level in levels
+        results["cost"][backend]["median"] <= 60
+        and not any(count for name, count in results[backend]["left"].items() if name != "runs")
+        and not results[backend]["mbpp"]["references that do not pass"]
+        and not results[backend]["mbpp"]["of them wrong in plain Python"]
+        for backend in backends
     )
 
 

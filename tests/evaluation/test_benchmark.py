@@ -8,7 +8,7 @@ import pytest
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.cli.main import main
 from dylora.evaluation.passk import sampling
-from dylora.evaluation.passk.published import PUBLISHED, published_lines
+from dylora.evaluation.passk.published import published_lines, read_scores
 from dylora.evaluation.passk.sampling import read_samples
 from dylora.evaluation.passk.suites import SUITES
 
@@ -184,12 +184,24 @@ def test_a_known_base_gets_its_published_scores_and_an_unknown_one_the_advice_to
     assert "no published score of tiny-code-llama on humaneval" in line
 
 
-def test_every_published_score_is_of_a_suite_that_exists_and_says_whose_it_is():
-    scores = [
-        (suite, one)
-        for suites in PUBLISHED.values()
-        for suite, found in suites.items()
-        for one in found
-    ]
-    assert {suite for suite, _ in scores} <= SUITES.keys()
-    assert all(0 < one.percent < 100 and one.how and one.source for _, one in scores)
+def test_every_published_score_is_of_a_suite_that_exists():
+    scores = read_scores()
+    assert {suite for suites in scores.values() for suite in suites} <= SUITES.keys()
+    assert len(scores) == 6
+    assert sum(len(found) for suites in scores.values() for found in suites.values()) == 38
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": ""}, "settings and source"),
+        ({"percent": 310}, "percentage"),
+        ({"n": 1}, "fields"),
+    ],
+)
+def test_a_published_score_without_provenance_or_out_of_range_is_refused(tmp_path, change, message):
+    row = {"percent": 31.0, "how": "greedy", "source": "somebody"} | change
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps({"base": {"humaneval": [row]}}))
+    with pytest.raises(ValueError, match=message):
+        read_scores(file)

@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 from dylora import DyLoRA_MoE
 from dylora.base_models import EMBEDDED_BASES, load_tokenizer
 from dylora.cli.main import main
-from dylora.evaluation.passk.sampling import pad_left
+from dylora.evaluation.passk.generation import generate_in_batches, pad_left
+from dylora.evaluation.passk.skills import skill_problems
 from dylora.evaluation.report import SetRow, format_table
-from dylora.evaluation.skills import answer
-from dylora.tasks import generate_tasks
 
 CONFIG = """
 name: end_to_end
@@ -129,9 +128,9 @@ def test_a_checkpoint_says_what_it_was_trained_on(run_folder):
 def test_answers_do_not_depend_on_the_batch(run_folder):
     model = DyLoRA_MoE.from_pretrained(run_folder / "checkpoint-2")
     tokenizer = load_tokenizer("tiny-code-llama")
-    tasks = [*generate_tasks("sql", "test", 2), *generate_tasks("arithmetic", "test", 2)]
-    together = answer(model, tokenizer, tasks, max_new_tokens=12, batch_size=4)
-    alone = answer(model, tokenizer, tasks, max_new_tokens=12, batch_size=1)
+    problems = [*skill_problems("skills/sql", 2), *skill_problems("skills/arithmetic", 2)]
+    together = generate_in_batches(model, tokenizer, problems, 4, max_new_tokens=12)
+    alone = generate_in_batches(model, tokenizer, problems, 1, max_new_tokens=12)
     assert together == alone
 
 

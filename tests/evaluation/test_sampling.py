@@ -12,9 +12,10 @@ import torch
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.base_models import load_tokenizer
-from dylora.evaluation.passk import sampling
-from dylora.evaluation.passk.problem import Problem
-from dylora.evaluation.passk.sampling import Sampling, generate, read_samples, sample_to_file
+from dylora.evaluation.passk import generation
+from dylora.evaluation.passk.generation import generate
+from dylora.evaluation.passk.problem import Problem, ProgramTests
+from dylora.evaluation.passk.sampling import Sampling, read_samples, sample_to_file
 
 TEXTS = [
     "def add(a, b):\n",
@@ -35,7 +36,7 @@ def tokenizer():
 
 
 def problem(prompt: str, *stops: str, task_id: str = "t") -> Problem:
-    return Problem(task_id, prompt, "", stops, "", "", (), "", ())
+    return Problem(task_id, prompt, "", stops, "", (), ProgramTests("", ()))
 
 
 @pytest.fixture
@@ -65,13 +66,13 @@ def test_each_row_ends_at_its_own_stop_and_the_batch_at_the_last(model, tokenize
 
 def test_only_the_end_of_a_text_is_looked_at_for_stops(model, tokenizer, monkeypatch):
     lengths = []
-    decode = sampling._decode
+    decode = generation.decode_after
 
-    def watched(tokenizer, ids):
+    def watched(tokenizer, context, ids):
         lengths.append(len(ids))
-        return decode(tokenizer, ids)
+        return decode(tokenizer, context, ids)
 
-    monkeypatch.setattr(sampling, "_decode", watched)
+    monkeypatch.setattr(generation, "decode_after", watched)
     generate(model, tokenizer, [problem(TEXTS[0], "\n@@@")], max_new_tokens=60)
     assert max(lengths[:-1]) == len("\n@@@") + 2
     assert lengths[-1] == 60
@@ -163,7 +164,7 @@ def test_samples_of_a_task_are_drawn_in_batches_and_differ(model, tokenizer, tmp
     assert len(set(found["task/0"])) == 5
 
 
-def test_a_line_that_is_no_sample_is_told(tmp_path: Path):
+def test_a_line_that_is_not_a_sample_is_named(tmp_path: Path):
     (tmp_path / "s.jsonl").write_text('{"task_id": "a"}\n')
-    with pytest.raises(ValueError, match=r"s\.jsonl:1: no sample"):
+    with pytest.raises(ValueError, match=r"s\.jsonl:1: not a sample"):
         read_samples(tmp_path / "s.jsonl")

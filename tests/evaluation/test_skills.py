@@ -2,10 +2,9 @@
 
 import pytest
 
-from dylora.evaluation import skills
-from dylora.evaluation.skills import ANSWER_LIMITS, check_in_sandbox, judge_answer
 from dylora.sandbox.host import Sandbox
 from dylora.tasks import SKILLS, generate_tasks
+from dylora.tasks.checking import ANSWER_LIMITS, check_answer
 
 DOUBLE = {"kind": "function", "function": "f", "inputs": [1, 5], "expected": [2, 10]}
 RIGHT = "def f(x):\n    return x * 2"
@@ -21,8 +20,8 @@ def sandbox():
 def test_references_pass_in_the_sandbox_and_those_of_another_task_do_not(sandbox, skill):
     tasks = generate_tasks(skill, "test", 6)
     for task, other in zip(tasks, tasks[1:] + tasks[:1], strict=True):
-        assert judge_answer(sandbox, task.check, f"\n{task.answer}\n").outcome == "passed"
-        assert judge_answer(sandbox, task.check, other.answer).outcome in ("failed", "error")
+        assert check_answer(sandbox, task.check, f"\n{task.answer}\n").outcome == "passed"
+        assert check_answer(sandbox, task.check, other.answer).outcome in ("failed", "error")
 
 
 @pytest.mark.parametrize(
@@ -42,17 +41,4 @@ def test_references_pass_in_the_sandbox_and_those_of_another_task_do_not(sandbox
     ],
 )  # fmt: skip
 def test_an_answer_is_judged_by_what_it_returns(sandbox, answer, outcome):
-    assert judge_answer(sandbox, DOUBLE, answer).outcome == outcome
-
-
-def test_where_there_is_no_sandbox_the_level_says_so(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise ValueError("no Landlock here")
-
-    tasks = generate_tasks("arithmetic", "test", 2)
-    answers = [tasks[0].answer, "1"]
-    passed, level = check_in_sandbox(tasks, answers)
-    assert (passed, level.startswith("landlock")) == ([True, False], True)
-    monkeypatch.setattr(skills, "Sandbox", refuse)
-    passed, level = check_in_sandbox(tasks, answers)
-    assert (passed, level) == ([True, False], "resource limits only (no Landlock here)")
+    assert check_answer(sandbox, DOUBLE, answer).outcome == outcome

@@ -14,10 +14,10 @@ import pytest
 from datasets import Dataset
 
 from dylora.data.sources import text_hash
+from dylora.evaluation.passk.contamination import split_trained
 from dylora.evaluation.passk.evalplus import typed_input
-from dylora.evaluation.passk.problem import Problem, program_of
-from dylora.evaluation.passk.scoring import judge as judge_result
-from dylora.evaluation.passk.suites import data_of, leave_out_trained, read_suite
+from dylora.evaluation.passk.problem import Problem, ProgramTests, answer_of
+from dylora.evaluation.passk.suites import read_suite
 from dylora.sandbox.host import Limits, Sandbox, run_all
 from published import MBPP, needs_published_rows
 
@@ -52,7 +52,13 @@ def outcome(problem: Problem, program: str, limits: Limits | None = None) -> str
 
 
 def judge(box: Sandbox, job: tuple[Problem, str]) -> str:
-    return judge_result(box, job).outcome
+    problem, program = job
+    return problem.checker.check(program, box).outcome
+
+
+def program_tests(problem: Problem) -> ProgramTests:
+    assert isinstance(problem.checker, ProgramTests)
+    return problem.checker
 
 
 # Reading
@@ -70,7 +76,7 @@ def test_mbpp_has_its_published_splits(split: str, first: int, count: int):
 
 @needs_published_rows
 def test_mbpps_prompt_shows_the_first_test_and_no_other(mbpp: list[Problem]):
-    tests = mbpp[1].tests.strip().splitlines()
+    tests = program_tests(mbpp[1]).tests.strip().splitlines()
     assert tests[0] in mbpp[1].prompt
     assert tests[1] not in mbpp[1].prompt
 
@@ -96,8 +102,8 @@ def test_humaneval_in_both_forms_tells_right_from_wrong(suite: str, row: dict, t
     assert problem.task_id == "HumanEval/0"
     assert outcome(problem, problem.reference) == "passed"
     wrong = "    return x * x\n"  # right for 2, the only input of the published tests
-    assert outcome(problem, program_of(problem, wrong)) == ("failed" if "+" in suite else "passed")
-    assert outcome(problem, program_of(problem, "    return 3 * x\n")) == "failed"
+    assert outcome(problem, answer_of(problem, wrong)) == ("failed" if "+" in suite else "passed")
+    assert outcome(problem, answer_of(problem, "    return 3 * x\n")) == "failed"
 
 
 def test_a_helper_of_the_prompt_cannot_be_replaced_by_the_program(tmp_path: Path):
@@ -117,13 +123,13 @@ def test_a_helper_of_the_prompt_cannot_be_replaced_by_the_program(tmp_path: Path
 )
 @needs_published_rows
 def test_an_answers_program_ends_where_it_should(mbpp: list[Problem], text: str, program: str):
-    assert program_of(mbpp[0], text) == program
+    assert answer_of(mbpp[0], text) == program
 
 
 @pytest.mark.parametrize(
     ("suite", "row", "message"),
     [
-        ("humaneval", {**HUMAN, "prompt": None}, r"he.jsonl:1: no task of humaneval"),
+        ("humaneval", {**HUMAN, "prompt": None}, r"he.jsonl:1: not a task of humaneval"),
         ("humanevl", HUMAN, r"unknown suite 'humanevl'.*humaneval"),
     ],
 )
@@ -132,9 +138,9 @@ def test_a_bad_row_or_name_is_one_line_that_says_so(suite, row, message, tmp_pat
         read_suite(suite, write(tmp_path / "he.jsonl", row))
 
 
-def test_a_task_that_stands_twice_and_an_unknown_split_are_refused(tmp_path: Path):
+def test_a_task_that_appears_twice_and_an_unknown_split_are_refused(tmp_path: Path):
     path = write(tmp_path / "he.jsonl", HUMAN, HUMAN)
-    with pytest.raises(ValueError, match="HumanEval/0 stands there twice"):
+    with pytest.raises(ValueError, match="HumanEval/0 appears twice"):
         read_suite("humaneval", path)
     with pytest.raises(ValueError, match="humaneval has no split 'train'"):
         read_suite("humaneval", path, split="train")
@@ -146,11 +152,11 @@ def test_trained_tasks_are_left_out_by_id_and_by_what_question_or_answer_reads_l
 ):
     question, answer = mbpp[6].texts[0], mbpp[8].reference
     hashes = " ".join([text_hash(f"  {question}\n"), text_hash(answer.replace("    ", "\t"))])
-    stamp = {"sources": [{"task_ids": [2, 5]}, {"text_hashes": hashes}, {}]}
-    kept, trained = leave_out_trained(mbpp, stamp)
+    record = {"data": {"sources": [{"task_ids": [2, 5]}, {"text_hashes": hashes}, {}]}}
+    kept, trained = split_trained(mbpp, record)
     assert [problem.task_id for problem in trained] == ["Mbpp/2", "Mbpp/5", "Mbpp/7", "Mbpp/9"]
     assert len(kept) == 970
-    assert leave_out_trained(mbpp, {}) == (mbpp, [])
+    assert split_trained(mbpp, {}) == (mbpp, [])
 
 
 @needs_published_rows
@@ -158,7 +164,7 @@ def test_tasks_of_what_a_checkpoint_began_with_are_trained_ones(mbpp: list[Probl
     first = {"data": {"sources": [{"name": "mbpp", "task_ids": [11]}]}}
     second = {"data": {"sources": [{"name": "mine"}]}, "earlier": [first]}
     third = {"data": {"sources": [{"name": "mbpp", "task_ids": [12]}]}, "earlier": [second]}
-    _, trained = leave_out_trained(mbpp, data_of(third))
+    _, trained = split_trained(mbpp, third)
     assert sorted(problem.task_id for problem in trained) == ["Mbpp/11", "Mbpp/12"]
 
 
@@ -186,7 +192,7 @@ def test_three_shots_are_the_published_ones_in_the_published_form():
 @needs_published_rows
 def test_an_answer_after_three_shots_is_judged_up_to_its_end(mbpp: list[Problem]):
     (problem,) = read_suite("mbpp", MBPP, shots=3, limit=1).problems
-    assert outcome(problem, program_of(problem, f"{problem.reference}\n[DONE]\n)(")) == "passed"
+    assert outcome(problem, answer_of(problem, f"{problem.reference}\n[DONE]\n)(")) == "passed"
 
 
 @pytest.mark.parametrize(("suite", "shots"), [("humaneval", 3), ("mbpp", 2)])
@@ -351,7 +357,7 @@ def mutant(problem: Problem) -> str:
     """
     tree = ast.parse(problem.reference)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    function = [node for node in functions if node.name in problem.entry_points][-1]
+    function = [node for node in functions if node.name in program_tests(problem).entry_points][-1]
     returns = [node for node in ast.walk(function) if isinstance(node, ast.Return) and node.value]
     turned = {ast.Add: ast.Sub(), ast.Sub: ast.Add(), ast.Mult: ast.Add(), ast.Mod: ast.Mult()}
     flipped = {ast.Eq: ast.NotEq(), ast.NotEq: ast.Eq(), ast.Lt: ast.Gt(), ast.Gt: ast.Lt()}
@@ -372,7 +378,7 @@ def mutant(problem: Problem) -> str:
 def plain(problem: Problem, program: str) -> bool:
     """The other way to the verdict: program and tests in one process, without any protection."""
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=_plain, args=(program, problem.tests))
+    process = context.Process(target=_plain, args=(program, program_tests(problem).tests))
     process.start()
     process.join(10)
     process.kill()

@@ -108,7 +108,7 @@ CHEATS = [
            "import sys\n"
            "for m in [m for m in sys.modules.values() if hasattr(m, 'describe_exception')]:\n"
            "    m.encode = lambda *a: {'outcome': 'passed'}\n"
-           "    m.examine = lambda *a: {'outcome': 'passed', 'detail': ''}\ndef f(x): return 0",
+           "    m.run_tests = lambda *a: {'outcome': 'passed', 'detail': ''}\ndef f(x): return 0",
            "error", "failed"),
     _cheat("reads the questions of others",
            "import os\nfor d in range(0, 64):\n    try:\n        os.set_blocking(d, False)\n"

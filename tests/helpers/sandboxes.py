@@ -1,4 +1,4 @@
-"""Sandboxes as root and as an ordinary user, on every level, and what lives in them."""
+"""Sandboxes as root and as an ordinary user, on every backend, and what lives in them."""
 
 import contextlib
 import os
@@ -45,10 +45,10 @@ os.execv({bwrap!r}, ["bwrap", *words])
 
 
 @contextlib.contextmanager
-def started(level: str, user: str, limits: Limits | None = None) -> Iterator[Sandbox]:
+def started(backend: str, user: str, limits: Limits | None = None) -> Iterator[Sandbox]:
     """A host whose launcher runs as root or as an ordinary user."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        if user == "ordinary" and ROOT and level == "bubblewrap" and shutil.which("bwrap"):
+        if user == "ordinary" and ROOT and backend == "bubblewrap" and shutil.which("bwrap"):
             words = {"python": os.path.realpath(sys.executable), "bwrap": shutil.which("bwrap")}
             Path(folder).chmod(0o755)
             Path(folder, "seen").mkdir()
@@ -62,7 +62,7 @@ def started(level: str, user: str, limits: Limits | None = None) -> Iterator[San
             words = {"parent": str(package.parent), "name": f"{package.name}.jobs"}
             Path(folder, "__main__.py").write_text(AS_ORDINARY.format(**words))
             patch.setattr(host, "_LAUNCHER", Path(folder))
-        box = Sandbox(limits, level=level)
+        box = Sandbox(limits, backend=backend)
     with box:
         yield box
 

@@ -29,7 +29,7 @@ IMPATIENT = Limits(seconds=1, wall_seconds=0.4)
 
 
 class Place(NamedTuple):
-    """Where programs run: on one level, for one user."""
+    """Where programs run: on one backend, for one user."""
 
     name: str
     short: Sandbox
@@ -39,23 +39,23 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def places() -> Iterator[list[Place]]:
-    """Every level that this machine has, as every user that there can be; all attacks share them.
+    """Every backend that this machine has, as every user that there can be; all attacks share them.
 
-    A level may be missing for the machine's sake alone: that its absence is told, and what a fake
+    A backend may be missing for the machine's sake alone: that its absence is told, and what a fake
     one comes to, other tests show.
     """
     found = []
     with contextlib.ExitStack() as stack:
-        for level, user in itertools.product(host.LEVELS, USERS):
+        for backend, user in itertools.product(host.BACKENDS, USERS):
             try:
-                boxes = [stack.enter_context(started(level, user, SHORT))]
+                boxes = [stack.enter_context(started(backend, user, SHORT))]
             except ValueError as refusal:
                 if not re.search("no Landlock|there is no bwrap|bwrap: No perm", str(refusal)):
                     raise
                 continue
-            boxes.append(stack.enter_context(started(level, user, IMPATIENT)))
+            boxes.append(stack.enter_context(started(backend, user, IMPATIENT)))
             residents = {box._process.pid: processes(box._process.pid) for box in boxes}
-            found.append(Place(f"{level} as {user}", *boxes, residents))
+            found.append(Place(f"{backend} as {user}", *boxes, residents))
         assert found
         yield found
 

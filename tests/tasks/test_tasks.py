@@ -14,6 +14,8 @@ from typing import Any, get_args
 import pytest
 
 from dylora import tasks as suite
+from dylora.sandbox import host
+from dylora.sandbox.host import Limits, Sandbox
 from dylora.tasks import SKILLS, Split, Task, check_answers, checking, generate_tasks
 from dylora.tasks.task import POOLS, Draft, is_held_out
 
@@ -95,8 +97,9 @@ def a_task(kind: str, inputs: list[Any], expected: list[Any], **extra: Any) -> T
     return Task(skill="", instruction="", answer="", check=check)
 
 
-def verdicts(task: Task, answers: Sequence[str], timeout_s: float = 2.0) -> list[bool]:
-    return check_answers([task] * len(answers), answers, timeout_s=timeout_s)
+def verdicts(task: Task, answers: Sequence[str], seconds: int = 2) -> list[bool]:
+    limits = Limits(seconds=seconds, wall_seconds=seconds + 1)
+    return check_answers([task] * len(answers), answers, limits=limits)[0]
 
 
 DOUBLE = a_task("function", [1, 5], [2, 10], function="f")
@@ -112,7 +115,7 @@ def test_every_reference_answer_passes(
     generated: dict[tuple[str, Split], list[Task]], skill: str
 ) -> None:
     tasks = [task for split in SPLITS for task in generated[skill, split][:100]]
-    passed = check_answers(tasks, [f"\n{task.answer}\n\n" for task in tasks])
+    passed, _ = check_answers(tasks, [f"\n{task.answer}\n\n" for task in tasks])
     assert [task.answer for task, ok in zip(tasks, passed, strict=True) if not ok] == []
 
 
@@ -122,7 +125,7 @@ def test_near_misses_fail(generated: dict[tuple[str, Split], list[Task]], skill:
     # of small n; [aeiou]{3,10}[aeiou]+) or are worth the same (two sums modulo a small number).
     tasks = generated[skill, "test"][100:140]
     jobs = [(task, wrong) for task in tasks for wrong in near_misses(task.answer)]
-    passed = check_answers([task for task, _ in jobs], [wrong for _, wrong in jobs])
+    passed, _ = check_answers([task for task, _ in jobs], [wrong for _, wrong in jobs])
     survivors = [wrong for (_, wrong), ok in zip(jobs, passed, strict=True) if ok]
     assert len(jobs) > 60
     assert len(survivors) < 0.05 * len(jobs), survivors
@@ -135,7 +138,7 @@ def test_the_answer_to_another_task_fails(
     tasks = generated[skill, "test"][:60]
     others = [task.answer for task in tasks[1:] + tasks[:1]]
     # Two word problems may have the same small value.
-    assert sum(check_answers(tasks, others)) <= (1 if skill == "arithmetic" else 0)
+    assert sum(check_answers(tasks, others)[0]) <= (1 if skill == "arithmetic" else 0)
 
 
 def test_tasks_are_distinct(generated: dict[tuple[str, Split], list[Task]]) -> None:
@@ -290,7 +293,7 @@ def test_asking_for_more_than_there_is_says_how_many_there_are(
 )
 def test_a_bad_answer_fails_alone(body: str) -> None:
     bad = f"def f(x):\n    {body}"
-    assert verdicts(DOUBLE, [RIGHT, RIGHT, bad, RIGHT, RIGHT], 1.0) == [
+    assert verdicts(DOUBLE, [RIGHT, RIGHT, bad, RIGHT, RIGHT], 1) == [
         True,
         True,
         False,
@@ -309,26 +312,48 @@ def test_answers_start_in_an_empty_place_of_their_own() -> None:
 def f(x):
     import os, sys
     names = [name for name in os.environ if name != "LC_CTYPE"]  # which Python sets by itself
-    return [names, os.listdir("."), sys.stdin.read(), "dylora" in sys.modules]
+    return [sorted(names), os.listdir("."), sys.stdin.read(), "dylora" in sys.modules]
 """
-    task = a_task("function", [0], [[[], [], "", False]], function="f")
+    task = a_task("function", [0], [[["HOME", "TMPDIR"], [], "", False]], function="f")
     leave = "def f(x):\n    open('left', 'w')"
     assert verdicts(task, [leave, leave, probe, probe]) == [False, False, True, True]
 
 
-def test_the_worker_is_not_told_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs: list[bytes] = []
-    ask = checking._ask
+def test_the_process_that_runs_answers_is_not_told_what_is_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jobs: list[dict[str, Any]] = []
+    call = Sandbox.call
 
-    def spy(process: subprocess.Popen[bytes], job: bytes, limit_s: float) -> bytes:
-        jobs.append(job)
-        return ask(process, job, limit_s)
+    def spy(self: Sandbox, source: str, calls: Sequence[tuple[str, Sequence[Any]]]) -> Any:
+        jobs.extend(job for _, args in calls for job in args)
+        return call(self, source, calls)
 
-    monkeypatch.setattr(checking, "_ask", spy)
+    monkeypatch.setattr(Sandbox, "call", spy)
     tasks = [generate_tasks(skill, "test", 1)[0] for skill in SKILLS]
-    assert all(check_answers(tasks, [task.answer for task in tasks]))
+    assert all(check_answers(tasks, [task.answer for task in tasks])[0])
     assert len(jobs) == len(SKILLS)
-    assert not any("expected" in json.loads(job) for job in jobs)
+    assert not any("expected" in job for job in jobs)
+
+
+def test_where_no_sandbox_works_answers_run_with_limits_alone_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = Sandbox._start
+
+    def refuse(self: Sandbox, backend: str) -> str:
+        if backend != "unsafe":
+            raise host._Refused("not on this machine")
+        return start(self, backend)
+
+    answers = [RIGHT, "def f(x):\n    return x", "def f(x):\n    while True: pass", RIGHT]
+    limits = Limits(seconds=1, wall_seconds=2)
+    protected, backend = check_answers([DOUBLE] * 4, answers, limits=limits)
+    assert "seccomp" in backend
+    monkeypatch.setattr(Sandbox, "_start", refuse)
+    unprotected, backend = check_answers([DOUBLE] * 4, answers, limits=limits)
+    assert backend.startswith("resource limits only (programs cannot be run safely here: landlock")
+    assert protected == unprotected == [True, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -358,7 +383,7 @@ def test_only_one_reading_statement_is_a_query() -> None:
         "with recursive n(i) as (select 1 union all select i + 1 from n) select i from n",
         "",
     ]
-    assert verdicts(task, good + bad, 1.0) == [True] * len(good) + [False] * len(bad)
+    assert verdicts(task, good + bad, 1) == [True] * len(good) + [False] * len(bad)
 
 
 def test_the_order_of_rows_counts_when_asked_for() -> None:
@@ -372,7 +397,7 @@ def test_the_order_of_rows_counts_when_asked_for() -> None:
 
 def test_a_pattern_matches_in_full_and_in_time() -> None:
     task = a_task("regex", ["aaa", "aab", "a" * 40 + "b"], [True, False, False])
-    assert verdicts(task, ["a+", "a", "(a+)+", "["], 1.0) == [True, False, False, False]
+    assert verdicts(task, ["a+", "a", "(a+)+", "["], 1) == [True, False, False, False]
 
 
 def test_arithmetic_is_numbers_and_operators_only() -> None:
@@ -387,8 +412,6 @@ def test_bad_arguments_are_named() -> None:
         check_answers([DOUBLE, DOUBLE], [RIGHT])
     with pytest.raises(ValueError, match="workers"):
         check_answers([DOUBLE], [RIGHT], workers=0)
-    with pytest.raises(ValueError, match="timeout_s"):
-        check_answers([DOUBLE], [RIGHT], timeout_s=0)
 
 
 def test_values_that_cannot_be_compared_are_wrong() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dylora.evaluation.passk import callback
+from dylora.evaluation.passk import scoring
 from dylora.evaluation.passk.sampling import read_samples
 from dylora.training.loop import train
 from runs import STEPS, all_tensors, rows_of
@@ -87,7 +87,7 @@ def test_a_run_that_stops_early_has_its_benchmark_then(benchmarked):
 @pytest.mark.parametrize("where", ["sample_to_file", "score"])
 def test_a_signal_in_a_benchmark_leaves_it_due_and_loses_nothing(benchmarked, monkeypatch, where):
     whole = train(benchmarked("whole")).folder
-    original, calls = getattr(callback, where), 0
+    original, calls = getattr(scoring, where), 0
 
     def signalled(*args, **kwargs):
         nonlocal calls
@@ -96,7 +96,7 @@ def test_a_signal_in_a_benchmark_leaves_it_due_and_loses_nothing(benchmarked, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(callback, where, signalled)
+    monkeypatch.setattr(scoring, where, signalled)
     with pytest.raises(SystemExit):
         train(benchmarked("parts"))
     parts = whole.parent / "parts"

@@ -1,21 +1,18 @@
 """A benchmark between the steps of a run: eval/<task>/pass@1 in metrics.jsonl.
 
-It does not change the run: the random state and the model's mode are as before, and nothing is
-counted while it answers. Its samples lie in the run's folder, benchmark/step-<n>/, so that an
-interrupted one goes on where it was.
+It does not change the run: random state and the model's mode are restored, and nothing is counted
+meanwhile. Its samples are in the run's folder, benchmark/step-<n>/, so that an interrupted one is
+continued.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict
 
-from dylora.evaluation.passk.benchmark import BenchmarkOptions, describe, expand_tasks, read_tasks
-from dylora.evaluation.passk.problem import Problem
-from dylora.evaluation.passk.sampling import Sampling, sample_to_file
-from dylora.evaluation.passk.scoring import score
-from dylora.evaluation.passk.suites import Tasks, data_of, leave_out_trained
+from dylora.evaluation.passk.contamination import Selection, select_tasks
+from dylora.evaluation.passk.options import BenchmarkOptions, expand_tasks, find_backend, read_tasks
+from dylora.evaluation.passk.scoring import score_model
 from dylora.run_config import EvalConfig
-from dylora.sandbox.host import Sandbox
 from dylora.storage.folders import quarantine, write_file
 from dylora.training.run import Run
 
@@ -23,7 +20,7 @@ FOLDER = "benchmark"
 
 
 def options_of(config: EvalConfig) -> BenchmarkOptions:
-    """The benchmark that a run's settings describe: greedy, one program a task.
+    """The benchmark that a run's settings describe: greedy, one answer per task.
 
     Raises ValueError for a file of a suite that is not asked for.
     """
@@ -41,59 +38,49 @@ def options_of(config: EvalConfig) -> BenchmarkOptions:
 
 
 def check_benchmark(run: Run) -> None:
-    """Read the tasks and start a sandbox, before the first step; say what is going to happen.
+    """Read the tasks and start a sandbox before the first step, and log what will be run.
 
-    What a run has left in benchmark/ of steps that it has not come to is set aside.
+    Folders in benchmark/ of steps after the run's own, from a run that went further, are renamed.
 
-    Raises ValueError for suites that cannot be used, and for a machine without a sandbox.
+    Raises ValueError for suites that cannot be used, and where no sandbox works.
     """
     config = run.config.eval
-    with Sandbox() as sandbox:
-        level = sandbox.level
+    suites = _select(run)
+    backend = find_backend([one.tasks for one in suites.values()], options_of(config))
     parts = []
-    for name, (_, kept, trained) in _tasks(run).items():
-        left = f" ({len(trained)} trained ones left out)" if trained else ""
-        parts.append(f"{len(kept)} tasks of {name}{left}")
+    for name, selection in suites.items():
+        trained = len(selection.trained)
+        left = f" ({trained} trained ones left out)" if trained else ""
+        parts.append(f"{len(selection.problems)} tasks of {name}{left}")
     when = "after every pass" if config.benchmark_strategy == "epoch" else "at the end"
-    run.log.info(f"benchmark {when}: {', '.join(parts)}; programs run under {level}")
+    run.log.info(f"benchmark {when}: {', '.join(parts)}; programs run under {backend}")
     for folder in (run.folder / FOLDER).glob("step-*"):
         number = folder.name.removeprefix("step-")
         if number.isdecimal() and int(number) > run.progress.step:
             run.log.info(f"set aside as {quarantine(folder, 'superseded')}")
 
 
-def benchmark_step(run: Run, before_batch: Callable[[], None] = lambda: None) -> None:
+def benchmark_step(run: Run, before_each: Callable[[], None] = lambda: None) -> None:
     """Benchmark the mixture as it is now; a row of metrics.jsonl, and benchmark/step-<n>/.
 
-    Does nothing for a step that has its row. What `before_batch` raises ends it, samples kept.
+    Does nothing for a step that has its row. An exception of `before_each` ends it, samples kept.
     """
     config, progress = run.config.eval, run.progress
-    suites = _tasks(run)
+    options, suites = options_of(config), _select(run)
     if run.log.has(progress.step, f"eval/{next(iter(suites))}/pass@1"):
         return
     folder = run.folder / FOLDER / f"step-{progress.step}"
     folder.mkdir(parents=True, exist_ok=True)
     metrics, results = {}, {}
-    for name, (tasks, kept, trained) in suites.items():
-        sampling = Sampling(
-            max_new_tokens=tasks.max_new_tokens,
-            seed=options_of(config).seed,
-            batch_size=config.batch_size,
-        )
+    for name, selection in suites.items():
         file = folder / f"{name.replace('/', '.')}.jsonl"
-        programs = sample_to_file(run.model, run.tokenizer, kept, sampling, file, before_batch)
-        found = score(
-            kept,
-            programs,
-            k=(1,),
-            seconds=tasks.seconds,
-            workers=2,
-            seed=0,
-            before_each=before_batch,
+        found = score_model(
+            run.model, run.tokenizer, selection, options, config.batch_size, file, before_each
         )
         metrics[f"eval/{name}/pass@1"] = found.pass_at_k["1"]["mean"]
-        results[name] = describe(tasks, kept, trained, sampling, False) | found._asdict()
-    content = {"step": progress.step, "options": asdict(options_of(config)), "suites": results}
+        sampling = options.sampling(selection.tasks, config.batch_size)
+        results[name] = selection.describe(sampling, False) | found._asdict()
+    content = {"step": progress.step, "options": asdict(options), "suites": results}
     write_file(folder / "results.json", json.dumps(content, indent=2) + "\n")
     run.log.write(progress.step, progress.targets, metrics)
     shown = ", ".join(
@@ -103,13 +90,8 @@ def benchmark_step(run: Run, before_batch: Callable[[], None] = lambda: None) ->
     run.log.info(f"step {progress.step}  pass@1: {shown}")
 
 
-def _tasks(run: Run) -> dict[str, tuple[Tasks, list[Problem], list[Problem]]]:
-    """Of each suite: all of it, what is scored, and what the run trains on."""
-    found = {}
-    for name, tasks in read_tasks(options_of(run.config.eval)).items():
-        kept, trained = leave_out_trained(tasks.problems, data_of(run.model.training_record))
-        if not kept:
-            raise ValueError(f"eval.benchmark_tasks: the run trains on all {len(trained)} tasks "
-                             f"of {name} that were chosen")  # fmt: skip
-        found[name] = (tasks, kept, trained)
-    return found
+def _select(run: Run) -> dict[str, Selection]:
+    return {
+        name: select_tasks(name, tasks, run.model.training_record, include=False)
+        for name, tasks in read_tasks(options_of(run.config.eval)).items()
+    }

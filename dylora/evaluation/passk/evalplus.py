@@ -1,22 +1,22 @@
 """HumanEval+ and MBPP+ (EvalPlus, arXiv:2305.01210), in both forms in which they are published.
 
-Each task has inputs instead of tests, and a program that answers them right: what is expected is
-computed by running it, in the tests' process. The JSONL of EvalPlus' releases holds the inputs as
-`base_input` and `plus_input`; the sets of the hub hold them in a line of `test`, `inputs = […]`.
+Each task has inputs and a reference program. The tests' process runs the reference to compute the
+expected values. The JSONL of EvalPlus' releases holds the inputs as `base_input` and `plus_input`;
+the sets of the hub hold them in a line of `test`, `inputs = […]`.
 """
 
 import re
 from collections.abc import Callable
 from typing import Any
 
-from dylora.evaluation.passk.problem import Problem, unix
+from dylora.evaluation.passk.problem import Problem, ProgramTests, unix
 
 CONTINUATION_STOPS = (
     *("\ndef ", "\nclass ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n@", "\n```", "\n\n\n\n"),
     *("<|endoftext|>", "<file_sep>", "<|file_separator|>"),
 )
 """A continuation of a function ends where unindented text begins (Chen et al. 2021, and more), and
-where a base begins another file: to some tokenizers those marks are plain text."""
+where a base begins another file: some tokenizers treat those marks as plain text."""
 DOCSTRING_STOPS = (
     *('\n"""', "\nassert", "\nif __name__", "\ndef main(", "\nprint(", "\n```"),
     *("<|endoftext|>", "<file_sep>", "<|file_separator|>"),
@@ -62,7 +62,7 @@ def _padded_distance(one, other):  # Mbpp/558 does not say how numbers of two le
     pairs = zip(str(one).zfill(width), str(other).zfill(width))
     return sum(abs(int(a) - int(b)) for a, b in pairs)
 '''
-"""What the tests' process knows of comparing."""
+"""Functions of the tests' process that compare values."""
 
 _SETS = (
     "similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
@@ -70,9 +70,8 @@ _SETS = (
 )  # fmt: skip
 _NOT_NONE = ("check_str", "text_match_three", "text_starta_endb")
 _VERDICTS = {
-    **dict.fromkeys(
-        _SETS, "set(given) == set(expected)"
-    ),  # Mbpp/2, 7, 111, 140, 232, 249, 579, 769
+    # Mbpp/2, 7, 111, 140, 232, 249, 579, 769
+    **dict.fromkeys(_SETS, "set(given) == set(expected)"),
     **dict.fromkeys(_NOT_NONE, "_not_none(given) == _not_none(expected)"),
     "are_equivalent": "True",  # Mbpp/164: the question is unclear; to return is enough
     "sum_div": "given == expected or given == 0",  # Mbpp/295
@@ -84,29 +83,27 @@ _VERDICTS = {
 
 
 def humaneval_plus(task: dict[str, Any]) -> Problem:
-    """A row of either form. Raises KeyError, TypeError or ValueError for what is none."""
+    """A row of either form. Raises KeyError, TypeError or ValueError for any other row."""
     prompt, name = unix(task["prompt"]), task["entry_point"]
     answer = unix(task["canonical_solution"])
     inputs, atol = _inputs(task, lambda rows: rows)
     # find_zero has many right answers: its own definition decides (HumanEval/32).
-    zero = f"abs(_scope['poly'](*arguments, given)) <= {atol or 1e-4!r}"
+    verdict = f"_equal(given, expected, {atol!r})"
+    if name == "find_zero":
+        verdict = f"abs(_scope['poly'](*arguments, given)) <= {atol or 1e-4!r}"
     return Problem(
         task_id=task["task_id"],
         prompt=prompt,
         prefix=prompt,
         stops=CONTINUATION_STOPS,
-        setup=_setup(prompt + answer, name),
-        tests=_tests(
-            name, inputs, zero if name == "find_zero" else f"_equal(given, expected, {atol!r})"
-        ),
-        entry_points=(name,),
         reference=prompt + answer,
         texts=(prompt, prompt + answer),
+        checker=_checker(name, prompt + answer, inputs, verdict),
     )
 
 
 def mbpp_plus(task: dict[str, Any]) -> Problem:
-    """A row of either form. Raises KeyError, TypeError or ValueError for what is none."""
+    """A row of either form. Raises KeyError, TypeError or ValueError for any other row."""
     number = int(str(task["task_id"]).rpartition("/")[2])
     reference = unix(task["canonical_solution"] if "canonical_solution" in task else task["code"])
     inputs, atol = _inputs(task, lambda rows: [typed_input(number, row) for row in rows])
@@ -122,27 +119,22 @@ def mbpp_plus(task: dict[str, Any]) -> Problem:
         prompt=prompt,
         prefix=prompt,
         stops=DOCSTRING_STOPS,
-        setup=_setup(reference, name),
-        tests=_tests(name, inputs, verdict),
-        entry_points=(name,),
         reference=prompt + reference,
         texts=(question, question.partition("\nassert ")[0], reference),
+        checker=_checker(name, reference, inputs, verdict),
     )
 
 
-def _setup(reference: str, name: str) -> str:
-    """The reference in a scope of its own: what it calls by name must not be the program's."""
+def _checker(name: str, reference: str, inputs: str, verdict: str) -> ProgramTests:
+    # The reference has a scope of its own, so that what it calls by name is not the program's.
     scope = f"_scope = {{'__name__': 'reference'}}\nexec({reference!r}, _scope)\n"
-    return f"{COMPARE}\n{scope}_reference = _scope[{name!r}]\n"
-
-
-def _tests(name: str, inputs: str, verdict: str) -> str:
-    return (
+    tests = (
         f"for arguments in {inputs}:\n"
         f"    expected = _reference(*copy.deepcopy(arguments))\n"
         f"    given = {name}(*arguments)\n"
         f"    assert {verdict}\n"
     )
+    return ProgramTests(tests, (name,), f"{COMPARE}\n{scope}_reference = _scope[{name!r}]\n")
 
 
 def _inputs(task: dict[str, Any], typed: Callable[[list[Any]], list[Any]]) -> tuple[str, float]:
@@ -175,47 +167,28 @@ def _deep(value: Any) -> Any:
     return tuple(map(_deep, value)) if isinstance(value, list) else value
 
 
-def _ids(text: str) -> frozenset[int]:
-    return frozenset(map(int, text.split()))
-
-
-_TYPES: tuple[tuple[frozenset[int], Callable[..., list[Any]]], ...] = (
-    (
-        _ids(
-            "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809"
-        ),
-        lambda *each: [tuple(one) for one in each],
+_TYPES: dict[str, Callable[..., list[Any]]] = {
+    "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809": (
+        lambda *each: [tuple(one) for one in each]
     ),
-    (
-        _ids("63 64 70 94 120 237 272 299 400 409 417 438 473 614 780"),
-        lambda *each: [_tuples(one) for one in each],
+    "63 64 70 94 120 237 272 299 400 409 417 438 473 614 780": (
+        lambda *each: [_tuples(one) for one in each]
     ),
-    (_ids("75 413 444 753"), lambda first, *rest: [_tuples(first), *rest]),
-    (_ids("106 750"), lambda first, second: [first, tuple(second)]),
-    (_ids("250 307 405 446 617 720 763 808"), lambda first, *rest: [tuple(first), *rest]),
-    (_ids("259 401 445"), lambda *each: [tuple(_tuples(one)) for one in each]),
-    (_ids("580 615 791"), lambda *each: [_deep(one) for one in each]),
-    (
-        _ids("115"),
-        lambda rows: [[set(row) if isinstance(row, list) and row else {} for row in rows]],
-    ),
-    (_ids("124"), lambda first, second: [float(first), complex(second)]),
-    (_ids("252"), lambda number: [complex(number)]),
-    (
-        _ids("278"),
-        lambda row: [tuple(tuple(item) if isinstance(item, list) else item for item in row)],
-    ),
-    (
-        _ids("722"),
-        lambda first, *rest: [{key: tuple(item) for key, item in first.items()}, *rest],
-    ),
-)
+    "75 413 444 753": lambda first, *rest: [_tuples(first), *rest],
+    "106 750": lambda first, second: [first, tuple(second)],
+    "250 307 405 446 617 720 763 808": lambda first, *rest: [tuple(first), *rest],
+    "259 401 445": lambda *each: [tuple(_tuples(one)) for one in each],
+    "580 615 791": lambda *each: [_deep(one) for one in each],
+    "115": lambda rows: [[set(row) if isinstance(row, list) and row else {} for row in rows]],
+    "124": lambda first, second: [float(first), complex(second)],
+    "252": lambda number: [complex(number)],
+    "278": lambda row: [tuple(tuple(item) if isinstance(item, list) else item for item in row)],
+    "722": lambda first, *rest: [{key: tuple(item) for key, item in first.items()}, *rest],
+}
 """MBPP's task ids, and what the JSON of their arguments stands for (EvalPlus' data/mbpp.py)."""
+_CONVERSIONS = {int(number): convert for ids, convert in _TYPES.items() for number in ids.split()}
 
 
 def typed_input(number: int, arguments: list[Any]) -> list[Any]:
     """The arguments of one call of MBPP's task `number`, of the types that its function takes."""
-    for ids, convert in _TYPES:
-        if number in ids:
-            return convert(*arguments)
-    return arguments
+    return _CONVERSIONS[number](*arguments) if number in _CONVERSIONS else arguments

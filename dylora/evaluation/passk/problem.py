@@ -1,28 +1,59 @@
-"""One task of a benchmark, and what a model's text for it amounts to."""
+"""One task of a benchmark: its prompt, how a model's text becomes an answer, and its checker."""
 
 import re
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+from dylora.sandbox.host import Result, Sandbox
+
+
+class Checker(Protocol):
+    """Decides whether an answer is right."""
+
+    runs_programs: ClassVar[bool]
+    """Whether `check` needs a sandbox; where no checker of a suite does, it is given None."""
+
+    def check(self, answer: str, sandbox: Sandbox | None) -> Result:
+        """The verdict; the outcome "passed" counts. Must not raise, whatever the model wrote."""
+        ...
 
 
 class Problem(NamedTuple):
-    """One task of a suite. What tests need besides the program the program cannot touch."""
+    """One task of a suite."""
 
     task_id: str  # as EvalPlus writes it: Mbpp/11, HumanEval/0; skills/sql/0
-    prompt: str  # what the model is given, whole
-    prefix: str  # stands before the model's text to make the program; "" where it writes it all
+    prompt: str  # the model's whole input
+    prefix: str  # comes before the model's text in the answer; "" where the text is all of it
     stops: tuple[str, ...]  # the model's text ends before the first of these
-    setup: str  # Python that the tests' process runs first
-    tests: str  # Python; calls the entry points
-    entry_points: tuple[str, ...]
-    reference: str  # a program that passes
+    reference: str  # an answer that passes
     texts: tuple[str, ...]  # question and answer, in the forms in which training data may hold them
-    check: dict[str, Any] | None = None  # instead of tests: how an embedded skill checks an answer
+    checker: Checker
 
 
-def program_of(problem: Problem, text: str) -> str:
-    """The program that a model's text amounts to: the text up to a stop, behind its prefix.
+@dataclass(frozen=True)
+class ProgramTests:
+    """Checks a program by tests in Python, which the program can neither read nor change."""
 
-    An instruction's answer may come in a fenced block, which is then taken alone.
+    runs_programs: ClassVar[bool] = True
+
+    tests: str
+    """Python that calls the entry points."""
+    entry_points: tuple[str, ...]
+    """Functions and classes of the program."""
+    setup: str = ""
+    """Python that the tests' process runs first."""
+
+    def check(self, answer: str, sandbox: Sandbox | None) -> Result:
+        assert sandbox is not None
+        return sandbox.run_tests(
+            answer, self.tests, setup=self.setup, entry_points=self.entry_points
+        )
+
+
+def answer_of(problem: Problem, text: str) -> str:
+    """The answer in a model's text: the text up to the first stop, behind the prefix.
+
+    Without a prefix, a text with a fenced block is that block alone.
     """
     if not problem.prefix:
         fenced = re.search(r"```\w*[ \t]*\n(.*?)(?:\n```|\Z)", text, re.DOTALL)

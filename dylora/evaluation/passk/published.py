@@ -1,11 +1,17 @@
-"""Published pass@1 of well-known bases, to hold a base's score against before a gain is believed.
+"""Published pass@1 scores of well-known bases, to compare a base's measured score with.
 
-Reports differ by what stands in no table: the prompt to its last newline, the stops, sampling. So
-each number goes with who measured it and how. EvalPlus' "MBPP" is its own choice of tasks with the
-first tests, not MBPP's test split, and is left out.
+assets/benchmark/published_scores.json holds the numbers. Reports differ in what no table shows: the
+prompt to its last newline, the stops, sampling; so each number names its source and its settings.
+EvalPlus' "MBPP" is its own choice of tasks with the first tests, not MBPP's test split, and is left
+out.
 """
 
-from typing import NamedTuple
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SCORES_FILE = Path(__file__).parents[2] / "assets" / "benchmark" / "published_scores.json"
 
 
 class PublishedScore(NamedTuple):
@@ -16,93 +22,32 @@ class PublishedScore(NamedTuple):
     source: str
 
 
-_CARD = "model card, ai.google.dev/gemma/docs/codegemma/model_card"
-_EVALPLUS = "EvalPlus leaderboard, evalplus.github.io/results.json of 2024-12-26"
-_BIGCODE = "bigcode-models-leaderboard, community_results"
-_DEEPSEEK = "github.com/deepseek-ai/DeepSeek-Coder, Evaluation"
-_QWEN = "Qwen2.5-Coder report, arXiv:2409.12186, table 5"
-_LLAMA = "Code Llama paper, arXiv:2308.12950, table 2"
-_GREEDY = "0-shot, greedy"
-_UNSAID = "as reported, settings not given"
-_COOL = "0-shot, temperature 0.2, 50 samples"
+@cache
+def read_scores(file: Path = SCORES_FILE) -> dict[str, dict[str, list[PublishedScore]]]:
+    """Scores by base and suite.
 
-PUBLISHED: dict[str, dict[str, tuple[PublishedScore, ...]]] = {
-    "google/codegemma-2b": {
-        "humaneval": (
-            PublishedScore(31.1, _UNSAID, _CARD),
-            PublishedScore(26.8, _GREEDY, _EVALPLUS),
-            PublishedScore(27.3, _COOL, _BIGCODE),
-            PublishedScore(
-                7.8,
-                "0-shot, temperature 0.2, 20 samples, prompt stripped",
-                "bigcode-evaluation-harness#261",
-            ),
-        ),
-        "humaneval+": (PublishedScore(20.7, _GREEDY, _EVALPLUS),),
-        "mbpp": (PublishedScore(43.6, _UNSAID, _CARD),),
-        "mbpp+": (PublishedScore(46.6, _GREEDY, _EVALPLUS),),
-    },
-    "google/codegemma-7b": {
-        "humaneval": (
-            PublishedScore(44.5, _UNSAID, _CARD),
-            PublishedScore(44.5, _GREEDY, _EVALPLUS),
-            PublishedScore(40.1, _COOL, _BIGCODE),
-        ),
-        "humaneval+": (PublishedScore(41.5, _GREEDY, _EVALPLUS),),
-        "mbpp": (PublishedScore(56.2, _UNSAID, _CARD),),
-        "mbpp+": (PublishedScore(52.4, _GREEDY, _EVALPLUS),),
-    },
-    "deepseek-ai/deepseek-coder-1.3b-base": {
-        "humaneval": (
-            PublishedScore(34.8, _GREEDY, _DEEPSEEK),
-            PublishedScore(28.7, _GREEDY, _EVALPLUS),
-            PublishedScore(32.1, _COOL, _BIGCODE),
-        ),
-        "humaneval+": (
-            PublishedScore(25.6, _GREEDY, _EVALPLUS),
-            PublishedScore(26.8, _UNSAID, _QWEN),
-        ),
-        "mbpp": (
-            PublishedScore(46.8, "3-shot, greedy", _DEEPSEEK),
-            PublishedScore(46.2, "3-shot", _QWEN),
-        ),
-        "mbpp+": (PublishedScore(47.9, _GREEDY, _EVALPLUS), PublishedScore(46.9, _UNSAID, _QWEN)),
-    },
-    "bigcode/starcoder2-3b": {
-        "humaneval": (PublishedScore(31.7, _GREEDY, _EVALPLUS),),
-        "humaneval+": (
-            PublishedScore(27.4, _GREEDY, _EVALPLUS),
-            PublishedScore(27.4, _UNSAID, "model card, huggingface.co/bigcode/starcoder2-3b"),
-        ),
-        "mbpp": (PublishedScore(47.4, "3-shot", _QWEN),),
-        "mbpp+": (PublishedScore(49.1, _UNSAID, _QWEN),),
-    },
-    "Qwen/Qwen2.5-Coder-1.5B": {
-        "humaneval": (PublishedScore(43.9, _UNSAID, _QWEN),),
-        "humaneval+": (PublishedScore(36.6, _UNSAID, _QWEN),),
-        "mbpp": (PublishedScore(59.2, "3-shot", _QWEN),),
-        "mbpp+": (PublishedScore(58.6, _UNSAID, _QWEN),),
-    },
-    "codellama/CodeLlama-7b-hf": {
-        "humaneval": (
-            PublishedScore(33.5, _GREEDY, _LLAMA),
-            PublishedScore(31.7, _GREEDY, _DEEPSEEK),
-            PublishedScore(37.8, _GREEDY, _EVALPLUS),
-        ),
-        "humaneval+": (PublishedScore(35.4, _GREEDY, _EVALPLUS),),
-        "mbpp": (
-            PublishedScore(41.4, "3-shot", _LLAMA),
-            PublishedScore(38.6, "3-shot, greedy", _DEEPSEEK),
-        ),
-        "mbpp+": (PublishedScore(46.8, _GREEDY, _EVALPLUS),),
-    },
-}
-"""By base and suite."""
+    Raises:
+        ValueError: A score with other fields, without a source, or with an impossible percentage.
+    """
+    table = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        base: {suite: [_score(file, row) for row in rows] for suite, rows in suites.items()}
+        for base, suites in table.items()
+    }
 
 
-def published_of(base: str, suite: str) -> tuple[PublishedScore, ...]:
-    """What is published of a base on a suite; nothing for what the table lacks."""
-    return PUBLISHED.get(base, {}).get(suite, ())
+def _score(file: Path, row: dict[str, Any]) -> PublishedScore:
+    if row.keys() != set(PublishedScore._fields):
+        raise ValueError(f"{file}: {row} must have the fields {', '.join(PublishedScore._fields)}")
+    score = PublishedScore(**row)
+    if not (0 < score.percent < 100 and score.how and score.source):
+        raise ValueError(f"{file}: {row} has no percentage between 0 and 100, settings and source")
+    return score
+
+
+def published_of(base: str, suite: str) -> list[PublishedScore]:
+    """The published scores of a base on a suite; none for what the file lacks."""
+    return read_scores().get(base, {}).get(suite, [])
 
 
 def published_lines(base: str, suite: str) -> list[str]:

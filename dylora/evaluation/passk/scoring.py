@@ -1,73 +1,91 @@
-"""From programs to a score: every program is run, and what came of them is counted."""
+"""From answers to a score: every answer is checked, and the outcomes are counted."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dylora.evaluation.passk.contamination import Selection
 from dylora.evaluation.passk.estimate import bootstrap, pass_at_k
+from dylora.evaluation.passk.options import BenchmarkOptions
 from dylora.evaluation.passk.problem import Problem
-from dylora.evaluation.skills import judge_answer
+from dylora.evaluation.passk.sampling import sample_to_file
+from dylora.model import DyLoRA_MoE
 from dylora.sandbox.host import Limits, Result, Sandbox, run_all
 
 
 class Score(NamedTuple):
-    """What one model's programs came to on one suite."""
+    """The score of one model on one suite."""
 
     pass_at_k: dict[str, dict[str, float]]  # by k: mean, low and high of the 95 % interval
-    outcomes: dict[str, int]  # of all programs
+    outcomes: dict[str, int]  # of all answers
     passed: dict[str, int]  # by task: how many of its samples
 
 
-def judge(sandbox: Sandbox, job: tuple[Problem, str]) -> Result:
-    """Runs one program with its task's tests, or an answer with its skill's check."""
-    problem, source = job
-    if problem.check is not None:
-        return judge_answer(sandbox, problem.check, source)
-    return sandbox.run_tests(
-        source, problem.tests, setup=problem.setup, entry_points=problem.entry_points
-    )
+def score_model(
+    model: DyLoRA_MoE,
+    tokenizer: PreTrainedTokenizerBase,
+    selection: Selection,
+    options: BenchmarkOptions,
+    batch_size: int,
+    file: Path,
+    before_each: Callable[[], None] = lambda: None,
+) -> Score:
+    """Draws the samples that the file lacks, and checks all of them.
+
+    before_each: called before each batch and each check; an exception of it ends the scoring.
+
+    Raises:
+        ValueError: A prompt too long for the base, or no sandbox works here and one is needed.
+    """
+    problems, sampling = selection.problems, options.sampling(selection.tasks, batch_size)
+    answers = sample_to_file(model, tokenizer, problems, sampling, file, before_each)
+    return score(problems, answers, options, selection.tasks.seconds, before_each)
 
 
 def score(
     problems: Sequence[Problem],
-    programs: dict[str, list[str]],
-    *,
-    k: Sequence[int],
+    answers: dict[str, list[str]],
+    options: BenchmarkOptions,
     seconds: int,
-    workers: int,
-    seed: int,
-    level: str = "auto",
-    unsafe: bool = False,
     before_each: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Runs every program and counts.
+    """Checks every answer (of each task equally many) and counts.
 
-    Args:
-        programs: of each task, equally many.
-        seconds: of processor time for a program over all its tests; the wall clock gets thrice
-            that, and 5 s.
-        before_each: called before a program starts; what it raises ends the scoring.
-
-    Raises:
-        ValueError: k above the samples a task, or a machine that cannot protect itself.
+    seconds: processor time for a program over all its tests; the wall clock allows three times as
+    much, and 5 s.
     """
-    jobs = [(problem, source) for problem in problems for source in programs[problem.task_id]]
+    jobs = [(problem, answer) for problem in problems for answer in answers[problem.task_id]]
 
-    def run(sandbox: Sandbox, job: tuple[Problem, str]) -> Result:
+    def check(sandbox: Sandbox | None, job: tuple[Problem, str]) -> Result:
         before_each()
-        return judge(sandbox, job)
+        return job[0].checker.check(job[1], sandbox)
 
-    limits = Limits(seconds=seconds, wall_seconds=3 * seconds + 5)
-    found = list(run_all(jobs, run, workers=workers, limits=limits, level=level, unsafe=unsafe))
+    if any(problem.checker.runs_programs for problem in problems):
+        results = list(
+            run_all(
+                jobs,
+                check,
+                workers=options.workers,
+                limits=Limits(seconds=seconds, wall_seconds=3 * seconds + 5),
+                backend=options.sandbox,
+                unsafe=options.unsafe,
+            )
+        )
+    else:
+        results = [check(None, job) for job in jobs]
     passed = Counter({problem.task_id: 0 for problem in problems})
-    for (problem, _), result in zip(jobs, found, strict=True):
+    for (problem, _), result in zip(jobs, results, strict=True):
         passed[problem.task_id] += result.outcome == "passed"
     samples = len(jobs) // len(problems)
     scores = {
-        one: [pass_at_k(samples, passed[problem.task_id], one) for problem in problems] for one in k
+        k: [pass_at_k(samples, passed[problem.task_id], k) for problem in problems]
+        for k in options.k
     }
     return Score(
-        pass_at_k={str(one): bootstrap(scores[one], seed=seed)._asdict() for one in k},
-        outcomes=dict(sorted(Counter(result.outcome for result in found).items())),
+        pass_at_k={str(k): bootstrap(scores[k], seed=options.seed)._asdict() for k in options.k},
+        outcomes=dict(sorted(Counter(result.outcome for result in results).items())),
         passed=dict(passed),
     )

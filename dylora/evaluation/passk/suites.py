@@ -1,20 +1,25 @@
-"""The published suites of programming tasks: read from their original files or the hub."""
+"""The suites of tasks: a table, and how their original files or hub sets are read.
+
+A new suite is a row of `SUITES`: where its rows are, and a function that makes a `Problem` of one,
+with the `Checker` that judges its answers.
+"""
 
 import ast
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dylora.data.prompts import format_prompt, mbpp_instruction
 from dylora.data.readers import read_records
-from dylora.data.sources import MBPP, MBPP_PUBLISHED, text_hash
+from dylora.data.sources import MBPP, MBPP_PUBLISHED
 from dylora.evaluation.passk.evalplus import CONTINUATION_STOPS, humaneval_plus, mbpp_plus
-from dylora.evaluation.passk.problem import Problem, unix
-from dylora.evaluation.skills import ANSWER_LIMITS, ANSWER_TOKENS, SKILL_SUITES, skill_problems
+from dylora.evaluation.passk.problem import Problem, ProgramTests, unix
+from dylora.evaluation.passk.skills import ANSWER_TOKENS, SKILL_SUITES, skill_problems
 from dylora.fields import nearest
+from dylora.tasks.checking import ANSWER_LIMITS
 
 INSTRUCTION_STOPS = ("\nassert ", "\nif __name__", "\n```", "\n### ")
 SHOTS = 3
@@ -27,19 +32,22 @@ SHOT_PROMPT = (
 SHOT_ANSWER = "{code}\n[DONE]\n\n"
 """Their form, from the README of the data (google-research/mbpp), as lm-evaluation-harness joins
 the examples: by an empty line."""
+SHOT_WORDS = f"{SHOTS}-shot, tasks 2, 3 and 4 solved before the question, all tests shown"
 
 
 class Suite(NamedTuple):
-    """Where a suite comes from and how its rows read."""
+    """A row of the table: where a suite is, and how it is read."""
 
     hub: str
-    hub_config: str | None
-    hub_splits: tuple[str, ...]
     hub_columns: tuple[str, ...]
-    file_columns: tuple[str, ...]  # of a JSON file in the original format
     to_problem: Callable[[dict[str, Any]], Problem]
-    prompt: str  # how tasks are put to the model, for the results
+    prompt: str  # how tasks are put to the model, in words for the results
+    hub_config: str | None = None
+    hub_splits: tuple[str, ...] = ("test",)
+    file_columns: tuple[str, ...] = ()  # of a JSON file in the original format; (): as in the hub
     seconds: int = 5  # of processor time for a program over all its tests
+    max_new_tokens: int = 512
+    is_mbpp: bool = False  # has MBPP's published splits, and its prompt of 3 shots
 
 
 class Source(NamedTuple):
@@ -52,14 +60,14 @@ class Source(NamedTuple):
 
 
 class Tasks(NamedTuple):
-    """The problems of one suite, ready to be put to a model."""
+    """The problems of one suite, ready for a model."""
 
     problems: list[Problem]
     source: Source
-    prompt: str  # how they are put, in words
+    prompt: str  # how they are put to the model, in words
     shots: int
     seconds: int  # of processor time for a program over all its tests
-    max_new_tokens: int = 512
+    max_new_tokens: int
 
 
 def read_suite(
@@ -76,7 +84,7 @@ def read_suite(
 
     Args:
         name: one of `SUITES`, or skills/<skill>.
-        path: a local file in the suite's original format; none: the hub.
+        path: a local file in the suite's original format; None: the hub.
         split: MBPP's published splits by task id: train (601–974), validation (511–600), test
             (11–510), prompt (1–10), or all. Others have test only.
         revision: of the hub's data set.
@@ -89,62 +97,32 @@ def read_suite(
             with a task missing would give another score.
     """
     if name in SKILL_SUITES:
-        if path is not None:
-            raise ValueError(f"{name} is generated, so there is no file to read: {path}")
-        problems = skill_problems(name, limit, seed)
-        source = Source(f"generated with seed {seed}", None, None, "test")
-        prompt = "0-shot, the instruction template with the task"
-        return Tasks(problems, source, prompt, 0, ANSWER_LIMITS.seconds, ANSWER_TOKENS)
-    if name not in SUITES:
-        raise ValueError(f"unknown suite {name!r}{nearest(name, suite_names())}")
-    suite, splits = SUITES[name], [*MBPP_PUBLISHED, "all"] if takes_shots(name) else ["test"]
-    if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}{nearest(split, splits)}")
-    if shots not in (0, SHOTS) or (shots and not takes_shots(name)):
-        raise ValueError(f"{name} has no prompt of {shots} shots: 0, or {SHOTS} for MBPP")
-    is_json = path is not None and Path(path).suffix.lower() != ".parquet"
-    records = read_records(
-        path or suite.hub,
-        revision,
-        columns=list(suite.file_columns if is_json else suite.hub_columns),
-        hub_config=suite.hub_config if path is None else None,
-        hub_splits=suite.hub_splits,
-    )
-    problems, examples = [], {}
-    for record in records:
-        try:
-            if record.problem:
-                raise ValueError(record.problem)
-            task = record.fields
-            if shots and int(task["task_id"]) in SHOT_IDS:
-                answer = SHOT_ANSWER.format(code=unix(task["code"]).rstrip())
-                examples[int(task["task_id"])] = _shot_prompt(task) + answer
-            if split in MBPP_PUBLISHED and takes_shots(name) and not _is_in(split, task):
-                continue
-            problem = suite.to_problem(task)
-            if shots:
-                problem = problem._replace(prompt=_shot_prompt(task), stops=("[DONE]",))
-            problems.append(problem)
-        except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
-            why = f"{type(error).__name__}: {error}" if not record.problem else record.problem
-            raise ValueError(f"{record.place}: no task of {name} ({why})") from None
+        return _generate_skill(name, path, limit, seed)
+    suite = _find_suite(name, split, shots)
     where = path or suite.hub
-    seen = [problem.task_id for problem in problems]
+    wanted = MBPP_PUBLISHED.get(split) if suite.is_mbpp else None
+    chosen: list[Problem] = []
+    examples: dict[int, str] = {}
+    for number, problem in _problems(name, suite, path, revision, shots, wanted):
+        if number in SHOT_IDS and shots:
+            examples[number] = problem.prompt + SHOT_ANSWER.format(code=problem.reference.rstrip())
+        if wanted is None or number in wanted:
+            chosen.append(problem)
+    seen = [problem.task_id for problem in chosen]
     if not seen:
         raise ValueError(f"{where} has no task of {name}'s split {split}")
     if len(set(seen)) < len(seen):
         twice = next(task_id for task_id in seen if seen.count(task_id) > 1)
-        raise ValueError(f"{where}: {twice} stands there twice")
+        raise ValueError(f"{where}: {twice} appears twice")
     if shots:
         missing = [number for number in SHOT_IDS if number not in examples]
         if missing:
             raise ValueError(f"{where} lacks task {missing[0]}, which 3 shots need")
         before = "".join(examples[number] for number in SHOT_IDS)
-        problems = [problem._replace(prompt=before + problem.prompt) for problem in problems]
+        chosen = [problem._replace(prompt=before + problem.prompt) for problem in chosen]
     source = Source(where, revision, _sha256(path) if path else None, split)
-    words = f"{SHOTS}-shot, tasks 2, 3 and 4 solved before the question, all tests shown"
-    prompt = words if shots else suite.prompt
-    return Tasks(problems[:limit], source, prompt, shots, suite.seconds)
+    prompt = SHOT_WORDS if shots else suite.prompt
+    return Tasks(chosen[:limit], source, prompt, shots, suite.seconds, suite.max_new_tokens)
 
 
 def suite_names() -> list[str]:
@@ -153,35 +131,63 @@ def suite_names() -> list[str]:
 
 
 def takes_shots(name: str) -> bool:
-    """Whether a suite is MBPP's own rows, with its splits."""
-    return name in ("mbpp", "mbpp_sanitized")
+    """Whether a suite has MBPP's own rows, with its splits."""
+    return name in SUITES and SUITES[name].is_mbpp
 
 
-def data_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The data stamp of a checkpoint's training record, with those of what it began with."""
-    sources = list(record.get("data", {}).get("sources", []))
-    for earlier in record.get("earlier", []):
-        sources += data_of(earlier)["sources"]
-    return {"sources": sources}
+def _generate_skill(name: str, path: str | None, limit: int | None, seed: int) -> Tasks:
+    if path is not None:
+        raise ValueError(f"{name} is generated, so there is no file to read: {path}")
+    source = Source(f"generated with seed {seed}", None, None, "test")
+    prompt = "0-shot, the instruction template with the task"
+    problems = skill_problems(name, limit, seed)
+    return Tasks(problems, source, prompt, 0, ANSWER_LIMITS.seconds, ANSWER_TOKENS)
 
 
-def leave_out_trained(
-    problems: Iterable[Problem], data_stamp: dict[str, Any]
-) -> tuple[list[Problem], list[Problem]]:
-    """(Kept, left out): the second were trained on, as the checkpoint's data stamp tells.
+def _find_suite(name: str, split: str, shots: int) -> Suite:
+    if name not in SUITES:
+        raise ValueError(f"unknown suite {name!r}{nearest(name, suite_names())}")
+    suite = SUITES[name]
+    splits = [*MBPP_PUBLISHED, "all"] if suite.is_mbpp else ["test"]
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}{nearest(split, splits)}")
+    if shots not in (0, SHOTS) or (shots and not suite.is_mbpp):
+        raise ValueError(f"{name} has no prompt of {shots} shots: 0, or {SHOTS} for MBPP")
+    return suite
 
-    By MBPP's task ids, which the sanitized and the + set share; and by content, whatever file it
-    came from: a row whose question or answer reads like the task's (`text_hashes`).
-    """
-    sources = data_stamp.get("sources", [])
-    ids = {f"Mbpp/{number}" for source in sources for number in source.get("task_ids", [])}
-    hashes = {one for source in sources for one in source.get("text_hashes", "").split()}
-    kept: list[Problem] = []
-    trained: list[Problem] = []
-    for problem in problems:
-        known = problem.task_id in ids or any(text_hash(text) in hashes for text in problem.texts)
-        (trained if known else kept).append(problem)
-    return kept, trained
+
+def _problems(
+    name: str,
+    suite: Suite,
+    path: str | None,
+    revision: str | None,
+    shots: int,
+    wanted: range | None,
+) -> Iterator[tuple[int | None, Problem]]:
+    """The rows as problems, with their numbers in MBPP: those wanted, and the solved ones."""
+    is_json = path is not None and Path(path).suffix.lower() != ".parquet"
+    records = read_records(
+        path or suite.hub,
+        revision,
+        columns=list((is_json and suite.file_columns) or suite.hub_columns),
+        hub_config=suite.hub_config if path is None else None,
+        hub_splits=suite.hub_splits,
+    )
+    for record in records:
+        try:
+            if record.problem:
+                raise ValueError(record.problem)
+            number = int(record.fields["task_id"]) if suite.is_mbpp else None
+            if wanted is not None and number not in (*wanted, *(SHOT_IDS if shots else ())):
+                continue
+            problem = suite.to_problem(record.fields)
+            if shots:
+                prompt = _shot_prompt(record.fields)
+                problem = problem._replace(prompt=prompt, stops=("[DONE]",))
+        except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
+            why = record.problem or f"{type(error).__name__}: {error}"
+            raise ValueError(f"{record.place}: not a task of {name} ({why})") from None
+        yield number, problem
 
 
 def _sha256(path: str) -> str:
@@ -190,10 +196,6 @@ def _sha256(path: str) -> str:
 
 
 # MBPP
-
-
-def _is_in(split: str, task: dict[str, Any]) -> bool:
-    return int(task["task_id"]) in MBPP_PUBLISHED[split]
 
 
 def _mbpp_text(task: dict[str, Any]) -> str:
@@ -216,11 +218,9 @@ def _mbpp(task: dict[str, Any]) -> Problem:
         prompt=format_prompt(instruction),
         prefix="",
         stops=INSTRUCTION_STOPS,
-        setup="",
-        tests=tests,
-        entry_points=entry_points,
         reference=code,
         texts=(text, instruction, code),
+        checker=ProgramTests(tests, entry_points),
     )
 
 
@@ -232,7 +232,7 @@ def _shot_prompt(task: dict[str, Any]) -> str:
 def _defined(source: str, used_in: str) -> tuple[str, ...]:
     """The functions and classes of a program that a text uses."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    with warnings.catch_warnings(action="ignore"):  # "\d" in MBPP's programs is theirs to mend
+    with warnings.catch_warnings(action="ignore"):  # some programs of MBPP have "\d"
         tree = ast.parse(source)
     names = [node.name for node in tree.body if isinstance(node, kinds)]
     used = set(re.findall(r"\w+", used_in))
@@ -250,65 +250,57 @@ def _humaneval(task: dict[str, Any]) -> Problem:
         prompt=prompt,
         prefix=prompt,
         stops=CONTINUATION_STOPS,
-        setup=prompt,  # helpers that the tests use come from here, not from the program
-        tests=f"{test}\n\ncheck({name})\n",
-        entry_points=(name,),
         reference=prompt + answer,
-        texts=(prompt, prompt + answer),  # a body alone may be anybody's
+        texts=(prompt, prompt + answer),  # a body alone may occur in other programs
+        # The setup defines the helpers that the tests use: those of the program are not trusted.
+        checker=ProgramTests(f"{test}\n\ncheck({name})\n", (name,), setup=prompt),
     )
 
 
 _AS_PUBLISHED = "0-shot, the published prompt is continued as it stands"
+_TEMPLATE = "0-shot, the instruction template with the {} and the first test"
 _HUMANEVAL = ("task_id", "prompt", "canonical_solution", "entry_point")
-_MBPP = ("task_id", "text", "code", "test_list", "test_setup_code")
-_SANITIZED = ("task_id", "prompt", "code", "test_list", "test_imports")
-_INPUTS = ("base_input", "plus_input", "atol")
+_PLUS_FILE = (*_HUMANEVAL, "base_input", "plus_input", "atol")
 SUITES: dict[str, Suite] = {
     "mbpp": Suite(
-        MBPP,
-        "full",
-        tuple(MBPP_PUBLISHED),
-        _MBPP,
-        _MBPP,
-        _mbpp,
-        "0-shot, the instruction template with the text and the first test",
+        hub=MBPP,
+        hub_config="full",
+        hub_splits=tuple(MBPP_PUBLISHED),
+        hub_columns=("task_id", "text", "code", "test_list", "test_setup_code"),
+        to_problem=_mbpp,
+        prompt=_TEMPLATE.format("text"),
+        is_mbpp=True,
     ),
     "mbpp_sanitized": Suite(
-        MBPP,
-        "sanitized",
-        tuple(MBPP_PUBLISHED),
-        _SANITIZED,
-        _SANITIZED,
-        _mbpp,
-        "0-shot, the instruction template with the prompt and the first test",
+        hub=MBPP,
+        hub_config="sanitized",
+        hub_splits=tuple(MBPP_PUBLISHED),
+        hub_columns=("task_id", "prompt", "code", "test_list", "test_imports"),
+        to_problem=_mbpp,
+        prompt=_TEMPLATE.format("prompt"),
+        is_mbpp=True,
     ),
     "humaneval": Suite(
-        "openai/openai_humaneval",
-        None,
-        ("test",),
-        (*_HUMANEVAL, "test"),
-        (*_HUMANEVAL, "test"),
-        _humaneval,
-        _AS_PUBLISHED,
+        hub="openai/openai_humaneval",
+        hub_columns=(*_HUMANEVAL, "test"),
+        to_problem=_humaneval,
+        prompt=_AS_PUBLISHED,
     ),
     "humaneval+": Suite(
-        "evalplus/humanevalplus",
-        None,
-        ("test",),
-        (*_HUMANEVAL, "test"),
-        (*_HUMANEVAL, *_INPUTS),
-        humaneval_plus,
-        _AS_PUBLISHED,
+        hub="evalplus/humanevalplus",
+        hub_columns=(*_HUMANEVAL, "test"),
+        file_columns=_PLUS_FILE,
+        to_problem=humaneval_plus,
+        prompt=_AS_PUBLISHED,
         seconds=30,
     ),
     "mbpp+": Suite(
-        "evalplus/mbppplus",
-        None,
-        ("test",),
-        ("task_id", "prompt", "code", "test_list", "test"),
-        (*_HUMANEVAL, *_INPUTS),
-        mbpp_plus,
-        "0-shot, the published docstring (question and first test) is continued as it stands",
+        hub="evalplus/mbppplus",
+        hub_columns=("task_id", "prompt", "code", "test_list", "test"),
+        file_columns=_PLUS_FILE,
+        to_problem=mbpp_plus,
+        prompt="0-shot, the published docstring (question and first test) is continued as it "
+        "stands",
         seconds=30,
     ),
 }

@@ -1,7 +1,6 @@
-"""The processes that hostile programs run in: jobs on stdin, results on stdout, a frame each.
+"""The processes that run untrusted programs: jobs on stdin, results on stdout, one frame each.
 
-A folder that stands alone: started by its path, with the standard library and nothing else, it
-does not know the rest of dylora. sandbox.py is the host that starts it.
+The folder is started by its path and uses the standard library alone; sandbox/host.py starts it.
 
     host ─── jobs ────►  launcher ──fork──► runner ──fork──► program   serves calls
          ─── tests ──────────────────────────┴─────fork──► test runner ◄─ values ─┘  verdict
@@ -9,21 +8,21 @@ does not know the rest of dylora. sandbox.py is the host that starts it.
 
 The launcher imports what programs use, and never reads a job. For each it forks a runner, which
 reads the job, forks two children, watches their time, output and files, writes the result and ends.
-So nothing of a job, its output or its verdict is in any memory that a later program inherits.
+So no memory that a later program inherits holds a job, its output or its verdict.
 
-Tests run in a process of their own and reach the program by calls alone, so there is nothing
-beside them that the program could read, replace or fake: it gets arguments and returns values,
-plain ones by copy, others as handles that equal nothing. The program is forked before the tests
-have been in any memory that it inherits; the test runner reads them itself.
+Tests run in a process of their own and reach the program through calls alone, so the program cannot
+read, replace or fake them: it gets arguments and returns values, those of built-in types by copy,
+others as handles that equal nothing. The program is forked before any memory that it inherits holds
+the tests; the test runner reads them from stdin.
 
-Both children give up root, capabilities, files, system calls and resources before they run a line
-that is not ours, and can start no process.
+Both children give up root, capabilities, files, system calls and resources before they run
+untrusted code, and cannot start a process.
 
-    __main__.py   the start: imports the rest, then main of jobs.py
-    jobs.py       launcher and runner: what is forked when, what is watched
+    __main__.py   imports the rest, then calls main of jobs.py
+    jobs.py       launcher and runner: fork the processes of a job, enforce its limits
     guard.py      what a child gives up: Landlock, seccomp, the user, resources
-    syscalls.py   the tables of system calls and the filter made of them
-    program.py    the program's side
-    test_runner.py  the tests' side
-    wire.py       frames and values between them
+    syscalls.py   the tables of system calls and the seccomp filter made of them
+    program.py    the program's process
+    testing.py    the test runner's process
+    wire.py       frames and values between processes
 """

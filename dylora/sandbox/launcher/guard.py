@@ -1,4 +1,4 @@
-"""What a child gives up before it runs a line that is not ours; nothing of it comes back.
+"""What a child process gives up, for good, before it runs untrusted code.
 
 First resources (`limit`), then the user (`give_up_root`), then files and system calls (`Guard`).
 """
@@ -23,25 +23,27 @@ PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 
 READ_FILE, READ_DIR, WRITE_FILE, MAKE_REG, TRUNCATE = 1 << 2, 1 << 3, 1 << 1, 1 << 8, 1 << 14
 HANDLED_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
-"""Every right over files that the kernel's version of Landlock knows; none is left open."""
+"""All rights over files that each version of Landlock restricts; programs get none by default."""
 
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 DEVICES = ("/dev/urandom", "/dev/random", "/dev/zero")
 INSTALLED = ("site-packages", "dist-packages")
-"""What lies in the library's folder and is not of it."""
+"""Folders of installed packages inside the standard library's folder."""
 NOBODY = 65534
 
 
 class Guard:
-    """Landlock and seccomp, prepared once and put on by every child.
+    """Landlock and seccomp, prepared once and applied by every child.
 
     Landlock leaves to read: Python's standard library (not site-packages), the system's shared
     libraries, time zones and devices of random numbers; to write: /dev/null and the job's folder,
-    whose files cannot be removed or linked, so that what was written can be counted. seccomp lets
-    the system calls of a computing process through and kills at those of `KILLED`. Without a
-    `folder` there is no Landlock: bubblewrap's walls stand around the launcher as a whole, and
-    seccomp alone keeps files from being removed and linked.
-    Raises OSError where the kernel or the machine lacks the means.
+    whose files cannot be removed or linked, so that their sizes can be summed. seccomp allows the
+    system calls of a computing process and kills the process at those of `KILLED`. Without a
+    `folder` there is no Landlock: bubblewrap contains the launcher as a whole, and seccomp alone
+    keeps files from being removed and linked.
+
+    Raises:
+        OSError: The kernel or the machine lacks the means.
     """
 
     def __init__(self, folder: str | None) -> None:
@@ -91,8 +93,8 @@ class Guard:
         os.close(descriptor)
         _checked(result, f"landlock_add_rule {path}")
 
-    def put_on(self) -> None:
-        """From here on this process can do little; there is no way back."""
+    def apply(self) -> None:
+        """Restricts this process, irrevocably."""
         _checked(_prctl(PR_SET_NO_NEW_PRIVS, 1), "no_new_privs")
         if self.ruleset is not None:
             _checked(_LIBC.syscall(446, self.ruleset, 0), "landlock_restrict_self")
@@ -102,11 +104,11 @@ class Guard:
 
 
 def give_up_root() -> None:
-    """An unprivileged user without groups and capabilities, whoever this process was."""
+    """Drops groups and capabilities; a process of root changes to the user nobody."""
     if sys.platform == "linux":
         for capability in range(64):
             if _prctl(PR_CAPBSET_DROP, capability) < 0:
-                break  # an ordinary user may not, and has none to drop
+                break  # an ordinary user has none to drop
         _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
     if os.geteuid() == 0:
         os.setgroups([])
@@ -118,7 +120,7 @@ def give_up_root() -> None:
 
 
 def die_with(parent: int) -> None:
-    """Lets the kernel kill this process when its parent ends. To be said after a change of user."""
+    """Lets the kernel kill this process when its parent ends. Call it after a change of user."""
     if sys.platform == "linux":
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -126,16 +128,16 @@ def die_with(parent: int) -> None:
 
 
 def limit(limits: dict[str, Any]) -> None:
-    """The kernel's own limits, of those that `Limits` of sandbox.py lists."""
-    seconds = limits["seconds"]  # of the processor; the wall clock is the runner's to watch
-    # A signal first, which tells; the kill for who does not hear it comes late enough to be told
-    # by the time used, which the kernel reports some per cent below what it counts here.
+    """Sets those of `Limits` (sandbox/host.py) that the kernel enforces."""
+    seconds = limits["seconds"]  # processor time; the runner watches the wall clock
+    # SIGXCPU first, which a status shows. The SIGKILL for a process that ignores it comes so much
+    # later that the time used, reported some per cent below what counts here, exceeds the limit.
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + max(1, seconds // 3)))
     bounds = {
         "RLIMIT_AS": limits["memory_mb"] * 2**20,
         "RLIMIT_FSIZE": limits["file_kb"] * 1024,
         "RLIMIT_NOFILE": limits["open_files"],
-        # 1, not 0: a machine that hands core dumps to a handler starts it in spite of a 0.
+        # 1, not 0: a kernel that pipes core dumps to a handler starts it even with a limit of 0.
         "RLIMIT_CORE": 1,
         "RLIMIT_NPROC": 0,
         "RLIMIT_MEMLOCK": 0,

@@ -1,4 +1,4 @@
-"""The launcher and its runners: what is forked when, and what is watched meanwhile."""
+"""The launcher and its runners: they fork the processes of a job and enforce its limits."""
 
 import contextlib
 import json
@@ -15,11 +15,11 @@ from typing import Any
 
 from .guard import NOBODY, Guard, die_with, give_up_root, limit
 from .program import answer_calls, serve_program
-from .test_runner import ENDED_EARLY, run_tests
+from .testing import ENDED_EARLY, run_tests
 from .wire import MESSAGE_BYTES, Closed, read_frame, write_frame
 
 TICK_S = 0.01
-"""How often the size of the folder is looked at."""
+"""How often the size of the folder is checked."""
 JOB_BYTES = 2**31
 
 
@@ -30,20 +30,20 @@ class Launcher:
         self.limits: dict[str, Any] = settings["limits"]
         self.home: int | None = settings["home"]
         self.folder = os.path.realpath(settings["folder"])
-        walls = settings["walls"]
+        backend = settings["backend"]
         self.guard = None
-        if walls != "unsafe":
-            self.guard = Guard(self.folder if walls == "landlock" else None)
-            walls = f"landlock {self.guard.abi}" if walls == "landlock" else walls
-        self.level = f"{walls} + seccomp + rlimits, unprivileged"
+        if backend != "unsafe":
+            self.guard = Guard(self.folder if backend == "landlock" else None)
+            backend = f"landlock {self.guard.abi}" if backend == "landlock" else backend
+        self.backend = f"{backend} + seccomp + rlimits, unprivileged"
         if self.guard is None:
-            self.level = "unsafe: resource limits only"
+            self.backend = "unsafe: resource limits only"
         os.listdir(self.folder)  # raises where there is none
         if os.geteuid() == 0:
             os.chown(self.folder, NOBODY, NOBODY)
 
     def serve(self) -> None:
-        """Forks a runner for each job, until the host is gone or a runner has failed."""
+        """Forks a runner for each job, until the host has gone or a runner fails."""
         waiting = select.poll()
         waiting.register(0, select.POLLIN)
         while any(event & select.POLLIN for _, event in waiting.poll()):
@@ -53,7 +53,7 @@ class Launcher:
                 try:
                     die_with(launcher)
                     self._run(json.loads(read_frame(0, JOB_BYTES)))
-                except BaseException:  # nothing may return into the launcher's own code
+                except BaseException:  # the fork must not continue the launcher's loop
                     os._exit(1)
                 os._exit(0)
             if os.waitpid(runner, 0)[1]:
@@ -70,7 +70,7 @@ class Launcher:
             if job["kind"] == "tests":
                 child = self._fork(job, ours.fileno(), verdict_end, None)
                 children.append(child)
-                if os.read(verdict, 1) != b"r":  # it has the tests: the next frame is a new job's
+                if os.read(verdict, 1) != b"r":  # ready: it has read the tests from stdin
                     raise SystemExit("the test runner did not start")
             children.append(self._fork(job, theirs.fileno(), None, output_end))
             for one in (theirs, *([ours] if job["kind"] == "tests" else [])):
@@ -96,7 +96,10 @@ class Launcher:
         write_frame(1, content)
 
     def _fork(self, job: dict[str, Any], channel: int, verdict: int | None, output: int | None):
-        """Starts the test runner (with `verdict`) or the program (with `output`); its pid."""
+        """Starts the test runner (with `verdict`) or the program (with `output`).
+
+        Returns its pid.
+        """
         parent = os.getpid()
         child = os.fork()
         if child:
@@ -122,7 +125,7 @@ class Launcher:
             give_up_root()
             die_with(parent)
             if self.guard is not None:
-                self.guard.put_on()
+                self.guard.apply()
             sys.modules["random"].seed(0)
             if verdict is not None:
                 tests = json.loads(read_frame(0, JOB_BYTES))
@@ -133,20 +136,22 @@ class Launcher:
                 serve_program(job["source"], channel)
             else:
                 answer_calls(job["source"], job["calls"], channel)
-        except BaseException as error:  # nothing may return into the runner's own code
+        except BaseException as error:  # the fork must not continue the runner's code
             with contextlib.suppress(BaseException):
                 os.write(2, repr(error).encode())
         os._exit(0)
 
     def _watch(self, job: dict[str, Any], output: int, verdict: int) -> dict[str, Any]:
-        """Waits for the verdict, a limit or the host's end; what came of it, without the reasons
-        that only the program's end tells."""
+        """Waits for the verdict, for a limit or for the host's end; returns the result so far.
+
+        The signal and the processor time, known once the processes have ended, may still change it.
+        """
         begin, wall = time.monotonic(), self.limits["wall_seconds"]
         poll = select.poll()
         poll.register(output, select.POLLIN)
         poll.register(verdict, select.POLLIN)
         poll.register(0, 0)  # hang-up only
-        printed = said = b""
+        printed = reply = b""
         result: dict[str, Any] = {"outcome": "error", "detail": ENDED_EARLY}
         while True:
             left = begin + wall - time.monotonic()
@@ -169,17 +174,17 @@ class Launcher:
                     part = os.read(verdict, 2**16)
                 except ConnectionResetError:
                     part = b""
-                said += part
-                if len(said) > MESSAGE_BYTES:
+                reply += part
+                if len(reply) > MESSAGE_BYTES:
                     result = {"outcome": "output limit", "detail": "it returned too much"}
                     break
-                size = struct.unpack("<I", said[:4])[0] if len(said) >= 4 else None
-                if not part or (size is not None and len(said) >= size + 4):
-                    whole = size is not None and len(said) == size + 4
+                size = struct.unpack("<I", reply[:4])[0] if len(reply) >= 4 else None
+                if not part or (size is not None and len(reply) >= size + 4):
+                    whole = size is not None and len(reply) == size + 4
                     if whole and job["kind"] == "tests":
-                        result = json.loads(said[4:])
+                        result = json.loads(reply[4:])
                     elif whole:
-                        result = {"outcome": "passed", "detail": "", "content": said[4:]}
+                        result = {"outcome": "passed", "detail": "", "content": reply[4:]}
                     break
             if not self._folder_is_small():
                 result = {"outcome": "output limit", "detail": "too much in files"}
@@ -199,14 +204,14 @@ class Launcher:
 
     def _empty_folder(self) -> None:
         for entry in os.scandir(self.folder):
-            if entry.is_dir(follow_symlinks=False):  # possible without protection only
+            if entry.is_dir(follow_symlinks=False):  # only an unprotected program can make one
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:
                 os.unlink(entry.path)
 
     @staticmethod
     def _end(child: int) -> tuple[int, float]:
-        """Kills a child with its group (of one, where protection is on).
+        """Kills a child with its process group (a protected program has no other process).
 
         Returns the signal that ended it (0: none), and its processor time in seconds.
         """
@@ -219,7 +224,7 @@ class Launcher:
 
 
 def _preload() -> None:
-    """What answers import often: loaded once here and shared by the forks."""
+    """Imports the modules that programs often use, once for all forks."""
     for name in (
         *("array", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses", "datetime"),
         *("decimal", "enum", "fractions", "functools", "hashlib", "heapq", "itertools", "math"),
@@ -229,7 +234,7 @@ def _preload() -> None:
 
 
 def main() -> None:
-    """Says how it protects, then runs jobs until they end."""
+    """Reports what protects, then runs jobs until the host closes stdin."""
     host = os.getppid()
     settings = json.loads(read_frame(0))
     try:
@@ -239,9 +244,9 @@ def main() -> None:
         return
     _preload()
     with contextlib.suppress(Closed):
-        write_frame(1, json.dumps({"level": launcher.level}).encode())
+        write_frame(1, json.dumps({"backend": launcher.backend}).encode())
         launcher.serve()
-    if os.getppid() != host:  # the host was killed and cannot tidy up
+    if os.getppid() != host:  # the host was killed and cannot clean up
         shutil.rmtree(launcher.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(launcher.folder))  # made for it, and empty by now
+            os.rmdir(os.path.dirname(launcher.folder))  # the host made it for this folder alone

@@ -1,4 +1,4 @@
-"""The program's side: it is loaded, and its functions are called from another process."""
+"""The program's process: runs the program and answers calls to its functions."""
 
 import json
 import sys
@@ -9,10 +9,10 @@ from .wire import Closed, decode, describe_exception, encode, read_frame, write_
 
 
 def serve_program(source: str, channel: int) -> None:
-    """Runs the program, says that it runs, then answers calls until nobody asks.
+    """Runs the program, reports that it ran, then answers calls until the channel is closed.
 
-    A request is {"do", "of", "args"}: call, get an attribute, set one; `of` is a name of the
-    program's or the number of a handle. A reply is {"value"} or {"error": [type, message]}.
+    A request is {"do", "of", "args"}: call, get an attribute, set one; `of` is a name that the
+    program defines or the number of a handle. A reply is {"value"} or {"error": [type, message]}.
     """
     module = types.ModuleType("program")
     sys.modules["program"] = module
@@ -43,7 +43,7 @@ def serve_program(source: str, channel: int) -> None:
         try:
             reply = {"value": encode(answer(request), keep)}
             content = json.dumps(reply).encode()
-        except BaseException as error:  # SystemExit too: to leave is no way to pass
+        except BaseException as error:  # SystemExit too: leaving early must not pass
             content = json.dumps({"error": describe_exception(error)}).encode()
         write_frame(channel, content)
         try:
@@ -53,7 +53,7 @@ def serve_program(source: str, channel: int) -> None:
 
 
 def answer_calls(source: str, calls: list[list[Any]], channel: int) -> None:
-    """Runs the program, makes calls that are known beforehand, writes all values in one frame."""
+    """Runs the program and the given calls, and writes all values in one frame."""
     names: dict[str, Any] = {"__name__": "program"}
     decoded = [[name, [decode(item, _no_handle) for item in args]] for name, args in calls]
     try:
@@ -66,4 +66,4 @@ def answer_calls(source: str, calls: list[list[Any]], channel: int) -> None:
 
 
 def _no_handle(_: int) -> NoReturn:
-    raise ValueError("arguments are plain values")
+    raise ValueError("arguments have built-in types")

@@ -1,4 +1,4 @@
-"""Which system calls a program may make, and the seccomp filter that says so to the kernel."""
+"""Which system calls a program may make, and the seccomp filter that enforces it."""
 
 import errno
 import struct
@@ -77,7 +77,7 @@ KILLED = {
         "bpf": 280, "execveat": 281, "userfaultfd": 282,
     },
 }  # fmt: skip
-"""System calls no honest answer makes: the program is killed, and the outcome is a violation."""
+"""System calls that no ordinary program needs: it is killed, and the outcome is a violation."""
 KILLED_EVERYWHERE = {
     "pidfd_send_signal": 424, "io_uring_setup": 425, "io_uring_enter": 426,
     "io_uring_register": 427, "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsmount": 432,

@@ -1,7 +1,6 @@
-"""What passes between processes: frames, and in them values.
+"""Frames between processes, and the encoding of values in them.
 
-A frame is four bytes of length, then JSON. Values are JSON with the types that it lacks as
-[tag, content].
+A frame is four bytes of length, then JSON. Values of types that JSON lacks are [tag, content].
 """
 
 import builtins
@@ -15,17 +14,17 @@ from typing import Any, cast
 MESSAGE_BYTES = 8 * 2**20
 """The longest frame that is read from a program."""
 DETAIL_LENGTH = 300
-"""So much is told of an exception's message."""
+"""Characters of an exception's message that are kept."""
 EQUAL_HASHES = 100
-"""With more keys of one hash a set or dictionary is not honest: to build it can take minutes."""
+"""More keys of one hash are refused: building such a set or dictionary can take minutes."""
 
 
 class Closed(Exception):
-    """The other side has gone."""
+    """The other side has closed the channel."""
 
 
 class TooLong(Exception):
-    """The other side announces more than it may say."""
+    """The other side announces a longer frame than is allowed."""
 
 
 def read_exactly(descriptor: int, count: int) -> bytes:
@@ -34,7 +33,7 @@ def read_exactly(descriptor: int, count: int) -> bytes:
     while count:
         try:
             part = os.read(descriptor, min(count, 2**20))
-        except ConnectionResetError:  # it died with our words unread
+        except ConnectionResetError:  # it ended with a message unread
             part = b""
         if not part:
             raise Closed
@@ -62,9 +61,9 @@ def write_frame(descriptor: int, content: bytes) -> None:
 
 
 def encode(value: Any, handle: Callable[[Any], int]) -> Any:
-    """A value of Python's own types as JSON can say it; of others, the number of a handle.
+    """A value of built-in types for JSON; for other values, the number of a handle.
 
-    Instances of subclasses go as what they are underneath, so no method of theirs is ever asked.
+    An instance of a subclass is encoded as its built-in type, and none of its methods is called.
     """
     if value is None or value is True or value is False:
         return value
@@ -96,7 +95,7 @@ def encode(value: Any, handle: Callable[[Any], int]) -> Any:
 
 
 def decode(content: Any, handle: Callable[[int], Any]) -> Any:
-    """The value that `encode` was given; ValueError or TypeError for what it never writes."""
+    """The value that was encoded; raises ValueError or TypeError for what `encode` never writes."""
     if content is None or type(content) in (bool, int, float, str):
         return content
     if type(content) is not list or len(content) != 2:
@@ -138,7 +137,7 @@ def _require_spread(keys: Iterable[Any]) -> None:
 def describe_exception(error: BaseException) -> list[str]:
     """An exception as [type, message].
 
-    The type is the nearest of Python's own: tests may expect a ValueError, and know no others.
+    The type is the nearest built-in one: tests may expect a ValueError, and know no others.
     """
     message = ""
     with contextlib.suppress(BaseException):

@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 
 from dylora.sandbox import host
-from dylora.sandbox.host import LEVELS, Sandbox
+from dylora.sandbox.host import BACKENDS, Sandbox
 from sandboxes import processes, survivors
 
 HONEST = ("def f(x): return 2 * x", "assert f(2) == 4")
 
 
-def works(level: str) -> bool:
-    with contextlib.suppress(ValueError), Sandbox(level=level):
+def works(backend: str) -> bool:
+    with contextlib.suppress(ValueError), Sandbox(backend=backend):
         return True
     return False
 
 
-AVAILABLE = [level for level in LEVELS if works(level)]
+AVAILABLE = [backend for backend in BACKENDS if works(backend)]
 """On this machine. The refusals and the choice are tested with fakes, wherever it runs."""
 
 
@@ -74,36 +74,36 @@ NO_LANDLOCK = ("if self.abi < 1:", "if True:")
 def test_landlock_is_tried_first_and_bubblewrap_next(monkeypatch):
     tried = []
 
-    def start(self: Sandbox, level: str) -> str:
-        tried.append(level)
+    def start(self: Sandbox, backend: str) -> str:
+        tried.append(backend)
         raise host._Refused("not here")
 
     monkeypatch.setattr(Sandbox, "_start", start)
     with pytest.raises(ValueError, match="landlock: not here; bubblewrap: not here; --unsafe-exec"):
         Sandbox()
     with pytest.raises(ValueError, match="here: bubblewrap: not here"):
-        Sandbox(level="bubblewrap")
+        Sandbox(backend="bubblewrap")
     assert tried == ["landlock", "bubblewrap", "bubblewrap"]
 
 
-@pytest.mark.parametrize("level", AVAILABLE)
-def test_a_level_that_is_asked_for_protects_and_says_its_name(level: str):
-    with Sandbox(level=level) as box:
-        assert box.level.startswith(level)
-        assert box.level.endswith("+ seccomp + rlimits, unprivileged")
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_a_level_that_is_asked_for_protects_and_says_its_name(backend: str):
+    with Sandbox(backend=backend) as box:
+        assert box.backend.startswith(backend)
+        assert box.backend.endswith("+ seccomp + rlimits, unprivileged")
 
 
-@pytest.mark.parametrize("level", AVAILABLE)
-def test_what_a_program_can_learn_of_other_files_is_what_the_documents_say(level: str):
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_what_a_program_can_learn_of_other_files_is_what_the_documents_say(backend: str):
     source = (
         "import os\ndef exists(path): return os.path.exists(path)\n"
         "def installed():\n    path = os.path.dirname(os.__file__) + '/site-packages'\n"
         "    try: return os.listdir(path)\n    except OSError: return []"
     )
-    with Sandbox(level=level) as box:
+    with Sandbox(backend=backend) as box:
         _, values = box.call(source, [("exists", ["/etc/passwd"]), ("installed", [])])
-    assert values[0] is (level == "landlock")
-    if level == "bubblewrap":
+    assert values[0] is (backend == "landlock")
+    if backend == "bubblewrap":
         assert values[1] == []
 
 
@@ -112,15 +112,15 @@ def test_bubblewrap_is_taken_where_the_kernel_has_no_landlock(without, fake_bwra
     fake_bwrap('mkdir -m 700 "$folder" && exec "$@"')
     monkeypatch.setattr(host, "_PROBES", ())  # this one lets the world in
     with Sandbox() as box:
-        assert box.level == "bubblewrap 9.9 + seccomp + rlimits, unprivileged"
+        assert box.backend == "bubblewrap 9.9 + seccomp + rlimits, unprivileged"
         assert box.run_tests(*HONEST, entry_points=["f"]).outcome == "passed"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"level": "landlok"}, "no sandbox 'landlok'; choose auto, landlock or bubblewrap"),
-        ({"level": "landlock", "unsafe": True}, "both landlock and unsafe"),
+        ({"backend": "landlok"}, "no sandbox 'landlok'; choose auto, landlock or bubblewrap"),
+        ({"backend": "landlock", "unsafe": True}, "both landlock and unsafe"),
     ],
 )
 def test_a_level_that_does_not_exist_or_contradicts_is_refused(options: dict, message: str):
@@ -137,13 +137,13 @@ def test_a_machine_that_cannot_protect_is_refused_and_unsafe_says_so(without, mo
     with pytest.raises(ValueError, match=r"no Landlock.*there is no bwrap.*--unsafe-exec"):
         Sandbox()
     with Sandbox(unsafe=True) as box:
-        assert box.level.startswith("unsafe")
+        assert box.backend.startswith("unsafe")
 
 
 def test_what_bubblewrap_says_when_it_cannot_is_in_the_refusal(fake_bwrap):
     fake_bwrap("echo 'bwrap: No permissions to create a new namespace' >&2; exit 1")
     with pytest.raises(ValueError, match="bubblewrap: bwrap: No permissions to create"):
-        Sandbox(level="bubblewrap")
+        Sandbox(backend="bubblewrap")
 
 
 @pytest.mark.parametrize("part", ["landlock_restrict_self", "seccomp"])
@@ -155,30 +155,30 @@ def test_a_protection_that_does_not_hold_is_refused(without, part: str):
     )
     without(line, line[: len(line) - len(line.lstrip())] + "pass")
     with pytest.raises(ValueError, match="the probe"):
-        Sandbox(level=AVAILABLE[0] if part == "seccomp" else "landlock")
+        Sandbox(backend=AVAILABLE[0] if part == "seccomp" else "landlock")
 
 
 def test_a_bubblewrap_that_lets_the_world_in_is_refused(fake_bwrap):
     fake_bwrap('mkdir -m 700 "$folder" && exec "$@"')
     with pytest.raises(ValueError, match=r"the probe \"open\('/etc/passwd'\)"):
-        Sandbox(level="bubblewrap")
+        Sandbox(backend="bubblewrap")
 
 
 def test_a_bubblewrap_that_makes_no_folder_is_refused_and_touches_none(fake_bwrap, tmp_path: Path):
     fake_bwrap('exec "$@"')
     with pytest.raises(ValueError, match=r"bubblewrap: .*[Nn]o such file"):
-        Sandbox(level="bubblewrap")
+        Sandbox(backend="bubblewrap")
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
 # What is left
 
 
-@pytest.mark.parametrize("level", AVAILABLE)
-def test_the_folder_and_the_launcher_go_when_the_host_is_killed(level: str, tmp_path: Path):
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_the_folder_and_the_launcher_go_when_the_host_is_killed(backend: str, tmp_path: Path):
     script = (
         "import sys\nfrom dylora.sandbox.host import *\n"
-        f"box = Sandbox(level={level!r})\nprint(box._process.pid, flush=True)\n"
+        f"box = Sandbox(backend={backend!r})\nprint(box._process.pid, flush=True)\n"
         "box.run_tests('while True: pass', '', entry_points=[])"
     )
     with subprocess.Popen(
@@ -200,8 +200,8 @@ def test_the_folder_and_the_launcher_go_when_the_host_is_killed(level: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("level", AVAILABLE)
-def test_runs_leave_no_process_no_mount_no_file_and_no_descriptor(level: str, monkeypatch):
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_runs_leave_no_process_no_mount_no_file_and_no_descriptor(backend: str, monkeypatch):
     def state() -> tuple[object, ...]:
         descriptors = len(os.listdir("/proc/self/fd"))
         return Path("/proc/self/mounts").read_text(), os.listdir("/dev/shm"), descriptors
@@ -211,7 +211,7 @@ def test_runs_leave_no_process_no_mount_no_file_and_no_descriptor(level: str, mo
         os.chmod(folder, 0o711)  # nobody has to pass
         monkeypatch.setattr(tempfile, "tempdir", folder)
         before = state()
-        with Sandbox(level=level) as box:
+        with Sandbox(backend=backend) as box:
             launched = box._process.pid
             residents = processes(launched)
             descriptors = len(os.listdir(f"/proc/{launched}/fd"))

@@ -1,4 +1,4 @@
-"""The test runner's side: the tests, and what they see of the program."""
+"""The test runner's process: runs the tests, which call the program through a channel."""
 
 import builtins
 import contextlib
@@ -23,14 +23,14 @@ ENDED_EARLY = "the program ended early"
 
 
 class ProgramFault(Exception):
-    """What kept the program from answering: an outcome and a detail."""
+    """Why the program cannot answer: an outcome and a detail."""
 
 
 class Remote:
-    """Something of the program's: a function by name, or a value that is not plain.
+    """An object in the program's process: a function by name, or a value of no built-in type.
 
-    To call it and to get or set its attributes happens over there. It equals itself only, has no
-    truth and no order: what the program says about such things counts for nothing.
+    Calls, attribute reads and writes are sent there. It equals itself only and has no truth value
+    and no order, because the program's own methods for these are not trusted.
     """
 
     __slots__ = ("_ask", "_of")
@@ -43,7 +43,7 @@ class Remote:
         return self._ask("call", self._of, args, named)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copy and isinstance look for is not the program's to say
+        if name.startswith("__"):  # the program must not decide what copy and isinstance find
             raise AttributeError(name)
         return self._ask("get", self._of, (name,), {})
 
@@ -55,22 +55,22 @@ class Remote:
 
 
 class Channel:
-    """Asks the program, and believes nothing but the shape of its replies."""
+    """Sends requests to the program, and trusts nothing of its replies but their checked form."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.fault: ProgramFault | None = None
-        """Why the program cannot answer any more. Tests that catch everything do not undo it."""
+        """Why the program cannot answer any more; kept, for tests may catch every exception."""
 
     def ask(self, do: str, of: str | int, args: Sequence[Any], named: dict[str, Any]) -> Any:
-        """What the program gives; its exceptions of Python's own types are raised here too."""
+        """The program's value; raises its exceptions of built-in types here as well."""
         request = {
             "do": do,
             "of": of,
             "args": [encode(item, self._number) for item in args],
             "named": {name: encode(item, self._number) for name, item in named.items()},
         }
-        with contextlib.suppress(Closed):  # reading tells
+        with contextlib.suppress(Closed):  # receive reports it
             write_frame(self.descriptor, json.dumps(request).encode())
         return self.receive()
 
@@ -93,8 +93,8 @@ class Channel:
         kind = getattr(builtins, name, None)
         if not isinstance(kind, type) or not issubclass(kind, Exception):
             self._fail("error", f"{name}: {message}")  # SystemExit and the like
-        # Only the tests' own assertions count as failed, and only their own loops may stop: map
-        # and zip would take StopIteration for the end of what is to be compared.
+        # An AssertionError of the program is no failed test, and its StopIteration would end the
+        # tests' map or zip before everything was compared: both end the run as an error.
         if kind not in (AssertionError, StopIteration, StopAsyncIteration):
             with contextlib.suppress(TypeError):  # UnicodeError's children want five arguments
                 raise kind(message)
@@ -112,7 +112,7 @@ class Channel:
 
 
 def run_tests(job: dict[str, Any], channel: int) -> dict[str, str]:
-    """Runs the tests on the program; the verdict."""
+    """Runs the tests on the program; returns outcome and detail."""
     asked = Channel(channel)
     try:
         outcome, detail = _run_tests(job, asked)
@@ -134,7 +134,7 @@ def _run_tests(job: dict[str, Any], asked: Channel) -> tuple[str, str]:
     asked.receive()  # the program has run to its end
     exec(compile(job["setup"], "setup", "exec"), names)
     code = compile(job["tests"], "tests", "exec")
-    # MBPP's tests lean on modules that the reference imports. The program's own may be fake.
+    # MBPP's tests use modules that the reference imports; those of the program are not trusted.
     for name in set(code.co_names) & sys.stdlib_module_names - set(names):
         names[name] = importlib.import_module(name)
     names |= {name: Remote(asked.ask, name) for name in job["entry_points"]}

@@ -1,0 +1,42 @@
+"""What the evaluations share: evaluation mode, the base's positions, text of tokens in context."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the model's own mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def max_positions(base: PreTrainedModel) -> int | None:
+    """The longest sequence that the base takes; None where its config does not say."""
+    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+
+def decode_after(
+    tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ids: Sequence[int]
+) -> str:
+    """The text that ids add to that of the context before them.
+
+    The text of ids alone can differ: tokenizers like Llama 2's drop the space that a text begins
+    with, which a program's indentation needs.
+    """
+
+    def decode(tokens: Sequence[int]) -> str:
+        # Spaces before punctuation are part of a program.
+        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    return decode([*context, *ids])[len(decode(context)) :]

@@ -1,0 +1,181 @@
+"""Texts from a model: batches of prompts, each row until its own end.
+
+Shape letters: B batch, S sequence.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dylora.data.prompts import encode_prompts, pad_token_id
+from dylora.evaluation.common import decode_after, evaluation_mode, max_positions
+from dylora.evaluation.passk.problem import Problem
+from dylora.model import DyLoRA_MoE
+
+_CONTEXT = 8
+"""Tokens before those looked at for a stop, so that these are decoded in context."""
+
+
+def generate(
+    model: DyLoRA_MoE,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """The model's text for each prompt, in one batch, padded in front, with a KV cache.
+
+    A row ends at EOS, at any other special token, once its text holds one of its stops, after
+    `max_new_tokens`, or at the base's last position; a text may reach beyond its stop by the rest
+    of a token. The base's own generation_config has no effect. The random state of the process is
+    the same afterwards.
+
+    Raises:
+        ValueError: A prompt that leaves the base no position for an answer.
+    """
+    prompts = encode_prompts(tokenizer, [problem.prompt for problem in problems])
+    room = [
+        _room(model, problem, ids, max_new_tokens)
+        for problem, ids in zip(problems, prompts, strict=True)
+    ]
+    ids, mask = pad_left(prompts, pad_token_id(tokenizer))
+    device = model.device
+    cuda = [device] if device.type == "cuda" else []
+    sampled: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    ended: Any = StopCondition(tokenizer, problems, prompts, room, ids.shape[1])
+    with (
+        evaluation_mode(model),
+        default_generation_config(model.base),
+        torch.random.fork_rng(cuda),
+    ):
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max(room),
+            do_sample=temperature > 0,
+            pad_token_id=pad_token_id(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            stopping_criteria=StoppingCriteriaList([ended]),
+            **(sampled if temperature > 0 else {}),
+        )
+    rows = output[:, ids.shape[1] :].tolist()
+    return [
+        decode_after(tokenizer, prompt, row[: ended.length(row)])
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+
+
+@contextmanager
+def default_generation_config(base: PreTrainedModel) -> Iterator[None]:
+    """Within this context the base has transformers' default generation_config.
+
+    A fresh one as an argument of generate is not enough: there transformers replaces what is not
+    set by the base's own penalties, suppressed tokens and the like.
+    """
+    before, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = before
+
+
+def _room(model: DyLoRA_MoE, problem: Problem, ids: Sequence[int], wanted: int) -> int:
+    """Tokens that may follow a prompt."""
+    limit = max_positions(model.base)
+    if limit is None:
+        return wanted
+    if len(ids) >= limit:
+        raise ValueError(
+            f"{problem.task_id} has {len(ids)} tokens and {model.base_name} {limit} positions, so "
+            "nothing could follow; take another base, or --limit the tasks"
+        )
+    return min(wanted, limit - len(ids))
+
+
+class StopCondition:
+    """Tells transformers' generate which rows are done, after each token.
+
+    Only the last tokens are searched for stops, however long the text has become: a stop ends with
+    the newest token or was found before, and each of its characters takes a token at most.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        problems: Sequence[Problem],
+        prompts: Sequence[Sequence[int]],
+        room: Sequence[int],
+        begin: int,
+    ) -> None:
+        self.tokenizer, self.prompts, self.room, self.begin = tokenizer, prompts, room, begin
+        self.stops = [problem.stops for problem in problems]
+        self.special = set(tokenizer.all_special_ids)
+        self.tail = max((len(stop) for row in self.stops for stop in row), default=0) + 2
+        self.done = [False] * len(problems)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        for row, ids in enumerate(input_ids[:, self.begin :].tolist()):
+            if not self.done[row]:
+                self.done[row] = (
+                    ids[-1] in self.special
+                    or len(ids) >= self.room[row]
+                    or self._has_stop(row, ids)
+                )
+        return torch.tensor(self.done, device=input_ids.device)
+
+    def _has_stop(self, row: int, ids: list[int]) -> bool:
+        before = [*self.prompts[row], *ids[: -self.tail]][-_CONTEXT:]
+        text = decode_after(self.tokenizer, before, ids[-self.tail :]) if self.stops[row] else ""
+        return any(stop in text for stop in self.stops[row])
+
+    def length(self, ids: Sequence[int]) -> int:
+        """The tokens of a row before its first special token, with which a done row is padded."""
+        return next((place for place, one in enumerate(ids) if one in self.special), len(ids))
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids and mask [B, S], padded in front, as generation needs it."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, length - len(row) :] = torch.tensor(row)
+        mask[index, length - len(row) :] = 1
+    return ids, mask
+
+
+def by_length(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], size: int
+) -> Iterator[list[int]]:
+    """Indices of problems whose prompts are of similar length, `size` at a time."""
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, [one.prompt for one in problems])]
+    order = sorted(range(len(problems)), key=lambda index: lengths[index])
+    for begin in range(0, len(order), size):
+        yield order[begin : begin + size]
+
+
+def generate_in_batches(
+    model: DyLoRA_MoE,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    batch_size: int,
+    *,
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy texts, in the problems' order."""
+    texts = [""] * len(problems)
+    for indices in by_length(tokenizer, problems, batch_size):
+        batch = [problems[index] for index in indices]
+        found = generate(model, tokenizer, batch, max_new_tokens=max_new_tokens)
+        for index, text in zip(indices, found, strict=True):
+            texts[index] = text
+    return texts
