@@ -56,8 +56,6 @@ LONG: set[str] = {
     "adapters.inject.inject",
     "cli.config_file",
     "data.sources",
-    "evaluation.passk.benchmark._run_suite",
-    "evaluation.passk.suites.read_suite",
     "evaluation.validate.run.validate_checkpoint",
     "experts",
     "experts.merge",
