@@ -56,7 +56,6 @@ LONG: set[str] = {
     "adapters.inject.inject",
     "cli.config_file",
     "data.sources",
-    "evaluation.validate.run.validate_checkpoint",
     "experts",
     "experts.merge",
     "integrations.peft_import",

@@ -8,6 +8,7 @@ import torch
 from dylora.base_models import choose_device, load_tokenizer, named_base
 from dylora.config import Quantization
 from dylora.data.prompts import encode_prompts, format_prompt, pad_token_id
+from dylora.evaluation.common import decode_after
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import read_description
 
@@ -52,13 +53,16 @@ def generate_text(
         do_sample=temperature > 0,
         temperature=temperature or None,
     )
-    length = ids.shape[1]
-    answer = str(tokenizer.decode(output[0, length:], skip_special_tokens=True))
+    length, tokens = ids.shape[1], output[0].tolist()
+    special = set(tokenizer.all_special_ids)
+    spoken = [token for token in tokens[length:] if token not in special]
+    answer = decode_after(tokenizer, tokens[:length], spoken)
     print(answer)
     if show_routing:
         shares = model.get_routing_weights(output)[0].mean(1)  # [S, E], averaged over sites
         print(f"\nmean shares: {' '.join(f'{share:.0%}' for share in shares.mean(0).tolist())}")
-        for token, share in zip(output[0, length:].tolist(), shares[length:], strict=True):
+        for place, share in enumerate(shares[length:], length):
+            shown = decode_after(tokenizer, tokens[:place], tokens[place : place + 1])
             leader = int(share.argmax())
-            print(f"{tokenizer.decode([token])!r:16} expert {leader} ({float(share[leader]):.0%})")
+            print(f"{shown!r:16} expert {leader} ({float(share[leader]):.0%})")
     return answer

@@ -1,4 +1,4 @@
-"""What a training run shows at its end: a table per set, and plots in the run's folder."""
+"""The report at the end of a training run: a table by set, plots and results.json."""
 
 import json
 import time

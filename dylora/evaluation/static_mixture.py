@@ -1,4 +1,4 @@
-"""Freezing a routed mixture: the weights that come nearest, and how far that is from routing.
+"""Replacing the routers by constant weights: measured mean gates, and what the model loses by it.
 
 Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
 """
@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.data.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
 from dylora.data.readers import read_records
+from dylora.evaluation.common import evaluation_mode
 from dylora.kernels.common import at_least_float32
 from dylora.model import DyLoRA_MoE
 
@@ -48,10 +49,11 @@ def read_text(
 ) -> Sequences:
     """Up to `limit` tokens of a text file, or of JSON rows.
 
-    .json, .jsonl and .parquet: rows with `text`, or with `instruction` and `output` (and maybe
-    `input`), which are put into the prompt template; their answers count, as in training. Any other
-    file is one text. What is longer than `window` is cut into pieces, each begun as the tokenizer
-    begins a text.
+    .json, .jsonl and .parquet: rows with `text`, or with `instruction`, `output` and optionally
+    `input`, which are put into the prompt template; their answers count, as in training. Any other
+    file is one text. A text longer than `window` is cut into pieces; each begins with the tokens
+    that the tokenizer puts before a text.
+
     Raises ValueError or FileNotFoundError with file and line for what cannot be read.
     """
     path = Path(file).expanduser()
@@ -108,44 +110,39 @@ def _texts(
             )
 
 
-@torch.no_grad()
 def measured_weights(model: DyLoRA_MoE, text: Sequences) -> Tensor:
     """The mean gates of every site over the tokens of a text, [N, E] in float64.
 
     One row a site, as sites differ far more from one another than an average over them shows.
     """
-    was_training, device = model.training, model.device
-    model.eval()
     total_NE = torch.zeros(len(model.site_names), len(model.experts), dtype=torch.float64)
-    tokens = 0
-    for ids in text.ids:
-        gates = model.get_routing_weights(ids.to(device))[0]  # [S, N, E]
-        total_NE += gates.double().sum(0).cpu()
-        tokens += gates.shape[0]
-    model.train(was_training)
-    return total_NE / tokens
+    with evaluation_mode(model):
+        for ids in text.ids:
+            gates = model.get_routing_weights(ids.to(model.device))[0]  # [S, N, E]
+            total_NE += gates.cpu().double().sum(0)  # float64 on the CPU: MPS has none
+    return total_NE / text.tokens
 
 
-@torch.no_grad()
 def compare(model: DyLoRA_MoE, weights_NE: Tensor, text: Sequences) -> Comparison:
-    """What constant weights [N, E] lose against the routers on a text."""
-    was_training, device = model.training, model.device
-    model.eval()
+    """The loss of constant weights [N, E] against the routers on a text."""
+    device = model.device
+    # Cast before the move: a device may have no float64 (MPS).
+    weights = weights_NE.float().to(device)
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
-    for ids, first in zip(text.ids, text.firsts, strict=True):
-        ids = ids.to(device)
-        constant = weights_NE.to(device).expand(1, ids.shape[1], -1, -1)
-        routed_SV = model(ids).logits[0, first - 1 : -1]
-        static_SV = model(ids, routing_weights=constant).logits[0, first - 1 : -1]
-        for begin in range(0, len(routed_SV), _POSITIONS):
-            here = slice(begin, begin + _POSITIONS)
-            log_p = at_least_float32(routed_SV[here]).log_softmax(-1)
-            log_q = at_least_float32(static_SV[here]).log_softmax(-1)
-            kl = (log_p.exp() * (log_p - log_q)).sum()
-            targets = ids[0, first:][here, None]
-            losses = [-log.gather(1, targets).sum() for log in (log_p, log_q)]
-            sums += torch.stack([kl, *losses]).double().cpu()
-        tokens += len(routed_SV)
-    model.train(was_training)
+    with evaluation_mode(model):
+        for ids, first in zip(text.ids, text.firsts, strict=True):
+            ids = ids.to(device)
+            constant = weights.expand(1, ids.shape[1], -1, -1)
+            routed_SV = model(ids).logits[0, first - 1 : -1]
+            static_SV = model(ids, routing_weights=constant).logits[0, first - 1 : -1]
+            for begin in range(0, len(routed_SV), _POSITIONS):
+                here = slice(begin, begin + _POSITIONS)
+                log_p = at_least_float32(routed_SV[here]).log_softmax(-1)
+                log_q = at_least_float32(static_SV[here]).log_softmax(-1)
+                kl = (log_p.exp() * (log_p - log_q)).sum()
+                targets = ids[0, first:][here, None]
+                losses = [-log.gather(1, targets).sum() for log in (log_p, log_q)]
+                sums += torch.stack([kl, *losses]).cpu().double()
+            tokens += len(routed_SV)
     kl, routed, static = (sums / tokens).tolist()
     return Comparison(tokens, kl, routed, static)

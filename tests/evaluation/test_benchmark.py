@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.cli.main import main
 from dylora.evaluation.passk import sampling
+from dylora.evaluation.passk.problem import Problem
 from dylora.evaluation.passk.published import published_lines, read_scores
 from dylora.evaluation.passk.sampling import read_samples
-from dylora.evaluation.passk.suites import SUITES
+from dylora.evaluation.passk.suites import SUITES, Suite
+from dylora.sandbox.host import Result, Sandbox
 
 TASKS = [
     {
@@ -171,6 +174,47 @@ def test_each_skill_is_a_suite_with_the_same_statistics(folder: Path, tmp_path: 
 def test_a_skill_has_no_file(folder, tmp_path, capsys):
     assert command(folder, tmp_path, "--tasks", "skills/sql", "--task_files", "skills/sql=x") == 2
     assert "skills/sql is generated" in capsys.readouterr().err
+
+
+# Another kind of benchmark
+
+
+class ExactMatch(NamedTuple):
+    """All that a suite of questions with one right answer needs beside its row of the table."""
+
+    expected: str
+    runs_programs = False
+
+    def check(self, answer: str, sandbox: Sandbox | None) -> Result:
+        return Result("passed" if answer.strip() == self.expected else "failed")
+
+
+def capital(row: dict) -> Problem:
+    return Problem(
+        task_id=row["id"],
+        prompt=row["question"],
+        prefix="",
+        stops=("\n",),
+        reference=row["answer"],
+        texts=(row["question"],),
+        checker=ExactMatch(row["answer"]),
+    )
+
+
+def test_a_benchmark_that_is_not_code_is_a_checker_and_a_row_of_the_table(
+    folder: Path, tmp_path: Path, by_heart, monkeypatch
+):
+    row = Suite("nobody/capitals", ("id", "question", "answer"), capital, "0-shot, the question")
+    monkeypatch.setitem(SUITES, "capitals", row)
+    monkeypatch.setattr(Sandbox, "_start", None)  # nothing is run, so no sandbox is needed
+    rows = [{"id": f"c/{n}", "question": f"Capital {n}?", "answer": f"City {n}"} for n in (4, 5)]
+    file = tmp_path / "capitals.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    more = ["--tasks", "capitals", "--task_files", f"capitals={file}"]
+    assert command(folder, tmp_path / "out", *more) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["suites"]["capitals"]["checkpoint"]["outcomes"] == {"failed": 1, "passed": 1}
+    assert results["sandbox"] == "nothing: no programs are run"
 
 
 # Published scores

@@ -1,5 +1,6 @@
 """Generation that ends where it should, and samples that outlive a kill."""
 
+import copy
 import multiprocessing
 import os
 import random
@@ -101,13 +102,6 @@ def test_an_answer_ends_where_the_bases_positions_do(model, tokenizer, monkeypat
         generate(model, tokenizer, [problem(long * 3)], max_new_tokens=40)
 
 
-def test_the_bases_own_settings_of_generation_change_nothing(model, tokenizer, monkeypatch):
-    asked = [problem(text) for text in TEXTS]
-    plain = generate(model, tokenizer, asked, max_new_tokens=20)
-    monkeypatch.setattr(model.base.generation_config, "repetition_penalty", 3.0)
-    assert generate(model, tokenizer, asked, max_new_tokens=20) == plain
-
-
 def test_generation_leaves_the_random_state_and_the_mode_as_they_were(model, tokenizer):
     model.train()
     before = torch.get_rng_state()
@@ -168,3 +162,98 @@ def test_a_line_that_is_not_a_sample_is_named(tmp_path: Path):
     (tmp_path / "s.jsonl").write_text('{"task_id": "a"}\n')
     with pytest.raises(ValueError, match=r"s\.jsonl:1: not a sample"):
         read_samples(tmp_path / "s.jsonl")
+
+
+# Text in context
+
+
+@pytest.fixture(scope="module")
+def llama_2_like():
+    """A tokenizer that, like Llama 2's, drops the space that a text begins with."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [
+            *(decoders.Replace("▁", " "), decoders.ByteFallback()),
+            *(decoders.Fuse(), decoders.Strip(" ", 1, 0)),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    lines = ["def f(x):", "    return x + 1", "    if x:", "        return 2", '    """ one """']
+    made.train_from_iterator(
+        lines * 50, trainers.BpeTrainer(vocab_size=400, special_tokens=special)
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+PROMPT, BODY = 'def f(x):\n    """ one """\n', "    if x:\n        return 2\n    return x + 1\n"
+
+
+def answer_ids(tokenizer, prompt: str, answer: str) -> list[int]:
+    count = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    return tokenizer(prompt + answer, add_special_tokens=False)["input_ids"][count:]
+
+
+def test_an_answer_keeps_its_first_space_with_tokenizers_like_llama_2s(
+    model, llama_2_like, monkeypatch
+):
+    ids = answer_ids(llama_2_like, PROMPT, BODY)
+
+    def speaks(input_ids, **_):
+        made = torch.tensor([[*ids, llama_2_like.eos_token_id]])
+        return torch.cat([input_ids, made], dim=1)
+
+    monkeypatch.setattr(model, "generate", speaks)
+    assert generate(model, llama_2_like, [problem(PROMPT)], max_new_tokens=99) == [BODY]
+
+
+@pytest.mark.parametrize(("stop", "found"), [("    if x:", True), ("\n    if x:", False)])
+def test_a_stop_is_looked_for_in_the_answers_text_as_it_follows_the_prompt(
+    llama_2_like, stop: str, found: bool
+):
+    """The first begins with a space that the answer's tokens alone lose; the second would need the
+    prompt's last character."""
+    prompt = llama_2_like(PROMPT)["input_ids"]
+    stops = generation.StopCondition(llama_2_like, [problem(PROMPT, stop)], [prompt], [99], 0)
+    ids = answer_ids(llama_2_like, PROMPT, "    if x:")
+    assert stops(torch.tensor([ids]), None).tolist() == [found]
+
+
+# Settings of the base
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"suppress_tokens": list(range(5, 900))},
+        {"bad_words_ids": [[token] for token in range(5, 900)]},
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 4},
+        {"min_p": 0.9},
+        {"typical_p": 0.1},
+        {"epsilon_cutoff": 0.1},
+        {"forced_eos_token_id": 2},
+        {"exponential_decay_length_penalty": (1, 9.0)},
+        {"sequence_bias": [[[7], 50.0]]},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_samples_do_not_depend_on_the_bases_generation_config(
+    model, tokenizer, monkeypatch, setting, temperature
+):
+    asked = [problem(text) for text in TEXTS]
+    options = {"max_new_tokens": 12, "temperature": temperature, "seed": 1}
+    plain = generate(model, tokenizer, asked, **options)
+    changed = copy.deepcopy(model.base.generation_config)
+    changed.update(**setting)
+    monkeypatch.setattr(model.base, "generation_config", changed)
+    assert generate(model, tokenizer, asked, **options) == plain
+    assert model.base.generation_config is changed

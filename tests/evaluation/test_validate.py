@@ -15,7 +15,7 @@ from dylora.evaluation.validate import run
 from dylora.evaluation.validate.checks import TIED_SHARE, Check, compare_routed
 from dylora.evaluation.validate.cost import LivePeak, n_passes, peak_bytes
 from dylora.evaluation.validate.reference import (
-    Pass,
+    TokenOutputs,
     largest,
     largest_gap,
     loop_logits,
@@ -326,17 +326,17 @@ def test_experts_that_change_nothing_are_told(saved, capsys):
 # Ties
 
 
-def passes(logit: float, moved: int, apart: float = 0.0) -> Pass:
+def passes(logit: float, moved: int, apart: float = 0.0) -> TokenOutputs:
     """100 decisions, of which some went the other way."""
     gates = torch.zeros(50, 2, 2)
     gates.view(100, 2)[:moved] = 0.5
-    return Pass(torch.full((50, 4), logit), gates, torch.full((50, 2, 2), 0.5 + apart))
+    return TokenOutputs(torch.full((50, 4), logit), gates, torch.full((50, 2, 2), 0.5 + apart))
 
 
 def test_a_few_ties_are_judged_with_equal_gates():
     held = []
 
-    def second(gates: Tensor | None) -> Pass:
+    def second(gates: Tensor | None) -> TokenOutputs:
         held.append(gates)
         return passes(1.5, moved=2) if gates is None else passes(1.0, moved=0)
 

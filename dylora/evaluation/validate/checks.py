@@ -1,4 +1,4 @@
-"""What `run.py validate` checks: each time two ways to the same numbers, and how far they differ.
+"""The checks of `run.py validate`: each computes the same numbers in two ways and compares them.
 
 Shape letters: B batch, S sequence, T real tokens of a batch in row order, N sites, E experts,
 V vocabulary.
@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from dylora.evaluation.validate.cost import n_passes, one_hot
 from dylora.evaluation.validate.reference import (
-    Pass,
+    TokenOutputs,
     base_logits,
     full_pass,
     largest,
@@ -29,8 +29,8 @@ from dylora.storage.manifest import verify
 from dylora.storage.peft_format import read_adapter
 from dylora.storage.schema import ADAPTERS
 
-# Where two experts tie, rounding may choose the other one, and the gates jump. That is no fault if
-# it is rare, if the probabilities agree, and if the logits agree once both ways have equal gates.
+# Where two experts tie, rounding may choose the other one, and the gates jump. That is not a fault
+# if it is rare, the probabilities agree, and the logits agree once both ways have equal gates.
 TIED_SHARE = 0.05  # of all decisions, at most
 TIED_DISTANCE = 0.05  # of probabilities, and the least that counts as a jump of a gate
 
@@ -49,15 +49,15 @@ class Check(NamedTuple):
         return None if self.tolerance is None else self.worst <= self.tolerance
 
 
-def check_folded(model: DyLoRA_MoE, ids: Tensor, first: Pass, tolerance: float) -> Check:
-    """The one-pass mixture against the formula, with the gates that it really chose."""
+def check_folded(model: DyLoRA_MoE, ids: Tensor, first: TokenOutputs, tolerance: float) -> Check:
+    """The one-pass mixture against the formula, with the gates that the routers chose."""
     gates = first.gates.unflatten(0, ids.shape)  # [B, S, N, E]
     worst = relative_difference(first.logits, loop_logits(model, ids, gates).flatten(0, 1))
     return Check("folded = loop", "one pass, a loop over experts, same gates", worst, tolerance)
 
 
 def check_one_hot(model: DyLoRA_MoE, ids: Tensor, tolerance: float) -> Check:
-    """Every expert alone: as a one-hot mixture, and as the only LoRA there is."""
+    """Every expert alone: as a one-hot mixture, and as a single LoRA."""
     ones = torch.ones(*ids.shape, len(model.site_names), len(model.experts), device=ids.device)
     worst = []
     for expert in model.experts.live:
@@ -77,7 +77,7 @@ def check_n_passes(model: DyLoRA_MoE, ids: Tensor, tolerance: float) -> Check:
 
 
 def report_soft(model: DyLoRA_MoE, ids: Tensor) -> list[Check]:
-    """Mixing updates is another model than mixing logits: how far apart they are is no fault."""
+    """Mixing updates is another model than mixing logits; their distance is not a fault."""
     gates = model.get_routing_weights(ids)  # [B, S, N, E]
     weights_BSE = gates.mean(2)
     single = model(ids, routing_weights=weights_BSE).logits.float()
@@ -90,10 +90,10 @@ def report_soft(model: DyLoRA_MoE, ids: Tensor) -> list[Check]:
     ]
 
 
-def check_decoding(model: DyLoRA_MoE, ids: Tensor, first: Pass, tolerance: float) -> Check:
-    """One token at a time with the KV cache, as generation runs, against the whole text at once."""
+def check_decoding(model: DyLoRA_MoE, ids: Tensor, first: TokenOutputs, tolerance: float) -> Check:
+    """One token at a time with the KV cache, as in generation, against the whole text at once."""
 
-    def step_by_step(gates_T: Tensor | None) -> Pass:
+    def step_by_step(gates_T: Tensor | None) -> TokenOutputs:
         gates = None if gates_T is None else gates_T.unflatten(0, ids.shape)  # [B, S, N, E]
         cache = DynamicCache(config=model.base.config)
         steps = []
@@ -110,7 +110,7 @@ def check_decoding(model: DyLoRA_MoE, ids: Tensor, first: Pass, tolerance: float
         logits, chosen, probabilities = (
             torch.cat(parts, 1).flatten(0, 1) for parts in zip(*steps, strict=True)
         )
-        return Pass(logits.float(), chosen, probabilities)
+        return TokenOutputs(logits.float(), chosen, probabilities)
 
     worst, ties = compare_routed(first, step_by_step, tolerance)
     return Check(
@@ -122,7 +122,7 @@ def check_causality(model: DyLoRA_MoE, ids: Tensor) -> Check:
     """Another token at t; exact, because the sums of earlier tokens are the same ones."""
     t = ids.shape[1] // 2
     changed = ids.clone()
-    changed[:, t] = (changed[:, t] - 1).abs()  # 0 becomes 1: any other token that there is
+    changed[:, t] = (changed[:, t] - 1).abs()  # 0 becomes 1: some other token of the vocabulary
     worst = largest_gap(model(ids).logits[:, :t], model(changed).logits[:, :t])
     return Check("causality", f"logits before token {t}, when it changes", worst, 0.0)
 
@@ -137,7 +137,7 @@ def check_padding(model: DyLoRA_MoE, ids: Tensor, tolerance: float) -> Check:
         right[row, :end], right_mask[row, :end] = ids[row, :end], 1
         left[row, length - end :], left_mask[row, length - end :] = ids[row, :end], 1
 
-    def in_front(gates_T: Tensor | None) -> Pass:
+    def in_front(gates_T: Tensor | None) -> TokenOutputs:
         gates = None
         if gates_T is not None:
             gates = gates_T.new_zeros(*ids.shape, *gates_T.shape[1:])  # [B, S, N, E]
@@ -150,16 +150,16 @@ def check_padding(model: DyLoRA_MoE, ids: Tensor, tolerance: float) -> Check:
     return Check("left padding = right padding", text, worst, tolerance)
 
 
-def check_batches(model: DyLoRA_MoE, ids: Tensor, first: Pass, tolerance: float) -> Check:
-    """What a text gives does not depend on the texts beside it."""
+def check_batches(model: DyLoRA_MoE, ids: Tensor, first: TokenOutputs, tolerance: float) -> Check:
+    """The logits of a text do not depend on the other texts of its batch."""
 
-    def row_by_row(gates_T: Tensor | None) -> Pass:
+    def row_by_row(gates_T: Tensor | None) -> TokenOutputs:
         gates = None if gates_T is None else gates_T.unflatten(0, ids.shape)
         rows = [
             full_pass(model, ids[row : row + 1], None if gates is None else gates[row : row + 1])
             for row in range(len(ids))
         ]
-        return Pass(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+        return TokenOutputs(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
     worst, ties = compare_routed(first, row_by_row, tolerance)
     text = f"a batch of {len(ids)}, {len(ids)} batches of 1{ties}"
@@ -167,7 +167,7 @@ def check_batches(model: DyLoRA_MoE, ids: Tensor, first: Pass, tolerance: float)
 
 
 def check_disabled(model: DyLoRA_MoE, ids: Tensor, before: Tensor) -> Check:
-    """Exact: disabled, unloaded and never injected run the same products. Unloads the model."""
+    """Exact: disabled, unloaded and never injected run the same operations. Unloads the model."""
     with model.disable_adapters():
         disabled = model(ids).logits
     after = base_logits(model.unload(), ids)
@@ -176,7 +176,7 @@ def check_disabled(model: DyLoRA_MoE, ids: Tensor, before: Tensor) -> Check:
 
 
 def check_loaded(model: DyLoRA_MoE, folder: Path) -> Check:
-    """What the loop above takes from memory is what the files hold."""
+    """The weights in memory, which `loop_logits` uses, equal those of the files."""
     worst = []
     for expert in model.experts.live:
         on_disk = read_adapter(folder / ADAPTERS / f"expert_{expert}")
@@ -186,8 +186,8 @@ def check_loaded(model: DyLoRA_MoE, folder: Path) -> Check:
     return Check("experts = their files", "weights in memory, on disk", largest(worst), 0.0)
 
 
-def check_finite(model: DyLoRA_MoE, first: Pass) -> Check:
-    """Parameters of base, experts and routers, and what a pass makes of them (half overflows)."""
+def check_finite(model: DyLoRA_MoE, first: TokenOutputs) -> Check:
+    """Parameters of base, experts and routers, and the outputs of a pass (half may overflow)."""
     values = [*model.base.parameters(), *first]
     bad = sum(int((~value.isfinite()).sum()) for value in values)
     text = "parameters, logits and gates that are not"
@@ -195,7 +195,7 @@ def check_finite(model: DyLoRA_MoE, first: Pass) -> Check:
 
 
 def check_manifest(folder: Path) -> Check:
-    """Loading verifies it as well; here it shows that the files are still the ones validated."""
+    """Loading verifies it as well; here it shows that the files did not change meanwhile."""
     try:
         verify(folder)
     except ValueError as error:
@@ -204,11 +204,11 @@ def check_manifest(folder: Path) -> Check:
 
 
 def compare_routed(
-    first: Pass, second: Callable[[Tensor | None], Pass], tolerance: float
+    first: TokenOutputs, second: Callable[[Tensor | None], TokenOutputs], tolerance: float
 ) -> tuple[float, str]:
-    """Worst relative difference of two ways that each route for themselves, and a word on ties.
+    """Largest relative difference of two ways that route independently, and a note on ties.
 
-    second: the other way, given the gates [T, N, E] to use or None.
+    second: the other way, given the gates [T, N, E] to use, or None.
     """
     free = second(None)
     worst = relative_difference(free.logits, first.logits)

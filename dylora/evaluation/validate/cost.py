@@ -1,4 +1,4 @@
-"""What one pass costs against the plain way: a pass per expert, whose logits are mixed.
+"""The cost of one routed pass, against one pass per expert with mixed logits.
 
 Shape letters: B batch, S sequence, E experts, V vocabulary.
 """
@@ -20,7 +20,7 @@ ROUNDS = 5
 
 
 class Cost(NamedTuple):
-    """One pass against N passes: seconds of each round, and bytes beyond what was there before."""
+    """One pass against N passes: seconds of each round, and bytes allocated in addition."""
 
     one_pass_s: list[float]
     n_passes_s: list[float]
@@ -37,20 +37,20 @@ class Cost(NamedTuple):
 def measure_cost(model: DyLoRA_MoE, ids: Tensor) -> Cost:
     """One routed pass against a pass per expert whose logits are mixed, in alternating rounds.
 
-    The N passes get their weights for nothing, but each multiplies all experts with a one-hot
-    weight: with one expert's matrices alone it takes 7 % less on the embedded base, six experts of
-    rank 16.
+    The routing weights of the N passes are computed outside the measurement. Each of the passes
+    multiplies all experts, with a one-hot weight; one expert's matrices alone would take 7 %
+    less on the embedded base with six experts of rank 16.
     """
     weights_BSE = model.get_routing_weights(ids).mean(2)
-    ways: list[Callable[[], Tensor]] = [
+    methods: list[Callable[[], Tensor]] = [
         lambda: model(ids).logits,
         lambda: n_passes(model, ids, weights_BSE),
     ]
-    peaks = [peak_bytes(way, ids.device) for way in ways]  # these passes warm up as well
+    peaks = [peak_bytes(method, ids.device) for method in methods]  # these passes warm up as well
     times: list[list[float]] = [[], []]
     for round_ in range(ROUNDS):
-        for way in (0, 1) if round_ % 2 == 0 else (1, 0):
-            times[way].append(seconds(ways[way], ids.device))
+        for index in (0, 1) if round_ % 2 == 0 else (1, 0):
+            times[index].append(seconds(methods[index], ids.device))
     return Cost(times[0], times[1], peaks[0], peaks[1], len(model.experts.live))
 
 
@@ -80,9 +80,9 @@ def n_passes(model: DyLoRA_MoE, ids: Tensor, weights: Tensor) -> Tensor:
 class LivePeak(TorchDispatchMode):
     """Counts the bytes of all tensor storages that operations create, and their peak.
 
-    For the CPU, whose allocator keeps no peak: torch.profiler tells each operation's bytes, and the
-    process's own peak holds the base as well and never falls. Both ways are counted by one rule.
-    Scratch that a kernel allocates and frees inside is not seen; CUDA's own counter sees it.
+    For the CPU, whose allocator records no peak: torch.profiler has the bytes of each operation
+    alone, and the process's peak includes the base and never falls. Memory that a kernel allocates
+    and frees inside is not counted here, but is by CUDA's own counter.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int:
-    """Most bytes that `run` holds at once, beyond what was there before."""
+    """The most bytes that `run` allocates in addition at one time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Ways through a mixture that its checks compare: as a pass does it, and from the formula.
+"""Two ways to compute a mixture, which the checks compare: its own pass, and the formula.
 
 Shape letters: B batch, S sequence, T real tokens of a batch in row order, N sites, E experts,
 D input width, O output width, r rank, V vocabulary.
@@ -20,8 +20,8 @@ from dylora.storage.peft_format import PeftAdapter, scaling_of
 SEED = 0
 
 
-class Pass(NamedTuple):
-    """What one way through the model gave for every real token."""
+class TokenOutputs(NamedTuple):
+    """The outputs of one way for every token that is not padding."""
 
     logits: Tensor  # [T, V] float32
     gates: Tensor  # [T, N, E]
@@ -34,15 +34,15 @@ def base_logits(base: PreTrainedModel, ids: Tensor) -> Tensor:
     return base(input_ids=ids, attention_mask=None, use_cache=False).logits
 
 
-def full_pass(model: DyLoRA_MoE, ids: Tensor, gates: Tensor | None = None) -> Pass:
+def full_pass(model: DyLoRA_MoE, ids: Tensor, gates: Tensor | None = None) -> TokenOutputs:
     """One pass over ids [B, S]; with gates [B, S, N, E] instead of the routers' own."""
     return masked_pass(model, ids, None, gates)
 
 
 def masked_pass(
     model: DyLoRA_MoE, ids: Tensor, mask: Tensor | None, gates: Tensor | None = None
-) -> Pass:
-    """One pass over ids [B, S]; of its outcome, the tokens where mask [B, S] is 1."""
+) -> TokenOutputs:
+    """One pass over ids [B, S]; the outputs of the tokens where mask [B, S] is 1."""
     options = {}
     if mask is not None and "position_ids" in signature(model.base.forward).parameters:
         options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -50,7 +50,9 @@ def masked_pass(
     real = torch.ones_like(ids).bool() if mask is None else mask.bool()
     routing = output.routing
     assert routing is not None
-    return Pass(output.logits[real].float(), routing.gates[real], routing.probabilities[real])
+    return TokenOutputs(
+        output.logits[real].float(), routing.gates[real], routing.probabilities[real]
+    )
 
 
 def loop_logits(
@@ -62,8 +64,8 @@ def loop_logits(
         with DoRA u_e(x) = c ∘ (s_e B_e A_e x) + (c - 1) ∘ W x,    c = magnitude / ‖W + s_e B_e A_e‖
         with trained biases u_e is larger by bias_e - bias
 
-    It shares no code with the adapters, which are disabled, and works with what each expert's files
-    hold. gates [B, S, N, E]; experts: those in the sum, by default all.
+    It shares no code with the adapters, which are disabled, and takes each expert's weights as its
+    files hold them. gates [B, S, N, E]; experts: those in the sum, by default all.
     """
     chosen = model.experts.live if experts is None else experts
     parts = {expert: expert_adapter(model, expert) for expert in chosen}
@@ -73,7 +75,7 @@ def loop_logits(
         site = sites.index(path.rpartition(".")[0])
 
         def add_experts(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            x = args[0].float()  # [B, S, D]; the formula's own sums are not to be rounded
+            x = args[0].float()  # [B, S, D]; float32, so that the reference adds no rounding
             update = torch.zeros_like(output, dtype=torch.float32)  # [B, S, O]
             for expert, adapter in parts.items():
                 A, B = (matrix.float() for matrix in adapter.weights[path])  # [r, D], [O, r]
@@ -114,16 +116,16 @@ def loop_logits(
 
 
 def shift_of(adapter: PeftAdapter, path: str, module: nn.Module) -> Tensor:
-    """What a trained bias adds to the base's, [O]."""
+    """The difference of a trained bias and the base's, [O]."""
     bias: Any = module.bias
     return adapter.biases[path].to(bias.device) - bias.float()
 
 
 def rounding_noise(model: DyLoRA_MoE, ids: Tensor) -> float:
-    """How far one unit of rounding, up or down, at every adapted projection moves the logits.
+    """How far the logits move when every adapted projection is rounded one unit up or down.
 
-    Relative to the largest logit. Measured with the adapters off: a faulty mixture must not widen
-    its own tolerance.
+    Relative to the largest logit. Measured with the adapters off, because a faulty mixture must not
+    widen its own tolerance.
     """
     draw = torch.Generator().manual_seed(SEED)
 
@@ -158,5 +160,5 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 
 
 def largest(values: Iterable[float]) -> float:
-    """The maximum, NaN if any is: Python's own `max` would pass over it."""
+    """The maximum, or NaN if any value is NaN, which Python's `max` may skip."""
     return float(torch.tensor(list(values), dtype=torch.float64).max())

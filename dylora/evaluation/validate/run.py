@@ -1,8 +1,8 @@
-"""`run.py validate`: does a checkpoint compute what it should, on the machine at hand?
+"""`run.py validate`: does a checkpoint compute what it should on this machine?
 
-Every check compares two ways to the same numbers. Their worst difference and its tolerance are one
-row of a table (`checks.py`, of the ways in `ways.py`); time and memory of one pass against N passes
-follow it.
+Every check (checks.py) computes the same numbers in two ways (reference.py). Their largest
+difference and its tolerance are one row of a table; time and memory of one pass against N passes
+(cost.py) follow it.
 
 Shape letters: B batch, S sequence, V vocabulary.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylora.base_models import choose_device, load_base, load_tokenizer, named_base
+from dylora.evaluation.common import max_positions
 from dylora.evaluation.validate.checks import (
     Check,
     check_batches,
@@ -44,13 +45,13 @@ from dylora.evaluation.validate.reference import (
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import read_description
 
-# Differences of logits are relative to the largest logit, and two orders of the same sums always
-# differ. How much depends on the precision (a unit of rounding is 1.2e-7, 7.8e-3 or 9.8e-4) and on
-# how the base amplifies it, so that is measured (`rounding_noise`), and a tolerance is a multiple
-# of it. On 20 bases of 19 families sound checkpoints differed by 0.6 to 4.5 of it in float32,
-# where long sums are rounded as they grow, and by 0.4 to 1.7 in half precision, where sums are kept
-# in float32. One number per precision would be too strict for some bases or blind for others.
-# An exact claim has the tolerance 0 in any precision.
+# Differences of logits are relative to the largest logit. Two orders of the same sums differ, and
+# how much depends on the precision (a unit of rounding is 1.2e-7, 7.8e-3 or 9.8e-4) and on how the
+# base amplifies it, so that noise is measured (`rounding_noise`), and a tolerance is a multiple of
+# it. On 20 bases of 19 families correct checkpoints differed by 0.6 to 4.5 times the noise in
+# float32, where long sums are rounded as they grow, and by 0.4 to 1.7 times in half precision,
+# where sums are kept in float32. One tolerance per precision would be too strict for some bases and
+# too lax for others. An exact claim has the tolerance 0 in any precision.
 ROOM = {"float32": 16.0, "bfloat16": 3.0, "float16": 3.0}
 MIN_TOKENS = 4
 SNIPPET = '''def mean(values):
@@ -70,12 +71,12 @@ class Stack:
 
 
 class Report(NamedTuple):
-    """All that `validate_checkpoint` found."""
+    """The findings of `validate_checkpoint`."""
 
     checks: list[Check]
     tolerance: float | None  # of relative differences, for this base in this precision
     effect: float | None  # how far the adapters move the logits, relative to the largest
-    cost: Cost | None  # all are None where numbers were not finite, so nothing could be compared
+    cost: Cost | None  # all three are None where numbers were not finite, so nothing was compared
 
     @property
     def passed(self) -> bool:
@@ -99,8 +100,8 @@ def validate_checkpoint(
         tokens: length of the texts: two of random tokens and, where a tokenizer loads, one of code.
         out: file that gets the report as JSON.
 
-    Raises ValueError or FileNotFoundError for what a user got wrong: a folder that is not whole
-    (damaged files are found before anything is loaded), a base that does not load or fit.
+    Raises ValueError or FileNotFoundError for wrong options, a damaged folder (found before
+    anything is loaded), and a base that does not load or fit.
     """
     folder = Path(checkpoint)
     if dtype not in ROOM:
@@ -109,27 +110,12 @@ def validate_checkpoint(
         raise ValueError(f"--tokens is {tokens}, but must be at least {MIN_TOKENS}")
     if out is not None and (not Path(out).parent.is_dir() or Path(out).is_dir()):
         raise ValueError(f"--out is {out!r}, but must be a file in a folder that exists")
-    description = read_description(folder)
-    kept = description["base_model_name_or_path"]
-    name = base or named_base(folder, description)
-    revision = description["base_revision"] if name == kept else None
-    try:
-        place = choose_device(device)
-    except ValueError as error:
-        reason = str(error.__cause__ or error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"--device {device} cannot be used ({reason})") from error
-    frozen = load_base(
-        name,
-        revision=revision,
-        dtype=getattr(torch, dtype),
-        device=place,
-        quantization=description["quantization"],
-    )
-    longest = getattr(frozen.config.get_text_config(), "max_position_embeddings", None)
+    frozen, name, revision = _load_base(folder, base, device, dtype)
+    longest = max_positions(frozen)
     if longest is not None and tokens > longest:
         raise ValueError(f"--tokens is {tokens}, but the base takes at most {longest}")
     ids, texts = sample_texts(frozen, name, revision, tokens)
-    before = base_logits(frozen, ids)  # what the base says before anything is added to it
+    before = base_logits(frozen, ids)  # before anything is added to the base
     model = DyLoRA_MoE.from_pretrained(folder, frozen).eval()
     experts, sites = len(model.experts.live), len(model.site_names)
     print(
@@ -151,19 +137,42 @@ def validate_checkpoint(
     return report
 
 
+def _load_base(
+    folder: Path, base: str | None, device: str, dtype: str
+) -> tuple[PreTrainedModel, str, str | None]:
+    """The base of a checkpoint, its name and its revision."""
+    description = read_description(folder)
+    name = base or named_base(folder, description)
+    named = name == description["base_model_name_or_path"]
+    revision = description["base_revision"] if named else None
+    try:
+        target = choose_device(device)
+    except ValueError as error:
+        reason = str(error.__cause__ or error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"--device {device} cannot be used ({reason})") from error
+    loaded = load_base(
+        name,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        device=target,
+        quantization=description["quantization"],
+    )
+    return loaded, name, revision
+
+
 @torch.no_grad()
 def validate_model(
     model: DyLoRA_MoE, ids: Tensor, before: Tensor, folder: Path, room: float
 ) -> Report:
     """All checks of a loaded mixture, which is unloaded at the end.
 
-    ids [B, S]; before [B, S, V]: logits of the base before the adapters were added; room: how many
-    times what rounding does is tolerated.
+    ids [B, S]; before [B, S, V]: logits of the base before the adapters were added; room: the
+    tolerance as a multiple of the rounding noise.
     """
     loaded = check_loaded(model, folder)
     first = full_pass(model, ids)
     finite = check_finite(model, first)
-    if not finite.ok:  # NaN differs from everything, and says nothing of the cause
+    if not finite.ok:  # NaN would fail every comparison
         return Report([loaded, finite, check_manifest(folder)], None, None, None)
     tolerance = room * rounding_noise(model, ids)
     checks = [
@@ -188,7 +197,7 @@ def validate_model(
 def sample_texts(
     base: PreTrainedModel, name: str, revision: str | None, length: int
 ) -> tuple[Tensor, str]:
-    """ids [B, S], the same at every run, and what they are: random tokens, and code if possible."""
+    """ids [B, S], the same at every run, and a description: random tokens, and code if possible."""
     embedding = base.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     draw = torch.Generator().manual_seed(SEED)
@@ -206,22 +215,20 @@ def sample_texts(
     return rows.to(embedding.weight.device), texts
 
 
-# What is shown
+# Output
 
 
 def format_report(report: Report) -> str:
     """The table, then time and memory, then the verdict."""
-    wide = [
-        max(len(text) for text in column)
-        for column in zip(*((check.name, check.compared) for check in report.checks), strict=True)
-    ]
-    lines = [f"{'check':{wide[0]}}  {'compared':{wide[1]}}  {'worst':>8}  {'tolerance':>9}"]
+    name = max(len(check.name) for check in report.checks)
+    compared = max(len(check.compared) for check in report.checks)
+    lines = [f"{'check':{name}}  {'compared':{compared}}  {'worst':>8}  {'tolerance':>9}"]
     lines.append("-" * (len(lines[0]) + 10))
     verdicts = {True: "ok", False: "FAILED", None: "reported"}
     for check in report.checks:
         tolerance = "-" if check.tolerance is None else f"{check.tolerance:.1e}"
         lines.append(
-            f"{check.name:{wide[0]}}  {check.compared:{wide[1]}}  {check.worst:8.1e}  "
+            f"{check.name:{name}}  {check.compared:{compared}}  {check.worst:8.1e}  "
             f"{'exact' if check.tolerance == 0 else tolerance:>9}  {verdicts[check.ok]}"
         )
     if report.tolerance is None or report.effect is None or report.cost is None:
