@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import operator
 import textwrap
@@ -175,14 +176,12 @@ def field_types(cls: type) -> dict[str, Any]:
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field, on one line; a field without one is left out."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
     found = {}
-    for before, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
-            assert isinstance(before.target, ast.Name)
-            assert isinstance(after.value, ast.Constant)
-            found[before.target.id] = " ".join(str(after.value.value).split())
+    for part in (part for part in reversed(cls.__mro__) if is_dataclass(part)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore
+        for item, text in itertools.pairwise(body):
+            if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(item.target)] = " ".join(ast.literal_eval(text.value).split())
     return found
 
 
@@ -294,7 +293,8 @@ def _misfit(key: str, value: Any, annotation: Any) -> FieldError:
     words = [str(word) for part in choices for word in get_args(part)]
     close = closest(value, words) if isinstance(value, str) else None
     hint = f"; did you mean {close!r}?" if close else ""
-    return FieldError(key, f" is {shown(value)}, but must be {describe_type(annotation)}{hint}")
+    given = "null" if value is None else shown(value)
+    return FieldError(key, f" is {given}, but must be {describe_type(annotation)}{hint}")
 
 
 def _convert_union(value: Any, annotation: Any, key: str, parse: Parse | None) -> Any:
@@ -327,7 +327,7 @@ def _convert_list(value: Any, annotation: Any, key: str, parse: Parse | None) ->
         split = [item.strip() for item in value.split(",") if item.strip()]
         items = _parsed(value, parse) if value.lstrip()[:1] == "[" else split
     open_ended = kind is list or parts[1:] == (Ellipsis,)
-    right = isinstance(items, list) or (kind is tuple and isinstance(items, tuple))
+    right = isinstance(items, list | kind)
     if not (right and (open_ended or len(items) == len(parts))):
         raise _misfit(key, value, annotation)
     types = [parts[0]] * len(items) if open_ended else parts

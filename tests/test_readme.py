@@ -24,7 +24,7 @@ def test_every_file_it_names_exists():
 
 
 def test_every_command_it_shows_is_one():
-    from dylora.cli.registry import COMMANDS
+    from dylora.cli.main import COMMANDS
 
     shown = set(re.findall(r"run\.py (\w+)", README))
     assert shown

@@ -54,7 +54,6 @@ CIRCLES: set[str] = {
 }
 LONG: set[str] = {
     "adapters.inject.inject",
-    "cli.config_file",
     "data.sources",
     "experts",
     "experts.merge",

@@ -1,32 +1,30 @@
-"""A run's YAML file to `RunConfig` and back, with errors that name file, key and remedy.
+"""A run's YAML file to `RunConfig`, with errors that name file, key and remedy.
 
 The file is read strictly (no duplicate keys, no unknown ones), overrides such as
-`train.learning_rate=1e-4` are laid over it, jsonargparse gives every value its field's type, and
-the dataclasses judge the values. Paths inside a config are relative to the working directory.
+`train.learning_rate=1e-4` are laid over it, and `fields.build` makes the dataclasses of it. Paths
+inside a config are relative to the working directory.
 """
 
-import difflib
-import functools
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeGuard, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
-from dylora.fields import describe_type, field_types, shown
+from dylora.cli.hints import unknown_key
+from dylora.fields import FieldError, UnknownKey, build, field_types, join, shown
 from dylora.run_config import RunConfig
-from dylora.storage.safe_io import read_bytes
+from dylora.storage.safe_io import read_bytes, read_json
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 128 << 10  # of a config: reading as much takes a second
 MAX_BRACKETS = 100  # open at a time; the parser takes a second for a few thousand
 MAX_NODES = 20_000  # of its tree, with every alias written out
-Origin = Callable[[str], str]
+# In YAML 1.1 a float needs a dot, so that 1e-4 is a string.
+FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -44,10 +42,9 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     Raises ValueError in one line for everything that is wrong with the settings, and
     FileNotFoundError for a file that is not there.
     """
-    file_tree = tree = {} if path is None else _read_yaml(Path(path))
+    file_tree = given = {} if path is None else _read_yaml(Path(path))
     for key, text in split_overrides(overrides):
-        tree = _overridden(tree, RunConfig, _key_parts(key), text, "")
-    given = tree
+        given = _overridden(given, RunConfig, _key_parts(key), text, "")
     tree, checkpoint = _over_checkpoint(given)
 
     def origin(key: str) -> str:
@@ -58,8 +55,13 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
         in_file = path is not None and _look_up(file_tree, parts) is _look_up(given, parts)
         return str(path) if in_file else COMMAND_LINE
 
-    values = _typed_fields(tree, RunConfig, "", origin)
-    return _construct(values, RunConfig, "", origin)
+    try:
+        return build(RunConfig, tree, parse=parse_text)
+    except UnknownKey as error:
+        text = unknown_key(error.key, error.siblings)
+        raise ValueError(f"{origin(error.key)}: {text}") from None
+    except FieldError as error:
+        raise ValueError(f"{origin(error.key)}: {error}") from None
 
 
 def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str]]:
@@ -76,23 +78,9 @@ def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def all_keys() -> list[str]:
-    """Every key of a config, sections included, as on the command line."""
-    return list(_keys(RunConfig, ""))
-
-
-def unknown_key(key: str, siblings: Sequence[str]) -> str:
-    """What to say about a key that does not exist: the nearest valid one, or its siblings."""
-    name = _last(key)
-    known = [*siblings, *all_keys()]
-    # A key of the right name in the wrong section is nearer than a similar name in this one.
-    near = [other for other in all_keys() if _last(other) == name]
-    for group in (siblings, known):
-        if not near:
-            close = difflib.get_close_matches(name, [_last(other) for other in group], n=1)
-            near = [other for other in group if _last(other) in close][:1]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"valid are {', '.join(siblings)}"
-    return f"unknown key {key}; {hint}"
+def parse_text(text: str) -> Any:
+    """The value that a text on the command line or in YAML writes. Raises ValueError."""
+    return float(text) if FLOAT.fullmatch(text.strip()) else _parse_yaml(text, "text")
 
 
 # Reading
@@ -192,12 +180,10 @@ def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]
         return tree, None
     file = Path(folder) / "config.json"
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
+        description = read_json(file)
+    except FileNotFoundError:
         raise FileNotFoundError(f"{file} does not exist: train.init_from is {folder!r}") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(description, dict) or not isinstance(description.get("moe"), dict):
+    if not isinstance(description.get("moe"), dict):
         raise ValueError(f"{file} describes no mixture: train.init_from is {folder!r}")
     names = {"base": "base_model_name_or_path", "revision": "base_revision"}
     names |= {"quantization": "quantization"}
@@ -219,23 +205,24 @@ def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]
 def _overridden(value: Any, annotation: Any, parts: list[str], text: str, path: str) -> Any:
     """The raw `value` at `path`, with `text` where `parts` leads."""
     if not parts:
-        if _is_section(annotation):
+        if is_dataclass(annotation):
             raise ValueError(f"{COMMAND_LINE}: {path} has fields; set one of them: --{path}.FIELD")
-        return text
+        return None if text == "null" and NoneType in get_args(annotation) else text
     name, rest = parts[0], parts[1:]
-    item_type = _item_dataclass(annotation)
-    if _is_section(annotation):
-        hints = field_types(annotation)
+    if is_dataclass(annotation):
+        hints, renamed = field_types(annotation), getattr(annotation, "RENAMED", {})  # type: ignore
+        name = next((word for word in (name, name.replace("-", "_")) if word in hints), name)
+        name = renamed.get(name) or name
         if name not in hints:
-            siblings = [_join(path, known) for known in hints]
             key = ".".join([path, *parts] if path else parts)
-            raise ValueError(f"{COMMAND_LINE}: {unknown_key(key, siblings)}")
-        fields_ = _mapping(value, path)
-        inner = _overridden(fields_.get(name), hints[name], rest, text, _join(path, name))
+            raise ValueError(f"{COMMAND_LINE}: {unknown_key(key, list(hints))}")
+        fields_ = {renamed.get(key) or key: item for key, item in _mapping(value, path).items()}
+        inner = _overridden(fields_.get(name), hints[name], rest, text, join(path, name))
         return {**fields_, name: inner}
-    if item_type is not None:
+    if get_origin(annotation) is list and is_dataclass(get_args(annotation)[0]):
         items = list(value) if isinstance(value, list) else []
         index = _index_of(items, name, path)
+        item_type = get_args(annotation)[0]
         items[index] = _overridden(items[index], item_type, rest, text, f"{path}[{index}]")
         return items
     if get_origin(annotation) is dict:
@@ -273,123 +260,3 @@ def _mapping(value: Any, path: str) -> dict[str, Any]:
         given = f"{path} is {shown(value)} in the file"
         raise ValueError(f"{COMMAND_LINE}: {given}, so it has no fields")
     return value or {}
-
-
-# Types
-
-
-def _typed_fields(raw: Any, cls: type, path: str, origin: Origin) -> dict[str, Any]:
-    """The raw mapping with every value of its field's type; dataclasses still as dicts."""
-    hints = field_types(cls)
-    raw = {} if raw is None else raw  # "train:" with nothing under it
-    if not isinstance(raw, dict):
-        wanted = f"but must have the fields {', '.join(hints)}"
-        raise ValueError(f"{origin(path)}: {path} is {shown(raw)}, {wanted}")
-    siblings = [_join(path, name) for name in hints]
-    gone = getattr(cls, "RENAMED", {})
-    raw = {name: value for name, value in raw.items() if name not in gone}
-    for name in raw:
-        if name not in hints:
-            key = _join(path, str(name))
-            raise ValueError(f"{origin(key)}: {unknown_key(key, siblings)}")
-    for field in fields(cls):
-        optional = field.default is not MISSING or field.default_factory is not MISSING
-        if not optional and field.name not in raw:
-            key = _join(path, field.name)
-            raise ValueError(f"{origin(key)}: {key} is missing")
-    return {
-        name: _typed(value, hints[name], _join(path, name), origin) for name, value in raw.items()
-    }
-
-
-def _typed(value: Any, annotation: Any, key: str, origin: Origin) -> Any:
-    if _is_section(annotation):
-        return _typed_fields(value, annotation, key, origin)
-    item_type = _item_dataclass(annotation)
-    if item_type is not None:
-        if isinstance(value, str):  # --data.sources '[{name: mbpp}]'
-            value = _parse_yaml(value, f"{origin(key)}: {key}")
-        if not isinstance(value, list):
-            given = f"{key} is {shown(value)}"
-            raise ValueError(f"{origin(key)}: {given}, but must be a list of mappings")
-        return [
-            _typed_fields(item, item_type, f"{key}[{index}]", origin)
-            for index, item in enumerate(value)
-        ]
-    try:
-        # jsonargparse lets null through for every type
-        if value is None and NoneType not in get_args(annotation):
-            raise ArgumentError(None, "null")
-        return _value_parser(annotation).parse_object({"value": value}).value
-    except ArgumentError:
-        given = "null" if value is None else shown(value)
-        must = f"{key} is {given}, but must be {describe_type(annotation)}"
-        near = difflib.get_close_matches(given, _words(annotation), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{origin(key)}: {must}{hint}") from None
-
-
-@functools.cache
-def _value_parser(annotation: Any) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=annotation)
-    return parser
-
-
-def _words(annotation: Any) -> list[str]:
-    """The choices of a Literal, also inside an optional."""
-    if get_origin(annotation) is Literal:
-        return [str(choice) for choice in get_args(annotation)]
-    return [word for part in get_args(annotation) if get_origin(part) for word in _words(part)]
-
-
-# Building
-
-
-def _construct(values: dict[str, Any], cls: Any, path: str, origin: Origin) -> Any:
-    """The dataclass, its parts first; what they refuse gets the section and the file's name."""
-    hints = field_types(cls)
-    built = dict(values)
-    for name, hint in hints.items():
-        key = _join(path, name)
-        item_type = _item_dataclass(hint)
-        if _is_section(hint):
-            built[name] = _construct(values.get(name, {}), hint, key, origin)
-        elif item_type is not None and name in values:
-            built[name] = [
-                _construct(item, item_type, f"{key}[{index}]", origin)
-                for index, item in enumerate(values[name])
-            ]
-    try:
-        return cls(**built)
-    except ValueError as error:
-        text = str(error)
-        name = text.split(maxsplit=1)[0]
-        key = _join(path, name) if name in hints else path
-        rest = text.removeprefix(name) if name in hints else f": {text}"
-        raise ValueError(f"{origin(key)}: {key}{rest}") from error
-
-
-def _is_section(annotation: Any) -> TypeGuard[type]:
-    return isinstance(annotation, type) and is_dataclass(annotation)
-
-
-def _item_dataclass(annotation: Any) -> type | None:
-    """SourceConfig for list[SourceConfig], None for other types."""
-    parts = get_args(annotation)
-    return parts[0] if get_origin(annotation) is list and _is_section(parts[0]) else None
-
-
-def _keys(cls: type, path: str) -> Iterator[str]:
-    for name, hint in field_types(cls).items():
-        yield _join(path, name)
-        if _is_section(hint):
-            yield from _keys(hint, _join(path, name))
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _last(key: str) -> str:
-    return key.rsplit(".", maxsplit=1)[-1]

@@ -1,58 +1,37 @@
 """`run.py import`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
-
-from jsonargparse import ArgumentParser, Namespace
+from typing import Literal
 
 from dylora.cli.config_file import COMMAND_LINE, load_run_config, split_overrides
+from dylora.fields import option
 from dylora.run_config import Precision
 
-# import
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Make PEFT LoRA adapters the experts of one mixture."""
+
+    adapters: list[str] = option(metavar="DIR", nargs="+")
+    """Folders of PEFT LoRA adapters, or of checkpoints that hold some."""
+    out: str = option(metavar="DIR")
+    """Folder of the new mixture."""
+    base: str | None = None
+    """Base model by name or folder; what the adapters name is never followed."""
+    revision: str | None = None
+    """Commit, tag or branch of the base on the hub."""
+    router_init: Literal["learned", "arrow"] = "learned"
+    """arrow: route by what each adapter changes most, without any training."""
+    trainable: bool = False
+    """Let training change the experts, too; without it, it trains the routers alone."""
+    dtype: Precision = "float32"
+    """Precision in which the base is read; the experts are float32 always."""
+    config: str | None = option(None, metavar="FILE")
+    """YAML file whose section moe says how the mixture routes; --moe.KEY goes before it."""
 
 
-def add_import(command: ArgumentParser) -> None:
-    command.usage = (
-        "run.py import --adapters DIR [DIR ...] --out DIR --base NAME "
-        "[--moe.KEY VALUE ...] [OPTIONS]"
-    )
-    command.add_argument(
-        "--adapters",
-        metavar="DIR",
-        nargs="+",
-        required=True,
-        help="Folders of PEFT LoRA adapters, or of checkpoints that hold some.",
-    )
-    command.add_argument("--out", metavar="DIR", required=True, help="Folder of the new mixture.")
-    command.add_argument(
-        "--base", help="Base model by name or folder; what the adapters name is never followed."
-    )
-    command.add_argument("--revision", help="Commit, tag or branch of the base on the hub.")
-    command.add_argument(
-        "--router_init",
-        choices=("learned", "arrow"),
-        default="learned",
-        help="arrow: route by what each adapter changes most, without any training.",
-    )
-    command.add_argument(
-        "--trainable",
-        action="store_true",
-        help="Let training change the experts, too; without it, it trains the routers alone.",
-    )
-    command.add_argument(
-        "--dtype",
-        choices=get_args(Precision),
-        default="float32",
-        help="Precision in which the base is read; the experts are float32 always.",
-    )
-    command.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML file whose section moe says how the mixture routes; --moe.KEY goes before it.",
-    )
-
-
-def import_(options: Namespace, overrides: list[str]) -> None:
+def run(options: ImportOptions, overrides: list[str]) -> None:
     moe = None
     for key, _ in split_overrides(overrides):
         if not key.startswith("moe."):

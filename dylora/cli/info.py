@@ -1,23 +1,23 @@
 """`run.py info`."""
 
-from jsonargparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 
 from dylora.cli.config_file import COMMAND_LINE, load_run_config
-from dylora.cli.options import CONFIG_USAGE, add_config
+from dylora.fields import option
 from dylora.run_config import dump_run_config
 
-# info
+
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions:
+    """What a checkpoint holds, or the settings that a config amounts to."""
+
+    config: str | None = option(None, metavar="FILE")
+    """YAML file of a run; its settings are printed as the command line overrides them."""
+    checkpoint: str | None = option(None, metavar="DIR")
+    """Folder of a checkpoint, an export or a PEFT adapter."""
 
 
-def add_info(command: ArgumentParser) -> None:
-    command.usage = f"run.py info --checkpoint DIR | {CONFIG_USAGE}"
-    add_config(command, required=False)
-    command.add_argument(
-        "--checkpoint", metavar="DIR", help="Folder of a checkpoint, an export or a PEFT adapter."
-    )
-
-
-def info(options: Namespace, overrides: list[str]) -> None:
+def run(options: InfoOptions, overrides: list[str]) -> None:
     if (options.checkpoint is None) == (options.config is None):
         raise ValueError("info needs either --checkpoint DIR or --config FILE")
     if options.config is not None:
@@ -27,4 +27,5 @@ def info(options: Namespace, overrides: list[str]) -> None:
         raise ValueError(f"{COMMAND_LINE}: {overrides[0]} changes a config, and there is none")
     from dylora.evaluation.info import print_info
 
+    assert options.checkpoint is not None
     print_info(options.checkpoint)

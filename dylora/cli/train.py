@@ -1,26 +1,24 @@
 """`run.py train`."""
 
-from jsonargparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 
 from dylora.cli.config_file import load_run_config
-from dylora.cli.options import CONFIG_USAGE, add_config, add_print_config
+from dylora.cli.options import ConfigOptions
+from dylora.fields import option
 from dylora.run_config import dump_run_config
 
-# train
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ConfigOptions):
+    """Train the experts that a config describes."""
+
+    print_config: bool = False
+    """Print the resolved config and stop."""
+    resume_from_checkpoint: str | None = option(None, metavar="latest|DIR")
+    """Go on from this folder, or from the latest of the run."""
 
 
-def add_train(command: ArgumentParser) -> None:
-    command.usage = f"run.py train {CONFIG_USAGE} [--resume_from_checkpoint latest|DIR]"
-    add_config(command)
-    add_print_config(command)
-    command.add_argument(
-        "--resume_from_checkpoint",
-        metavar="latest|DIR",
-        help="Go on from this folder, or from the latest of the run.",
-    )
-
-
-def train(options: Namespace, overrides: list[str]) -> None:
+def run(options: TrainOptions, overrides: list[str]) -> None:
     config = load_run_config(options.config, overrides)
     if options.print_config:
         print(dump_run_config(config), end="")

@@ -1,29 +1,27 @@
 """`run.py validate`."""
 
-from jsonargparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 
-from dylora.cli.options import add_base, add_checkpoint
-
-# validate
-
-
-def add_validate(command: ArgumentParser) -> None:
-    command.usage = "run.py validate --checkpoint DIR [OPTIONS]"
-    add_checkpoint(command)
-    add_base(command)
-    command.add_argument(
-        "--device", default="auto", help="auto takes a GPU where there is one; or a torch device."
-    )
-    command.add_argument(
-        "--dtype",
-        default="float32",
-        help="Precision of the base: float32, bfloat16 or float16.",
-    )
-    command.add_argument("--tokens", type=int, default=64, help="Length of the texts it runs on.")
-    command.add_argument("--out", metavar="FILE", help="File that gets the report as JSON.")
+from dylora.cli.options import BaseOptions, CheckpointOptions
+from dylora.fields import option
+from dylora.run_config import Precision
 
 
-def validate(options: Namespace, overrides: list[str]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ValidateOptions(BaseOptions, CheckpointOptions):
+    """Check on this machine that a checkpoint computes what it should."""
+
+    device: str = "auto"
+    """auto takes a GPU where there is one; or a torch device."""
+    dtype: Precision = "float32"
+    """Precision of the base."""
+    tokens: int = 64
+    """Length of the texts it runs on."""
+    out: str | None = option(None, metavar="FILE")
+    """File that gets the report as JSON."""
+
+
+def run(options: ValidateOptions, overrides: list[str]) -> None:
     from dylora.evaluation.validate.run import validate_checkpoint
 
     report = validate_checkpoint(

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from dylora.cli.config_file import load_run_config, split_overrides
-from dylora.cli.main import main
-from dylora.cli.registry import COMMANDS
+from dylora.cli.hints import ELSEWHERE, WITHOUT, all_keys
+from dylora.cli.main import COMMANDS, main
+from dylora.fields import field_types
 from dylora.run_config import RunConfig, dump_run_config
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +101,8 @@ def fake_module(monkeypatch):
         ("data: {sources: [{path: b}]}", "configs/x.yaml: data.sources[0].name is missing"),
         (
             "data: {sources: mbpp}",
-            "configs/x.yaml: data.sources is 'mbpp', but must be a list of mappings",
+            "configs/x.yaml: data.sources[0] is 'mbpp', but must have the fields name, path, "
+            "revision, instruction_column, input_column, output_column, split_scheme, rows",
         ),
     ],
 )
@@ -125,14 +127,14 @@ def test_an_unknown_or_missing_key_names_file_key_and_nearest(config_file, refus
         (
             "model: {dtype: bfloat}",
             "model.dtype is 'bfloat', but must be one of float32, bfloat16, float16; "
-            "did you mean bfloat16?",
+            "did you mean 'bfloat16'?",
         ),
         (
             "train: {lr_scheduler_type: cosin}",
             "train.lr_scheduler_type is 'cosin', but must be one of linear, cosine, "
             "cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt, "
             "reduce_lr_on_plateau, cosine_with_min_lr, cosine_warmup_with_min_lr, "
-            "warmup_stable_decay, greedy; did you mean cosine?",
+            "warmup_stable_decay, greedy; did you mean 'cosine'?",
         ),
         ("moe: {num_experts: 1}", "moe.num_experts is 1, but must be at least 2 with routing"),
         (
@@ -186,6 +188,53 @@ def test_a_file_that_is_not_there_or_not_a_text_is_named(config_file, refusal):
     assert "not a text in UTF-8" in refusal("train", "--config", "configs/x.yaml")
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("lr", "it is train.learning_rate here"),
+        ("num_train_epochs", "it is train.epochs here"),
+        ("per_device_train_batch_size", "it is train.batch_size here"),
+        ("micro_batch_size", "it is train.batch_size here"),
+        ("gradient_accumulation_steps", "did you mean train.gradient_accumulation_steps?"),
+        ("lora_r", "it is moe.r here"),
+        ("lora_target_modules", "it is moe.target_modules here"),
+        ("sequence_len", "it is data.max_length here"),
+        ("max_seq_length", "it is data.max_length here"),
+        ("base_model", "it is model.base here"),
+        ("datasets", "it is data.sources here"),
+        ("seed", "did you mean data.seed or train.seed?"),
+        ("optim", "there is no such setting: AdamW is the optimizer"),
+        ("bf16", "there is no such setting: set model.dtype to bfloat16"),
+        ("fp16", "there is no such setting: set model.dtype to float16"),
+        ("report_to", "there is no such setting: set log.wandb to true"),
+        ("chat_template", "there is no such setting: rows are put into the instruction template"),
+        ("eval_strategy", "there is no such setting: set eval.eval_steps"),
+        ("warmup_ratio", "there is no such setting: set train.warmup_steps"),
+        ("load_in_4bit", "there is no such setting: set model.quantization to bnb-4bit"),
+        ("val_set_size", "there is no such setting: set split_scheme"),
+    ],
+)
+def test_a_name_of_transformers_peft_or_axolotl_is_translated(config_file, refusal, key, said):
+    path = config_file(f"{key}: 1\n")
+    assert refusal("train", "--config", path).startswith(
+        f"configs/x.yaml: unknown key {key}; {said}"
+    )
+    path = config_file(f"train: {{{key}: 1}}\n") if key != "seed" else config_file("log: {seed: 1}")
+    assert said in refusal("train", "--config", path)
+    flag = refusal("train", "--config", config_file("name: x\n"), f"--{key}", "1")
+    assert flag.startswith(f"command line: unknown key {key}; {said}")
+
+
+def test_every_translated_name_leads_to_a_key_that_exists():
+    assert set(ELSEWHERE.values()) <= set(all_keys())
+    assert not (ELSEWHERE.keys() | WITHOUT.keys()) & set(field_types(RunConfig))
+    assert not ELSEWHERE.keys() & WITHOUT.keys()
+
+
+def test_a_setting_that_is_gone_is_read_over_in_files_of_older_runs(config_file):
+    assert load_run_config(config_file("moe: {r: 4, fan_in_fan_out: null}\n")).moe.r == 4
+
+
 # Mistakes on the command line
 
 
@@ -221,14 +270,17 @@ def test_a_wrong_override_is_one_line_that_blames_the_command_line(
     [
         ("tarin", "unknown command tarin; did you mean train?"),
         ("--config x.yaml train", "unknown command --config"),
-        ("train", "the following arguments are required: config"),
+        ("train", "--config is missing"),
         ("train --config x.yaml stray", "unrecognized arguments: stray"),
-        ("generate --checkpoint c", "the following arguments are required: prompt"),
+        ("generate --checkpoint c", "--prompt is missing"),
         ("generate --checkpoint c --prompt", "argument --prompt: expected one argument"),
         ("generate --checkpoint c --prompt p --promt q", "command line: unknown option --promt"),
         ("generate --checkpoint c --prompt p --max_new_tokens q", "--max_new_tokens is 'q'"),
         ("generate --checkpoint c --prompt p --max_new_tokens 0", "--max_new_tokens is 0"),
-        ("generate --checkpoint c --prompt p --temperature -1", "--temperature is -1.0"),
+        (
+            "generate --checkpoint c --prompt p --temperature -1",
+            "--temperature is -1, but",
+        ),
         ("generate --checkpoint c --prompt p --train.seed 1", "command line: unknown option"),
         ("export --checkpoint c --out o --expert first", "--expert is 'first', but must be all"),
         ("info", "info needs either --checkpoint DIR or --config FILE"),
@@ -250,6 +302,21 @@ def test_the_command_line_wins_wherever_it_stands(config_file, capsys, flag_firs
     assert main(["info", *(flags + config if flag_first else config + flags)]) == 0
     tree = yaml.safe_load(capsys.readouterr().out)
     assert (tree["name"], tree["train"]["seed"], tree["train"]["max_steps"]) == ("mine", 2, 7)
+
+
+def test_dashes_are_read_as_underscores_everywhere(config_file, capsys, fake_module):
+    path = config_file("name: file\n")
+    assert main(["train", "--print-config", "--config", path, "--train.learning-rate=0.5"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["learning_rate"] == 0.5
+    calls = fake_module("dylora.evaluation.generate", "generate_text")
+    assert main(["generate", "--checkpoint", "c", "--prompt", "a-b", "--max-new-tokens", "3"]) == 0
+    assert calls[0][1:4] == ("a-b", None, 3)
+
+
+@pytest.mark.parametrize("text", ["q_proj,v_proj", "[q_proj, v_proj]", "q_proj, v_proj"])
+def test_a_list_on_the_command_line_has_commas_with_or_without_brackets(config_file, text):
+    config = load_run_config(None, [f"moe.target_modules={text}"])
+    assert config.moe.target_modules == ["q_proj", "v_proj"]
 
 
 @pytest.mark.parametrize("item", ["0", "mbpp", "[0]"])
@@ -391,7 +458,7 @@ def test_export_gets_its_options(monkeypatch):
         ("--merge --expert 1 --portable", "--portable is a form of adapters"),
         ("--merge --expert 1 --weights 1,2", "--expert and --weights exclude each other"),
         ("--mixture --weights measured", "--weights measured needs a --text FILE"),
-        ("--mixture --weights 1,x", "--weights has 'x', but each item must be a number"),
+        ("--mixture --weights 1,x", "--weights is '1,x', but must be a list, each item a float"),
         ("--dequantize", "--dequantize needs --merge"),
         ("--merge --expert 1 --base_name b", "--base_name is a field of adapters"),
         ("--mixture --weights 1,2 --text t --text_tokens 1", "--text_tokens is 1, but must be"),

@@ -8,7 +8,7 @@ import pytest
 
 import options
 from dylora import MoELoraConfig
-from dylora.cli.main import _config_help
+from dylora.cli.options import config_help
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "options.md"
 
@@ -23,7 +23,7 @@ def test_every_field_has_a_row():
 
 
 def test_the_meanings_are_those_of_the_help():
-    shown = " ".join(_config_help().split())
+    shown = " ".join(config_help().split())
     assert [name for name, text in options.meanings().items() if text not in shown] == []
 
 
