@@ -64,8 +64,8 @@ def read_options(cls: type[T], tokens: Sequence[str]) -> tuple[T, list[str]]:
         return build(cls, given, parse=parse_text), overrides
     except FieldError as error:
         flags = {item.name: flag_of(item) for item in fields(cls)}  # type: ignore[arg-type]
-        text = re.sub(r"\w+", lambda match: flags[match[0]], error.key, count=1)
-        raise ValueError(text + error.problem) from None
+        name = re.split(r"\W", error.key)[0]  # also of an item of a list
+        raise ValueError(flags[name] + error.problem) from None
 
 
 def option_parser(cls: type, name: str = "") -> Parser:
