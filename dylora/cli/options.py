@@ -63,9 +63,11 @@ def read_options(cls: type[T], tokens: Sequence[str]) -> tuple[T, list[str]]:
     try:
         return build(cls, given, parse=parse_text), overrides
     except FieldError as error:
-        flags = {item.name: flag_of(item) for item in fields(cls)}  # type: ignore[arg-type]
         name = re.split(r"\W", error.key)[0]  # also of an item of a list
-        raise ValueError(flags[name] + error.problem) from None
+        item = next(item for item in fields(cls) if item.name == name)  # type: ignore[arg-type]
+        form = item.metadata.get("metavar")
+        hint = f" ({form})" if form and "must be" in error.problem else ""
+        raise ValueError(flag_of(item) + error.problem + hint) from None
 
 
 def option_parser(cls: type, name: str = "") -> Parser:

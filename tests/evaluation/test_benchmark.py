@@ -125,7 +125,7 @@ def test_a_killed_benchmark_goes_on_without_repeating_or_losing_a_sample(
         (["--k", "2"], "pass@2 needs at least 2 samples"),
         (["--k", "x"], "--k is 'x'"),
         (["--split", "tset"], "no split 'tset'; did you mean 'test'?"),
-        (["--task_files", "mbpp"], "must be SUITE=FILE"),
+        (["--task_files", "mbpp"], "must be a mapping, each value a string (SUITE=FILE,...)"),
         (["--task_files", "humaneval=x"], "'humaneval', which --tasks does not"),
         (["--limit", "0"], "--limit"),
         (["--shots", "2"], "--shots is 2, but must be 0, or 3"),
