@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from dylora.data.prompts import format_prompt
     from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
     from dylora.experts import ExpertManager
-    from dylora.integrations.folder_export import export_checkpoint
-    from dylora.integrations.peft_export import export_mixture, export_peft
+    from dylora.integrations.peft_export import export_checkpoint, export_mixture, export_peft
     from dylora.integrations.peft_import import load_peft_experts
     from dylora.model import DyLoRA_MoE, DyLoRAOutput, Routing
     from dylora.routing.losses import BatchTotals, Observation
@@ -52,7 +51,7 @@ _HOMES = {
     "MoELoraConfig": "dylora.config",
     "Observation": "dylora.routing.losses",
     "Routing": "dylora.model",
-    "export_checkpoint": "dylora.integrations.folder_export",
+    "export_checkpoint": "dylora.integrations.peft_export",
     "export_mixture": "dylora.integrations.peft_export",
     "export_peft": "dylora.integrations.peft_export",
     "format_prompt": "dylora.data.prompts",

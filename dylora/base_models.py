@@ -1,12 +1,21 @@
-"""Loading the frozen base and its tokenizer: from the hub, a folder, or the package itself."""
+"""Which base is loaded, and how: from the hub, a folder, or the package itself.
 
+A base is named by a user or by a checkpoint, which anybody may have written; `BaseSpec.resolve` is
+the one place that decides what may be followed. No code that comes with a base is ever run.
+"""
+
+import hashlib
 import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path, PurePath
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
 
 import torch
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -16,45 +25,217 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.config import Quantization
-from dylora.fields import shown
+from dylora.storage.safe_io import require_followable
 
 EMBEDDED_BASES = {"tiny-code-llama": Path(__file__).parent / "assets" / "tiny-code-llama"}
+_SAMPLED_TOKENS, _SAMPLED_OUTPUTS = 64, 8  # rows of the weights that a fingerprint hashes
+
+
+class LoadOptions(TypedDict, total=False):
+    """How a base is loaded."""
+
+    dtype: torch.dtype | None  # of weights and activations; None: as it is stored
+    device: str | torch.device
+    attn_implementation: str | None
+    quantization: Quantization
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSpec:
+    """A base that may be loaded, and how."""
+
+    name: str  # an embedded name, one of the hub, or the absolute path of a folder
+    revision: str | None = None
+    dtype: torch.dtype | None = torch.float32
+    device: str | torch.device = "cpu"
+    attn_implementation: str | None = None
+    quantization: Quantization = "none"
+
+    @classmethod
+    def resolve(
+        cls,
+        name: str,
+        revision: str | None = None,
+        *,
+        relative_to: Path | None = None,
+        named_by: Path | None = None,
+        **options: Unpack[LoadOptions],
+    ) -> "BaseSpec":
+        """The base called `name`; a folder by its absolute path, whatever the working directory.
+
+        Args:
+            relative_to: where a relative path begins; by default the working directory.
+            named_by: the file that names the base, where no user does.
+
+        Raises ValueError for an address or a path out of the working directory that a file names.
+        """
+        if named_by is not None:
+            require_followable(name, named_by)
+        if name not in EMBEDDED_BASES:
+            folder = (relative_to or Path()) / Path(name).expanduser()
+            name = str(folder.resolve()) if folder.is_dir() else name
+        return cls(name=name, revision=revision, **options)
+
+    @property
+    def source(self) -> str:
+        """What transformers is asked for: embedded names are folders of this package."""
+        return str(EMBEDDED_BASES.get(self.name, self.name))
+
+    def load(self) -> PreTrainedModel:
+        """The causal LM, frozen, in evaluation mode.
+
+        Raises ValueError where it cannot be loaded, with what to do, and where its files lack
+        weights, which transformers would fill at random.
+        """
+        dtype = self.dtype or self._stored_dtype()
+        options: dict[str, Any] = {}
+        if self.attn_implementation:
+            options["attn_implementation"] = self.attn_implementation
+        if self.quantization != "none":
+            options["quantization_config"] = quantization_config(self.quantization, dtype)
+            options["device_map"] = {"": self.device}  # packed weights are made where they stay
+        model, found = self._ask(
+            "model", AutoModelForCausalLM, dtype=dtype, output_loading_info=True, **options
+        )
+        lacking = sorted({str(key) for key in (*found["missing_keys"], *found["mismatched_keys"])})
+        if lacking:
+            raise ValueError(
+                f"the files of the base {self.name!r} lack {len(lacking)} weights, among them "
+                f"{lacking[0]}, which would be random: give a base that is whole"
+            )
+        if self.quantization == "torchao-int8" and not any(
+            hasattr(parameter, "__tensor_flatten__") for parameter in model.parameters()
+        ):
+            raise ValueError(
+                f"torchao quantises nn.Linear alone, and the layers of {self.name!r} are none"
+            )
+        keep_as_stored(model)
+        if self.quantization == "none":
+            model.to(device=torch.device(self.device))
+        return model.eval().requires_grad_(False)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the base. Raises ValueError where it cannot be loaded."""
+        tokenizer = self._ask("tokenizer", AutoTokenizer)
+        # For a folder without its files transformers may make one without words, and says nothing.
+        if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+            reason = "it has no tokens besides the special ones: are its files there?"
+            raise ValueError(_cannot_load("tokenizer", self.name, ValueError(reason)))
+        return tokenizer
+
+    def _stored_dtype(self) -> torch.dtype:
+        return self._ask("model", AutoConfig).get_text_config().dtype or torch.float32
+
+    def _ask(self, what: str, loader: Any, **options: Any) -> Any:
+        """Raises ValueError for the many errors of what cannot be loaded."""
+        # Left out, transformers would ask on the terminal whether to run code that comes with it.
+        options |= {"trust_remote_code": False, "revision": self.revision or "main"}
+        try:
+            return loader.from_pretrained(self.source, **options)
+        except (OSError, ValueError, ImportError) as error:  # ImportError: a package is too old
+            raise ValueError(_cannot_load(what, self.name, error)) from error
 
 
 def load_base(
-    name: str,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    attn_implementation: str | None = None,
-    quantization: Quantization = "none",
+    name: str, *, revision: str | None = None, **options: Unpack[LoadOptions]
 ) -> PreTrainedModel:
-    """The causal LM called `name`, frozen, in evaluation mode.
+    """The causal LM called `name`, frozen, in evaluation mode; in float32 by default.
 
-    Raises ValueError where it cannot be loaded, with what to do.
+    Raises ValueError as `BaseSpec.load`.
     """
-    # Left out, transformers would ask on the terminal whether to run code that comes with a base.
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if attn_implementation:
-        options["attn_implementation"] = attn_implementation
-    if quantization != "none":
-        options["quantization_config"] = quantization_config(quantization, dtype)
-        options["device_map"] = {"": device}  # packed weights are made where they stay
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_base(name), revision=revision or "main", dtype=dtype, **options
+    return BaseSpec.resolve(name, revision, **options).load()
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to `name`. Raises ValueError where it cannot be loaded."""
+    return BaseSpec.resolve(name, revision).tokenizer()
+
+
+# Fingerprints
+
+
+def fingerprint(base: PreTrainedModel, projections: list[str]) -> dict[str, Any]:
+    """What tells a base from another one: sizes, and hashes of a few of its values.
+
+    projections: paths of the adapted ones, of which the first and the last are hashed. Values are
+    rounded to bfloat16 first, so that the precision in which a base is loaded does not matter.
+    A part that cannot be read (packed, sharded or on no device) is None.
+    """
+    embedding: Any = base.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    tokens = len(weight) if weight is not None else 0
+    rows = torch.linspace(0, max(tokens - 1, 0), _SAMPLED_TOKENS).long().unique()
+    ends = [base.get_submodule(path).weight for path in (projections[0], projections[-1])]
+    waves = [
+        getattr(module, "original_inv_freq", module.inv_freq)
+        for module in base.modules()
+        if isinstance(getattr(module, "inv_freq", None), Tensor)
+    ]
+    config = base.config.get_text_config()
+    return {
+        "vocabulary": tokens,
+        "layers": getattr(config, "num_hidden_layers", None),
+        "width": getattr(config, "hidden_size", None),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "embedding": _hash([weight], rows),
+        "projections": _hash(ends, torch.arange(_SAMPLED_OUTPUTS)),
+        "rotary": _hash(waves[:1], None),
+        "tokenizer": None,
+    }
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary: every token with its number."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(words).encode()).hexdigest()
+
+
+def base_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What two fingerprints say of two bases, in words; empty where they may be the same.
+
+    What either does not say is not compared. float16 has other roundings than bfloat16, so hashes
+    are compared only where both bases are in float16, or neither.
+    """
+    sizes = ("vocabulary", "layers", "width")
+    hashes = ("embedding", "projections", "rotary", "tokenizer")
+    halves = [mark.get("dtype") == "float16" for mark in (ours, theirs)]
+    if halves[0] != halves[1]:
+        hashes = ("tokenizer",)
+    found = []
+    for key in (*sizes, *hashes):
+        here, there = ours.get(key), theirs.get(key)
+        if here is not None and there is not None and here != there:
+            found.append(f"{key} {there}, here {here}" if key in sizes else f"another {key}")
+    return found
+
+
+def require_same_base(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any] | None, file: Path
+) -> None:
+    """Raises ValueError where the base at hand is not the one that `file` was written for."""
+    if differences := base_differences(ours, theirs or {}):
+        raise ValueError(
+            f"{file} was written for another base ({'; '.join(differences)}): give that base, or "
+            "allow_other_base=True (--allow_other_base) if you mean this one"
         )
-    except (OSError, ValueError, ImportError) as error:  # ImportError: a package is too old
-        raise ValueError(_cannot_load("model", name, error)) from error
-    if quantization == "torchao-int8" and not any(
-        hasattr(parameter, "__tensor_flatten__") for parameter in model.parameters()
-    ):
-        raise ValueError(f"torchao quantises nn.Linear alone, and the layers of {name!r} are none")
-    keep_as_stored(model)
-    if quantization == "none":
-        model.to(device=torch.device(device))  # type: ignore[call-arg] - transformers wraps `to`
-    return model.eval().requires_grad_(False)
+
+
+def _hash(tensors: Iterable[Any], rows: Tensor | None) -> str | None:
+    digest = hashlib.sha256()
+    count = 0
+    for tensor in tensors:
+        plain = isinstance(tensor, Tensor) and type(tensor.data) is Tensor
+        if not plain or not tensor.is_floating_point() or tensor.is_meta:
+            return None
+        chosen = tensor.detach()
+        if rows is not None:
+            chosen = chosen[rows[rows < len(tensor)].to(tensor.device)]
+        digest.update(chosen.float().bfloat16().view(torch.int16).cpu().numpy().tobytes())
+        count += 1
+    return digest.hexdigest() if count else None
+
+
+# Quantisation and devices
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
@@ -118,26 +299,6 @@ def stored_bytes(parameter: torch.Tensor) -> int:
     return parameter.nbytes
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to `name`. Raises ValueError where it cannot be loaded."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve_base(name), revision=revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load("tokenizer", name, error)) from error
-    # For a folder without its files transformers may make one without words, and says nothing.
-    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
-        reason = ValueError("it has no tokens besides the special ones: are its files there?")
-        raise ValueError(_cannot_load("tokenizer", name, reason))
-    return tokenizer
-
-
-def resolve_base(name: str) -> str:
-    """Embedded names become their folder; all others are transformers' business."""
-    return str(EMBEDDED_BASES.get(name, name))
-
-
 def choose_device(name: str) -> torch.device:
     """auto: cuda when there is one, else cpu. Raises ValueError for a device that is not there."""
     if name == "auto":
@@ -161,20 +322,3 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
         f"cannot load the {what} {name!r} ({first_line}); give a hub name that you have access to, "
         f"a folder, or an embedded one: {', '.join(EMBEDDED_BASES)}"
     )
-
-
-def named_base(folder: Path, description: dict[str, Any]) -> str:
-    """The base that a checkpoint names, where nobody gave another one.
-
-    A stranger may name an embedded base, one of the hub, or a folder of this machine. Raises
-    ValueError for an address, for a path out of the working directory, and when none is named.
-    """
-    name = description["base_model_name_or_path"]
-    if name is None:
-        raise ValueError(f"{folder}/config.json names no base model: give one as base= or --base")
-    if "://" in name or name.startswith("~") or ".." in PurePath(name).parts:
-        raise ValueError(
-            f"{folder}/config.json names the base {shown(name)}, an address or a path that leads "
-            "out of here, which is not followed: if you mean it, give it as base= or --base"
-        )
-    return name

@@ -8,18 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylora.adapters import inject
-from dylora.base_models import keep_as_stored, load_base, named_base, stored_bytes
-from dylora.config import MoELoraConfig, Quantization, RoutingMode
+from dylora.base_models import (
+    BaseSpec,
+    LoadOptions,
+    fingerprint,
+    keep_as_stored,
+    require_same_base,
+    stored_bytes,
+)
+from dylora.config import MoELoraConfig, RoutingMode
 from dylora.experts import ExpertManager
 from dylora.integrations import merge
-from dylora.integrations.site_weights import Weights
+from dylora.integrations.static_weights import Weights
 from dylora.kernels import cross_entropy
 from dylora.kernels.cross_entropy import (
     Head,
@@ -41,8 +48,7 @@ from dylora.routing.losses import (
 from dylora.routing.maturity import ExpertMaturity
 from dylora.routing.router import DynamicHybridRouter
 from dylora.routing.state import Request
-from dylora.storage.checkpoint import read_description
-from dylora.storage.detect import refuse_foreign
+from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import folder_bytes, write_folder
 
 
@@ -125,6 +131,8 @@ class DyLoRA_MoE(nn.Module):
             inject.remove(base, self.mixture)
             raise
         self.fractions: Fractions | None = None  # f of the last observed step
+        # Of the base as it was given; its tokenizer's is added by whoever loads one.
+        self.base_fingerprint = fingerprint(base, list(self.mixture.adapters))
         self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
         # Saving an injected model would write files that reload with fresh weights.
         base.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
@@ -136,26 +144,19 @@ class DyLoRA_MoE(nn.Module):
         config: MoELoraConfig,
         *,
         revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        attn_implementation: str | None = None,
-        quantization: Quantization = "none",
+        **options: Unpack[LoadOptions],
     ) -> "DyLoRA_MoE":
         """Fresh experts on a base given by name or as a model (which is changed in place).
+
+        options: how a base given by name is loaded: dtype (float32), device ("cpu"),
+            attn_implementation, quantization ("none").
 
         Raises ValueError when the base cannot be loaded or nothing in it can be adapted.
         """
         if isinstance(base, PreTrainedModel):
             return cls(base, config, base_revision=revision)
-        model = load_base(
-            base,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
-            quantization=quantization,
-        )
-        return cls(model, config, base_name=base, base_revision=revision)
+        spec = BaseSpec.resolve(base, revision, **options)
+        return cls(spec.load(), config, base_name=spec.name, base_revision=revision)
 
     # One pass
 
@@ -526,49 +527,48 @@ class DyLoRA_MoE(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
-        base: str | PreTrainedModel | None = None,
+        folder: str | Path | Checkpoint,
+        base: str | PreTrainedModel | BaseSpec | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        attn_implementation: str | None = None,
-        quantization: Quantization | None = None,
+        allow_other_base: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> "DyLoRA_MoE":
         """A mixture from a folder written by `save_pretrained` or by training.
 
         Args:
+            folder: or a run's folder, which stands for its best checkpoint.
             base: the base by name or as a model; by default the one the folder names, which a
                 stranger may have chosen: `run.py info` says which it is. No code that comes with
                 a base is ever run.
-            quantization: of a base given by name; by default as it was in training.
+            allow_other_base: take a base whose size or weights differ from what the mixture was
+                trained on; without it, that is refused.
+            options: as in `from_base`; quantization by default as in training.
 
         Raises ValueError or FileNotFoundError naming the file when the folder is not whole or
         does not fit the base.
         """
-        folder = Path(folder)
-        refuse_foreign(folder)
-        description = read_description(folder)
-        kept, records = description["base_model_name_or_path"], description["experts"]
-        if base is None:
-            base = named_base(folder, description)
-        revision = description["base_revision"] if base == kept else None
-        name = base if isinstance(base, str) else None
-        if isinstance(base, str):
-            base = load_base(
-                base,
-                revision=revision,
-                dtype=dtype,
-                device=device,
-                attn_implementation=attn_implementation,
-                quantization=quantization or description["quantization"],
-            )
-        config = MoELoraConfig.from_dict(description["moe"])
-        model = cls(base, config, base_name=name, base_revision=revision, records=records)
+        checkpoint = Checkpoint.open(folder)
+        description, name, revision = checkpoint.description, None, None
+        if not isinstance(base, PreTrainedModel):
+            given = isinstance(base, BaseSpec)
+            spec = base if given else checkpoint.base_spec(base, **options)
+            base, name, revision = spec.load(), spec.name, spec.revision
+        model = cls(
+            base,
+            checkpoint.config,
+            base_name=name,
+            base_revision=revision,
+            records=checkpoint.experts,
+        )
         try:
-            load_model(model, folder, records)
+            load_model(model, checkpoint)
+            kept = description.get("base_fingerprint", {})
+            if not allow_other_base:
+                require_same_base(model.base_fingerprint, kept, checkpoint.file)
         except Exception:
             model.unload()  # a base that was given is as it was
             raise
+        model.base_fingerprint["tokenizer"] = kept.get("tokenizer")
         model.training_record = description["training"]
         return model
 

@@ -18,15 +18,10 @@ from dylora.adapters.stack import ExpertStack
 from dylora.base_models import quantization_of
 from dylora.fields import shown
 from dylora.routing.maturity import ExpertMaturity
-from dylora.storage.peft_format import (
-    PeftAdapter,
-    adapter_config,
-    read_adapter,
-    scaling_of,
-    write_adapter,
-)
+from dylora.storage.checkpoint import Checkpoint
+from dylora.storage.peft_config import adapter_config, scaling_of
+from dylora.storage.peft_format import PeftAdapter, write_adapter
 from dylora.storage.schema import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
-from dylora.storage.tensors import read_tensors
 
 if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE
@@ -57,6 +52,7 @@ def write_model(model: "DyLoRA_MoE", folder: Path) -> None:
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": model.base_name,
         "base_revision": model.base_revision,
+        "base_fingerprint": model.base_fingerprint,
         "quantization": quantization_of(model.base),
         "moe": model.config.to_dict(),
         "sites": model.site_names,
@@ -114,21 +110,22 @@ def bias_shifts(model: "DyLoRA_MoE") -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_model(model: "DyLoRA_MoE", folder: Path, records: list[dict]) -> None:
-    """Fill experts, routers and maturity from a folder whose table of experts is `records`.
+def load_model(model: "DyLoRA_MoE", checkpoint: Checkpoint) -> None:
+    """Fill experts, routers and maturity from a checkpoint.
 
     Raises ValueError, naming file and tensor, where the folder does not fit the model.
     """
+    folder = checkpoint.path
     try:
-        model.experts.restore(records)
+        model.experts.restore(checkpoint.experts)
     except ValueError as error:
-        raise ValueError(f"{folder}/config.json: {error}") from None
+        raise ValueError(f"{checkpoint.file}: {error}") from None
     shared: dict[str, Tensor] = {}
     for expert, row in enumerate(model.experts.table):
         if row.state == "retired":
             continue
         source = folder / ADAPTERS / row.name
-        adapter_files = read_adapter(source)
+        adapter_files = checkpoint.adapter(expert)
         _check_same_keys(source, set(adapter_files.weights), set(model.mixture.adapters))
         for path, adapter in model.mixture.adapters.items():
             A, B = adapter_files.weights[path]
@@ -142,8 +139,8 @@ def load_model(model: "DyLoRA_MoE", folder: Path, records: list[dict]) -> None:
                     raise ValueError(f"{source}: {path} has no lora_magnitude_vector")
                 magnitude = adapter_files.magnitudes[path]
                 _copy(stack.lora_magnitude[place], magnitude, f"{source}: {path}.lora_magnitude")
-    _load_shifts(model, folder / SHIFTS_FILE)
-    _load_routers(model, folder / ROUTER_FILE)
+    _load_shifts(model, folder / SHIFTS_FILE, checkpoint.bias_shifts())
+    _load_routers(model, folder / ROUTER_FILE, checkpoint.router_tensors())
 
 
 def _fill(
@@ -168,11 +165,10 @@ def _fill(
     _copy(stack.lora_B[place, :rank], B.T, f"{what}.lora_B")
 
 
-def _load_shifts(model: "DyLoRA_MoE", file: Path) -> None:
+def _load_shifts(model: "DyLoRA_MoE", file: Path, tensors: dict[str, Tensor]) -> None:
     targets = bias_shifts(model)
     if not targets:
         return
-    tensors = read_tensors(file)
     _check_same_keys(file, set(tensors), set(targets))
     for name, target in targets.items():
         _copy(target, tensors[name], f"{file}: {name}")
@@ -180,8 +176,7 @@ def _load_shifts(model: "DyLoRA_MoE", file: Path) -> None:
             raise ValueError(f"{file}: {name} holds values that are not finite")
 
 
-def _load_routers(model: "DyLoRA_MoE", file: Path) -> None:
-    tensors = read_tensors(file)
+def _load_routers(model: "DyLoRA_MoE", file: Path, tensors: dict[str, Tensor]) -> None:
     routers = {f"router.{name}": p for name, p in model.router_parameters()}
     maturity = {f"maturity.{name}": v for name, v in model.maturity._asdict().items()}
     _check_same_keys(file, set(tensors), {*routers, *maturity, FIXED})

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dylora import DyLoRA_MoE, ExpertMaturity
-from dylora.integrations.folder_export import export_checkpoint
+from dylora.integrations.peft_export import export_checkpoint
 
 SETTINGS = {
     "maturity": {},

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora import base_models as bases_module
-from dylora.base_models import load_base
+from dylora.base_models import BaseSpec, load_base
 from dylora.cli.main import main
 from dylora.storage.tensors import read_tensors
 
@@ -344,12 +344,14 @@ def test_peft_computes_the_same_on_the_same_quantised_base(
 def test_a_run_trains_on_a_quantised_base_and_resumes_exactly(tmp_path, monkeypatch):
     loaded = []  # the classes of a projection of every base that a command loads
 
-    def watched_load(*args, **options):
-        base = load_base(*args, **options)
+    load = BaseSpec.load
+
+    def watched_load(spec):
+        base = load(spec)
         loaded.append(type(base.get_submodule("model.layers.0.self_attn.q_proj")).__name__)
         return base
 
-    monkeypatch.setattr("dylora.model.load_base", watched_load)
+    monkeypatch.setattr(BaseSpec, "load", watched_load)
     config = tmp_path / "small.yaml"
     config.write_text(
         f"""

@@ -23,11 +23,13 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/
 LAYERS = (
     ("fields", "sandbox"),
     ("config", "kernels", "tasks"),
-    ("run_config", "routing", "storage", "base_models"),
+    ("run_config", "routing", "storage.safe_io"),
+    ("base_models",),
+    ("storage",),
     ("adapters", "data"),
     ("mixture",),
     ("experts",),
-    ("integrations.site_weights", "integrations.static_weights", "integrations.merge", "model_io"),
+    ("integrations.static_weights", "integrations.merge", "model_io"),
     ("model",),
     ("integrations",),
     ("training",),
@@ -57,12 +59,10 @@ LONG: set[str] = {
     "data.sources",
     "experts",
     "experts.merge",
-    "integrations.peft_import",
     "integrations.peft_import._settings",
     "integrations.peft_import.load_peft_experts",
     "model",
     "model.forward",
-    "storage.peft_foreign.read_foreign_adapter",
     "training.run.prepare",
 }
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -17,7 +17,7 @@ import yaml
 from dylora.cli.hints import unknown_key
 from dylora.fields import FieldError, UnknownKey, build, field_types, join, shown
 from dylora.run_config import RunConfig
-from dylora.storage.safe_io import read_bytes, read_json
+from dylora.storage.safe_io import read_bytes, read_json, require_followable
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 128 << 10  # of a config: reading as much takes a second
@@ -190,8 +190,11 @@ def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]
     base = {name: description.get(key) for name, key in names.items()}
     under = {"moe": description["moe"], "model": {k: v for k, v in base.items() if v is not None}}
     own = tree.get("model")
-    if isinstance(own, dict) and own.get("base") not in (None, base["base"]):
+    given = own.get("base") if isinstance(own, dict) else None
+    if given not in (None, base["base"]):
         under["model"].pop("revision", None)  # of another base
+    if given is None and isinstance(base["base"], str):
+        require_followable(base["base"], file)
     for section, below in under.items():
         above = tree.get(section)
         if above is None or isinstance(above, dict):  # else its own error comes

@@ -2,10 +2,10 @@
 
 import math
 
-from dylora.base_models import load_tokenizer
 from dylora.data.prompts import pad_token_id
-from dylora.evaluation.loading import load_checkpoint
+from dylora.evaluation.loading import base_of, load_checkpoint, note
 from dylora.run_config import RunConfig
+from dylora.storage.checkpoint import Checkpoint
 from dylora.training.resume import dataset_identity
 from dylora.training.run import load_run_data
 from dylora.training.validation import SetScore, overall_loss, validate
@@ -16,9 +16,10 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> dict[str, SetScor
 
     Raises ValueError or FileNotFoundError for a checkpoint or data that do not load.
     """
-    tokenizer = load_tokenizer(config.model.base, config.model.revision)
+    opened = Checkpoint.open(checkpoint, note)
+    tokenizer = opened.tokenizer(base_of(config.model))
     data = load_run_data(config, tokenizer)
-    model = load_checkpoint(checkpoint, config.model)
+    model = load_checkpoint(opened, config.model)
     trained_on = model.training_record.get("data", data.stamp)
     if dataset_identity(trained_on) != dataset_identity(data.stamp):
         print("note: the checkpoint was trained on other data or another split than is scored here")

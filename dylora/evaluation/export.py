@@ -7,32 +7,26 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.base_models import (
-    EMBEDDED_BASES,
-    choose_device,
-    load_tokenizer,
-    quantization_of,
-    resolve_base,
-)
-from dylora.config import MoELoraConfig, Quantization
+from dylora.base_models import EMBEDDED_BASES, choose_device, quantization_of
+from dylora.config import Quantization
+from dylora.evaluation.loading import note
 from dylora.evaluation.static_mixture import Comparison, compare, measured_weights, read_text
 from dylora.integrations.compatibility import READERS, Incompatibility, find_incompatibilities
-from dylora.integrations.folder_export import (
+from dylora.integrations.peft_export import (
     EXPORT_FILE,
     check_no_checkpoint,
     check_outside,
-    export_checkpoint,
-    export_checkpoint_mixture,
+    export_mixture,
+    export_peft,
 )
-from dylora.integrations.peft_export import export_mixture
-from dylora.integrations.site_weights import site_weights
-from dylora.integrations.static_weights import TOKEN_DEPENDENT, static_weights
+from dylora.integrations.static_weights import TOKEN_DEPENDENT, site_weights, static_weights
 from dylora.model import DyLoRA_MoE
-from dylora.storage.checkpoint import read_description
+from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import check_place, write_folder
-from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from dylora.storage.peft_config import CONFIG_FILE
+from dylora.storage.peft_format import WEIGHTS_FILE
 from dylora.storage.safe_io import read_json
 from dylora.storage.tensors import read_tensors
 
@@ -59,18 +53,14 @@ class ExportOptions(NamedTuple):
 
 def run_export(options: ExportOptions) -> list[Path]:
     """Write what was asked for, print the folders and what readers will say; the folders."""
+    checkpoint = Checkpoint.open(options.checkpoint, note)
     if options.form == "experts":
-        folders = export_checkpoint(
-            options.checkpoint,
-            options.out,
-            options.expert or "all",
-            options.portable,
-            options.base_name,
-        )
-    elif options.form == "mixture":
-        folders = [_export_mixture(options)]
+        expert, name = options.expert or "all", options.base_name
+        folders = export_peft(checkpoint, options.out, expert, options.portable, name)
     else:
-        folders = [_export_merged(options)]
+        _check(checkpoint, options)
+        write = _export_mixture if options.form == "mixture" else _export_merged
+        folders = [write(checkpoint, options)]
     for folder in folders:
         print(folder)
     if options.form != "merged":
@@ -106,36 +96,31 @@ def base_lines(folder: Path) -> list[str]:
             f"peft does not know the base {name!r} by name: give it the model, as in "
             f"PeftModel.from_pretrained(dylora.base_models.load_base({name!r}), "
             f"{str(folder)!r}), or "
-            f"export with --base_name {resolve_base(name)}"
+            f"export with --base_name {EMBEDDED_BASES[name]}"
         ]
     return []
 
 
-def _export_mixture(options: ExportOptions) -> Path:
-    _check(options)
+def _export_mixture(checkpoint: Checkpoint, options: ExportOptions) -> Path:
     if options.text is None and isinstance(options.weights, list):  # files are enough
-        return export_checkpoint_mixture(
-            options.checkpoint, options.out, options.weights, options.base_name
-        )
-    model = _load(options)
-    weights_NE, record = _resolve_weights(model, options)
-    return export_mixture(
-        model, options.out, weights_NE, options.base_name, checkpoint=options.checkpoint, **record
-    )
+        return export_mixture(checkpoint, options.out, options.weights, options.base_name)
+    model, tokenizer = _load(checkpoint, options)
+    weights_NE, record = _resolve_weights(model, tokenizer, options)
+    record["checkpoint"] = str(checkpoint.path)
+    return export_mixture(model, options.out, weights_NE, options.base_name, **record)
 
 
-def _export_merged(options: ExportOptions) -> Path:
-    _check(options)
-    name, revision = _base_of(options)
-    tokenizer = load_tokenizer(name, revision)  # before the long part
-    model = _load(options)
+def _export_merged(checkpoint: Checkpoint, options: ExportOptions) -> Path:
+    model, tokenizer = _load(checkpoint, options)
+    assert tokenizer is not None
     dtype, quantised = model.base.dtype, quantization_of(model.base) != "none"
-    record: dict[str, Any] = {"kind": "merged", "checkpoint": options.checkpoint, "base": name}
+    record: dict[str, Any] = {"kind": "merged", "checkpoint": str(checkpoint.path)}
+    record["base"] = model.base_name
     if options.expert is not None:
         weights_NE = static_weights(model, int(options.expert))
         record["expert"] = int(options.expert)
     else:
-        weights_NE, measured = _resolve_weights(model, options)
+        weights_NE, measured = _resolve_weights(model, tokenizer, options)
         record |= {"weights": dict(zip(model.site_names, weights_NE.tolist(), strict=True))}
         record |= measured
     merged = model.merge_and_unload(weights=weights_NE, dequantize=options.dequantize)
@@ -152,59 +137,42 @@ def _export_merged(options: ExportOptions) -> Path:
     return out
 
 
-def _check(options: ExportOptions) -> None:
+def _check(checkpoint: Checkpoint, options: ExportOptions) -> None:
     """Refuse a bad --out, and weights that cannot be right, before a base is loaded."""
-    description = read_description(Path(options.checkpoint))
-    check_outside(Path(options.checkpoint), Path(options.out))
+    check_outside(checkpoint.path, Path(options.out))
     check_no_checkpoint(Path(options.out))
     check_place(Path(options.out))
     if isinstance(options.weights, list):
-        live = [entry["state"] != "retired" for entry in description["experts"]]
-        site_weights(options.weights, len(description["sites"]), live)
+        site_weights(options.weights, len(checkpoint.description["sites"]), checkpoint.live)
         if abs(sum(options.weights) - 1) > 1e-6:
             total = f"{sum(options.weights):g}"
             print(f"note: the weights add up to {total}, not 1, and are used as they are")
-    learned = MoELoraConfig.from_dict(description["moe"]).is_learned
-    if options.weights is None and options.expert is None and learned:
+    if options.weights is None and options.expert is None and checkpoint.config.is_learned:
         raise ValueError(TOKEN_DEPENDENT)
 
 
-def _base_of(options: ExportOptions) -> tuple[str, str | None]:
-    """Name and revision of the base to load. Raises ValueError where nothing names one."""
-    description = read_description(Path(options.checkpoint))
-    kept = description["base_model_name_or_path"]
-    name = options.base or kept
-    if name is None:
-        raise ValueError(f"{options.checkpoint}/config.json names no base model: give --base")
-    return name, description["base_revision"] if name == kept else None
-
-
-def _load(options: ExportOptions) -> DyLoRA_MoE:
-    name, revision = _base_of(options)
-    dtype: Any
-    if options.dtype == "auto":
-        try:
-            config = AutoConfig.from_pretrained(resolve_base(name), revision=revision or "main")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the base {name!r}: {error}") from error
-        dtype = config.get_text_config().dtype or torch.float32
-    else:
-        dtype = getattr(torch, options.dtype)
-    return DyLoRA_MoE.from_pretrained(
-        options.checkpoint,
-        name,
-        dtype=dtype,
+def _load(
+    checkpoint: Checkpoint, options: ExportOptions
+) -> tuple[DyLoRA_MoE, PreTrainedTokenizerBase | None]:
+    """The mixture on its base, and the tokenizer where one is needed."""
+    spec = checkpoint.base_spec(
+        options.base,
+        dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
         device=choose_device("auto"),
         quantization=options.quantization,
-    ).eval()
+    )
+    needed = options.form == "merged" or options.text is not None
+    tokenizer = checkpoint.tokenizer(spec) if needed else None  # before the long part
+    return DyLoRA_MoE.from_pretrained(checkpoint, spec).eval(), tokenizer
 
 
-def _resolve_weights(model: DyLoRA_MoE, options: ExportOptions) -> tuple[Tensor, dict[str, Any]]:
+def _resolve_weights(
+    model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase | None, options: ExportOptions
+) -> tuple[Tensor, dict[str, Any]]:
     """The weights [N, E], and what a text says of them, printed and for the record."""
-    if options.text is None:
+    if options.text is None or tokenizer is None:
         assert options.weights != MEASURED  # the command asks for a text then
         return static_weights(model, weights=options.weights), {}
-    tokenizer = load_tokenizer(*_base_of(options))
     longest = getattr(model.base.config.get_text_config(), "max_position_embeddings", 512)
     text = read_text(options.text, tokenizer, options.text_tokens, min(512, longest or 512))
     if options.weights == MEASURED:

@@ -1,16 +1,14 @@
 """`run.py generate`: one answer, and on request how its tokens were routed."""
 
-import sys
-from pathlib import Path
-
 import torch
 
-from dylora.base_models import choose_device, load_tokenizer, named_base
+from dylora.base_models import choose_device
 from dylora.config import Quantization
 from dylora.data.prompts import encode_prompts, format_prompt, pad_token_id
 from dylora.evaluation.common import decode_after
+from dylora.evaluation.loading import note
 from dylora.model import DyLoRA_MoE
-from dylora.storage.checkpoint import read_description
+from dylora.storage.checkpoint import Checkpoint
 
 
 def generate_text(
@@ -33,15 +31,13 @@ def generate_text(
         show_routing: print each token's leading expert and the mean share of every expert.
         quantization: how the base's linear layers are stored; by default as in training.
     """
-    folder = Path(checkpoint)
-    name = base or named_base(folder, read_description(folder))
     device = choose_device("auto")
-    model = DyLoRA_MoE.from_pretrained(
-        checkpoint, name, device=device, quantization=quantization
-    ).eval()
+    opened = Checkpoint.open(checkpoint, note)
+    spec = opened.base_spec(base, device=device, quantization=quantization)
+    model = DyLoRA_MoE.from_pretrained(opened, spec).eval()
     if base is None:  # whoever made the checkpoint chose it
-        print(f"base: {name}, as {checkpoint} names it", file=sys.stderr)
-    tokenizer = load_tokenizer(name)
+        note(f"base: {spec.name}, as {checkpoint} names it")
+    tokenizer = opened.tokenizer(spec)
     text = prompt if raw else format_prompt(prompt)
     ids = torch.tensor(encode_prompts(tokenizer, [text]), device=device)
     output = model.generate(

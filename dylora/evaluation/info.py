@@ -7,13 +7,13 @@ from typing import Any
 
 from dylora.config import MoELoraConfig
 from dylora.integrations.compatibility import find_incompatibilities
-from dylora.integrations.folder_export import EXPORT_FILE
-from dylora.storage.checkpoint import read_description
+from dylora.integrations.peft_export import EXPORT_FILE
+from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.detect import Found, detect_format
 from dylora.storage.folders import folder_bytes
 from dylora.storage.manifest import MANIFEST, damage
-from dylora.storage.peft_foreign import read_foreign_adapter
-from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from dylora.storage.peft_config import CONFIG_FILE, alpha_of
+from dylora.storage.peft_format import WEIGHTS_FILE, read_stock_adapter
 from dylora.storage.safe_io import read_json
 from dylora.storage.schema import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
 from dylora.storage.tensors import read_tensors
@@ -51,10 +51,10 @@ def _teller_for(folder: Path) -> Callable[[Path], None]:
 
 def _print_checkpoint(folder: Path) -> None:
     wrong = _find_damage(folder)
-    description = None if wrong else read_description(folder)
+    checkpoint = None if wrong else Checkpoint.of_verified(folder)
     _print_integrity(folder, wrong)
-    if description is not None:
-        _print_description(folder, description)
+    if checkpoint is not None:
+        _print_description(folder, checkpoint.description)
     elif _description_is_whole(folder, wrong):
         _print_description(folder, read_json(folder / "config.json"))
     else:
@@ -136,7 +136,7 @@ def _print_adapter(folder: Path) -> None:
         _raise_damage(folder, wrong)
     else:
         print(f"{folder}: {folder_bytes(folder) / 1e6:.1f} MB, no {MANIFEST} to verify it by")
-    adapter = read_adapter(folder)
+    adapter = read_stock_adapter(folder)
     config, paths = adapter.config, list(adapter.weights)
     print(f"base        {_base(config)}")
     kinds = ["DoRA"] if adapter.magnitudes else []
@@ -249,12 +249,13 @@ def print_foreign(folder: Path, found: Found) -> None:
     """
     print(f"{folder}: {found.what}, {folder_bytes(folder) / 1e6:.1f} MB")
     for path in found.adapters:
-        adapter = read_foreign_adapter(path)
-        ranks, alphas = sorted(set(adapter.ranks.values())), sorted(set(adapter.alphas.values()))
+        adapter = read_stock_adapter(path)
+        ranks = sorted({adapter.rank(path) for path in adapter.weights})
+        alphas = sorted({alpha_of(adapter.config, path) for path in adapter.weights})
         kinds = [name for name in ("use_rslora", "use_dora") if adapter.config.get(name)]
         kinds += ["lora_only biases"] if adapter.biases else []
         print(
-            f"{adapter.name:11} rank {', '.join(map(str, ranks))}, "
+            f"{path.name:11} rank {', '.join(map(str, ranks))}, "
             f"alpha {', '.join(f'{alpha:g}' for alpha in alphas)}, "
             f"{len(adapter.weights)} projections, for {adapter.base or 'no named base'}"
             + "".join(f", {kind}" for kind in kinds)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dylora.storage.peft_format import scaling_of
+from dylora.storage.peft_config import scaling_of
 
 READERS = ("vLLM", "SGLang", "llama.cpp")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank

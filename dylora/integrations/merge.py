@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from dylora.adapters.dora import weight_OD
 from dylora.base_models import quantization_of
-from dylora.integrations.site_weights import Weights, by_projection
-from dylora.integrations.static_weights import static_weights
+from dylora.integrations.static_weights import Weights, by_projection, static_weights
 from dylora.kernels.common import at_least_float32
 from dylora.model_io import expert_adapter
-from dylora.storage.peft_format import PeftAdapter, scaling_of
+from dylora.storage.peft_config import scaling_of
+from dylora.storage.peft_format import PeftAdapter
 
 if TYPE_CHECKING:
     from dylora.model import DyLoRA_MoE

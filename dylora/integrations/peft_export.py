@@ -1,45 +1,111 @@
-"""Experts of a live model, or of a checkpoint, as PEFT adapters."""
+"""Experts of a live model or of a checkpoint as PEFT adapters: one by one, or a constant mixture.
 
+A mixture whose weights do not depend on the token is one LoRA again:
+
+    A = [w_1 s_1 A_1; …; w_E s_E A_E]   [Σr, D],    B = [B_1 … B_E]   [O, Σr],    scale 1
+
+Each projection has an A and a B of its own, so weights may differ from site to site.
+
+Shape letters: D input width, O output width, E experts, N sites, R rank.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from dylora.integrations.folder_export import (
-    chosen_names,
-    export_checkpoint,
-    export_checkpoint_mixture,
-    joined_adapter,
-    write_experts,
-    write_mixture,
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dylora.integrations.static_weights import (
+    Weights,
+    by_projection,
+    site_weights,
+    static_weights,
 )
-from dylora.integrations.site_weights import Weights, by_projection
-from dylora.integrations.static_weights import static_weights
+from dylora.model import DyLoRA_MoE
 from dylora.model_io import bias_shifts, expert_adapter
+from dylora.storage.checkpoint import Checkpoint
+from dylora.storage.folders import check_place, write_folder
+from dylora.storage.peft_config import adapter_config, scaling_of
+from dylora.storage.peft_format import PeftAdapter, portable_form, write_adapter
+from dylora.storage.schema import ADAPTERS
 
-if TYPE_CHECKING:
-    from dylora.model import DyLoRA_MoE
+EXPORT_FILE = "dylora_export.json"  # what a mixture or a merged model was made of; ours alone
+
+
+class _Source(NamedTuple):
+    """What an export takes from, be it in memory or on the disk."""
+
+    what: str  # for errors
+    folder: Path | None  # of a checkpoint
+    live: list[bool]  # an expert each; False: retired
+    sites: list[str]
+    projections: list[str]
+    adapter: Callable[[int], PeftAdapter]
+    shifts: Callable[[], Mapping[str, Tensor]]  # see `Checkpoint.bias_shifts`
+
+    @property
+    def names(self) -> list[str]:
+        return [f"expert_{expert}" for expert, is_live in enumerate(self.live) if is_live]
+
+    def adapters(self, names: Sequence[str]) -> dict[str, PeftAdapter]:
+        return {name: self.adapter(int(name.removeprefix("expert_"))) for name in names}
+
+
+def _open(model: DyLoRA_MoE | Checkpoint | str | Path) -> _Source:
+    if not isinstance(model, DyLoRA_MoE):
+        checkpoint = Checkpoint.open(model)
+        sites, projections = (checkpoint.description[key] for key in ("sites", "projections"))
+        readers = (checkpoint.adapter, checkpoint.bias_shifts)
+        what = (str(checkpoint.path), checkpoint.path, checkpoint.live)
+        return _Source(*what, sites, projections, *readers)
+    return _Source(
+        what="the model",
+        folder=None,
+        live=[row.state != "retired" for row in model.experts.table],
+        sites=model.site_names,
+        projections=list(model.mixture.adapters),
+        adapter=lambda expert: expert_adapter(model, expert),
+        shifts=lambda: bias_shifts(model),
+    )
 
 
 def export_peft(
-    model: "DyLoRA_MoE | str | Path",
+    model: DyLoRA_MoE | Checkpoint | str | Path,
     folder: str | Path,
     expert: str | int = "all",
     portable: bool = False,
     base_name: str | None = None,
 ) -> list[Path]:
-    """Write experts of a model or a checkpoint as PEFT adapters, one folder each.
+    """Write experts as folders that PEFT, vLLM or llama.cpp can load.
 
-    See `export_checkpoint` for the arguments, what is returned and what is raised.
+    Args:
+        model: or a folder written by `save_pretrained` or by training, which is verified first and
+            whose base is not loaded.
+        folder: gets one folder `expert_<i>` each.
+        expert: an index, or all.
+        portable: fold the scale into B and set lora_alpha = r, one for all that are written, so
+            that readers that ignore rslora or patterns agree too; exact up to float32 rounding.
+        base_name: what the adapters name as their base; by default what the model does.
+
+    Returns the folders. Raises ValueError for an expert that is not there, retired, or without a
+    portable form, FileExistsError where something else is in the way; nothing is written then.
     """
-    if isinstance(model, str | Path):
-        return export_checkpoint(model, folder, expert, portable, base_name)
-    live = [model.experts[index].name for index in model.experts.live]
-    names = chosen_names(live, expert, "the model")
-    adapters = {name: expert_adapter(model, int(name.removeprefix("expert_"))) for name in names}
-    return write_experts(Path(folder), adapters, portable, base_name)
+    source, folder = _open(model), Path(folder)
+    if source.folder is not None:
+        check_outside(source.folder, folder)
+    adapters = source.adapters(_chosen_names(source.names, expert, source.what))
+    return _write_experts(folder, adapters, portable, base_name)
+
+
+export_checkpoint = export_peft  # the name under which folders are exported
 
 
 def export_mixture(
-    model: "DyLoRA_MoE | str | Path",
+    model: DyLoRA_MoE | Checkpoint | str | Path,
     folder: str | Path,
     weights: Weights | None = None,
     base_name: str | None = None,
@@ -49,25 +115,169 @@ def export_mixture(
 
     Args:
         model: or a checkpoint's folder, whose base is not loaded; it needs weights.
+        folder: becomes the adapter's.
         weights: one an expert, [E], or one a site and expert, [N, E]; used as gates, as they are.
             None: those of router_type fixed.
+        base_name: what the adapter names as its base; by default what the model does.
         record: more to keep in dylora_export.json.
 
     Raises ValueError for weights that do not fit, for DoRA experts, and where routing depends on
-    the token and no weights are given; FileExistsError where something else is in the way.
+    the token and no weights are given; FileExistsError where something else is in the way; nothing
+    is written then.
     """
-    if isinstance(model, str | Path):
-        if weights is None:
-            raise ValueError("a mixture from a checkpoint's folder needs weights")
-        return export_checkpoint_mixture(model, folder, weights, base_name, record)
-    weights_NE = static_weights(model, weights=weights)
-    live = [row.state != "retired" for row in model.experts.table]
-    adapters = {
-        model.experts[index].name: expert_adapter(model, index) for index in model.experts.live
+    source, folder = _open(model), Path(folder)
+    if isinstance(model, DyLoRA_MoE):
+        weights_NE = static_weights(model, weights=weights)
+    elif weights is None:
+        raise ValueError("a mixture from a checkpoint's folder needs weights")
+    else:
+        weights_NE = site_weights(weights, len(source.sites), source.live)
+    if source.folder is not None:
+        check_outside(source.folder, folder)
+        record = {"checkpoint": str(source.folder), **record}
+    shares = by_projection(weights_NE, source.live, source.sites, source.projections)
+    adapter = joined_adapter(source.adapters(source.names), shares, source.shifts())
+    rows = dict(zip(source.sites, weights_NE.tolist(), strict=True))
+    record = {"kind": "mixture", "experts": source.names, "weights": rows, **record}
+
+    def write(files: Path) -> None:
+        write_adapter(files, _named(adapter, base_name))
+        (files / EXPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+    check_no_checkpoint(folder)
+    write_folder(folder, write)
+    return folder
+
+
+def _chosen_names(live: list[str], expert: str | int, source: object) -> list[str]:
+    """The names that `expert` (a number, or all) stands for, of those that are not retired."""
+    if expert == "all":
+        return live
+    name = f"expert_{expert}"
+    if name not in live:
+        raise ValueError(f"{source} has no {name}, only {', '.join(live)}")
+    return [name]
+
+
+def check_outside(checkpoint: Path, out: Path) -> None:
+    """Raises ValueError where an export would come to lie in its checkpoint."""
+    if checkpoint.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(
+            f"{out} lies in the checkpoint {checkpoint}, which would not verify any more: "
+            "name a folder outside"
+        )
+
+
+def _write_experts(
+    out: Path, adapters: Mapping[str, PeftAdapter], portable: bool, base_name: str | None
+) -> list[Path]:
+    """One folder an adapter below `out`: all of them, or none where one cannot be written."""
+    if portable:
+        adapters = {name: _portable(name, adapter) for name, adapter in adapters.items()}
+        rank = max(adapter.config["r"] for adapter in adapters.values())  # one, as Arrow wants it
+        adapters = {name: _of_rank(adapter, rank) for name, adapter in adapters.items()}
+    folders = {out / name: _named(adapter, base_name) for name, adapter in adapters.items()}
+    for folder in folders:
+        check_place(folder)
+    staged = {folder: folder.with_name(f".{folder.name}.staged") for folder in folders}
+    try:
+        for folder, adapter in folders.items():
+            write_folder(
+                staged[folder], lambda files, adapter=adapter: write_adapter(files, adapter)
+            )
+        for folder, stage in staged.items():  # complete and on the disk, all of them
+            if folder.exists():
+                shutil.rmtree(folder)
+            stage.rename(folder)
+    finally:
+        for stage in staged.values():
+            shutil.rmtree(stage, ignore_errors=True)
+    return list(folders)
+
+
+def check_no_checkpoint(out: Path) -> None:
+    """Raises FileExistsError where `out` is a checkpoint, which an export must not replace."""
+    if (out / ADAPTERS).exists():
+        raise FileExistsError(f"{out} is a checkpoint: name another folder")
+
+
+def joined_adapter(
+    adapters: Mapping[str, PeftAdapter],
+    weights: Mapping[str, Sequence[float]],
+    shifts: Mapping[str, Tensor],
+) -> PeftAdapter:
+    """A constant mixture as one adapter of scale 1 and of one rank, which every reader takes.
+
+    Args:
+        adapters: by name, of the same projections.
+        weights: path of a projection -> one weight an adapter, in the same order.
+        shifts: <path>/<name> -> the shift of a bias [O] that `adapters` hold added to the base's.
+
+    Experts with weight 0 everywhere are left out; those that share one A (share_A) keep it, so
+    that the rank does not grow. Raises ValueError for DoRA experts: each scales the rows of the
+    base's weight by a ratio of its own, which no LoRA can say.
+    """
+    for name, adapter in adapters.items():
+        if adapter.magnitudes:
+            raise ValueError(
+                f"{name} is a DoRA expert, and a mixture of those is no LoRA: export single "
+                "experts, or merge the mixture into the base"
+            )
+    first = next(iter(adapters.values()))
+    used = {
+        name: (adapter, {path: weights[path][place] for path in first.weights})
+        for place, (name, adapter) in enumerate(adapters.items())
+        if any(weights[path][place] for path in first.weights)
     }
-    sites, paths = model.site_names, list(model.mixture.adapters)
-    adapter = joined_adapter(
-        adapters, by_projection(weights_NE, live, sites, paths), bias_shifts(model)
+    pairs = {}
+    for path in first.weights:
+        factors = [own[path] * scaling_of(a.config, path) for a, own in used.values()]
+        As = [a.weights[path][0] for a, _ in used.values()]
+        Bs = [a.weights[path][1] for a, _ in used.values()]
+        if all(torch.equal(A, As[0]) for A in As):
+            summed = torch.stack([f * B for f, B in zip(factors, Bs, strict=True)]).sum(0)
+            pairs[path] = (As[0], summed)
+        else:
+            scaled = [f * A for f, A in zip(factors, As, strict=True)]
+            pairs[path] = (torch.cat(scaled), torch.cat(Bs, dim=1))
+    rank = max(len(A) for A, _ in pairs.values())
+    biases = {path: bias.clone() for path, bias in first.biases.items()}
+    for path in biases.keys() & pairs.keys():  # the others are shifted alike by all experts
+        biases[path] -= shifts[f"{path}/{next(iter(adapters))}"]  # the base's own
+        for name, (_, own) in used.items():
+            biases[path] += own[path] * shifts[f"{path}/{name}"]
+    config = adapter_config(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=first.config["target_modules"],
+        base_model=first.config.get("base_model_name_or_path"),
+        revision=first.config.get("revision"),
+        bias=first.config.get("bias", "none"),
+        fan_in_fan_out=first.config.get("fan_in_fan_out", False),
     )
-    names = list(adapters)
-    return write_mixture(Path(folder), adapter, names, sites, weights_NE, base_name, record)
+    return _of_rank(PeftAdapter(config, pairs, biases=biases), rank)
+
+
+def _of_rank(adapter: PeftAdapter, rank: int) -> PeftAdapter:
+    """An adapter of scale 1 with A and B filled up with zeros to a rank."""
+    weights = {
+        path: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A))))
+        for path, (A, B) in adapter.weights.items()
+    }
+    return adapter._replace(
+        config=adapter.config | {"r": rank, "lora_alpha": rank}, weights=weights
+    )
+
+
+def _portable(name: str, adapter: PeftAdapter) -> PeftAdapter:
+    try:
+        return portable_form(adapter)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _named(adapter: PeftAdapter, base_name: str | None) -> PeftAdapter:
+    if base_name is None:
+        return adapter
+    changes = {"base_model_name_or_path": base_name, "revision": None}
+    return adapter._replace(config=adapter.config | changes)

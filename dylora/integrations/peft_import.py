@@ -12,24 +12,20 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from dylora.adapters.targets import is_projection, projection_sizes, shortest_targets
-from dylora.base_models import load_base
-from dylora.config import MoELoraConfig, Quantization, ends_with
+from dylora.base_models import BaseSpec, LoadOptions
+from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
 from dylora.integrations.arrow import set_prototypes
 from dylora.model import DyLoRA_MoE
-from dylora.storage.detect import Found, find_adapters
-from dylora.storage.manifest import verify
-from dylora.storage.peft_foreign import ForeignAdapter, read_foreign_adapter, read_pickled
-from dylora.storage.safe_io import read_json
+from dylora.storage.checkpoint import AdapterFolder
+from dylora.storage.peft_config import alpha_of
+from dylora.storage.peft_format import PeftAdapter
 
 RouterInit = Literal["learned", "arrow"]
 # Settings that the adapters decide: they may be given only as they turn out.
@@ -37,7 +33,6 @@ DECIDED = ("num_experts", "r", "lora_alpha", "expert_ranks", "expert_alphas", "t
 DECIDED += ("bias", "use_rslora", "use_dora")
 # Settings for which adapters made elsewhere leave no room.
 UNSET = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "share_A")
-GATE_NAMES = (("gate.weight", "gate.bias"), ("weight", "bias"))  # of an older mixture's router
 
 
 class Shape(NamedTuple):
@@ -56,11 +51,8 @@ def load_peft_experts(
     router_init: RouterInit = "learned",
     freeze: bool = True,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    attn_implementation: str | None = None,
-    quantization: Quantization = "none",
     report: Callable[[str], Any] = warnings.warn,
+    **options: Unpack[LoadOptions],
 ) -> DyLoRA_MoE:
     """A mixture whose experts are PEFT LoRA adapters: one-hot routing computes what peft does.
 
@@ -75,39 +67,33 @@ def load_peft_experts(
             router_logits 'absolute' along (see dylora/integrations/arrow.py).
         freeze: the experts never change until `experts.unfreeze`; training then trains the routers.
         report: gets a line for everything that is left out or differs from what a file names.
+        options: how a base given by name is loaded, as in `DyLoRA_MoE.from_base`.
 
     The experts begin as newborn, so that routing is dense until training or routing_mode says
     otherwise. Raises ValueError or FileNotFoundError, naming file and key, for adapters that are no
     plain LoRA, that differ in use_dora, that do not fit the base, or that name a base when none is
     given; a base that was given as a model is then as it was.
     """
-    found = [find_adapters(Path(folder)) for folder in adapters]
-    folders = [path for one in found for path in one.adapters]
+    found = [AdapterFolder.open(folder) for folder in adapters]
+    folders = [path for one in found for path in one.found.adapters]
     for path in folders:
         if folders.count(path) > 1:
             raise ValueError(f"{path} is given twice: two equal experts stay equal")
-    earlier = [record for one in found if (record := _training_record(one)) is not None]
-    read = [read_foreign_adapter(path) for path in folders]
+    earlier = [record for one in found if (record := one.training_record()) is not None]
+    read = [adapter for one in found for adapter in one.adapters()]
     _check_bases(base, read, report)
     assert base is not None
     shapes, rslora = _shapes(read)
     config = config or MoELoraConfig(num_experts=max(2, len(read)))
     settings = _settings(read, shapes, rslora, config, router_init)
-    for line in [note for one in found for note in one.notes]:
+    for line in [note for one in found for note in one.found.notes]:
         report(line)
 
     if isinstance(base, PreTrainedModel):
         model, name = base, None
     else:
-        name = base
-        model = load_base(
-            base,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
-            quantization=quantization,
-        )
+        spec = BaseSpec.resolve(base, revision, **options)
+        model, name = spec.load(), spec.name
     paths = _fitting_paths(model, read, report)
     settings = dataclasses.replace(settings, target_modules=shortest_targets(model, paths))
     mixture = DyLoRA_MoE(model, settings, base_name=name, base_revision=revision)
@@ -123,8 +109,8 @@ def load_peft_experts(
         mixture.unload()
         raise
     for row, adapter in zip(mixture.experts.table, read, strict=True):
-        row.skill = adapter.name
-        row.history.append({"event": f"imported from {adapter.name}", "step": 0})
+        row.skill = adapter.folder.name
+        row.history.append({"event": f"imported from {adapter.folder.name}", "step": 0})
     if freeze:
         mixture.experts.freeze(*range(len(read)))
     mixture.training_record = {"earlier": earlier} if earlier else {}
@@ -134,23 +120,14 @@ def load_peft_experts(
 # What the files say
 
 
-def _training_record(found: Found) -> dict[str, Any] | None:
-    """What a mixture of ours was trained on, after a check that its files are as written."""
-    if found.kind != "mixture":
-        return None
-    folder = found.adapters[0].parents[1]
-    verify(folder)
-    return read_json(folder / "config.json").get("training")
-
-
 def _check_bases(
-    base: str | PreTrainedModel | None, read: list[ForeignAdapter], report: Callable[[str], Any]
+    base: str | PreTrainedModel | None, read: list[PeftAdapter], report: Callable[[str], Any]
 ) -> None:
     """Nobody is sent to a base that only a file names."""
     named: dict[str, str] = {}
     for adapter in read:
         if adapter.base:
-            named.setdefault(adapter.base, adapter.name)
+            named.setdefault(adapter.base, adapter.folder.name)
     shown = ", ".join(f"{other} ({name})" for other, name in named.items())
     if base is None:
         if len(named) > 1:
@@ -165,7 +142,7 @@ def _check_bases(
         report(f"the base is {given or 'a model without a name'}; the adapters name {shown}")
 
 
-def _shapes(read: list[ForeignAdapter]) -> tuple[list[Shape], bool]:
+def _shapes(read: list[PeftAdapter]) -> tuple[list[Shape], bool]:
     """Rank and alpha of each expert, and whether they are those of rslora.
 
     rslora stays where all adapters have it; where some do, all scales are written as alpha / r.
@@ -173,10 +150,10 @@ def _shapes(read: list[ForeignAdapter]) -> tuple[list[Shape], bool]:
     rslora = all(bool(adapter.config.get("use_rslora")) for adapter in read)
     shapes = []
     for adapter in read:
-        rank = max(adapter.ranks.values())
+        rank = max(map(adapter.rank, adapter.weights))
         scales = Counter(adapter.scale(path) for path in adapter.weights)
         scale = scales.most_common(1)[0][0]
-        pairs = {(adapter.ranks[path], adapter.alphas[path]) for path in adapter.weights}
+        pairs = {(adapter.rank(p), alpha_of(adapter.config, p)) for p in adapter.weights}
         if len(pairs) == 1 and rslora == bool(adapter.config.get("use_rslora")):
             alpha = next(iter(pairs))[1]  # as it is written
         else:
@@ -186,7 +163,7 @@ def _shapes(read: list[ForeignAdapter]) -> tuple[list[Shape], bool]:
 
 
 def _settings(
-    read: list[ForeignAdapter],
+    read: list[PeftAdapter],
     shapes: list[Shape],
     rslora: bool,
     config: MoELoraConfig,
@@ -250,7 +227,7 @@ def _settings(
 
 
 def _fitting_paths(
-    base: PreTrainedModel, read: list[ForeignAdapter], report: Callable[[str], Any]
+    base: PreTrainedModel, read: list[PeftAdapter], report: Callable[[str], Any]
 ) -> list[str]:
     """The projections that any adapter adapts, in the base's order.
 
@@ -273,7 +250,10 @@ def _fitting_paths(
                     f"base's is from {inputs} to {outputs}: it was made for another base"
                 )
         config = adapter.config
-        if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        if config.get("layers_to_transform") is not None:
+            continue
+        if isinstance(config.get("exclude_modules"), str):
+            report(f"{adapter.folder}: exclude_modules is a pattern, which is not run")
             continue
         if adapter.targets is None:
             targets = config.get("target_modules")
@@ -284,7 +264,7 @@ def _fitting_paths(
             continue
         for path in projections:
             wanted = any(ends_with(path, name) for name in adapter.targets)
-            if wanted and path not in adapter.weights:
+            if wanted and not adapter.excludes(path) and path not in adapter.weights:
                 raise ValueError(
                     f"{adapter.folder}: its target_modules name {path}, but it has no "
                     "tensors for it"
@@ -297,7 +277,7 @@ def _fitting_paths(
 
 
 @torch.no_grad()
-def _fill(model: DyLoRA_MoE, expert: int, adapter: ForeignAdapter, shape: Shape) -> None:
+def _fill(model: DyLoRA_MoE, expert: int, adapter: PeftAdapter, shape: Shape) -> None:
     """Give an expert the values of an adapter; what the adapter lacks is 0."""
     for path, stacked in model.mixture.adapters.items():
         stack, place = stacked.stack_of(expert)
@@ -324,9 +304,10 @@ def _fill(model: DyLoRA_MoE, expert: int, adapter: ForeignAdapter, shape: Shape)
 
 @torch.no_grad()
 def _take_router(
-    model: DyLoRA_MoE, found: Found, alone: bool, report: Callable[[str], Any]
+    model: DyLoRA_MoE, source: AdapterFolder, alone: bool, report: Callable[[str], Any]
 ) -> None:
     """Say what becomes of the router beside the adapters, and take it where it fits."""
+    found = source.found
     if found.kind == "mixture":
         report(
             f"{found.adapters[0].parents[1]}: its experts are taken, its router is not; "
@@ -335,7 +316,7 @@ def _take_router(
     if not found.routers:
         return
     file, routers = found.routers[0], list(model.routers())
-    gate = read_gate(file)
+    gate = source.gate()
     if gate is None:
         why = "it is no linear gate"
     elif not alone:
@@ -356,31 +337,3 @@ def _take_router(
         )
         return
     report(f"the router {file} is dropped and the experts are kept: {why}")
-
-
-def read_gate(file: Path) -> tuple[Tensor, Tensor] | None:
-    """Weight [E, D] and bias [E] of an older mixture's gate; None where it is no such thing.
-
-    Its router.pt is a state dict, or has one under gate_state_dict. Raises ValueError for a file
-    that holds more than tensors and plain values.
-    """
-    if file.suffix == ".safetensors":
-        try:
-            state: Any = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
-    else:
-        state = read_pickled(file)
-    state = state.get("gate_state_dict", state)
-    for weight_name, bias_name in GATE_NAMES:
-        if isinstance(state, dict) and weight_name in state:
-            weight, bias = state[weight_name], state.get(bias_name)
-            if not isinstance(weight, Tensor) or weight.ndim != 2:
-                return None
-            bias = weight.new_zeros(len(weight)) if bias is None else bias
-            if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
-                return None
-            if not (weight.isfinite().all() and bias.isfinite().all()):
-                raise ValueError(f"{file}: {weight_name} holds values that are not finite")
-            return weight, bias
-    return None

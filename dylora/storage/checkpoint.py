@@ -1,22 +1,246 @@
-"""A verified checkpoint."""
+"""A folder of files that is opened once: verified, described, and read through one object.
 
+Each file is hashed once, when the folder is opened; whoever is handed the object reads without
+hashing again.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dylora.storage.manifest import verify
-from dylora.storage.safe_io import read_json
-from dylora.storage.schema import check_description
+from torch import Tensor
+
+from dylora.config import MoELoraConfig
+from dylora.fields import shown
+from dylora.storage.detect import Found, find_adapters, refuse_foreign
+from dylora.storage.folders import checkpoints, latest_checkpoint
+from dylora.storage.manifest import LOADED, MANIFEST, entries, verify
+from dylora.storage.peft_format import PeftAdapter, read_adapter, read_stock_adapter
+from dylora.storage.safe_io import read_bytes, read_json
+from dylora.storage.schema import (
+    ADAPTERS,
+    ROUTER_FILE,
+    SHIFTS_FILE,
+    check_description,
+    read_config,
+)
+from dylora.storage.tensors import MAX_HEADER, read_pickled, read_tensors
+
+if TYPE_CHECKING:
+    from dylora.base_models import BaseSpec
+
+BEST_FILE = "best.json"  # of a run's folder: names the checkpoint of the lowest validation loss
+_NAME = re.compile(r"checkpoint-\d+")
+_GATE_NAMES = (("gate.weight", "gate.bias"), ("weight", "bias"))  # of an older mixture's router
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """config.json of a verified folder, as far as its files bear it out.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A mixture's folder whose files are as they were written."""
 
-    Raises ValueError for another format version, for a key or value that cannot be, and for a
-    mixture larger than the folder's files: see `check_description`.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint {folder} does not exist")
-    verify(folder)
-    description = read_json(folder / "config.json")
-    check_description(folder, description)
-    return description
+    path: Path
+    description: dict[str, Any]  # config.json, checked against the other files
+    states: Mapping[str, tuple[int, int]]  # file -> size and time of its last change, when opened
+
+    @classmethod
+    def open(
+        cls, path: "str | Path | Checkpoint", report: Callable[[str], None] = lambda line: None
+    ) -> "Checkpoint":
+        """Verify a folder written by `save_pretrained` or by training, and read its description.
+
+        path: or a run's folder, which stands for its best checkpoint, or the newest that verifies
+            where none is named the best; `report` is told which one it is.
+
+        Raises FileNotFoundError for a folder that does not exist; ValueError, naming the file, for
+        one that is not whole, of another format, or larger than its files bear out.
+        """
+        if isinstance(path, Checkpoint):
+            return path
+        folder = Path(path)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"checkpoint {folder} does not exist")
+        if not (folder / MANIFEST).exists() and checkpoints(folder):
+            return cls._open_run(folder, report)
+        refuse_foreign(folder)
+        verify(folder)
+        return cls.of_verified(folder)
+
+    @classmethod
+    def latest(cls, run_folder: Path, report: Callable[[str], None]) -> "Checkpoint":
+        """The newest checkpoint of a run that verifies; says which newer ones it skipped and why.
+
+        Raises FileNotFoundError when there is none.
+        """
+        return cls.of_verified(latest_checkpoint(run_folder, report))
+
+    @classmethod
+    def of_verified(cls, folder: Path) -> "Checkpoint":
+        """A folder that `verify` has just found whole."""
+        description = read_json(folder / "config.json")
+        check_description(folder, description)
+        return cls(folder, description, _states(folder))
+
+    @classmethod
+    def _open_run(cls, run_folder: Path, report: Callable[[str], None]) -> "Checkpoint":
+        if (run_folder / BEST_FILE).exists():
+            name = read_json(run_folder / BEST_FILE).get("checkpoint")
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"{run_folder / BEST_FILE}: checkpoint is {shown(name)}, but must be the name "
+                    "of a checkpoint"
+                )
+            try:
+                verify(run_folder / name)
+            except (ValueError, OSError) as error:
+                report(f"skipped the best checkpoint: {error}")
+            else:
+                report(f"checkpoint: {run_folder / name}, the best of the run")
+                return cls.of_verified(run_folder / name)
+        found = cls.latest(run_folder, report)
+        report(f"checkpoint: {found.path}, the newest of the run")
+        return found
+
+    @property
+    def file(self) -> Path:
+        """Where the description stands, for errors."""
+        return self.path / "config.json"
+
+    @property
+    def config(self) -> MoELoraConfig:
+        return read_config(self.file, self.description["moe"])
+
+    @property
+    def experts(self) -> list[dict[str, Any]]:
+        """The table of experts, retired ones among them."""
+        return self.description["experts"]
+
+    @property
+    def live(self) -> list[bool]:
+        """Which experts are not retired."""
+        return [record["state"] != "retired" for record in self.experts]
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the manifest, which has the hashes of all other files."""
+        return hashlib.sha256(read_bytes(self.path / MANIFEST, MAX_HEADER)).hexdigest()
+
+    def adapter(self, expert: int) -> PeftAdapter:
+        """An expert that is not retired. Raises ValueError for values that are not finite."""
+        return read_adapter(self.path / ADAPTERS / self.experts[expert]["name"])
+
+    def router_tensors(self) -> dict[str, Tensor]:
+        """router.safetensors: routers, maturity and fixed weights, by name."""
+        return read_tensors(self.path / ROUTER_FILE)
+
+    def bias_shifts(self) -> dict[str, Tensor]:
+        """<path of a module>/<expert's name, or all> -> the shift of its bias [O]."""
+        file = self.path / SHIFTS_FILE
+        return read_tensors(file) if file.exists() else {}
+
+    def base_spec(self, base: str | None = None, **options: Any) -> "BaseSpec":
+        """The base that a user names, or else the one that the checkpoint does.
+
+        options: see `dylora.base_models.LoadOptions`; stored as in training by default.
+
+        Raises ValueError where none is named, and for a name that is not followed.
+        """
+        from dylora.base_models import BaseSpec  # it imports transformers, which takes seconds
+
+        kept, revision = self.description["base_model_name_or_path"], None
+        if base is None and kept is None:
+            raise ValueError(f"{self.file} names no base model: give one as base= or --base")
+        if base in (None, kept):
+            revision = self.description["base_revision"]
+        options["quantization"] = options.get("quantization") or self.description["quantization"]
+        named_by = self.file if base is None else None
+        return BaseSpec.resolve(base or kept, revision, named_by=named_by, **options)
+
+    def tokenizer(self, spec: "BaseSpec", *, allow_other_base: bool = False) -> Any:
+        """The base's tokenizer. Raises ValueError for another vocabulary than in training."""
+        from dylora.base_models import require_same_base, tokenizer_fingerprint
+
+        tokenizer, kept = spec.tokenizer(), self.description.get("base_fingerprint", {})
+        if not allow_other_base and kept.get("tokenizer"):
+            ours = {"tokenizer": tokenizer_fingerprint(tokenizer)}
+            require_same_base(ours, kept, self.file)
+        return tokenizer
+
+    def changed(self) -> list[str]:
+        """Files that have changed, gone or come since the folder was opened, by size and time."""
+        now = _states(self.path)
+        names = self.states.keys() | now.keys()
+        return sorted(name for name in names if self.states.get(name) != now.get(name))
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A folder with adapters that were made elsewhere, or with those of a mixture."""
+
+    path: Path
+    found: Found
+
+    @classmethod
+    def open(cls, path: str | Path) -> "AdapterFolder":
+        """See what a folder holds, and verify what has a manifest.
+
+        Raises FileNotFoundError for a folder that does not exist; ValueError for one without
+        adapters, saying what to do, and for one whose files are not as they were written.
+        """
+        folder = Path(path)
+        if not (folder / MANIFEST).exists() and checkpoints(folder):
+            folder = Checkpoint.open(folder).path
+        found = find_adapters(folder)
+        if found.kind == "mixture":
+            verify(found.adapters[0].parents[1])
+        for folder in found.adapters:
+            if (folder / MANIFEST).exists():
+                verify(folder)
+        return cls(Path(path), found)
+
+    def adapters(self) -> list[PeftAdapter]:
+        """The adapters, in the order of their numbers. Raises as `read_stock_adapter`."""
+        return [read_stock_adapter(folder) for folder in self.found.adapters]
+
+    def training_record(self) -> dict[str, Any] | None:
+        """What a mixture of ours was trained on."""
+        if self.found.kind != "mixture":
+            return None
+        return read_json(self.found.adapters[0].parents[1] / "config.json").get("training")
+
+    def gate(self) -> tuple[Tensor, Tensor] | None:
+        """Weight [E, D] and bias [E] of an older mixture's router; None where it is no such thing.
+
+        Its router.pt is a state dict, or has one under gate_state_dict. Raises ValueError for a
+        file that holds more than tensors and plain values.
+        """
+        file = self.found.routers[0]
+        state: Any = read_tensors(file) if file.suffix == ".safetensors" else read_pickled(file)
+        state = state.get("gate_state_dict", state)
+        for weight_name, bias_name in _GATE_NAMES:
+            if isinstance(state, dict) and weight_name in state:
+                weight, bias = state[weight_name], state.get(bias_name)
+                if not isinstance(weight, Tensor) or weight.ndim != 2:
+                    return None
+                bias = weight.new_zeros(len(weight)) if bias is None else bias
+                if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+                    return None
+                if not (weight.isfinite().all() and bias.isfinite().all()):
+                    raise ValueError(f"{file}: {weight_name} holds values that are not finite")
+                return weight, bias
+        return None
+
+
+def _states(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the last change of every file that a loader or a manifest names."""
+    listed = read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).exists() else {}
+    found = {}
+    for path in entries(folder):
+        name = str(path.relative_to(folder))
+        if path.name in LOADED or name == MANIFEST or name in listed:
+            about = os.stat(path)
+            found[name] = (about.st_size, about.st_mtime_ns)
+    return found

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from dylora.storage.peft_foreign import _WHOLE_MODEL, _absent, _number
-from dylora.storage.peft_format import CONFIG_FILE, OLD_WEIGHTS_FILE, WEIGHTS_FILE
+from dylora.storage.peft_config import CONFIG_FILE
+from dylora.storage.peft_format import OLD_WEIGHTS_FILE, WEIGHTS_FILE
 from dylora.storage.safe_io import read_json
 from dylora.storage.schema import ADAPTERS
 
 STATE = "dylo_moe_state"
+_WHOLE_MODEL = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin")
+_WHOLE_MODEL += ("pytorch_model-*.bin", "model.safetensors.index.json")
 Kind = Literal["adapter", "adapters", "mixture", "older mixture", "whole model"]
 
 
@@ -33,7 +35,8 @@ def detect_format(folder: Path) -> Found | None:
     Raises FileNotFoundError when there is no such folder.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder" if folder.exists() else _absent(folder))
+        reason = "is not a folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{folder} {reason}")
     whole = sorted({path.name for name in _WHOLE_MODEL for path in folder.glob(name)})
     unread = [f"the whole model in {folder / whole[0]} is not read"] if whole else []
     if _is_adapter(folder):
@@ -119,3 +122,7 @@ def _adapters_in(folder: Path) -> list[Path]:
                 found.append(candidate)
                 break
     return sorted(found, key=lambda path: [_number(p) for p in re.split(r"(\d+)", path.name)])
+
+
+def _number(text: str) -> tuple[int, str]:
+    return (int(text), "") if text.isdecimal() else (-1, text)

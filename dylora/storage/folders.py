@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dylora.storage.manifest import _listed_files, is_intact, verify, write_manifest
+from dylora.storage.manifest import is_intact, listed_files, verify, write_manifest
 
 PREFLIGHT = "checkpoint-rehearsal"  # written and deleted before the first step
 FEWEST_KEPT = 2  # a single checkpoint is lost with the first bit that flips in it
@@ -142,7 +142,7 @@ def _may_replace(folder: Path) -> bool:
     if not any(folder.iterdir()):
         return True
     try:
-        _listed_files(folder)  # many other tools call a file of theirs manifest.json
+        listed_files(folder)  # many other tools call a file of theirs manifest.json
     except ValueError:
         return False
     return True

@@ -49,8 +49,8 @@ def damage(folder: Path) -> Iterator[tuple[str, str]]:
 
     Raises ValueError where the manifest itself is of no use.
     """
-    listed = _listed_files(folder)
-    for path in _entries(folder):
+    listed = listed_files(folder)
+    for path in entries(folder):
         name = str(path.relative_to(folder))
         if path.name in LOADED and name not in listed:
             yield name, f"is not in {MANIFEST}: it came in later"
@@ -89,7 +89,7 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _listed_files(folder: Path) -> dict[str, dict[str, Any]]:
+def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
     """What the manifest says of each file. Raises ValueError where it says nothing of use."""
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder} is no whole checkpoint: it has no {MANIFEST}")
@@ -123,7 +123,7 @@ def _check_size(path: Path, size: int) -> None:
         check_archive(path)
 
 
-def _entries(folder: Path) -> Iterator[Path]:
+def entries(folder: Path) -> Iterator[Path]:
     """Every file below a folder, links to folders not followed.
 
     Raises ValueError for one that leads outside: a loader would follow it.

@@ -1,5 +1,8 @@
 """One LoRA in PEFT's own files: adapter_config.json and adapter_model.safetensors.
 
+One strict reader with two policies: `read_adapter` for the files that this package writes, and
+`read_stock_adapter` for those of others.
+
 The layout was checked against peft 0.21: keys sorted, float32 tensors whatever the base is,
 GPT-2's Conv1D not transposed but marked by fan_in_fan_out.
 """
@@ -11,32 +14,28 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from dylora.config import LARGEST, MAX_ALPHA, matching
-from dylora.fields import is_number, is_whole_number, shown
-from dylora.storage.safe_io import read_json
-from dylora.storage.tensors import Header, read_headers, read_tensors
-
-CONFIG_FILE, WEIGHTS_FILE, OLD_WEIGHTS_FILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
+from dylora.config import ends_with
+from dylora.fields import shown
+from dylora.storage.peft_config import (
+    CONFIG_FILE,
+    PLAIN_NAME,
+    rank_of,
+    read_config,
+    scaling_of,
 )
+from dylora.storage.tensors import Header, read_headers, read_pickled, read_tensors
+
+WEIGHTS_FILE, OLD_WEIGHTS_FILE = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
-_MATRIX = re.compile(r"(?P<path>.+)\.lora_(?P<matrix>[AB])\.weight")
-_PLAIN_NAME = re.compile(r"[\w.-]+")
-_NAMING = ("target_modules", "exclude_modules", "layers_pattern")  # peft matches texts as regexes
-_FLAGS = ("use_rslora", "use_dora", "fan_in_fan_out")
-_MAGNITUDE = ".lora_magnitude_vector"
-_ADAPTED_BIAS, _BIAS = ".base_layer.bias", ".bias"
-
-
-# Settings with which peft computes something else from the same A and B, without a word.
-_MORE_THAN_LORA = ("layer_replication", "alora_invocation_tokens")
-_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base
+_NAME = r"(?:\.(?P<name>(?!weight$)[^.]+))?"  # of the adapter, as some tools write it
+_MATRIX = re.compile(rf"(?P<path>.+)\.lora_(?P<slot>[AB]){_NAME}\.weight")
+_MAGNITUDE = re.compile(rf"(?P<path>.+)\.lora_magnitude_vector{_NAME}(?:\.weight)?")
+_BIAS = re.compile(r"(?P<path>.+?)(?:\.base_layer)?\.bias")
 
 
 class PeftAdapter(NamedTuple):
@@ -47,46 +46,29 @@ class PeftAdapter(NamedTuple):
     magnitudes: Mapping[str, Tensor] = MappingProxyType({})  # DoRA: path of a projection -> [O]
     # Trained biases, the base's included: path of a module -> [O].
     biases: Mapping[str, Tensor] = MappingProxyType({})
+    folder: Path = Path()  # where it was read
 
+    @property
+    def base(self) -> str | None:
+        """The base that it says it was made for."""
+        return self.config.get("base_model_name_or_path")
 
-def adapter_config(
-    *,
-    r: int,
-    lora_alpha: float,
-    target_modules: list[str],
-    base_model: str | None,
-    revision: str | None = None,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    bias: str = "none",
-    rank_pattern: dict[str, int] | None = None,
-    alpha_pattern: dict[str, float] | None = None,
-    fan_in_fan_out: bool = False,
-) -> dict[str, Any]:
-    """The content of adapter_config.json: every key that peft, vLLM or llama.cpp looks at."""
-    whole = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha
-    return {
-        "alpha_pattern": alpha_pattern or {},
-        "base_model_name_or_path": base_model,
-        "bias": bias,
-        "fan_in_fan_out": fan_in_fan_out,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": whole,
-        "lora_dropout": lora_dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": r,
-        "rank_pattern": rank_pattern or {},
-        "revision": revision,
-        "target_modules": sorted(target_modules),
-        "task_type": "CAUSAL_LM",
-        "use_dora": use_dora,
-        "use_rslora": use_rslora,
-    }
+    @property
+    def targets(self) -> list[str] | None:
+        """target_modules where they are names; None for a pattern or a keyword of peft's."""
+        targets = self.config.get("target_modules")
+        return targets if isinstance(targets, list) else None
+
+    def excludes(self, path: str) -> bool:
+        """Whether a name in exclude_modules leaves a module out; a pattern is not run."""
+        names = self.config.get("exclude_modules")
+        return isinstance(names, list) and any(ends_with(path, name) for name in names)
+
+    def rank(self, path: str) -> int:
+        return rank_of(self.config, path)
+
+    def scale(self, path: str) -> float:
+        return scaling_of(self.config, path)
 
 
 def write_adapter(folder: Path, adapter: PeftAdapter) -> None:
@@ -97,116 +79,123 @@ def write_adapter(folder: Path, adapter: PeftAdapter) -> None:
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = A
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = B
     for path, magnitude in adapter.magnitudes.items():
-        tensors[f"{_PREFIX}{path}{_MAGNITUDE}"] = magnitude
+        tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = magnitude
     for path, bias in adapter.biases.items():
-        tensors[f"{_PREFIX}{path}{_ADAPTED_BIAS if path in adapter.weights else _BIAS}"] = bias
+        adapted = ".base_layer" if path in adapter.weights else ""
+        tensors[f"{_PREFIX}{path}{adapted}.bias"] = bias
     tensors = {key: value.float().cpu().contiguous() for key, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
 
 
 def read_adapter(folder: Path) -> PeftAdapter:
-    """Read a LoRA strictly.
+    """Read a LoRA exactly as `write_adapter` and peft's save_pretrained write one.
 
     Raises ValueError, naming the file and what is wrong, for anything that is not a LoRA or DoRA
     with or without biases: unknown keys, one matrix without the other, ranks that differ from the
     configuration's, values that are not finite. FileNotFoundError for a missing file.
     """
-    config = read_adapter_config(folder)
+    config = read_config(folder / CONFIG_FILE, stock=False)
     file = folder / WEIGHTS_FILE
-    _sort_tensors(file, config, read_headers(file))  # before anything is allocated
-    found = _sort_tensors(file, config, read_tensors(file))
-    for key, tensor in found.by_key.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{file}: {key!r} holds values that are not finite")
-    weights = {path: (pair["A"], pair["B"]) for path, pair in found.halves.items()}
-    return PeftAdapter(config, weights, found.magnitudes, found.biases)
+    _sort_tensors(file, config, read_headers(file), stock=False)  # before anything is allocated
+    return _read(folder, file, config, read_tensors(file), stock=False)
+
+
+def read_stock_adapter(folder: Path) -> PeftAdapter:
+    """Read a LoRA in the forms that peft reads: safetensors or the older adapter_model.bin, keys
+    with the adapter's name or without, patterns for target_modules.
+
+    Which projections are adapted is read off the tensors, and the configuration is held against
+    them. Names in rank_pattern and alpha_pattern are regular expressions in peft; here they are the
+    last words of a path, or all of it after a `^`, and nothing from a file is run as an expression.
+
+    Raises as `read_adapter`, and for options that make more of it than its tensors say or that are
+    not known; biases may be those of the adapted projections alone.
+    """
+    config = read_config(folder / CONFIG_FILE, stock=True)
+    file, old = folder / WEIGHTS_FILE, folder / OLD_WEIGHTS_FILE
+    if file.exists() or not old.exists():  # as in peft, safetensors where there are both
+        tensors = read_tensors(file)
+    else:
+        file, tensors = old, read_pickled(old)
+    adapter = _read(folder, file, config, tensors, stock=True)
+    _check_targets(file, adapter)
+    return adapter
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, int, int]]:
     """r, D and O of every projection of a LoRA, from its headers alone. Raises as `read_adapter`
     for all but the values."""
-    file = folder / WEIGHTS_FILE
-    found = _sort_tensors(file, read_adapter_config(folder), read_headers(file))
+    file, config = folder / WEIGHTS_FILE, read_config(folder / CONFIG_FILE, stock=False)
+    found = _sort_tensors(file, config, read_headers(file), stock=False)
     return {path: (*p["A"].shape, p["B"].shape[0]) for path, p in found.halves.items()}
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, if it describes a LoRA that `read_adapter` reads. Raises likewise."""
-    file = folder / CONFIG_FILE
-    config = read_json(file)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type is {shown(config.get('peft_type'))}, not LORA")
-    for key in ("r", "lora_alpha", "target_modules"):
-        if key not in config:
-            raise ValueError(f"{file}: {key!r} is missing")
-    for key, is_right, rule in (
-        ("r", _is_rank, f"a whole number from 1 to {LARGEST:,}"),
-        ("lora_alpha", _is_alpha, f"a number above 0 and at most {MAX_ALPHA:,.0f}"),
-    ):
-        if not is_right(config[key]):
-            raise ValueError(f"{file}: {key} is {shown(config[key])}, but must be {rule}")
-    for key, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
-        pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
-            raise ValueError(
-                f"{file}: {key} {shown(pattern)} does not map names to numbers as "
-                f"{'r' if is_right is _is_rank else 'lora_alpha'} may have"
-            )
-        _require_plain(file, key, pattern)
-    for key in _NAMING:
-        names = config.get(key)
-        if names is not None:
-            _require_plain(file, key, [names] if isinstance(names, str) else names)
-    for key in _FLAGS:
-        if type(config.get(key, False)) is not bool:
-            raise ValueError(f"{file}: {key} is {shown(config[key])}, but must be true or false")
-    if config.get("bias", "none") not in ("none", "lora_only", "all"):
-        raise ValueError(f"{file}: bias {shown(config['bias'])} is not known")
-    for key in ("modules_to_save", *_MORE_THAN_LORA):
-        if config.get(key):
-            raise ValueError(f"{file}: {key} is not supported yet")
-    if config.get("kasa_config") is not None:  # peft acts on an empty one, too
-        raise ValueError(f"{file}: kasa_config is not supported yet")
-    if (init := config.get("init_lora_weights", True)) not in _HARMLESS_INITS:
-        raise ValueError(f"{file}: init_lora_weights {shown(init)} changes the base")
-    return config
+# Its two files
 
 
 class _Sorted(NamedTuple):
     """The tensors of an adapter, or their headers, by what they are."""
 
-    by_key: Mapping[str, Any]
     halves: dict[str, dict[str, Any]]  # path -> A and B
     magnitudes: dict[str, Any]
     biases: dict[str, Any]
 
 
+def _read(
+    folder: Path, file: Path, config: dict[str, Any], tensors: Mapping[str, Any], *, stock: bool
+) -> PeftAdapter:
+    plain = {key: _to_float32(file, key, tensor) for key, tensor in tensors.items()}
+    found = _sort_tensors(file, config, plain, stock=stock)
+    weights = {path: (pair["A"], pair["B"]) for path, pair in found.halves.items()}
+    return PeftAdapter(config, weights, found.magnitudes, found.biases, folder)
+
+
 def _sort_tensors(
-    file: Path, config: dict[str, Any], tensors: Mapping[str, Tensor] | Mapping[str, Header]
+    file: Path,
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor] | Mapping[str, Header],
+    *,
+    stock: bool,
 ) -> _Sorted:
     """Raises ValueError for a tensor that is no part of the LoRA `config` names, or misses one."""
     if not tensors:
         raise ValueError(f"{file}: holds no tensors")
-    found = _Sorted(tensors, {}, {}, {})
+    found, names = _Sorted({}, {}, {}), set()
     for key, tensor in tensors.items():
-        name, dimensions = key.removeprefix(_PREFIX), len(tensor.shape)
-        match = _MATRIX.fullmatch(name)
-        if not key.startswith(_PREFIX) or not _PLAIN_NAME.fullmatch(name):
+        inner = key.removeprefix(_PREFIX)
+        if not key.startswith(_PREFIX) or not PLAIN_NAME.fullmatch(inner):
             raise ValueError(f"{file}: {shown(key)} is not {_PREFIX}<path of a tensor>")
-        if match is not None and dimensions == 2:
-            found.halves.setdefault(match["path"], {})[match["matrix"]] = tensor
-        elif name.endswith(_MAGNITUDE) and dimensions == 1 and config.get("use_dora"):
-            found.magnitudes[name.removesuffix(_MAGNITUDE)] = tensor
-        elif name.endswith(_BIAS) and dimensions == 1 and config.get("bias", "none") != "none":
-            path = name.removesuffix(_ADAPTED_BIAS).removesuffix(_BIAS)
-            if path in found.biases:
-                raise ValueError(f"{file}: {path} has two biases")
-            found.biases[path] = tensor
-        else:
+        dimensions, home, slot = 1, None, ""
+        if match := _MATRIX.fullmatch(inner):
+            home, slot = found.halves.setdefault(match["path"], {}), match["slot"]
+            dimensions = 2
+        elif (match := _MAGNITUDE.fullmatch(inner)) and config.get("use_dora"):
+            home, slot = found.magnitudes, match["path"]
+        elif (match := _BIAS.fullmatch(inner)) and config.get("bias", "none") != "none":
+            home, slot = found.biases, match["path"]
+        name = match.groupdict().get("name") if match else None
+        if home is None or match is None or (name is not None and not stock):
             raise ValueError(
                 f"{file}: {shown(key)} is not a part of the LoRA its configuration names"
             )
+        if len(tensor.shape) != dimensions:
+            shape = list(tensor.shape)
+            raise ValueError(f"{file}: {shown(key)} has shape {shape}, not {dimensions} dimensions")
+        if slot in home:
+            raise ValueError(f"{file}: {shown(key)} appears twice, with and without a name")
+        if home is not found.biases:
+            names.add(name)
+        home[slot] = tensor
+    if len(names) > 1:
+        listed = ", ".join(sorted(map(str, names)))
+        raise ValueError(f"{file} holds several adapters ({listed}): save each by itself")
+    _check_halves(file, config, found)
+    return found
+
+
+def _check_halves(file: Path, config: dict[str, Any], found: _Sorted) -> None:
+    """Every projection has A and B of its rank, and magnitudes where the config says so."""
     for path, pair in found.halves.items():
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"{file}: {path} has lora_{next(iter(pair))} alone")
@@ -217,31 +206,47 @@ def _sort_tensors(
                 f"but the rank is {rank}"
             )
     if config.get("use_dora"):
-        for path in found.halves.keys() ^ found.magnitudes.keys():
+        for path in sorted(found.halves.keys() ^ found.magnitudes.keys()):
             raise ValueError(f"{file}: {path} has a DoRA magnitude or matrices alone")
-        for path, magnitude in found.magnitudes.items():
-            if magnitude.shape[0] != found.halves[path]["B"].shape[0]:
-                raise ValueError(f"{file}: {path} has a DoRA magnitude of another width than B")
-    return found
+    for kind, vectors in (("DoRA magnitude", found.magnitudes), ("bias", found.biases)):
+        for path in found.halves.keys() & vectors.keys():
+            if vectors[path].shape[0] != found.halves[path]["B"].shape[0]:
+                raise ValueError(f"{file}: {path} has a {kind} of another width than B")
 
 
-def _is_rank(value: Any) -> bool:
-    return is_whole_number(value, 1, LARGEST)
+def _to_float32(file: Path, key: str, tensor: Any) -> Tensor:
+    """Raises ValueError for what is no plain, finite tensor of a trained LoRA."""
+    tensor = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    if type(tensor) is not Tensor or tensor.layout != torch.strided:
+        raise ValueError(f"{file}: {shown(key)} is no plain, dense tensor")
+    if "lora_embedding_" in key:
+        raise ValueError(
+            f"{file}: {shown(key)} adapts an embedding; only projections can be routed"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{file}: {shown(key)} holds {tensor.dtype}, not floating-point numbers")
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise ValueError(f"{file}: {shown(key)} holds values that are not finite")
+    return tensor
 
 
-def _is_alpha(value: Any) -> bool:
-    return is_number(value, 0, MAX_ALPHA) and value > 0
-
-
-def _require_plain(file: Path, key: str, names: Any) -> None:
-    """Raises ValueError for a regular expression: one can hang, and peft would follow it."""
-    if not isinstance(names, list | dict):
-        raise ValueError(f"{file}: {key} is {shown(names)}, but must be a list of names")
-    for name in names:
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+def _check_targets(file: Path, adapter: PeftAdapter) -> None:
+    """Where target_modules are names: no tensor without one, and none without a tensor."""
+    config_file = adapter.folder / CONFIG_FILE
+    if not adapter.weights:
+        raise ValueError(f"{file}: holds no lora_A and lora_B")
+    for path in sorted(adapter.biases.keys() - adapter.weights.keys()):
+        raise ValueError(f"{file}: {path} has a bias, but is not adapted")
+    for path in adapter.weights:
+        if adapter.excludes(path):
+            raise ValueError(f"{file}: {path} is one of the exclude_modules of {config_file}")
+        if adapter.targets is not None and not any(ends_with(path, n) for n in adapter.targets):
+            raise ValueError(f"{file}: {path} is none of the target_modules of {config_file}")
+    for name in adapter.targets or ():
+        if not any(ends_with(path, name) for path in adapter.weights):
             raise ValueError(
-                f"{file}: {key} names {shown(name)}, which is no plain name; regular expressions "
-                "are not read: write the words at the end of a path"
+                f"{config_file}: target_modules names {name!r}, but {file} has none of that name"
             )
 
 
@@ -264,15 +269,3 @@ def portable_form(adapter: PeftAdapter) -> PeftAdapter:
         weights[path] = (F.pad(A, (0, 0, 0, missing)), F.pad(scaled, (0, missing)))
     changes = {"r": widest, "lora_alpha": widest, "use_rslora": False}
     return PeftAdapter(config | changes | {"rank_pattern": {}, "alpha_pattern": {}}, weights)
-
-
-def rank_of(config: dict[str, Any], path: str) -> int:
-    """The rank at a projection: of the first name in rank_pattern that ends its path, else r."""
-    return matching(config.get("rank_pattern"), path, config["r"])
-
-
-def scaling_of(config: dict[str, Any], path: str = "") -> float:
-    """alpha / r, or alpha / sqrt(r) with rslora, at a projection."""
-    rank = rank_of(config, path)
-    alpha = matching(config.get("alpha_pattern"), path, config["lora_alpha"])
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)

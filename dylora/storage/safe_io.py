@@ -7,7 +7,8 @@ it, a file that claims to be larger than memory, or JSON that two readers unders
 import json
 import os
 import stat
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from dylora.fields import shown
@@ -68,6 +69,19 @@ def check_link(file: Path, folder: Path) -> None:
     raise ValueError(f"{file} is a link that leads out of its folder, to {target}: copy that there")
 
 
+def require_followable(name: str, named_by: Path) -> None:
+    """Raises ValueError for the name of a base that `named_by` gives, where no user does, and that
+    is an address or leads out of the working directory.
+
+    A stranger may name an embedded base, one of the hub, or a folder of this machine.
+    """
+    if "://" in name or name.startswith("~") or ".." in PurePath(name).parts:
+        raise ValueError(
+            f"{named_by} names the base {shown(name)}, an address or a path that leads out of "
+            "here, which is not followed: if you mean it, give it as base= or --base"
+        )
+
+
 def read_json(file: Path, *, infinite: bool = False) -> dict[str, Any]:
     """A JSON object, read strictly; with `infinite` its numbers may be Infinity.
 
@@ -80,6 +94,28 @@ def read_json(file: Path, *, infinite: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a JSON object")
     return content
+
+
+def require_keys(
+    file: Path,
+    where: str,
+    found: Any,
+    checks: Mapping[str, Callable[[Any], bool]],
+    optional: Collection[str] = (),
+) -> None:
+    """Raises ValueError unless `found` has exactly these keys, each with a value of its kind.
+
+    where: path of `found` in the file, with a dot at its end.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: {where.rstrip('.')} is {shown(found)}, not an object")
+    for key in checks.keys() - found.keys():
+        raise ValueError(f"{file}: {where}{key} is missing")
+    for key in found.keys() - checks.keys() - set(optional):
+        raise ValueError(f"{file}: {where}{shown(key)} is not known to this version")
+    for key, is_right in checks.items():
+        if not is_right(found[key]):
+            raise ValueError(f"{file}: {where}{key} is {shown(found[key])}, which is invalid")
 
 
 def parse_json(data: bytes, where: str, *, infinite: bool = False) -> Any:

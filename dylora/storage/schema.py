@@ -12,6 +12,7 @@ from typing import Any, get_args
 from dylora.config import LARGEST, MAX_ALPHA, MoELoraConfig, Quantization, matching
 from dylora.fields import is_name, is_number, is_whole_number, shown
 from dylora.storage.peft_format import read_shapes
+from dylora.storage.safe_io import require_keys
 from dylora.storage.tensors import Header, read_headers
 
 ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
@@ -31,8 +32,10 @@ def check_description(folder: Path, description: dict[str, Any]) -> None:
         raise ValueError(
             f"{file} has format_version {shown(version)}; this version reads {FORMAT_VERSION}"
         )
-    _require_keys(file, "", description, _KEYS)
-    config = _read_config(file, description["moe"])
+    if "base_fingerprint" in description:
+        require_keys(file, "base_fingerprint.", description["base_fingerprint"], _FINGERPRINT)
+    require_keys(file, "", description, _KEYS, optional=("base_fingerprint",))
+    config = read_config(file, description["moe"])
     _check_table(file, description["experts"], config)
     _check_training(file, description["training"])
     _check_routers(folder / ROUTER_FILE, description, config)
@@ -69,6 +72,15 @@ _KEYS = {
     "experts": lambda value: isinstance(value, list) and 1 <= len(value) <= LARGEST,
     "training": lambda value: isinstance(value, dict),
 }
+_FINGERPRINT = {  # an optional key: checkpoints had none before
+    **dict.fromkeys(
+        ("vocabulary", "layers", "width"), lambda value: value is None or is_whole_number(value)
+    ),
+    "dtype": is_name,
+    **dict.fromkeys(("embedding", "projections", "rotary", "tokenizer"), _is_text),
+}
+# Fields that a configuration had once: they are read and dropped.
+RETIRED_FIELDS = {"fan_in_fan_out"}
 RECORD = {  # a row of the table of experts
     "name": is_name,
     "rank": lambda value: is_whole_number(value, 1, LARGEST),
@@ -83,24 +95,13 @@ RECORD = {  # a row of the table of experts
 }
 
 
-def _require_keys(file: Path, where: str, found: Any, checks: dict[str, Any]) -> None:
-    """Raises ValueError unless `found` has exactly these keys, each with a value of its kind."""
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: {where.rstrip('.')} is {shown(found)}, not an object")
-    for key in checks.keys() - found.keys():
-        raise ValueError(f"{file}: {where}{key} is missing")
-    for key in found.keys() - checks.keys():
-        raise ValueError(f"{file}: {where}{shown(key)} is nothing that this version knows")
-    for key, is_right in checks.items():
-        if not is_right(found[key]):
-            raise ValueError(f"{file}: {where}{key} is {shown(found[key])}, which it cannot be")
-
-
-def _read_config(file: Path, values: dict[str, Any]) -> MoELoraConfig:
+def read_config(file: Path, values: dict[str, Any]) -> MoELoraConfig:
+    """`moe` of a config.json. Raises ValueError naming the field."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that do nothing: the model's to give
-            return MoELoraConfig.from_dict(values)
+            known = {key: value for key, value in values.items() if key not in RETIRED_FIELDS}
+            return MoELoraConfig.from_dict(known)
     except ValueError as error:
         raise ValueError(f"{file}: moe: {error}") from error
 
@@ -110,7 +111,7 @@ def _check_table(file: Path, records: list[Any], config: MoELoraConfig) -> None:
     stacks: list[list[int]] = []  # ranks of those that lie in one tensor
     for index, record in enumerate(records):
         where = f"experts[{index}]."
-        _require_keys(file, where, record, RECORD)
+        require_keys(file, where, record, RECORD)
         if record["name"] != f"expert_{index}":
             raise ValueError(
                 f"{file}: {where}name is {shown(record['name'])}, but must be expert_{index}"
@@ -171,10 +172,9 @@ def _check_training(file: Path, training: dict[str, Any]) -> None:
                 f"{file}: {where} is {shown(source)}, but must have a name; split_scheme is a text "
                 "and training_rows a number"
             )
-        for key, is_right in (("task_ids", is_whole_number), ("row_sha256", is_name)):
-            items = source.get(key, [])
-            if not (isinstance(items, list) and all(map(is_right, items))):
-                raise ValueError(f"{file}: {where}.{key} is {shown(items)}, which it cannot be")
+        tasks = source.get("task_ids", [])
+        if not (isinstance(tasks, list) and all(map(is_whole_number, tasks))):
+            raise ValueError(f"{file}: {where}.task_ids is {shown(tasks)}, which is invalid")
 
 
 # Against the headers of the other files

@@ -121,6 +121,21 @@ def read_state(file: Path) -> Any:
         raise _unreadable(file, error) from error
 
 
+def read_pickled(file: Path) -> dict[str, Any]:
+    """A dictionary that torch.save wrote, read within the bounds of `read_state`.
+
+    Raises ValueError for a file that holds more than dense tensors and plain values.
+    """
+    try:
+        content = read_state(file)
+    except ValueError as error:
+        reason = str(error.__cause__ or error).split("\n", 1)[0]
+        raise ValueError(f"{file}: not a file of plain tensors ({reason})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not tensors by name")
+    return content
+
+
 def check_archive(file: Path) -> None:
     """All that can be said of a file of `read_state` before it is loaded. Raises likewise."""
     check_link(file, file.parent)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from dylora.base_models import require_same_base
 from dylora.model import DyLoRA_MoE
 from dylora.model_io import load_model
 from dylora.routing.maturity import ExpertMaturity
-from dylora.storage.checkpoint import read_description
+from dylora.storage.checkpoint import Checkpoint
 
 # Settings of a mixture that say how it is trained and mixed, not of what form its tensors are.
 FREE_SETTINGS = {
@@ -23,18 +24,20 @@ def init_from_checkpoint(model: DyLoRA_MoE, folder: Path, train_experts: bool | 
     Moments, schedule, counters, place in the data and the averages behind maturity begin afresh.
     Raises ValueError, naming the setting, where the checkpoint is of another form.
     """
-    description = read_description(folder)
+    checkpoint = Checkpoint.open(folder)
     ours = model.config.to_dict()
-    for name, theirs in description["moe"].items():
+    for name, theirs in checkpoint.config.to_dict().items():
         if name not in FREE_SETTINGS and ours.get(name) != theirs:
             raise ValueError(
                 f"moe.{name} is {ours.get(name)!r}, but train.init_from {folder} has {theirs!r}, "
                 "and its tensors are made for that"
             )
-    load_model(model, folder, description["experts"])
+    load_model(model, checkpoint)
+    kept = checkpoint.description.get("base_fingerprint")
+    require_same_base(model.base_fingerprint, kept, checkpoint.file)
     newborn = ExpertMaturity.create(len(model.experts))
     model.set_maturity(newborn._replace(maturity=model.maturity.maturity))
     if train_experts is not None:
         live = model.experts.live
         model.experts.unfreeze(*live) if train_experts else model.experts.freeze(*live)
-    model.training_record["earlier"] = [description["training"]]
+    model.training_record["earlier"] = [checkpoint.description["training"]]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from dylora.base_models import BaseSpec, require_same_base
 from dylora.model_io import load_model, write_model
-from dylora.storage.checkpoint import read_description
+from dylora.storage.checkpoint import BEST_FILE, Checkpoint
 from dylora.storage.folders import (
     PREFLIGHT,
     checkpoints,
     folder_bytes,
-    latest_checkpoint,
     prune,
     quarantine,
     write_file,
@@ -44,8 +44,8 @@ def save(run: Run) -> Path:
     if progress.best_step is not None:
         best = run.folder / f"checkpoint-{progress.best_step}"
         pointer = {"checkpoint": best.name, "val_loss": progress.best_loss}
-        with _told(run, run.folder / "best.json"):
-            write_file(run.folder / "best.json", json.dumps(pointer) + "\n")
+        with _told(run, run.folder / BEST_FILE):
+            write_file(run.folder / BEST_FILE, json.dumps(pointer) + "\n")
     if config.train.save_total_limit is not None:
         try:
             prune(run.folder, config.train.save_total_limit, best)
@@ -116,10 +116,13 @@ def resume(run: Run, source: str) -> None:
     to a future that is not going to be, and the run comes by those names again.
     Raises ValueError or FileNotFoundError naming what is missing or does not fit.
     """
-    folder = latest_checkpoint(run.folder, run.log.info) if source == "latest" else Path(source)
-    description = read_description(folder)
-    check_same_settings(run, folder, description)
-    load_model(run.model, folder, description["experts"])
+    if source == "latest":
+        checkpoint = Checkpoint.latest(run.folder, run.log.info)
+    else:
+        checkpoint = Checkpoint.open(source, run.log.info)
+    folder, description = checkpoint.path, checkpoint.description
+    check_same_settings(run, checkpoint)
+    load_model(run.model, checkpoint)
     if "earlier" in description["training"]:  # of what it began with
         run.model.training_record["earlier"] = description["training"]["earlier"]
     regroup(run.optimizer, run.model, run.config.train)
@@ -183,19 +186,21 @@ def _told(run: Run, what: Path) -> Iterator[None]:
         raise ValueError(f"{what} could not be saved ({error}). {last_good(run)}") from error
 
 
-def check_same_settings(run: Run, folder: Path, description: dict[str, Any]) -> None:
+def check_same_settings(run: Run, checkpoint: Checkpoint) -> None:
     """Raises ValueError naming a setting of a checkpoint that differs from the run's."""
+    folder, description = checkpoint.path, checkpoint.description
     ours = run.config.moe.to_dict()
-    for name, value in description["moe"].items():
+    for name, value in checkpoint.config.to_dict().items():
         if ours.get(name) != value:
             raise ValueError(
                 f"{folder} was trained with moe.{name} = {value!r}, this run has {ours.get(name)!r}"
             )
-    if description["base_model_name_or_path"] != run.model.base_name:
-        raise ValueError(
-            f"{folder} was trained on {description['base_model_name_or_path']}, "
-            f"this run has {run.model.base_name}"
-        )
+    kept = description["base_model_name_or_path"]
+    if kept is None or BaseSpec.resolve(kept).name != run.model.base_name:
+        raise ValueError(f"{folder} was trained on {kept}, this run has {run.model.base_name}")
+    require_same_base(
+        run.model.base_fingerprint, description.get("base_fingerprint"), checkpoint.file
+    )
     if description["quantization"] != run.config.model.quantization:
         raise ValueError(
             f"{folder} was trained with model.quantization = {description['quantization']!r}, "

@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.base_models import choose_device, load_tokenizer
+from dylora.base_models import choose_device, load_tokenizer, tokenizer_fingerprint
 from dylora.data.prepare import PreparedData, load_data
 from dylora.data.prompts import pad_token_id
 from dylora.data.sampler import InterleavedSampler
@@ -77,6 +77,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         attn_implementation=config.model.attn_implementation,
         quantization=config.model.quantization,
     )
+    model.base_fingerprint["tokenizer"] = tokenizer_fingerprint(tokenizer)
     model.training_record = {"data": data.stamp, "seed": config.train.seed}
     if fresh and config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)

@@ -13,6 +13,7 @@ from dylora.adapters.dora import magnitude_ratio, row_norms, weight_OD
 from dylora.adapters.stack import orthogonal_pair
 from dylora.model_io import load_model
 from dylora.routing.gating import RouterOutput
+from dylora.storage.checkpoint import Checkpoint
 
 # peft reads `is_gradient_checkpointing`, which transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -379,7 +380,7 @@ def test_files_with_different_A_are_refused_where_experts_share_one(llama, tmp_p
     model.save_pretrained(tmp_path / "saved")
     other = build(llama(), share_A=True)
     with pytest.raises(ValueError, match="share_A"):
-        load_model(other, tmp_path / "saved", other.experts.records())
+        load_model(other, Checkpoint.open(tmp_path / "saved"))
 
 
 # Initial values

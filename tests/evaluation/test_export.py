@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.base_models import EMBEDDED_BASES, load_base
 from dylora.cli.main import main
-from dylora.integrations.folder_export import EXPORT_FILE
+from dylora.integrations.peft_export import EXPORT_FILE
 from dylora.storage.manifest import verify
-from dylora.storage.peft_format import CONFIG_FILE
+from dylora.storage.peft_config import CONFIG_FILE
 from dylora.storage.safe_io import read_json
 
 BASE = "tiny-code-llama"
@@ -140,7 +140,8 @@ def test_a_merged_expert_is_a_plain_model_with_its_tokenizer(export, tmp_path, c
     export("--merge", "--expert", "2", "--dtype", "float32")
     expected = static_logits(checkpoint, torch.tensor([[0.0, 0.0, 1.0]] * 6))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert (merged(IDS).logits - expected).abs().max() < 1e-5
+    # logits of 10 are sums of float32, whose order depends on the threads
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode(CODE)
     assert read_json(tmp_path / "out" / EXPORT_FILE)["expert"] == 2
     verify(tmp_path / "out")

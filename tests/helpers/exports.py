@@ -24,13 +24,8 @@ from transformers import PreTrainedModel
 from dylora import DyLoRA_MoE, MoELoraConfig, export_mixture, export_peft
 from dylora.adapters.dora import weight_OD
 from dylora.integrations.compatibility import READERS, Incompatibility, find_incompatibilities
-from dylora.storage.peft_format import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    PeftAdapter,
-    read_adapter,
-    scaling_of,
-)
+from dylora.storage.peft_config import CONFIG_FILE, scaling_of
+from dylora.storage.peft_format import WEIGHTS_FILE, PeftAdapter, read_adapter
 from dylora.storage.safe_io import read_json
 from dylora.storage.tensors import read_tensors
 from families import FAMILIES

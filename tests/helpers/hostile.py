@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dylora.storage.manifest import MANIFEST
-from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from dylora.storage.peft_config import CONFIG_FILE
+from dylora.storage.peft_format import WEIGHTS_FILE
 from harm import (
     GIB,
     SECRET,
@@ -106,7 +107,7 @@ ADAPTER = [
         "a regular expression for targets",
         CONFIG_FILE,
         in_json("target_modules", to="(a+)+$"),
-        "target_modules names '(a+)+$'",
+        "target_modules is '(a+)+$'",
     ),
     _adapter(
         "regular expressions in a list",
@@ -263,12 +264,12 @@ CHECKPOINT = [
         "times their memory",
     ),
     Case("65,537 experts", CONFIG, in_json("experts", to=[0] * 65_537), "experts is"),
-    Case("a row with more", CONFIG, _experts({"code": "x"}), "'code' is nothing"),
+    Case("a row with more", CONFIG, _experts({"code": "x"}), "'code' is not known"),
     Case("a row with less", CONFIG, in_json("experts", 0, to={"name": "expert_0"}), "is missing"),
     Case("escapes in a skill", CONFIG, _experts({"skill": ESCAPES}), "skill is '\\x1b"),
     Case("a version that is a text", CONFIG, in_json("format_version", to="2"), "version '2'"),
     Case("a version that is 2.0", CONFIG, in_json("format_version", to=2.0), "version 2.0"),
-    Case("an unknown key", CONFIG, in_json("code", to="x"), "'code' is nothing"),
+    Case("an unknown key", CONFIG, in_json("code", to="x"), "'code' is not known"),
     Case("a key twice", CONFIG, twice("experts", "[]"), "'experts' stands twice"),
     Case("nested without end", CONFIG, content(DEEP), "not valid JSON"),
     Case("half a gibibyte of JSON", CONFIG, sparse(GIB // 2), "may have 8,388,608"),

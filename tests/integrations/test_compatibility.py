@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dylora.integrations.compatibility import VLLM_RANKS, find_incompatibilities
-from dylora.storage.peft_format import adapter_config
+from dylora.storage.peft_config import adapter_config
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 OUT = "base_model.model.model.layers.0.self_attn.o_proj"

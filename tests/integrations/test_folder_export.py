@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dylora import export_checkpoint
-from dylora.integrations.folder_export import export_checkpoint_mixture
+from dylora import export_checkpoint, export_mixture
 from dylora.storage.manifest import MANIFEST, verify, write_manifest
-from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
+from dylora.storage.peft_config import CONFIG_FILE
+from dylora.storage.peft_format import WEIGHTS_FILE, read_adapter, write_adapter
 from dylora.storage.schema import ADAPTERS
 
 FAMILIES = ("llama", "gemma", "qwen3", "gpt2", "gpt_neox", "phi3", "falcon")
@@ -182,7 +182,7 @@ def test_an_export_into_the_checkpoint_is_refused(place, saved):
     with pytest.raises(ValueError, match="lies in the checkpoint"):
         export_checkpoint(saved, saved / place, portable=True)
     with pytest.raises(ValueError, match="lies in the checkpoint"):
-        export_checkpoint_mixture(saved, saved / place, (0.5, 0.5))
+        export_mixture(saved, saved / place, (0.5, 0.5))
     assert content(saved) == before
 
 
@@ -190,7 +190,7 @@ def test_a_mixture_never_takes_a_checkpoints_place(saved, tmp_path):
     other = Path(shutil.copytree(saved, tmp_path / "other"))
     before = content(other)
     with pytest.raises(FileExistsError, match="other is a checkpoint"):
-        export_checkpoint_mixture(saved, other, (0.5, 0.5))
+        export_mixture(saved, other, (0.5, 0.5))
     assert content(other) == before
 
 
@@ -217,7 +217,7 @@ def test_a_full_disk_at_the_second_leaves_what_was_there(saved, tmp_path, monkey
             raise OSError(28, "No space left on device")
         write_adapter(folder, adapter)
 
-    monkeypatch.setattr("dylora.integrations.folder_export.write_adapter", write)
+    monkeypatch.setattr("dylora.integrations.peft_export.write_adapter", write)
     with pytest.raises(OSError, match="No space"):
         export_checkpoint(saved, tmp_path / "out")
     assert len(written) == 2
@@ -253,7 +253,7 @@ def test_an_export_names_its_base_or_the_one_it_is_told(
     model.base_name, model.base_revision = "its/own", "abc123"
     model.save_pretrained(tmp_path / "saved")
     [folder] = export_checkpoint(tmp_path / "saved", tmp_path / "out", 0, base_name=told)
-    mixed = export_checkpoint_mixture(tmp_path / "saved", tmp_path / "mixed", (0.5, 0.5), told)
+    mixed = export_mixture(tmp_path / "saved", tmp_path / "mixed", (0.5, 0.5), told)
     for config in (read_adapter(folder).config, read_adapter(mixed).config):
         assert (config["base_model_name_or_path"], config["revision"]) == named
 
@@ -267,7 +267,7 @@ def test_a_mixture_of_files_has_the_logits_of_its_weights_in_peft(
     base = tiny_base(family)
     mixture = mixture_on(base, use_rslora=use_rslora)
     mixture.save_pretrained(tmp_path / "saved")
-    folder = export_checkpoint_mixture(tmp_path / "saved", tmp_path / "out", (0.3, 0.6))
+    folder = export_mixture(tmp_path / "saved", tmp_path / "out", (0.3, 0.6))
     expected = mixture(tokens, routing_weights=torch.tensor([[0.3, 0.6]] * 2)).logits
     assert (expected - base(tokens).logits).abs().max() > 0.1
     assert (in_peft(base, folder)(tokens).logits - expected).abs().max() < 1e-5
@@ -281,6 +281,6 @@ def test_a_mixture_of_biases_has_the_logits_of_its_weights_in_peft(
     base = tiny_base(family)
     mixture = mixture_on(base, bias=bias)
     mixture.save_pretrained(tmp_path / "saved")
-    folder = export_checkpoint_mixture(tmp_path / "saved", tmp_path / "out", (0.3, 0.6))
+    folder = export_mixture(tmp_path / "saved", tmp_path / "out", (0.3, 0.6))
     expected = mixture(tokens, routing_weights=torch.tensor([[0.3, 0.6]] * 2)).logits
     assert (in_peft(base, folder)(tokens).logits - expected).abs().max() < 1e-5

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dylora import export_mixture, export_peft
-from dylora.integrations.folder_export import EXPORT_FILE
-from dylora.storage.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from dylora.integrations.peft_export import EXPORT_FILE
+from dylora.storage.peft_config import CONFIG_FILE
+from dylora.storage.peft_format import WEIGHTS_FILE, read_adapter
 from dylora.storage.tensors import read_tensors
 from families import FAMILIES
 

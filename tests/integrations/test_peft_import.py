@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dylora import DyLoRA_MoE, MoELoraConfig, load_peft_experts
 from dylora.cli.main import main
 from dylora.integrations.arrow import leading_direction, readers_of_router_input, set_prototypes
-from dylora.storage.peft_foreign import read_foreign_adapter
+from dylora.storage.peft_format import read_stock_adapter
 from peft_folders import make_adapter
 
 # peft reads `is_gradient_checkpointing`, which transformers 5.23 deprecates.
@@ -177,7 +177,7 @@ def test_values_of_a_plain_adapter_are_bit_identical(two):
     mixture = load_peft_experts(copy.deepcopy(base), folders, report=silent)
     for expert, folder in enumerate(folders):
         ours = mixture.expert_weights(expert)
-        for path, (A, B) in read_foreign_adapter(folder).weights.items():
+        for path, (A, B) in read_stock_adapter(folder).weights.items():
             assert torch.equal(ours[path][0], A)
             assert torch.equal(ours[path][1], B)
     assert [(row.rank, row.alpha) for row in mixture.experts.table] == [(2, 6), (4, 3)]

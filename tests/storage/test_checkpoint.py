@@ -24,7 +24,7 @@ from dylora.storage.folders import (
     write_folder,
 )
 from dylora.storage.manifest import MANIFEST, verify, write_manifest
-from dylora.storage.peft_format import CONFIG_FILE
+from dylora.storage.peft_config import CONFIG_FILE
 
 
 def write_text(text):
@@ -780,11 +780,11 @@ def test_the_kept_revision_is_asked_of_the_kept_base_alone(
     mixture.base_name, mixture.base_revision = "hub/llama", "v2"
     mixture.save_pretrained(tmp_path / "saved")
 
-    def load_base(name, *, revision, **options):
-        asked[name] = revision
+    def load(spec):
+        asked[spec.name] = spec.revision
         return base
 
-    monkeypatch.setattr("dylora.model.load_base", load_base)
+    monkeypatch.setattr("dylora.base_models.BaseSpec.load", load)
     DyLoRA_MoE.from_pretrained(tmp_path / "saved", base=name)
     assert asked == {name or "hub/llama": revision}
 

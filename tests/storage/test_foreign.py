@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dylora.storage.detect import detect_format, find_adapters
-from dylora.storage.peft_foreign import read_foreign_adapter
+from dylora.storage.peft_config import alpha_of
+from dylora.storage.peft_format import read_stock_adapter
 from peft_folders import make_adapter
 
 pytestmark = pytest.mark.filterwarnings(
@@ -49,18 +50,24 @@ def written(made, tmp_path):
     ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3', not LORA"),
-        ({"r": 0}, "r is 0, but must be a whole number above 0"),
+        ({"r": 0}, "r is 0, but must be a whole number from 1 to 65,536"),
         ({"r": True}, "r is True"),
-        ({"r": 5}, r"A \[4, 32\] and B \[32, 4\], but .* gives it the rank 5"),
-        ({"lora_alpha": -1}, "lora_alpha is -1, but must be a number above 0"),
+        ({"r": 5}, r"A \[4, 32\] and B \[32, 4\], but the rank is 5"),
+        ({"lora_alpha": -1}, "lora_alpha is -1, but must be a number above 0 and at most"),
         ({"lora_alpha": "6"}, "lora_alpha is '6'"),
-        ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern .* does not map names to numbers"),
+        ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern .* does not map names to a whole number"),
         ({"alpha_pattern": {"(q|v)_proj": 4}}, "names '\\(q|v\\)_proj', a regular expression"),
-        ({"bias": "all"}, "bias 'all' changes biases that no gate could take back"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save makes more of it than a LoRA"),
-        ({"lora_bias": True}, "lora_bias makes more of it than a LoRA"),
-        ({"kasa_config": {}}, "kasa_config makes more of it than a LoRA"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices makes more of it"),
+        ({"bias": "all"}, "bias 'all' changes biases that no gate could undo"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "modules_to_save is not supported: it makes",
+        ),
+        ({"lora_bias": True}, "lora_bias is not supported: it makes more of it than a LoRA"),
+        ({"kasa_config": {}}, "kasa_config is not supported: it makes more of it than a LoRA"),
+        (
+            {"trainable_token_indices": [1]},
+            "trainable_token_indices is not supported",
+        ),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3, but must be a name"),
         ({"target_modules": ["q_proj"]}, "v_proj is none of the target_modules of"),
@@ -70,7 +77,7 @@ def written(made, tmp_path):
 )
 def test_a_setting_that_does_not_fit_is_refused(settings, message, written):
     with pytest.raises(ValueError, match=message) as error:
-        read_foreign_adapter(written(settings))
+        read_stock_adapter(written(settings))
     assert "adapter_config.json" in str(error.value) or "adapter_model" in str(error.value)
 
 
@@ -81,7 +88,7 @@ def test_a_setting_that_cannot_be_guessed_must_be_there(key, written):
     del config[key]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"'{key}' is missing, and its value cannot be guessed"):
-        read_foreign_adapter(folder)
+        read_stock_adapter(folder)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +96,13 @@ def test_a_setting_that_cannot_be_guessed_must_be_there(key, written):
     [
         (KEY, torch.full((4, 32), float("nan")), "holds values that are not finite"),
         (KEY, torch.ones(4, 32, dtype=torch.int64), "is of type 'I64'"),
-        (KEY, torch.ones(4, 32, 1), r"has the shape \[4, 32, 1\], not 2 dimensions"),
+        (KEY, torch.ones(4, 32, 1), r"has shape \[4, 32, 1\], not 2 dimensions"),
         (KEY, torch.ones(3, 32), r"A \[3, 32\] and B \[32, 4\]"),
         (KEY, None, "q_proj has lora_B alone"),
         (f"base_model.model.{Q}.weight", torch.ones(2, 2), "is not a part of the LoRA"),
         (f"base_model.model.{Q}.bias", torch.ones(32), "is not a part of the LoRA"),
-        (f"{Q}.lora_A.weight", torch.ones(4, 32), "does not begin with 'base_model.model.'"),
-        (KEY.replace(".weight", ".default.weight"), torch.ones(4, 32), "stands there twice"),
+        (f"{Q}.lora_A.weight", torch.ones(4, 32), r"is not base_model\.model\.<path of a tensor>"),
+        (KEY.replace(".weight", ".default.weight"), torch.ones(4, 32), "appears twice"),
         (
             "base_model.model.model.layers.0.self_attn.k_proj.lora_A.other.weight",
             torch.ones(4, 32),
@@ -110,21 +117,21 @@ def test_a_setting_that_cannot_be_guessed_must_be_there(key, written):
 )
 def test_a_tensor_that_does_not_belong_is_refused(key, value, message, written):
     with pytest.raises(ValueError, match=message) as error:
-        read_foreign_adapter(written(tensors={key: value}))
+        read_stock_adapter(written(tensors={key: value}))
     assert "adapter_model.safetensors" in str(error.value)
 
 
 def test_biases_must_belong_to_what_is_adapted(written):
     folder = written({"bias": "lora_only"}, {"base_model.model.model.norm.bias": torch.ones(32)})
     with pytest.raises(ValueError, match=r"model\.norm has a bias, but is not adapted"):
-        read_foreign_adapter(folder)
+        read_stock_adapter(folder)
 
 
 def test_names_of_patterns_are_the_ends_of_paths_or_whole_ones(written):
-    adapter = read_foreign_adapter(
+    adapter = read_stock_adapter(
         written({"alpha_pattern": {f"^{Q}$": 7, r"layers\.1\.self_attn\.q_proj": 9, "^v_proj": 5}})
     )
-    assert adapter.alphas == {
+    assert {path: alpha_of(adapter.config, path) for path in adapter.weights} == {
         Q: 7,
         Q.replace("0", "1"): 9,
         Q.replace("q_", "v_"): 6,
@@ -134,7 +141,7 @@ def test_names_of_patterns_are_the_ends_of_paths_or_whole_ones(written):
 
 def test_a_pattern_of_target_modules_is_never_run(written):
     begun = time.process_time()
-    adapter = read_foreign_adapter(written({"target_modules": "(.*)*(.*)*(.*)*x"}))
+    adapter = read_stock_adapter(written({"target_modules": "(.*)*(.*)*(.*)*x"}))
     assert (adapter.targets, len(adapter.weights)) == (None, 4)
     assert time.process_time() - begun < 5
 
@@ -157,7 +164,7 @@ def test_a_pickle_that_would_run_something_is_refused(written, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     folder = as_pickle(written(), {KEY: Attack()})
     with pytest.raises(ValueError, match=r"adapter_model\.bin: not a file of plain tensors"):
-        read_foreign_adapter(folder)
+        read_stock_adapter(folder)
     assert not (tmp_path / "harmed").exists()
 
 
@@ -172,7 +179,7 @@ def test_a_pickle_that_would_run_something_is_refused(written, tmp_path, monkeyp
 )
 def test_a_pickle_of_other_things_is_refused(content, message, written):
     with pytest.raises(ValueError, match=message):
-        read_foreign_adapter(as_pickle(written(), content))
+        read_stock_adapter(as_pickle(written(), content))
 
 
 def test_a_cut_pickle_is_refused_by_its_name(written, made):
@@ -180,7 +187,7 @@ def test_a_cut_pickle_is_refused_by_its_name(written, made):
     file = folder / "adapter_model.bin"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"adapter_model\.bin: not a file of plain tensors"):
-        read_foreign_adapter(folder)
+        read_stock_adapter(folder)
 
 
 def compressed(file):
@@ -204,19 +211,19 @@ def test_a_pickle_without_bounds_is_refused_before_it_is_loaded(damage, words, w
     folder = as_pickle(written(), made[0])
     damage(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=words):
-        read_foreign_adapter(folder)
+        read_stock_adapter(folder)
 
 
 def test_a_pickle_of_half_precision_parameters_is_read(written, made):
     parameters = {key: torch.nn.Parameter(value.bfloat16()) for key, value in made[0].items()}
-    adapter = read_foreign_adapter(as_pickle(written(), parameters))
+    adapter = read_stock_adapter(as_pickle(written(), parameters))
     assert len(adapter.weights) == 4
 
 
 def test_safetensors_go_before_a_pickle(written):
     folder = written()
     (folder / "adapter_model.bin").write_bytes(b"never opened")
-    assert len(read_foreign_adapter(folder).weights) == 4
+    assert len(read_stock_adapter(folder).weights) == 4
 
 
 # What a folder holds

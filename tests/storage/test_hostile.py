@@ -18,7 +18,7 @@ from dylora.adapters.projection import StackedLoRA
 from dylora.cli.config_file import load_run_config
 from dylora.cli.main import main
 from dylora.experts import Expert
-from dylora.storage.checkpoint import read_description
+from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.manifest import MANIFEST, hash_file
 from dylora.storage.peft_format import read_adapter
 from dylora.storage.safe_io import check_link, read_json
@@ -160,7 +160,7 @@ def test_files_behind_a_link_are_found_where_the_manifest_leaves_them_out(tree):
     listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
     kept = {name: entry for name, entry in listed.items() if "peft_adapters" not in name}
     (checkpoint / MANIFEST).write_text(json.dumps({"files": kept}))
-    message = harm.refusal(lambda: read_description(checkpoint), tree)
+    message = harm.refusal(lambda: Checkpoint.open(checkpoint), tree)
     assert f"{checkpoint}/peft_adapters is a link that leads out" in message
 
 
@@ -169,7 +169,7 @@ def test_a_file_that_no_loader_reads_is_not_hashed_through_a_link(tree):
     (checkpoint / "notes.txt").symlink_to(tree / "secret")
     files = {"notes.txt": {"size": 9, "sha256": hash_file(tree / "secret")}}
     harm.in_json("files", to=lambda old: old | files)(checkpoint / MANIFEST)
-    message = harm.refusal(lambda: read_description(checkpoint), tree)
+    message = harm.refusal(lambda: Checkpoint.open(checkpoint), tree)
     assert f"{checkpoint}/notes.txt is a link that leads out" in message
 
 
@@ -259,7 +259,7 @@ def test_a_checkpoint_in_the_cache_of_the_hub_is_read(tree):
     for number, file in enumerate(sorted(p for p in snapshot.rglob("*") if p.is_file())):
         file.rename(blobs / str(number))
         file.symlink_to(blobs / str(number))
-    assert read_description(snapshot)["experts"][0]["name"] == "expert_0"
+    assert Checkpoint.open(snapshot).experts[0]["name"] == "expert_0"
 
 
 def test_a_link_beside_the_blobs_of_the_hub_is_refused(tree):

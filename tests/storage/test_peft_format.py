@@ -10,14 +10,12 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dylora.storage.peft_config import CONFIG_FILE, adapter_config, scaling_of
 from dylora.storage.peft_format import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     PeftAdapter,
-    adapter_config,
     portable_form,
     read_adapter,
-    scaling_of,
     write_adapter,
 )
 

@@ -8,13 +8,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from dylora.storage.peft_format import (
-    PeftAdapter,
-    adapter_config,
-    read_adapter,
-    scaling_of,
-    write_adapter,
-)
+from dylora.storage.peft_config import adapter_config, scaling_of
+from dylora.storage.peft_format import PeftAdapter, read_adapter, write_adapter
 
 FAMILIES = ("llama", "gemma", "qwen3", "gpt2", "gpt_neox", "phi3", "falcon")
 # RMSNorm and rotary embeddings work in float32 even in a float64 model; LayerNorm does not.

@@ -11,7 +11,7 @@ from dylora.cli.config_file import load_run_config
 from dylora.cli.main import main
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import TrainConfig, dump_run_config
-from dylora.storage.checkpoint import read_description
+from dylora.storage.checkpoint import Checkpoint
 from dylora.training.loop import train
 from dylora.training.run import prepare
 from peft_folders import make_adapter
@@ -109,11 +109,11 @@ def test_a_resumed_run_keeps_its_experts_frozen(imported, beginning_with):
 def test_what_a_run_began_with_stays_in_its_record_across_a_resume(make_config, beginning_with):
     source = train(make_config("source", max_steps=2)).folder / "checkpoint-2"
     file = beginning_with(source, max_steps=2)
-    expected = [read_description(source)["training"]]
+    expected = [Checkpoint.open(source).description["training"]]
     run = train(load_run_config(file))
     resumed = train(load_run_config(file, ["train.max_steps=3"]), "latest")
     for folder in (run.folder / "checkpoint-2", resumed.folder / "checkpoint-3"):
-        assert read_description(folder)["training"]["earlier"] == expected
+        assert Checkpoint.open(folder).description["training"]["earlier"] == expected
 
 
 # Refusals

@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from dylora.data.batching import collate
 from dylora.kernels.cross_entropy import target_positions
 from dylora.run_config import DataConfig, Schedule
-from dylora.storage.checkpoint import read_description
+from dylora.storage.checkpoint import Checkpoint
 from dylora.training.environment import seed_everything
 from dylora.training.loop import train
 from dylora.training.metrics import Window
@@ -72,9 +72,10 @@ def test_resuming_with_other_moe_settings_names_the_field(make_config):
 def test_resuming_on_a_base_quantised_otherwise_is_refused(make_config):
     run = train(make_config(max_steps=1))
     folder = run.folder / "checkpoint-1"
-    description = read_description(folder) | {"quantization": "bnb-8bit"}
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.description["quantization"] = "bnb-8bit"
     with pytest.raises(ValueError, match=r"model\.quantization = 'bnb-8bit'.*'none'"):
-        check_same_settings(run, folder, description)
+        check_same_settings(run, checkpoint)
 
 
 def test_resuming_on_other_data_is_refused(make_config, tmp_path):

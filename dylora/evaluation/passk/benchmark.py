@@ -4,7 +4,6 @@ Everything is in one folder: a JSONL of samples for each suite and model, writte
 and continued after a kill, and results.json.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -15,8 +14,7 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.base_models import load_tokenizer
-from dylora.evaluation.loading import load_checkpoint
+from dylora.evaluation.loading import base_of, load_checkpoint, note
 from dylora.evaluation.passk.contamination import Selection, select_tasks
 from dylora.evaluation.passk.estimate import compare
 from dylora.evaluation.passk.options import BenchmarkOptions, find_backend, read_tasks
@@ -25,6 +23,7 @@ from dylora.evaluation.passk.scoring import Score, score_model
 from dylora.evaluation.passk.skills import SKILL_SUITES
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import RunConfig
+from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import write_file
 from dylora.storage.lock import lock_folder
 
@@ -49,9 +48,10 @@ def benchmark_checkpoint(
     """
     suites = read_tasks(options)
     backend = find_backend(suites.values(), options)
-    tokenizer = load_tokenizer(config.model.base, config.model.revision)
-    model = load_checkpoint(checkpoint, config.model)
-    settings = _settings(config, checkpoint, options)
+    opened = Checkpoint.open(checkpoint, note)
+    tokenizer = opened.tokenizer(base_of(config.model))
+    model = load_checkpoint(opened, config.model)
+    settings = _settings(config, opened, options)
     with lock_folder(out, option="--out"):
         _claim(out, settings, {name: tasks.source._asdict() for name, tasks in suites.items()})
         results: dict[str, Any] = {
@@ -126,9 +126,10 @@ def _print_score(name: str, who: str, tasks: int, found: Score) -> None:
     print(f"{'':17} {who:10} {outcomes}")
 
 
-def _settings(config: RunConfig, checkpoint: str, options: BenchmarkOptions) -> dict[str, Any]:
+def _settings(
+    config: RunConfig, checkpoint: Checkpoint, options: BenchmarkOptions
+) -> dict[str, Any]:
     """What the samples of a folder depend on."""
-    manifest = Path(checkpoint) / "manifest.json"
     read_later = ("workers", "sandbox", "unsafe", "tasks", "files", "limit", "k")
     return {
         "version": SAMPLE_VERSION,
@@ -136,8 +137,8 @@ def _settings(config: RunConfig, checkpoint: str, options: BenchmarkOptions) -> 
         "revision": config.model.revision,
         "dtype": config.model.dtype,
         "quantization": config.model.quantization,
-        "checkpoint": str(Path(checkpoint).resolve()),
-        "checkpoint_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        "checkpoint": str(checkpoint.path.resolve()),
+        "checkpoint_sha256": checkpoint.identity,
         "batch_size": config.eval.batch_size,
         **{
             key: value

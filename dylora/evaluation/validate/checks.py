@@ -5,7 +5,6 @@ V vocabulary.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,9 +24,7 @@ from dylora.evaluation.validate.reference import (
     relative_difference,
 )
 from dylora.model import DyLoRA_MoE
-from dylora.storage.manifest import verify
-from dylora.storage.peft_format import read_adapter
-from dylora.storage.schema import ADAPTERS
+from dylora.storage.checkpoint import Checkpoint
 
 # Where two experts tie, rounding may choose the other one, and the gates jump. That is not a fault
 # if it is rare, the probabilities agree, and the logits agree once both ways have equal gates.
@@ -175,11 +172,11 @@ def check_disabled(model: DyLoRA_MoE, ids: Tensor, before: Tensor) -> Check:
     return Check("disabled = base", "adapters off, never added, taken off", worst, 0.0)
 
 
-def check_loaded(model: DyLoRA_MoE, folder: Path) -> Check:
+def check_loaded(model: DyLoRA_MoE, checkpoint: Checkpoint) -> Check:
     """The weights in memory, which `loop_logits` uses, equal those of the files."""
     worst = []
     for expert in model.experts.live:
-        on_disk = read_adapter(folder / ADAPTERS / f"expert_{expert}")
+        on_disk = checkpoint.adapter(expert)
         for path, pair in model.expert_weights(expert).items():
             for loaded, kept in zip(pair, on_disk.weights[path], strict=True):
                 worst.append(largest_gap(loaded.cpu(), kept.to(loaded.dtype)))
@@ -194,13 +191,12 @@ def check_finite(model: DyLoRA_MoE, first: TokenOutputs) -> Check:
     return Check("all is finite", text, float(bad), 0.0)
 
 
-def check_manifest(folder: Path) -> Check:
-    """Loading verifies it as well; here it shows that the files did not change meanwhile."""
-    try:
-        verify(folder)
-    except ValueError as error:
-        return Check("manifest", str(error), 1.0, 0.0)
-    return Check("manifest", "files that are not as they were written", 0.0, 0.0)
+def check_manifest(checkpoint: Checkpoint) -> Check:
+    """Loading verifies it; here it shows that the files are still the ones validated."""
+    changed = checkpoint.changed()
+    said = f"{checkpoint.path / changed[0]} has changed since it was opened" if changed else ""
+    said = said or "files that are not as they were written"
+    return Check("manifest", said, float(bool(changed)), 0.0)
 
 
 def compare_routed(

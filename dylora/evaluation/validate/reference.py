@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from dylora.adapters.dora import weight_OD
 from dylora.model import DyLoRA_MoE
 from dylora.model_io import expert_adapter
-from dylora.storage.peft_format import PeftAdapter, scaling_of
+from dylora.storage.peft_config import scaling_of
+from dylora.storage.peft_format import PeftAdapter
 
 SEED = 0
 

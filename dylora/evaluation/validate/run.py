@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dylora.base_models import choose_device, load_base, load_tokenizer, named_base
+from dylora.base_models import BaseSpec, choose_device, load_tokenizer
 from dylora.evaluation.common import max_positions
+from dylora.evaluation.loading import note
 from dylora.evaluation.validate.checks import (
     Check,
     check_batches,
@@ -43,7 +44,7 @@ from dylora.evaluation.validate.reference import (
     rounding_noise,
 )
 from dylora.model import DyLoRA_MoE
-from dylora.storage.checkpoint import read_description
+from dylora.storage.checkpoint import Checkpoint
 
 # Differences of logits are relative to the largest logit. Two orders of the same sums differ, and
 # how much depends on the precision (a unit of rounding is 1.2e-7, 7.8e-3 or 9.8e-4) and on how the
@@ -103,31 +104,32 @@ def validate_checkpoint(
     Raises ValueError or FileNotFoundError for wrong options, a damaged folder (found before
     anything is loaded), and a base that does not load or fit.
     """
-    folder = Path(checkpoint)
     if dtype not in ROOM:
         raise ValueError(f"--dtype is {dtype!r}, but must be one of {', '.join(ROOM)}")
     if tokens < MIN_TOKENS:
         raise ValueError(f"--tokens is {tokens}, but must be at least {MIN_TOKENS}")
     if out is not None and (not Path(out).parent.is_dir() or Path(out).is_dir()):
         raise ValueError(f"--out is {out!r}, but must be a file in a folder that exists")
-    frozen, name, revision = _load_base(folder, base, device, dtype)
+    opened = Checkpoint.open(checkpoint, note)
+    spec = _base_of(opened, base, device, dtype)
+    frozen, folder = spec.load(), opened.path
     longest = max_positions(frozen)
     if longest is not None and tokens > longest:
         raise ValueError(f"--tokens is {tokens}, but the base takes at most {longest}")
-    ids, texts = sample_texts(frozen, name, revision, tokens)
+    ids, texts = sample_texts(frozen, spec.name, spec.revision, tokens)
     before = base_logits(frozen, ids)  # before anything is added to the base
-    model = DyLoRA_MoE.from_pretrained(folder, frozen).eval()
+    model = DyLoRA_MoE.from_pretrained(opened, frozen).eval()
     experts, sites = len(model.experts.live), len(model.site_names)
     print(
-        f"{folder} on {name}: {dtype}, {ids.device.type}, {experts} experts, {sites} sites; "
+        f"{folder} on {spec.name}: {dtype}, {ids.device.type}, {experts} experts, {sites} sites; "
         f"{texts}, {tokens} tokens each"
     )
-    report = validate_model(model, ids, before, folder, ROOM[dtype])
+    report = validate_model(model, ids, before, opened, ROOM[dtype])
     print(format_report(report))
     if out is not None:
         about = {
             "checkpoint": str(folder),
-            "base": name,
+            "base": spec.name,
             "dtype": dtype,
             "device": str(ids.device),
             "torch": torch.__version__,
@@ -137,43 +139,29 @@ def validate_checkpoint(
     return report
 
 
-def _load_base(
-    folder: Path, base: str | None, device: str, dtype: str
-) -> tuple[PreTrainedModel, str, str | None]:
-    """The base of a checkpoint, its name and its revision."""
-    description = read_description(folder)
-    name = base or named_base(folder, description)
-    named = name == description["base_model_name_or_path"]
-    revision = description["base_revision"] if named else None
+def _base_of(checkpoint: Checkpoint, base: str | None, device: str, dtype: str) -> BaseSpec:
     try:
-        target = choose_device(device)
+        place = choose_device(device)
     except ValueError as error:
         reason = str(error.__cause__ or error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"--device {device} cannot be used ({reason})") from error
-    loaded = load_base(
-        name,
-        revision=revision,
-        dtype=getattr(torch, dtype),
-        device=target,
-        quantization=description["quantization"],
-    )
-    return loaded, name, revision
+    return checkpoint.base_spec(base, dtype=getattr(torch, dtype), device=place)
 
 
 @torch.no_grad()
 def validate_model(
-    model: DyLoRA_MoE, ids: Tensor, before: Tensor, folder: Path, room: float
+    model: DyLoRA_MoE, ids: Tensor, before: Tensor, checkpoint: Checkpoint, room: float
 ) -> Report:
     """All checks of a loaded mixture, which is unloaded at the end.
 
     ids [B, S]; before [B, S, V]: logits of the base before the adapters were added; room: the
     tolerance as a multiple of the rounding noise.
     """
-    loaded = check_loaded(model, folder)
+    loaded = check_loaded(model, checkpoint)
     first = full_pass(model, ids)
     finite = check_finite(model, first)
     if not finite.ok:  # NaN would fail every comparison
-        return Report([loaded, finite, check_manifest(folder)], None, None, None)
+        return Report([loaded, finite, check_manifest(checkpoint)], None, None, None)
     tolerance = room * rounding_noise(model, ids)
     checks = [
         check_folded(model, ids, first, tolerance),
@@ -187,7 +175,7 @@ def validate_model(
     ]
     cost = measure_cost(model, ids)
     effect = relative_difference(first.logits, before.float().flatten(0, 1))
-    checks += [check_disabled(model, ids, before), loaded, finite, check_manifest(folder)]
+    checks += [check_disabled(model, ids, before), loaded, finite, check_manifest(checkpoint)]
     return Report(checks, tolerance, effect, cost)
 
 

@@ -1,0 +1,182 @@
+"""adapter_config.json of a LoRA: written, read strictly, and what it says of each projection."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dylora.config import LARGEST, MAX_ALPHA, ends_with
+from dylora.fields import is_number, is_whole_number, shown
+from dylora.storage.safe_io import read_json
+
+CONFIG_FILE = "adapter_config.json"
+PLAIN_NAME = re.compile(r"[\w.-]+")
+_FLAGS = ("use_rslora", "use_dora", "fan_in_fan_out")
+# Options with which peft computes something else from the same A and B, without a word.
+_MORE_THAN_LORA = (
+    *("modules_to_save", "layer_replication", "alora_invocation_tokens", "trainable_token_indices"),
+    *("target_parameters", "megatron_config", "arrow_config", "velora_config"),
+    *("monteclora_config", "lora_bias", "use_qalora", "use_bdlora"),
+)
+# Options that are read here, or that say nothing of what the tensors compute.
+_KNOWN = {
+    *("peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", *_FLAGS),
+    *("init_lora_weights", "base_model_name_or_path", "revision", "kasa_config", *_MORE_THAN_LORA),
+    *("auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    *("runtime_config", "ensure_weight_tying"),
+}
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base
+
+
+def adapter_config(
+    *,
+    r: int,
+    lora_alpha: float,
+    target_modules: list[str],
+    base_model: str | None,
+    revision: str | None = None,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    bias: str = "none",
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    fan_in_fan_out: bool = False,
+) -> dict[str, Any]:
+    """The content of adapter_config.json: every key that peft, vLLM or llama.cpp looks at."""
+    whole = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha
+    return {
+        "alpha_pattern": alpha_pattern or {},
+        "base_model_name_or_path": base_model,
+        "bias": bias,
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": whole,
+        "lora_dropout": lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": rank_pattern or {},
+        "revision": revision,
+        "target_modules": sorted(target_modules),
+        "task_type": "CAUSAL_LM",
+        "use_dora": use_dora,
+        "use_rslora": use_rslora,
+    }
+
+
+def read_config(file: Path, *, stock: bool) -> dict[str, Any]:
+    """adapter_config.json, if it describes a LoRA that is read here: one of ours, or with `stock`
+    one of peft's. Raises ValueError, naming the key, FileNotFoundError when it is missing."""
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is {shown(config.get('peft_type'))}, not LORA")
+    for key in ("r", "lora_alpha", *(() if stock else ("target_modules",))):
+        if key not in config:
+            raise ValueError(f"{file}: {key!r} is missing, and its value cannot be guessed")
+    rank_rule = f"a whole number from 1 to {LARGEST:,}"
+    alpha_rule = f"a number above 0 and at most {MAX_ALPHA:,.0f}"
+    for key, pattern_key, is_right, rule in (
+        ("r", "rank_pattern", _is_rank, rank_rule),
+        ("lora_alpha", "alpha_pattern", _is_alpha, alpha_rule),
+    ):
+        if not is_right(config[key]):
+            raise ValueError(f"{file}: {key} is {shown(config[key])}, but must be {rule}")
+        pattern = config.get(pattern_key) or {}
+        if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
+            raise ValueError(
+                f"{file}: {pattern_key} {shown(pattern)} does not map names to {rule} each"
+            )
+        plain = map(_without_ends, pattern) if stock else pattern
+        _require_plain(file, pattern_key, list(plain))
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        names = config.get(key)
+        if isinstance(names, str) and stock:
+            continue  # a pattern or a keyword of peft's, which is not run
+        if names is not None:
+            _require_plain(file, key, names)
+    for key in _FLAGS:
+        if config.get(key) is not None and type(config[key]) is not bool:
+            raise ValueError(f"{file}: {key} is {shown(config[key])}, but must be true or false")
+    biases = ("none", "lora_only", *(() if stock else ("all",)))
+    if (bias := config.get("bias", "none")) not in biases:
+        reason = "changes biases that no gate could undo" if bias == "all" else "is not known"
+        raise ValueError(f"{file}: bias {shown(bias)} {reason}")
+    for key in _MORE_THAN_LORA:
+        if config.get(key):
+            raise ValueError(f"{file}: {key} is not supported: it makes more of it than a LoRA")
+    if config.get("kasa_config") is not None:  # peft acts on an empty one, too
+        raise ValueError(f"{file}: kasa_config is not supported: it makes more of it than a LoRA")
+    init = config.get("init_lora_weights", True)
+    if not any(init is known or init == known for known in _HARMLESS_INITS):
+        raise ValueError(
+            f"{file}: init_lora_weights {shown(init)} changes the base: let peft convert the "
+            "adapter (path_initial_model_for_weight_conversion)"
+        )
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"{file}: base_model_name_or_path is {shown(base)}, but must be a name")
+    for key in sorted(config.keys() - _KNOWN):  # an unset one does nothing
+        if config[key] is not None and config[key] is not False:
+            raise ValueError(
+                f"{file}: {shown(key)} is {shown(config[key])}, which is not known: remove it "
+                "if it does not change what the adapter computes"
+            )
+    return config
+
+
+def rank_of(config: Mapping[str, Any], path: str) -> int:
+    """The rank at a projection: of the first name in rank_pattern that fits its path, else r."""
+    return _first_match(config.get("rank_pattern"), path, config["r"])
+
+
+def alpha_of(config: Mapping[str, Any], path: str) -> float:
+    """The numerator of the scale at a projection, likewise."""
+    return float(_first_match(config.get("alpha_pattern"), path, config["lora_alpha"]))
+
+
+def scaling_of(config: Mapping[str, Any], path: str = "") -> float:
+    """alpha / r, or alpha / sqrt(r) with rslora, at a projection."""
+    rank = rank_of(config, path)
+    return alpha_of(config, path) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _without_ends(name: Any) -> Any:
+    """A name of a pattern without what marks its ends, and with plain dots."""
+    if not isinstance(name, str):
+        return name
+    return name.removeprefix("^").removesuffix("$").replace("\\.", ".")
+
+
+def _first_match(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first name that fits a path: its last words, or after ^ all of it."""
+    for name, value in (pattern or {}).items():
+        plain = _without_ends(name)
+        if path == plain or (not name.startswith("^") and ends_with(path, plain)):
+            return value
+    return default
+
+
+def _is_rank(value: Any) -> bool:
+    return is_whole_number(value, 1, LARGEST)
+
+
+def _is_alpha(value: Any) -> bool:
+    return is_number(value, 0, MAX_ALPHA) and value > 0
+
+
+def _require_plain(file: Path, key: str, names: Any) -> None:
+    """Raises ValueError for a regular expression: one can hang, and peft would follow it."""
+    if not isinstance(names, list | dict):
+        raise ValueError(f"{file}: {key} is {shown(names)}, but must be a list of names")
+    for name in names:
+        if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+            raise ValueError(
+                f"{file}: {key} names {shown(name)}, which is no plain name; regular expressions "
+                "are not run: write the words at the end of a path"
+            )
