@@ -128,7 +128,7 @@ def test_a_killed_benchmark_goes_on_without_repeating_or_losing_a_sample(
         (["--task_files", "mbpp"], "must be a mapping, each value a string (SUITE=FILE,...)"),
         (["--task_files", "humaneval=x"], "'humaneval', which --tasks does not"),
         (["--limit", "0"], "--limit"),
-        (["--shots", "2"], "--shots is 2, but must be 0, or 3"),
+        (["--shots", "2"], "--shots is '2', but must be one of 0, 3"),
         (["--shots", "3"], "lacks task 2, which 3 shots need"),
     ],
 )

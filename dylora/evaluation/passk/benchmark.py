@@ -7,6 +7,7 @@ and continued after a kill, and results.json.
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,18 +18,49 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dylora.evaluation.loading import base_of, load_checkpoint, note
 from dylora.evaluation.passk.contamination import Selection, select_tasks
 from dylora.evaluation.passk.estimate import compare
-from dylora.evaluation.passk.options import BenchmarkOptions, find_backend, read_tasks
+from dylora.evaluation.passk.options import BenchmarkOptions
 from dylora.evaluation.passk.published import published_lines, published_of
 from dylora.evaluation.passk.scoring import Score, score_model
 from dylora.evaluation.passk.skills import SKILL_SUITES
+from dylora.evaluation.passk.suites import Tasks, read_suite, takes_shots
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import RunConfig
+from dylora.sandbox.host import Sandbox
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import write_file
 from dylora.storage.lock import lock_folder
 
 SAMPLE_VERSION = 2
 LIBRARIES = ("dylora", "torch", "transformers", "datasets", "numpy")
+
+
+def read_tasks(options: BenchmarkOptions) -> dict[str, Tasks]:
+    """The suites that are asked for. Raises ValueError as `read_suite` does."""
+    if options.shots and not any(map(takes_shots, options.tasks)):
+        raise ValueError(f"--shots is {options.shots}, but must be 0, or go with a task mbpp")
+    return {
+        name: read_suite(
+            name,
+            options.files.get(name),
+            split=options.split if takes_shots(name) else "test",
+            shots=options.shots if takes_shots(name) else 0,
+            limit=options.limit,
+            seed=options.seed,
+        )
+        for name in options.tasks
+    }
+
+
+def find_backend(suites: Iterable[Tasks], options: BenchmarkOptions) -> str:
+    """What will protect the machine, found before hours of generation.
+
+    Raises:
+        ValueError: A suite runs programs, and no sandbox works on this machine.
+    """
+    if not any(one.checker.runs_programs for tasks in suites for one in tasks.problems):
+        return "nothing: no programs are run"
+    with Sandbox(backend=options.sandbox, unsafe=options.unsafe) as sandbox:
+        return sandbox.backend
 
 
 def benchmark_checkpoint(

@@ -9,8 +9,9 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 
+from dylora.evaluation.passk.benchmark import find_backend, read_tasks
 from dylora.evaluation.passk.contamination import Selection, select_tasks
-from dylora.evaluation.passk.options import BenchmarkOptions, expand_tasks, find_backend, read_tasks
+from dylora.evaluation.passk.options import BenchmarkOptions, expand_tasks
 from dylora.evaluation.passk.scoring import score_model
 from dylora.run_config import EvalConfig
 from dylora.storage.folders import quarantine, write_file
