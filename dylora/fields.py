@@ -230,7 +230,7 @@ def build(cls: type[T], raw: Any, key: str = "", parse: Parse | None = None) -> 
         if name not in hints:
             raise UnknownKey(join(key, name), list(hints))
         if name in values:
-            raise FieldError(join(key, name), f" appears twice, also as {shown(written)}")
+            raise FieldError(join(key, name), f" appears twice, then as {shown(written)}")
         values[name] = convert(value, hints[name], join(key, name), parse)
     for item in fields(cls):  # type: ignore[arg-type]
         if default_of(item) is MISSING and item.name not in values:

@@ -1,7 +1,7 @@
 """The settings of a run, each default once: the sections of its YAML file beside the mixture's."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dylora.config import MoELoraConfig, Quantization
 from dylora.fields import check_fields, option, require
@@ -77,6 +77,8 @@ class SourceConfig:
 class DataConfig:
     """What is trained and validated on."""
 
+    RENAMED: ClassVar[dict[str, str | None]] = {"length_window": "bucket_steps"}
+
     sources: list[SourceConfig] = field(default_factory=list)
     """The sets, in the order of their reports."""
     max_length: int = option(512, least=8)
@@ -85,7 +87,7 @@ class DataConfig:
     """What happens to a longer one; both are counted."""
     interleaved_sampling: bool = True
     """True: equal shares of each set, smaller ones repeated; false: in proportion to their size."""
-    length_window: int = option(1, least=1)
+    bucket_steps: int = option(1, least=1)
     """Steps whose rows are sorted by length together, so that a step holds rows of similar length
     and computes less padding; 1: as they are drawn. What a row shares a step with then depends on
     its length."""

@@ -1,16 +1,28 @@
-"""`run.py export`."""
+"""`run.py export`: experts, a frozen mixture of them, or the base with either inside."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from dylora.cli.options import BaseOptions, CheckpointOptions
 from dylora.config import Quantization
 from dylora.fields import check_fields, option
 from dylora.run_config import Precision
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    from dylora.evaluation.static_mixture import Comparison
+    from dylora.integrations.compatibility import Incompatibility
+    from dylora.model import DyLoRA_MoE
+    from dylora.storage.checkpoint import Checkpoint
+
 
 @dataclass(frozen=True, kw_only=True)
-class ExportCommand(BaseOptions, CheckpointOptions):
+class ExportOptions(BaseOptions, CheckpointOptions):
     """Write experts as PEFT adapters, a mixture as one, or a model with either inside."""
 
     out: str = option(metavar="DIR")
@@ -73,7 +85,179 @@ class ExportCommand(BaseOptions, CheckpointOptions):
                 raise ValueError(text)
 
 
-def run(options: ExportCommand, overrides: list[str]) -> None:
-    from dylora.evaluation.export import ExportOptions, run_export
+def run(options: ExportOptions, overrides: list[str]) -> None:
+    """Write what was asked for, print the folders and what readers will say."""
+    from dylora.evaluation.loading import note
+    from dylora.integrations.peft_export import export_peft
+    from dylora.storage.checkpoint import Checkpoint
 
-    run_export(ExportOptions(**{name: getattr(options, name) for name in ExportOptions._fields}))
+    checkpoint = Checkpoint.open(options.checkpoint, note)
+    if options.form == "experts":
+        expert, name = options.expert or "all", options.base_name
+        folders = export_peft(checkpoint, options.out, expert, options.portable, name)
+    else:
+        _check(checkpoint, options)
+        write = _export_mixture if options.form == "mixture" else _export_merged
+        folders = [write(checkpoint, options)]
+    for folder in folders:
+        print(folder)
+    if options.form != "merged":
+        for line in [*reader_lines(folders), *base_lines(folders[0])]:
+            print(line)
+
+
+def reader_lines(folders: Sequence[Path]) -> list[str]:
+    """What each reader refuses, misreads or needs of these adapters."""
+    from dylora.integrations.compatibility import READERS, find_incompatibilities
+    from dylora.storage.peft_config import CONFIG_FILE
+    from dylora.storage.peft_format import WEIGHTS_FILE
+    from dylora.storage.safe_io import read_json
+    from dylora.storage.tensors import read_tensors
+
+    found: dict[Incompatibility, list[str]] = {}
+    for folder in folders:
+        said = find_incompatibilities(
+            read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
+        )
+        for complaint in said:
+            found.setdefault(complaint, []).append(folder.name)
+    lines = [
+        f"{reader} {kind} {what}" + (f" ({', '.join(names)})" if len(names) < len(folders) else "")
+        for (reader, kind, what), names in found.items()
+    ]
+    silent = [name for name in READERS if not any(complaint.reader == name for complaint in found)]
+    return [*lines, f"no complaint of {', '.join(silent)}"] if silent else lines
+
+
+def base_lines(folder: Path) -> list[str]:
+    """Where an adapter names a base that other readers could not find by that name."""
+    from dylora.base_models import EMBEDDED_BASES
+    from dylora.storage.peft_config import CONFIG_FILE
+    from dylora.storage.safe_io import read_json
+
+    name = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if name is None:
+        return ["no base is named: give the base to the reader, or --base_name here"]
+    if name in EMBEDDED_BASES:
+        return [
+            f"peft does not know the base {name!r} by name: give it the model, as in "
+            f"PeftModel.from_pretrained(dylora.base_models.load_base({name!r}), "
+            f"{str(folder)!r}), or "
+            f"export with --base_name {EMBEDDED_BASES[name]}"
+        ]
+    return []
+
+
+def _export_mixture(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
+    from dylora.integrations.peft_export import export_mixture
+
+    if options.text is None and isinstance(options.weights, list):  # files are enough
+        return export_mixture(checkpoint, options.out, options.weights, options.base_name)
+    model, tokenizer = _load(checkpoint, options)
+    weights_NE, record = _resolve_weights(model, tokenizer, options)
+    record["checkpoint"] = str(checkpoint.path)
+    return export_mixture(model, options.out, weights_NE, options.base_name, **record)
+
+
+def _export_merged(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
+    from dylora.base_models import quantization_of
+    from dylora.integrations.peft_export import EXPORT_FILE
+    from dylora.integrations.static_weights import static_weights
+    from dylora.storage.folders import write_folder
+
+    model, tokenizer = _load(checkpoint, options)
+    assert tokenizer is not None
+    dtype, quantised = model.base.dtype, quantization_of(model.base) != "none"
+    record: dict[str, Any] = {"kind": "merged", "checkpoint": str(checkpoint.path)}
+    record["base"] = model.base_name
+    if options.expert is not None:
+        weights_NE = static_weights(model, int(options.expert))
+        record["expert"] = int(options.expert)
+    else:
+        weights_NE, measured = _resolve_weights(model, tokenizer, options)
+        record |= {"weights": dict(zip(model.site_names, weights_NE.tolist(), strict=True))}
+        record |= measured
+    merged = model.merge_and_unload(weights=weights_NE, dequantize=options.dequantize)
+    if quantised:
+        print(f"the quantised base is dequantised, in {str(dtype).removeprefix('torch.')}")
+
+    def write(folder: Path) -> None:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / EXPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+    out = Path(options.out)
+    write_folder(out, write)
+    return out
+
+
+def _check(checkpoint: "Checkpoint", options: ExportOptions) -> None:
+    """Refuse a bad --out, and weights that cannot be right, before a base is loaded."""
+    from dylora.integrations.peft_export import check_no_checkpoint, check_outside
+    from dylora.integrations.static_weights import TOKEN_DEPENDENT, site_weights
+    from dylora.storage.folders import check_place
+
+    check_outside(checkpoint.path, Path(options.out))
+    check_no_checkpoint(Path(options.out))
+    check_place(Path(options.out))
+    if isinstance(options.weights, list):
+        site_weights(options.weights, len(checkpoint.description["sites"]), checkpoint.live)
+        if abs(sum(options.weights) - 1) > 1e-6:
+            total = f"{sum(options.weights):g}"
+            print(f"note: the weights add up to {total}, not 1, and are used as they are")
+    if options.weights is None and options.expert is None and checkpoint.config.is_learned:
+        raise ValueError(TOKEN_DEPENDENT)
+
+
+def _load(
+    checkpoint: "Checkpoint", options: ExportOptions
+) -> "tuple[DyLoRA_MoE, PreTrainedTokenizerBase | None]":
+    """The mixture on its base, and the tokenizer where one is needed."""
+    import torch
+
+    from dylora.base_models import choose_device
+    from dylora.model import DyLoRA_MoE
+
+    spec = checkpoint.base_spec(
+        options.base,
+        dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
+        device=choose_device("auto"),
+        quantization=options.quantization,
+    )
+    needed = options.form == "merged" or options.text is not None
+    tokenizer = checkpoint.tokenizer(spec) if needed else None  # before the long part
+    return DyLoRA_MoE.from_pretrained(checkpoint, spec).eval(), tokenizer
+
+
+def _resolve_weights(
+    model: "DyLoRA_MoE", tokenizer: "PreTrainedTokenizerBase | None", options: ExportOptions
+) -> "tuple[Tensor, dict[str, Any]]":
+    """The weights [N, E], and what a text says of them, printed and for the record."""
+    from dylora.evaluation.common import max_positions
+    from dylora.evaluation.static_mixture import compare, measured_weights, read_text
+    from dylora.integrations.static_weights import static_weights
+
+    if options.text is None or tokenizer is None:
+        assert options.weights != "measured"  # the command asks for a text then
+        return static_weights(model, weights=options.weights), {}
+    longest = min(512, max_positions(model.base) or 512)
+    text = read_text(options.text, tokenizer, options.text_tokens, longest)
+    if options.weights == "measured":
+        weights_NE = static_weights(model, weights=measured_weights(model, text))
+        print(f"mean gates over {text.tokens:,} tokens of {text.source}, by site:")
+        for site, row in zip(model.site_names, weights_NE.tolist(), strict=True):
+            print(f"  {site:30} {' '.join(f'{value:.3f}' for value in row)}")
+    else:
+        weights_NE = static_weights(model, weights=options.weights)
+    found = compare(model, weights_NE, text)
+    print(comparison_line(found))
+    return weights_NE, {"text": {"file": text.source, **found._asdict()}}
+
+
+def comparison_line(found: "Comparison") -> str:
+    """What freezing costs."""
+    return (
+        f"static against routed: KL {found.kl:.5f} nats a token, loss {found.static_loss:.4f} "
+        f"against {found.routed_loss:.4f} ({found.static_loss - found.routed_loss:+.4f}), mean of "
+        f"{found.tokens:,} predicted tokens"
+    )

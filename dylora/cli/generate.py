@@ -1,4 +1,4 @@
-"""`run.py generate`."""
+"""`run.py generate`: one answer, and on request how its tokens were routed."""
 
 from dataclasses import dataclass
 
@@ -29,15 +29,43 @@ class GenerateOptions(BaseOptions, CheckpointOptions):
 
 
 def run(options: GenerateOptions, overrides: list[str]) -> None:
-    from dylora.evaluation.generate import generate_text
+    """Print what the mixture answers."""
+    import torch
 
-    generate_text(
-        options.checkpoint,
-        options.prompt,
-        options.base,
-        options.max_new_tokens,
-        options.temperature,
-        options.raw,
-        options.show_routing,
-        options.quantization,
+    from dylora.base_models import choose_device
+    from dylora.data.prompts import encode_prompts, format_prompt, pad_token_id
+    from dylora.evaluation.common import decode_after
+    from dylora.evaluation.loading import note
+    from dylora.model import DyLoRA_MoE
+    from dylora.storage.checkpoint import Checkpoint
+
+    device = choose_device("auto")
+    opened = Checkpoint.open(options.checkpoint, note)
+    spec = opened.base_spec(options.base, device=device, quantization=options.quantization)
+    model = DyLoRA_MoE.from_pretrained(opened, spec).eval()
+    if options.base is None:  # whoever made the checkpoint chose it
+        note(f"base: {spec.name}, as {options.checkpoint} names it")
+    tokenizer = opened.tokenizer(spec)
+    text = options.prompt if options.raw else format_prompt(options.prompt)
+    ids = torch.tensor(encode_prompts(tokenizer, [text]), device=device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=options.max_new_tokens,
+        pad_token_id=pad_token_id(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        do_sample=options.temperature > 0,
+        temperature=options.temperature or None,
     )
+    length, tokens = ids.shape[1], output[0].tolist()
+    special = set(tokenizer.all_special_ids)
+    spoken = [token for token in tokens[length:] if token not in special]
+    answer = decode_after(tokenizer, tokens[:length], spoken)
+    print(answer)
+    if options.show_routing:
+        shares = model.get_routing_weights(output)[0].mean(1)  # [S, E], averaged over sites
+        print(f"\nmean shares: {' '.join(f'{share:.0%}' for share in shares.mean(0).tolist())}")
+        for place, share in enumerate(shares[length:], length):
+            shown = decode_after(tokenizer, tokens[:place], tokens[place : place + 1])
+            leader = int(share.argmax())
+            print(f"{shown!r:16} expert {leader} ({float(share[leader]):.0%})")

@@ -40,7 +40,7 @@ COMMANDS = {
     "benchmark": Command(benchmark.run, benchmark.BenchmarkCommand),
     "generate": Command(generate.run, generate.GenerateOptions),
     "validate": Command(validate.run, validate.ValidateOptions),
-    "export": Command(export.run, export.ExportCommand),
+    "export": Command(export.run, export.ExportOptions),
     "import": Command(import_.run, import_.ImportOptions),
     "info": Command(info.run, info.InfoOptions),
 }
@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our lines, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
     except USER_ERRORS as error:
         if show_traceback:
             raise

@@ -63,7 +63,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         [len(examples) for examples in data.train],
         interleaved=config.data.interleaved_sampling,
         seed=config.data.seed,
-        window=config.data.length_window,
+        window=config.data.bucket_steps,
         rows_per_step=per_step,
         tokens=[examples.all_lengths for examples in data.train],
     )

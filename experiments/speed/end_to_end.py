@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--length_window", type=int, default=1, help="ours: data.length_window")
+    parser.add_argument("--length_window", type=int, default=1, help="ours: data.bucket_steps")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
@@ -87,7 +87,7 @@ def our_config(options: argparse.Namespace, folder: Path) -> RunConfig:
         moe=MoELoraConfig(num_experts=options.experts, r=16, lora_alpha=32),
         data=DataConfig(
             sources=[SourceConfig(name="code_alpaca", path=options.rows)],
-            length_window=options.length_window,
+            bucket_steps=options.length_window,
         ),
         train=TrainConfig(
             max_steps=options.steps + 2,

@@ -3,7 +3,7 @@
     python experiments/speed/windows.py --rows code_alpaca.json \
         --out experiments/results/windows.json
 
-Method: `data.length_window` 1 and 8 on CodeAlpaca rows and the embedded base, the same steps, seeds
+Method: `data.bucket_steps` 1 and 8 on CodeAlpaca rows and the embedded base, the same steps, seeds
 and rows a step; validation loss (nats) on held-out rows, after the same number of steps. Decision:
 as much, if the mean difference is within the spread over seeds of window 1.
 """
@@ -67,7 +67,7 @@ def one_run(options: argparse.Namespace, window: int, seed: int) -> dict[str, fl
                         SourceConfig(name="code_alpaca", path=options.rows, split_scheme="90/10")
                     ],
                     max_length=512,
-                    length_window=window,
+                    bucket_steps=window,
                     seed=seed,
                 ),
                 train=TrainConfig(

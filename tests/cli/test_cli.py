@@ -1,5 +1,6 @@
 """The command line: what it calls, and what it says about mistakes."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -10,9 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dylora.cli import evaluate
 from dylora.cli.config_file import load_run_config, split_overrides
+from dylora.cli.export import ExportOptions
+from dylora.cli.generate import GenerateOptions
 from dylora.cli.hints import ELSEWHERE, WITHOUT, all_keys
 from dylora.cli.main import COMMANDS, main
+from dylora.cli.options import read_options
 from dylora.fields import field_types
 from dylora.run_config import RunConfig, dump_run_config
 
@@ -229,6 +234,20 @@ def test_every_translated_name_leads_to_a_key_that_exists():
     assert not ELSEWHERE.keys() & WITHOUT.keys()
 
 
+@pytest.mark.parametrize("key", ["length_window", "bucket_steps"])
+def test_a_key_of_an_earlier_version_is_read_as_what_it_is_called_now(config_file, key):
+    path = config_file(f"data: {{{key}: 8}}\n")
+    assert load_run_config(path).data.bucket_steps == 8
+    assert load_run_config(path, ["data.length_window=2"]).data.bucket_steps == 2
+    assert load_run_config(path, ["data.bucket_steps=2"]).data.bucket_steps == 2
+
+
+def test_a_key_twice_under_two_names_is_refused(config_file, refusal):
+    path = config_file("data: {length_window: 8, bucket_steps: 4}\n")
+    said = refusal("train", "--config", path)
+    assert said == "configs/x.yaml: data.bucket_steps appears twice, then as 'bucket_steps'"
+
+
 def test_a_setting_that_is_gone_is_read_over_in_files_of_older_runs(config_file):
     assert load_run_config(config_file("moe: {r: 4, fan_in_fan_out: null}\n")).moe.r == 4
 
@@ -306,9 +325,9 @@ def test_dashes_are_read_as_underscores_everywhere(config_file, capsys, fake_mod
     path = config_file("name: file\n")
     assert main(["train", "--print-config", "--config", path, "--train.learning-rate=0.5"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["train"]["learning_rate"] == 0.5
-    calls = fake_module("dylora.evaluation.generate", "generate_text")
-    assert main(["generate", "--checkpoint", "c", "--prompt", "a-b", "--max-new-tokens", "3"]) == 0
-    assert calls[0][1:4] == ("a-b", None, 3)
+    tokens = ["--checkpoint", "c", "--prompt", "a-b", "--max-new-tokens", "3", "--show-routing"]
+    options, _ = read_options(GenerateOptions, tokens)
+    assert (options.prompt, options.max_new_tokens, options.show_routing) == ("a-b", 3, True)
 
 
 @pytest.mark.parametrize("text", ["q_proj,v_proj", "[q_proj, v_proj]", "q_proj, v_proj"])
@@ -398,51 +417,42 @@ def test_train_gets_the_config_and_where_to_resume(config_file, fake_module):
     assert reports == [("the run",)] * 2
 
 
-def test_evaluate_gets_the_config_and_the_checkpoint(config_file, fake_module):
-    calls = fake_module("dylora.evaluation.evaluate", "evaluate_checkpoint")
+def test_evaluate_gets_the_config_and_the_checkpoint(config_file, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", lambda *given: calls.append(given))
     assert main(["evaluate", "--config", config_file("name: f"), "--checkpoint", "c"]) == 0
     assert calls == [(RunConfig(name="f"), "c")]
 
 
-def test_generate_gets_its_options_in_order(fake_module):
-    calls = fake_module("dylora.evaluation.generate", "generate_text")
-    assert main(["generate", "--checkpoint", "c", "--prompt", "say x"]) == 0
-    options = "--base b --max_new_tokens 3 --temperature 0.5 --raw --quantization bnb-8bit"
-    assert main(["generate", "--checkpoint", "c", "--prompt=--x", *options.split()]) == 0
-    assert calls == [
-        ("c", "say x", None, 128, 0.0, False, False, None),
-        ("c", "--x", "b", 3, 0.5, True, False, "bnb-8bit"),
-    ]
+def test_generate_gets_its_options():
+    plain = GenerateOptions(checkpoint="c", prompt="say x")
+    assert (plain.max_new_tokens, plain.temperature, plain.quantization) == (128, 0.0, None)
+    tokens = "--checkpoint c --prompt=--x --base b --max_new_tokens 3 --temperature 0.5 --raw"
+    options, _ = read_options(GenerateOptions, [*tokens.split(), "--quantization", "bnb-8bit"])
+    expected = {"prompt": "--x", "base": "b", "max_new_tokens": 3, "temperature": 0.5, "raw": True}
+    assert options == dataclasses.replace(plain, **expected, quantization="bnb-8bit")
 
 
-def test_export_gets_its_options(monkeypatch):
-    from dylora.evaluation import export
+def test_export_gets_its_options():
+    def read(words: str) -> ExportOptions:
+        return read_options(ExportOptions, ["--checkpoint", "c", "--out", "o", *words.split()])[0]
 
-    calls = []
-    monkeypatch.setattr(export, "run_export", calls.append)
-    place = ["--checkpoint", "c", "--out", "o"]
-    assert main(["export", *place]) == 0
-    assert main(["export", *place, "--expert", "1", "--portable", "--base_name", "n"]) == 0
-    assert main(["export", *place, "--mixture", "--weights", "0.5, 1", "--text", "t"]) == 0
+    plain = read("")
+    assert plain == ExportOptions(checkpoint="c", out="o")
+    assert plain.form == "experts"
+    expert = read("--expert 1 --portable --base_name n")
+    assert expert == dataclasses.replace(plain, expert="1", portable=True, base_name="n")
+    mixture = read("--mixture --weights 0.5,1 --text t")
+    assert mixture == dataclasses.replace(plain, mixture=True, weights=[0.5, 1], text="t")
+    assert mixture.form == "mixture"
     merge = "--merge --weights measured --text t --text_tokens 9 --dequantize --base b"
-    assert main(["export", *place, *merge.split(), "--dtype", "bfloat16"]) == 0
-    assert main(["export", *place, "--merge", "--expert", "0", "--quantization", "none"]) == 0
-    plain = export.ExportOptions("c", "o")
-    assert calls == [
-        plain,
-        plain._replace(expert="1", portable=True, base_name="n"),
-        plain._replace(form="mixture", weights=[0.5, 1.0], text="t"),
-        plain._replace(
-            form="merged",
-            weights="measured",
-            text="t",
-            text_tokens=9,
-            dequantize=True,
-            base="b",
-            dtype="bfloat16",
-        ),
-        plain._replace(form="merged", expert="0", quantization="none"),
-    ]
+    expected = {"merge": True, "weights": "measured", "text": "t", "text_tokens": 9}
+    expected |= {"dequantize": True, "base": "b", "dtype": "bfloat16"}
+    merged = read(f"{merge} --dtype bfloat16")
+    assert merged == dataclasses.replace(plain, **expected)
+    assert merged.form == "merged"
+    stored = read("--merge --expert 0 --quantization none")
+    assert stored == dataclasses.replace(plain, merge=True, expert="0", quantization="none")
 
 
 @pytest.mark.parametrize(
@@ -506,6 +516,15 @@ def test_a_users_error_shows_its_traceback_on_request(fake_module, monkeypatch):
     monkeypatch.setenv("DYLORA_TRACEBACK", "1")
     with pytest.raises(ValueError, match="x"):
         main(["info", "--checkpoint", "c"])
+
+
+def test_a_reader_that_has_enough_ends_a_command_without_a_traceback():
+    command = f"{sys.executable} run.py train --help | head -n 1"
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stderr == ""
+    assert result.stdout.startswith("usage: run.py train --config FILE")
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(fake_module, capsys):

@@ -103,7 +103,7 @@ def test_the_embedded_bases_line_says_what_works(export, tmp_path):
 
 
 def test_given_weights_need_no_base(export, tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr("dylora.evaluation.export.DyLoRA_MoE", None)
+    monkeypatch.setattr("dylora.model.DyLoRA_MoE", None)
     printed = export("--mixture", "--weights", "0.5,0.3,0.1")
     assert printed.startswith("note: the weights add up to 0.9, not 1, and are used as they are\n")
     assert "no complaint of vLLM, SGLang, llama.cpp" in printed
@@ -181,7 +181,7 @@ def test_what_cannot_be_exported_is_one_line_and_writes_nothing(options, message
 
 
 def test_a_place_that_is_taken_is_refused_before_a_base_is_loaded(export, tmp_path, monkeypatch):
-    monkeypatch.setattr("dylora.evaluation.export.DyLoRA_MoE", None)
+    monkeypatch.setattr("dylora.model.DyLoRA_MoE", None)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / CONFIG_FILE).write_text("somebody else's")
     assert "name another folder" in export("--merge", "--expert", "0", code=2)
