@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from dylora.experts import ExpertManager
     from dylora.integrations.peft_export import export_checkpoint, export_mixture, export_peft
     from dylora.integrations.peft_import import load_peft_experts
-    from dylora.model import DyLoRA_MoE, DyLoRAOutput, Routing
+    from dylora.model import DyLoRA_MoE
+    from dylora.outputs import DyLoRAOutput, Routing
     from dylora.routing.losses import BatchTotals, Observation
     from dylora.routing.maturity import ExpertMaturity
     from dylora.routing.router import DynamicHybridRouter
@@ -43,14 +44,14 @@ __all__ = [
 ]
 _HOMES = {
     "BatchTotals": "dylora.routing.losses",
-    "DyLoRAOutput": "dylora.model",
+    "DyLoRAOutput": "dylora.outputs",
     "DyLoRA_MoE": "dylora.model",
     "DynamicHybridRouter": "dylora.routing.router",
     "ExpertManager": "dylora.experts",
     "ExpertMaturity": "dylora.routing.maturity",
     "MoELoraConfig": "dylora.config",
     "Observation": "dylora.routing.losses",
-    "Routing": "dylora.model",
+    "Routing": "dylora.outputs",
     "export_checkpoint": "dylora.integrations.peft_export",
     "export_mixture": "dylora.integrations.peft_export",
     "export_peft": "dylora.integrations.peft_export",

@@ -189,6 +189,12 @@ class MoELoraConfig:
         return () if kind == "none" else tuple(kind.split("+"))
 
     @property
+    def router_file(self) -> str | None:
+        """The file of dylora/routing/ that has the router; none: router.py."""
+        own = ("learned", "learned_with_maturity", "fixed")
+        return None if self.router_type in own else self.router_type
+
+    @property
     def is_learned(self) -> bool:
         """Whether routers are trained: not with constant weights, or without routing."""
         return self.use_moe_routing and self.router_type != "fixed"

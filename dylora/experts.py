@@ -11,42 +11,19 @@ Shape letters: D input width, O output width, E experts, R rank.
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from dataclasses import asdict
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from dylora.adapters import merge_experts, restack
 from dylora.fields import is_name, shown
+from dylora.mixture import Expert, Mixture, State, number_stacks
 from dylora.routing import maturity
 
-if TYPE_CHECKING:
-    from dylora.model import DyLoRA_MoE
-
 Method = TypeVar("Method", bound=Callable[..., Any])
-State = Literal["active", "frozen", "retired"]
 INITIAL_SHARE = 1e-9  # of the gate mass, at most
-
-
-@dataclass
-class Expert:
-    """One row of the table; a checkpoint's config.json holds it as it is."""
-
-    name: str
-    rank: int
-    alpha: float
-    state: State = "active"  # active: trained; frozen: computed but never changed; retired: gone
-    takes_part: bool = True  # False: set_active_expert chose another one
-    skill: str | None = None
-    steps: int = 0  # optimizer steps that could change it
-    stack: int = 0  # experts of one number lie in one tensor
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether an optimizer step changes it."""
-        return self.state == "active" and self.takes_part
 
 
 class MergeReport(NamedTuple):
@@ -72,23 +49,19 @@ def without_autograd(method: Method) -> Method:
 class ExpertManager:
     """The table of a model's experts, and everything that changes it."""
 
-    def __init__(self, model: "DyLoRA_MoE", records: list[dict[str, Any]] | None = None):
-        """Those of a saved table, or else those that the configuration begins with."""
-        self.model = model
+    def __init__(self, mixture: Mixture, records: list[dict[str, Any]] | None = None):
+        """Those of the mixture's table, or of `records`, a saved one."""
+        self.mixture = mixture
         self.step = 0  # of the run, for the histories
         self.progress = 0.0  # share of the run that is done
         self._optimizer: torch.optim.Optimizer | None = None
-        self.table: list[Expert] = []
         if records is not None:
-            self.restore(records)
-            return
-        config = model.config
-        ranks = config.expert_ranks or [config.r] * config.expert_count
-        alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
-        self.table = [
-            Expert(f"expert_{index}", rank, alpha)
-            for index, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True))
-        ]
+            self.load_state_dict(records)
+
+    @property
+    def table(self) -> list[Expert]:
+        """A row for every expert that ever was."""
+        return self.mixture.table
 
     def __len__(self) -> int:
         """All that ever were: the width of the gates. Numbers are never used again."""
@@ -101,20 +74,22 @@ class ExpertManager:
         """The table: state, rank, alpha, maturity, steps trained, skill."""
         lines = [f"{'expert':10} {'state':8} {'rank':>4} {'alpha':>6} {'maturity':>8} {'steps':>7}"]
         for index, row in enumerate(self.table):
-            ripe = float(self.model.maturity.maturity[index])
+            mature = float(self.mixture.maturity.maturity[index])
             state = row.state if row.takes_part or row.state == "retired" else "off"
-            line = f"{row.name:10} {state:8} {row.rank:4} {row.alpha:6g} {ripe:8.3f} {row.steps:7}"
+            line = (
+                f"{row.name:10} {state:8} {row.rank:4} {row.alpha:6g} {mature:8.3f} {row.steps:7}"
+            )
             lines.append(line + (f"  {row.skill}" if row.skill else ""))
         return "\n".join(lines)
 
     @property
     def live(self) -> list[int]:
         """The numbers of all that are not retired."""
-        return [index for index, row in enumerate(self.table) if row.state != "retired"]
+        return self.mixture.live
 
     # What a run tells
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Take this optimizer along from here on.
 
         Raises ValueError when it does not hold every trainable parameter exactly once.
@@ -138,7 +113,7 @@ class ExpertManager:
             return
         groups = self._optimizer.param_groups
         held = Counter(id(parameter) for group in groups for parameter in group["params"])
-        for name, parameter in self.model.own_parameters():
+        for name, parameter in self.mixture.own_parameters():
             times = held[id(parameter)]
             if times > 1 or (parameter.requires_grad and times == 0):
                 raise ValueError(f"the optimizer holds {name} {times} times, not once")
@@ -162,11 +137,9 @@ class ExpertManager:
                 leaves every output as it is, and too little to learn from: train the newcomer
                 after `set_active_expert`, or give a larger share. Routers of fixed weights give 0.
 
-        The newcomer's row in each router is the mean of the others' rows with its bias lowered by
-        T·log((1 - share) / (share·E)), so that by Jensen's inequality its probability stays below
-        `share` for every hidden state.
+        Where the newcomer begins in each router is the router's (`Router.add_expert`).
         """
-        model, config = self.model, self.model.config
+        mixture, config = self.mixture, self.mixture.config
         if not config.use_moe_routing:
             raise ValueError("use_moe_routing is false: a plain LoRA has one expert")
         rank, alpha = rank or config.r, alpha or config.lora_alpha
@@ -179,18 +152,18 @@ class ExpertManager:
         if not 0 < share < 1:
             raise ValueError(f"share is {share}, but must lie between 0 and 1")
         index = len(self.table)
-        for path, adapter in model.mixture.adapters.items():
-            stack = adapter.create_stack(index, [rank], [alpha], model.base.get_submodule(path))
+        for path, adapter in mixture.adapters.items():
+            stack = adapter.create_stack(index, [rank], [alpha], mixture.base.get_submodule(path))
             restack.add_to_optimizer(self._optimizer, adapter, stack)
             adapter.set_stacks([*adapter.stacks, stack])
         self._grow_routers(share)
-        state = model.mixture.state
-        model.maturity = maturity.extended(model.maturity, self.progress)
+        state = mixture.state
+        mixture.maturity = maturity.extended(mixture.maturity, self.progress)
         state.resize([*state.maturity_E.tolist(), 0.0], [*state.fixed_weights_E.tolist(), 0.0])
         newcomer = Expert(f"expert_{index}", rank, alpha, skill=skill)
         newcomer.stack = 1 + max(row.stack for row in self.table)
         self.table.append(newcomer)
-        self._note(index, "created")
+        self._record(index, "created")
         self._sync()
         return index
 
@@ -218,7 +191,7 @@ class ExpertManager:
         for expert in experts:
             self.table[expert].state = "retired"
             self.table[expert].takes_part = False
-            self._note(expert, "retired")
+            self._record(expert, "retired")
         if any(self.table[index].takes_part for index in left):
             self._sync()
         else:
@@ -240,8 +213,8 @@ class ExpertManager:
     def reset_maturity(self, expert: int) -> None:
         """Make an expert newborn again: maturity, evidence and loss averages start afresh."""
         self._require_live((expert,))
-        self.model.set_maturity(maturity.reset(self.model.maturity, expert, self.progress))
-        self._note(expert, "maturity reset")
+        self.mixture.set_maturity(maturity.reset(self.mixture.maturity, expert, self.progress))
+        self._record(expert, "maturity reset")
 
     @without_autograd
     def merge(
@@ -256,16 +229,40 @@ class ExpertManager:
 
         The merged update is a_i s_i B_i A_i + a_j s_j B_j A_j, cut to `rank` by singular value
         decomposition (the best of that rank, Eckart and Young 1936); with share_A no cut is needed.
-        The merged row of each router is a_i w_i + a_j w_j with T·H(a) added to its bias, the best
-        lower bound on the two experts' common probability.
+        What becomes of a router's rows is the router's (`Router.merge_experts`).
 
         Args:
             rank: of the result; the larger of the two by default.
-            shares: a, by default in proportion to the gate mass each has received.
+            shares: a, by default in proportion to the sum of gates that each has received.
 
         Raises ValueError for DoRA experts, whose update is not of low rank.
         """
-        config, live = self.model.config, self.model.maturity
+        live = self.mixture.maturity
+        rank, shares = self._check_merge(i, j, rank, shares)
+        errors = {}
+        for path, adapter in self.mixture.adapters.items():
+            alpha = self.table[i].alpha
+            merged, errors[path] = merge_experts.merged_stack(adapter, i, j, rank, alpha, shares)
+            restack.split_off(self._optimizer, adapter, i)
+            restack.replace_stack(self._optimizer, adapter, adapter.stack_of(i)[0], merged)
+        for _, router in self.mixture.routers():
+            router.merge_experts(i, j, shares)
+        state = self.mixture.state
+        state.fixed_weights_E[i] += state.fixed_weights_E[j]
+        state.fixed_weights_E[j] = 0
+        self.table[i].rank = rank
+        self.table[i].stack = 1 + max(row.stack for row in self.table)
+        self._record(i, f"merged with {self.table[j].name}")
+        self.table[j].history.append({"event": f"merged into expert_{i}", "step": self.step})
+        self.mixture.set_maturity(maturity.merged(live, i, j, shares))
+        self.retire(j)
+        return MergeReport(i, j, rank, shares, errors)
+
+    def _check_merge(
+        self, i: int, j: int, rank: int | None, shares: tuple[float, float] | None
+    ) -> tuple[int, tuple[float, float]]:
+        """The rank and the shares of a merge. Raises ValueError for one that cannot be."""
+        config, evidence = self.mixture.config, self.mixture.maturity.evidence
         self._require_live((i, j))
         if i == j:
             raise ValueError(f"expert {i} cannot be merged with itself")
@@ -279,89 +276,31 @@ class ExpertManager:
         rank = rank or max(self.table[i].rank, self.table[j].rank)
         if config.share_A and rank != config.r:
             raise ValueError(f"rank is {rank}, but with share_A it must be r ({config.r})")
-        mass = (float(live.evidence[i]), float(live.evidence[j]))
+        sums = (float(evidence[i]), float(evidence[j]))
         if shares is None:
-            shares = mass if sum(mass) > 0 else (1.0, 1.0)
+            shares = sums if sum(sums) > 0 else (1.0, 1.0)
         if min(shares) < 0 or not 0 < sum(shares) < math.inf:
             raise ValueError(f"shares are {shares}, but must be two weights of at least 0")
-        shares = (shares[0] / sum(shares), shares[1] / sum(shares))
-
-        errors = {}
-        for path, adapter in self.model.mixture.adapters.items():
-            alpha = self.table[i].alpha
-            merged, errors[path] = merge_experts.merged_stack(adapter, i, j, rank, alpha, shares)
-            restack.split_off(self._optimizer, adapter, i)
-            restack.replace_stack(self._optimizer, adapter, adapter.stack_of(i)[0], merged)
-        temperature = config.router_temperature
-        entropy = -sum(a * math.log(a) for a in shares if a > 0)
-        for _, router in self.model.routers():
-            weight, bias = router.outer.weight, router.outer.bias
-            weight[i] = shares[0] * weight[i] + shares[1] * weight[j]
-            bias[i] = shares[0] * bias[i] + shares[1] * bias[j] + temperature * entropy
-        state = self.model.mixture.state
-        state.fixed_weights_E[i] += state.fixed_weights_E[j]
-        state.fixed_weights_E[j] = 0
-        a, b = shares
-        # An expert that has seen nothing has no averages yet, and no share in these.
-        fast, slow = (
-            a * value[i].nan_to_num(float(value[j])) + b * value[j].nan_to_num(float(value[i]))
-            for value in (live.fast, live.slow)
-        )
-        values = {
-            "maturity": torch.minimum(live.maturity[i], live.maturity[j]),
-            "evidence": live.evidence[i] + live.evidence[j],
-            "fast": fast,
-            "slow": slow,
-            "born": torch.minimum(live.born[i], live.born[j]),
-        }
-        changed = {name: value.clone() for name, value in live._asdict().items()}
-        for name, value in values.items():
-            changed[name][i] = value
-        self.table[i].rank = rank
-        self.table[i].stack = 1 + max(row.stack for row in self.table)
-        self._note(i, f"merged with {self.table[j].name}")
-        self.table[j].history.append({"event": f"merged into expert_{i}", "step": self.step})
-        self.model.set_maturity(type(live)(**changed))
-        self.retire(j)
-        return MergeReport(i, j, rank, shares, errors)
+        return rank, (shares[0] / sum(shares), shares[1] / sum(shares))
 
     # Files
 
-    def records(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> list[dict[str, Any]]:
         """The table as JSON types."""
         return [asdict(row) for row in self.table]
 
     @without_autograd
-    def restore(self, records: list[dict[str, Any]]) -> None:
-        """Give the model the experts of a saved table, with values that a loader overwrites.
+    def load_state_dict(self, records: list[dict[str, Any]]) -> None:
+        """Give the mixture the experts of a saved table, with values that a loader overwrites.
 
-        Raises ValueError for a record that does not read. An optimizer has to be built anew.
+        Raises ValueError for a record that cannot be parsed. An optimizer has to be built anew.
         """
         try:
             table = [Expert(**{k: v for k, v in r.items() if k != "maturity"}) for r in records]
         except TypeError as error:
-            raise ValueError(f"the table of experts does not read: {error}") from None
-        model, first = self.model, self.table
-        if [(r.rank, r.alpha, r.state, r.stack) for r in table] != [
-            (r.rank, r.alpha, r.state, r.stack) for r in first
-        ]:
+            raise ValueError(f"the table of experts cannot be parsed: {error}") from None
+        if self.mixture.set_table(table):
             self._optimizer = None
-            state = model.mixture.state
-            weights = state.fixed_weights_E.tolist()
-            state.resize([0.0] * len(table), weights + [0.0] * (len(table) - len(weights)))
-            model.maturity = maturity.ExpertMaturity.create(len(table))
-            for _, router in model.routers():
-                router.resize(len(table))
-            for path, adapter in model.mixture.adapters.items():
-                projection = model.base.get_submodule(path)
-                fresh = []
-                for run in groups_of(table):
-                    ranks, alphas = [table[e].rank for e in run], [table[e].alpha for e in run]
-                    stack = adapter.create_stack(run[0], ranks, alphas, projection, drawn=False)
-                    fresh.append(stack)
-                adapter.set_stacks(fresh)
-                adapter.train(model.training)
-        self.table = table
         self._set_trainable()
         self._set_active()
 
@@ -379,93 +318,42 @@ class ExpertManager:
         for expert in experts:
             if self.table[expert].state == before:
                 self.table[expert].state = after
-                self._note(expert, after)
+                self._record(expert, after)
         self._sync()
 
-    def _note(self, expert: int, event: str) -> None:
+    def _record(self, expert: int, event: str) -> None:
         self.table[expert].history.append({"event": event, "step": self.step})
 
     @without_autograd
     def _set_active(self) -> None:
-        self.model.mixture.state.set_active([row.takes_part for row in self.table])
+        self.mixture.state.set_active([row.takes_part for row in self.table])
 
     @without_autograd
     def _sync(self) -> None:
         """Make stacks, gradients, gates and optimizer agree with the table."""
-        for adapter in self.model.mixture.adapters.values():
+        for adapter in self.mixture.adapters.values():
             for index, row in enumerate(self.table):
                 if row.state == "retired" and any(
                     index in stack.experts for stack in adapter.stacks
                 ):
                     restack.split_off(self._optimizer, adapter, index)
                     restack.replace_stack(self._optimizer, adapter, adapter.stack_of(index)[0])
-        self._number_stacks()
-        runs = groups_of(self.table)
-        for adapter in self.model.mixture.adapters.values():
-            restack.restack(self._optimizer, adapter, runs)
+        groups = number_stacks(self.mixture, self._optimizer)
+        for adapter in self.mixture.adapters.values():
+            restack.repartition(self._optimizer, adapter, groups)
         self._set_trainable()
         self._set_active()
         self.check_optimizer()
 
-    def _number_stacks(self) -> None:
-        """Neighbours share a stack when both are trained or neither, with one width and one age.
-
-        Without an optimizer to take along stacks are cut but never joined, so that a parameter
-        which an optimizer elsewhere may hold is not replaced without need.
-        """
-        number, previous = -1, None
-        for index, row in enumerate(self.table):
-            if row.state == "retired":
-                row.stack = -1
-                continue
-            before = row.stack if self._optimizer is None else None
-            key = (row.is_trained, before, self._age(index))
-            if previous is None or previous != (index - 1, key):
-                number += 1
-            row.stack, previous = number, (index, key)
-
-    def _age(self, expert: int) -> tuple[Any, ...]:
-        """What the parameters of a stack must have in common."""
-        ages = []
-        for adapter in self.model.mixture.adapters.values():
-            stack, _ = adapter.stack_of(expert)
-            ages.append(stack.lora_B.shape[1])
-            if self._optimizer is not None:
-                state = self._optimizer.state.get(stack.lora_B, {})
-                ages.append(
-                    tuple(
-                        (name, float(value) if torch.is_tensor(value) else value)
-                        for name, value in state.items()
-                        if not torch.is_tensor(value) or value.numel() == 1
-                    )
-                )
-        return tuple(ages)
-
     def _grow_routers(self, share: float) -> None:
-        """One more row in every router; see `create_expert`."""
-        experts = len(self.table)
-        takes_part = self.model.mixture.state.active_E
-        offset = self.model.config.router_temperature * math.log(
-            share / (1 - share) * int(takes_part.sum())
-        )
-        for _, router in self.model.routers():
-            before = {"weight": router.outer.weight, "bias": router.outer.bias}
-            means = {
-                name: value.detach()[takes_part.to(value.device)].mean(0, keepdim=True)
-                for name, value in before.items()
-            }
-            router.resize(experts + 1)
-            with torch.no_grad():
-                for name, old in before.items():
-                    new = getattr(router.outer, name)
-                    row = means[name] + (offset if name == "bias" else 0)
-                    new.copy_(torch.cat([old, row]))
-                    new.requires_grad_(old.requires_grad)
-                    restack.extend_moments(self._optimizer, old, new)
+        """Room for one more expert in every router, moments included."""
+        for _, router in self.mixture.routers():
+            for name, old in router.add_expert(share, self.mixture.state.active_E).items():
+                restack.extend_moments(self._optimizer, old, router.get_parameter(name))
 
     def _set_trainable(self) -> None:
         """Gradients for what is trained, and for what experts share while all of them are."""
-        mixture, config = self.model.mixture, self.model.config
+        mixture, config = self.mixture, self.mixture.config
         free = all(self.table[expert].is_trained for expert in self.live)
         shared = [shift.shift for shift in mixture.biases.values()]
         for adapter in mixture.adapters.values():
@@ -478,19 +366,6 @@ class ExpertManager:
                     _set_requires_grad(parameter, trained and not fixed)
         for parameter in shared:
             _set_requires_grad(parameter, free)
-
-
-def groups_of(table: list[Expert]) -> list[list[int]]:
-    """The live experts by stack, in order."""
-    runs: list[list[int]] = []
-    for index, row in enumerate(table):
-        if row.state == "retired":
-            continue
-        if runs and runs[-1][-1] == index - 1 and table[index - 1].stack == row.stack:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return runs
 
 
 def _set_requires_grad(parameter: nn.Parameter, trains: bool) -> None:

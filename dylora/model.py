@@ -3,102 +3,34 @@
 Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dylora.adapters import inject
-from dylora.base_models import (
-    BaseSpec,
-    LoadOptions,
-    fingerprint,
-    keep_as_stored,
-    require_same_base,
-    stored_bytes,
-)
+from dylora.base_models import BaseSpec, LoadOptions, require_same_base, stored_bytes
 from dylora.config import MoELoraConfig, RoutingMode
 from dylora.experts import ExpertManager
 from dylora.integrations import merge
 from dylora.integrations.static_weights import Weights
 from dylora.kernels import cross_entropy
-from dylora.kernels.cross_entropy import (
-    Head,
-    capture_head_input,
-    chunked_token_losses,
-    find_logit_transform,
-    is_trained,
-)
+from dylora.kernels.cross_entropy import HeadFinder, capture_head_input, chunked_token_losses
+from dylora.mixture import Mixture
 from dylora.model_io import load_model, write_model
-from dylora.routing import losses, maturity
+from dylora.outputs import DyLoRAOutput, collect_routing
+from dylora.routing import losses
 from dylora.routing.gating import RouterOutput, check_routing_weights
-from dylora.routing.losses import (
-    BatchTotals,
-    Fractions,
-    Observation,
-    RoutingStatistics,
-    observe_pass,
-)
+from dylora.routing.losses import BatchTotals, Fractions, Observation
 from dylora.routing.maturity import ExpertMaturity
-from dylora.routing.router import DynamicHybridRouter
+from dylora.routing.router import Router
 from dylora.routing.state import Request
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import folder_bytes, write_folder
-
-
-class Routing(NamedTuple):
-    """What every site decided in one pass; float32, differentiable."""
-
-    gates: Tensor  # [B, S, N, E] weights of the experts' updates
-    probabilities: Tensor  # [B, S, N, E] softmax before top-k
-    logits: Tensor | None  # [B, S, N, E]; None where nothing was learned
-    statistics: RoutingStatistics | None  # sums over the real tokens; None likewise
-
-
-class DyLoRAOutput(NamedTuple):
-    """What a pass returns. The losses are None without labels."""
-
-    loss: Tensor | None  # lm_loss + each of the others times its coefficient
-    losses: dict[str, Tensor]  # by name: lm_loss and routing.losses.ROUTING_LOSSES; else empty
-    logits: Tensor  # [B, S, V]; None where they were not to be kept
-    routing: Routing | None  # None while the adapters are disabled
-    token_losses: Tensor | None  # [B, S] detached, 0 where nothing is learned
-
-    @property
-    def lm_loss(self) -> Tensor | None:
-        """Mean cross-entropy over the targets, in nats; 0 without targets."""
-        return self.losses.get("lm_loss")
-
-    @property
-    def aux_loss(self) -> Tensor | None:
-        """Balance loss over the top-k, 1 when uniform; 0 where it is not trained with."""
-        return self.losses.get("aux_loss")
-
-    @property
-    def switch_loss(self) -> Tensor | None:
-        """Balance loss over the argmax, likewise."""
-        return self.losses.get("switch_loss")
-
-    @property
-    def z_loss(self) -> Tensor | None:
-        """Mean squared logsumexp of the router's logits."""
-        return self.losses.get("z_loss")
-
-    def observation(self, labels: Tensor) -> Observation:
-        """What this pass shows of the experts, for `DyLoRA_MoE.observe`; labels [B, S] as given.
-
-        Raises ValueError for a pass without labels or with the adapters disabled.
-        """
-        if self.routing is None or self.token_losses is None:
-            raise ValueError("there is nothing to observe: pass labels, with the adapters enabled")
-        statistics = self.routing.statistics
-        return observe_pass(self.routing.gates, statistics, self.token_losses, labels)
 
 
 class DyLoRA_MoE(nn.Module):
@@ -116,24 +48,21 @@ class DyLoRA_MoE(nn.Module):
         """Inject experts into `base`, in place: those of `records`, a saved table, or else those
         that the configuration begins with. See `from_base` and `from_pretrained`."""
         super().__init__()
-        keep_as_stored(base)
         self.base = base
-        self._config = config
-        self.base_name = base_name or base.config.name_or_path or None
-        self.base_revision = base_revision
-        self.mixture = inject.inject(base, config, with_experts=records is None)
+        self.mixture = Mixture(
+            base,
+            config,
+            base_name=base_name,
+            base_revision=base_revision,
+            with_experts=records is None,
+        )
         self.training = base.training
-        self._head: tuple[Head | None] | None = None  # not looked for yet
-        self.maturity = ExpertMaturity.create(config.expert_count)
+        self._head = HeadFinder()
         try:
-            self.experts = ExpertManager(self, records)
+            self.experts = ExpertManager(self.mixture, records)
         except ValueError:  # a base that was given is as it was
-            inject.remove(base, self.mixture)
+            self.mixture.remove()
             raise
-        self.fractions: Fractions | None = None  # f of the last observed step
-        # Of the base as it was given; its tokenizer's is added by whoever loads one.
-        self.base_fingerprint = fingerprint(base, list(self.mixture.adapters))
-        self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
         # Saving an injected model would write files that reload with fresh weights.
         base.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
 
@@ -192,7 +121,10 @@ class DyLoRA_MoE(nn.Module):
         state = self.mixture.state
         if routing_weights is not None:
             self._check_routing_weights(routing_weights, input_ids)
-        head = self._find_logit_transform() if labels is not None and not keep_logits else None
+        head = None
+        if labels is not None and not keep_logits:
+            with self.disable_adapters():
+                head = self._head.find(self.base)
         decisions: dict[int, RouterOutput] = {}
         # Of the next pass, so after the one that finds a head.
         state.mine.requested = Request(routing_weights, decisions)
@@ -202,7 +134,7 @@ class DyLoRA_MoE(nn.Module):
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         routing = None
         if not state.mine.disabled:
-            routing = self._collect_routing(decisions, attention_mask)
+            routing = collect_routing(self.mixture, decisions, attention_mask)
         if labels is None:
             return DyLoRAOutput(None, {}, output.logits, routing, None)
 
@@ -290,19 +222,9 @@ class DyLoRA_MoE(nn.Module):
             output = output.observation(labels)
         if target_tokens is None:
             target_tokens = max(float(output.target_tokens), 1.0) * steps
-        self.set_maturity(
-            maturity.observe(
-                self.maturity,
-                output.gate_sum_E,
-                output.loss_sum_E,
-                progress=step / steps,
-                tokens_per_expert=target_tokens / self.mixture.state.active_count,
-                config=self.config,
-            )
-        )
+        active = self.mixture.state.active_count
+        self.mixture.observe(output, step / steps, target_tokens / active)
         self.experts.count_step(step, step / steps)
-        if output.statistics is not None:
-            self.fractions = losses.fractions_of(output.statistics)
 
     def carried_fractions(self) -> Fractions:
         """f of the balance losses, [N, E] each, of the last step that was observed.
@@ -311,14 +233,7 @@ class DyLoRA_MoE(nn.Module):
         Uniform before the first step, which exerts no pressure; an expert that is new since has
         none yet, one that is gone keeps none.
         """
-        active_E = self.mixture.state.active_E
-        if self.fractions is None:
-            even_NE = (active_E / active_E.sum()).expand(len(self.site_names), -1)
-            return dict.fromkeys(losses.ASSIGNMENTS, even_NE)
-        return {
-            name: losses.carried_fractions(rows_NE.to(active_E.device), active_E)
-            for name, rows_NE in self.fractions.items()
-        }
+        return self.mixture.carried_fractions()
 
     def set_routing(
         self,
@@ -340,18 +255,14 @@ class DyLoRA_MoE(nn.Module):
             "routing_mode": mode,
         }
         changes: Any = {name: value for name, value in given.items() if value is not None}
-        self._config = replace(self.config, **changes)
-        for _, router in self.routers():
-            router.config = self._config
-        for adapter in self.mixture.adapters.values():
-            adapter.config = self._config
+        self.mixture.set_config(replace(self.config, **changes))
 
     # Parts
 
     @property
     def config(self) -> MoELoraConfig:
         """What the mixture is; `set_routing` changes what may change."""
-        return self._config
+        return self.mixture.config
 
     @config.setter
     def config(self, value: Any) -> None:
@@ -362,58 +273,50 @@ class DyLoRA_MoE(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where routing is decided."""
-        return self.mixture.state.maturity_E.device
+        return self.mixture.device
 
     @property
     def site_names(self) -> list[str]:
         """Paths of the routed blocks, in the order of the N axis."""
-        return [site.name for site in self.mixture.blocks]
+        return self.mixture.site_names
+
+    @property
+    def maturity(self) -> ExpertMaturity:
+        """The experts' maturity and what it is made of; `set_maturity` changes it."""
+        return self.mixture.maturity
+
+    @property
+    def training_record(self) -> dict[str, Any]:
+        """What the mixture was trained on; kept in config.json."""
+        return self.mixture.training_record
+
+    @training_record.setter
+    def training_record(self, value: dict[str, Any]) -> None:
+        self.mixture.training_record = value
 
     def router_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names (unique, stable) and parameters of the routers."""
-        for site, router in self.routers():
-            for name, parameter in router.named_parameters():
-                yield f"{site}.{name}", parameter
+        return self.mixture.router_parameters()
 
     def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of all experts that are not retired, frozen ones among them.
-
-        Of every projection and stack: lora_A [E, R, D] and lora_B [E, R, O], with DoRA
-        lora_magnitude [E, O], with trained biases lora_bias [E, O]; a shared_A [1, R, D] instead
-        of every lora_A; with bias all a bias_shift [n]. A name says which experts it holds.
-        """
-        for path, adapter in self.mixture.adapters.items():
-            if adapter.shared_A is not None:
-                yield f"{path}.shared_A", adapter.shared_A
-            for stack in adapter.stacks:
-                experts = f"experts_{stack.experts[0]}-{stack.experts[-1]}"
-                for name, parameter in stack.named_parameters():
-                    yield f"{path}.{experts}.{name}", parameter
-        for path, module in self.mixture.biases.items():
-            yield f"{path}.bias_shift", module.shift
+        """Names and parameters of all experts; see `Mixture.expert_parameters`."""
+        return self.mixture.expert_parameters()
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything that is not the base: experts, then routers."""
-        yield from self.expert_parameters()
-        yield from self.router_parameters()
+        return self.mixture.own_parameters()
 
-    def routers(self) -> Iterator[tuple[str, DynamicHybridRouter]]:
+    def routers(self) -> Iterator[tuple[str, Router]]:
         """The learned routers and the paths of their sites."""
-        for site in self.mixture.blocks:
-            if site.router is not None:
-                yield site.name, site.router
+        return self.mixture.routers()
 
     def count_parameters(self) -> tuple[int, int]:
         """Those that a step trains (of experts and routers), and those of the frozen base."""
-        ours = [parameter for _, parameter in self.own_parameters()]
-        trainable = sum(parameter.numel() for parameter in ours if parameter.requires_grad)
-        # bitsandbytes packs weights, so its numel says too little; transformers counts them right.
-        return trainable, self.base.num_parameters() - sum(p.numel() for p in ours)
+        return self.mixture.count_parameters()
 
     def set_maturity(self, maturity: ExpertMaturity) -> None:
         """Let the routers follow a new maturity state."""
-        self.maturity = maturity
-        self.mixture.state.set_maturity(maturity.maturity)
+        self.mixture.set_maturity(maturity)
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them.
@@ -439,46 +342,18 @@ class DyLoRA_MoE(nn.Module):
 
         Returns them by their site's path, with `.` as `/`.
         """
-        removed = {}
-        for site in self.mixture.blocks:
-            router = inject.attach_router(self.base, site, None)
-            if router is not None:
-                removed[site.name.replace(".", "/")] = router
-        return nn.ModuleDict(removed)
+        return self.mixture.detach_router()
 
     def attach_router(self, routers: nn.ModuleDict | None = None) -> None:
         """Put routers at the sites: those that `detach_router` gave, or fresh ones.
 
         Raises ValueError when a site has one already or the names do not fit.
         """
-        if any(True for _ in self.routers()):
-            raise ValueError("routers are attached already: detach_router() first")
-        needing = [
-            site for site in self.mixture.blocks if self.config.is_learned and not site.shares_first
-        ]
-        if routers is None:
-            paths = list(self.mixture.adapters)
-            fresh = {
-                site.name.replace(".", "/"): inject.new_router(
-                    self.base, site.name, self.config, _first_below(site.name, paths)
-                )
-                for site in needing
-            }
-            routers = nn.ModuleDict(fresh)
-        expected = {site.name.replace(".", "/") for site in needing}
-        if set(routers) != expected:
-            raise ValueError(
-                f"routers are for {sorted(routers)}, but the sites are {sorted(expected)}"
-            )
-        for site in needing:
-            router = routers[site.name.replace(".", "/")]
-            assert isinstance(router, DynamicHybridRouter)
-            router.config = self.config
-            inject.attach_router(self.base, site, router)
+        self.mixture.attach_router(routers)
 
     def unload(self) -> PreTrainedModel:
         """Take everything off and return the base as it was; this object is of no use after."""
-        inject.remove(self.base, self.mixture)
+        self.mixture.remove()
         del self.base.save_pretrained
         return self.base
 
@@ -516,13 +391,7 @@ class DyLoRA_MoE(nn.Module):
 
         Raises KeyError for a retired one.
         """
-        weights = {}
-        for path, adapter in self.mixture.adapters.items():
-            stack, place = adapter.stack_of(expert)
-            A, rank = adapter.A_of(stack).detach(), stack.ranks[place]
-            A_RD = A[place] if adapter.shared_A is None else A[0]
-            weights[path] = (A_RD[:rank], stack.lora_B.detach()[place, :rank].T)
-        return weights
+        return self.mixture.expert_weights(expert)
 
     @classmethod
     def from_pretrained(
@@ -584,70 +453,6 @@ class DyLoRA_MoE(nn.Module):
 
     # Inner workings
 
-    def _find_logit_transform(self) -> Head | None:
-        """The base's head, looked for once; None while it is trained itself."""
-        linear: Any = self.base.get_output_embeddings()
-        if linear is not None and is_trained(linear):
-            warnings.warn(
-                "the output embeddings are trained, so logits are computed whole", stacklevel=3
-            )
-            return None
-        if self._head is None:
-            evaluating = [module for module in self.base.modules() if not module.training]
-            with self.disable_adapters():
-                self._head = (find_logit_transform(self.base.eval()),)
-            self.base.train()
-            for module in evaluating:
-                module.training = False
-            if self._head[0] is None:
-                warnings.warn(
-                    f"the logits of {type(self.base).__name__} are not its head of its last hidden "
-                    "states, so they are computed whole",
-                    stacklevel=3,
-                )
-        return self._head[0]
-
-    def _collect_routing(
-        self, decisions: dict[int, RouterOutput], attention_mask: Tensor | None
-    ) -> Routing:
-        outputs = [decisions.get(site.index) for site in self.mixture.blocks]
-        silent = [site.name for site in self.mixture.blocks if site.index not in decisions]
-        if silent:
-            raise ValueError(f"{silent[0]} took no part in this pass: leave it out of the targets")
-        device = self.device
-
-        def stack(values: list[Tensor]) -> Tensor:
-            length = min(value.shape[1] for value in values)  # some layers run the last tokens only
-            return torch.stack([value[:, -length:].to(device) for value in values], dim=2)
-
-        gates = stack([output.gates for output in outputs if output])
-        probabilities = stack([output.probabilities for output in outputs if output])
-        found = [output.logits for output in outputs if output and output.logits is not None]
-        if len(found) < len(outputs):
-            return Routing(gates, probabilities, None, None)
-        logits = stack(found)
-        if (
-            torch.is_grad_enabled()
-            and not logits.requires_grad
-            and any(parameter.requires_grad for _, parameter in self.router_parameters())
-        ):
-            raise ValueError(
-                "the routers ran without a graph, so the balance loss would teach them nothing: "
-                "checkpoint activations with use_reentrant=False"
-            )
-        if attention_mask is not None and attention_mask.ndim != 2:
-            attention_mask = None  # it says what attends to what, not which tokens are real
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -gates.shape[1] :]  # it covers a cache as well
-        statistics = losses.routing_statistics(
-            gates,
-            probabilities,
-            logits,
-            attention_mask,
-            top_k=min(self.config.top_k_experts, self.mixture.state.active_count),
-        )
-        return Routing(gates, probabilities, logits, statistics)
-
     def _check_routing_weights(self, weights: Tensor, input_ids: Tensor) -> None:
         batch, length = input_ids.shape
         sites, experts = len(self.mixture.blocks), len(self.experts)
@@ -659,7 +464,3 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
         "this model carries experts, and transformers would write files that reload without them: "
         "call save_pretrained of the DyLoRA_MoE, or unload() first"
     )
-
-
-def _first_below(site: str, paths: list[str]) -> str:
-    return next(path for path in paths if path.startswith(site + "."))

@@ -45,7 +45,7 @@ def write_model(model: "DyLoRA_MoE", folder: Path) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ROUTER_FILE)
     if shifts := bias_shifts(model):
         save_file({k: v.cpu().contiguous() for k, v in shifts.items()}, folder / SHIFTS_FILE)
-    experts = model.experts.records()
+    experts = model.experts.state_dict()
     for index, record in enumerate(experts):  # for the reader; router.safetensors is the truth
         record["maturity"] = round(float(model.maturity.maturity[index]), 6)
     description = {
@@ -72,8 +72,8 @@ def expert_adapter(model: "DyLoRA_MoE", expert: int) -> PeftAdapter:
         r=row.rank,
         lora_alpha=row.alpha,
         target_modules=targets.shortest_targets(model.base, paths),
-        base_model=model.base_name,
-        revision=model.base_revision,
+        base_model=model.mixture.base_name,
+        revision=model.mixture.base_revision,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -117,7 +117,7 @@ def load_model(model: "DyLoRA_MoE", checkpoint: Checkpoint) -> None:
     """
     folder = checkpoint.path
     try:
-        model.experts.restore(checkpoint.experts)
+        model.experts.load_state_dict(checkpoint.experts)
     except ValueError as error:
         raise ValueError(f"{checkpoint.file}: {error}") from None
     shared: dict[str, Tensor] = {}

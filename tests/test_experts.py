@@ -35,7 +35,7 @@ def adamw(model, **settings):
     """An optimizer over everything that is ours, which the experts take along."""
     parameters = [p for _, p in model.own_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.01, **({"weight_decay": 0.1} | settings))
-    model.experts.follow(optimizer)
+    model.experts.attach_optimizer(optimizer)
     return optimizer
 
 
@@ -201,7 +201,7 @@ def test_frozen_experts_are_bit_identical_after_200_steps(mixture, ids, kind):
     if kind == "sgd":
         parameters = [p for _, p in model.own_parameters()]
         optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=0.1)
-        model.experts.follow(optimizer)
+        model.experts.attach_optimizer(optimizer)
     train(model, optimizer, ids)  # so that there is momentum
     model.experts.freeze(0, 2)
     frozen, trained = [rows_of(model, expert) for expert in (0, 2)], rows_of(model, 1)
@@ -310,13 +310,13 @@ def test_an_optimizer_that_lacks_a_parameter_is_refused(mixture):
     model = mixture()
     parameters = [p for _, p in model.own_parameters()]
     with pytest.raises(ValueError, match="0 times"):
-        model.experts.follow(torch.optim.AdamW(parameters[1:]))
+        model.experts.attach_optimizer(torch.optim.AdamW(parameters[1:]))
 
 
 def test_an_optimizer_whose_state_cannot_be_cut_is_refused_by_name(mixture, ids):
     model = mixture()
     optimizer = torch.optim.Adafactor([p for _, p in model.own_parameters()])
-    model.experts.follow(optimizer)
+    model.experts.attach_optimizer(optimizer)
     train(model, optimizer, ids)
     with pytest.raises(ValueError, match=r"row_var.*AdamW"):
         model.experts.freeze(1)
@@ -548,7 +548,7 @@ def test_a_pool_with_a_history_comes_back_bit_for_bit(mixture, ids, tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert stacks_of(again) == stacks_of(model)
     assert str(again.experts) == str(model.experts)
-    assert again.experts.records() == model.experts.records()
+    assert again.experts.state_dict() == model.experts.state_dict()
     for (name, ours), (other, theirs) in zip(
         model.own_parameters(), again.own_parameters(), strict=True
     ):

@@ -28,6 +28,7 @@ LAYERS = (
     ("storage",),
     ("adapters", "data"),
     ("mixture",),
+    ("outputs",),
     ("experts",),
     ("integrations.static_weights", "integrations.merge", "model_io"),
     ("model",),

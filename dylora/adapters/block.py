@@ -16,7 +16,7 @@ from dylora.kernels.dense import down_products
 from dylora.kernels.frozen_linear import FrozenLinearGrads
 from dylora.kernels.grouped import grouped_products
 from dylora.routing.gating import RouterOutput, expand_override
-from dylora.routing.router import DynamicHybridRouter
+from dylora.routing.router import Router
 from dylora.routing.state import Pass, RoutingState
 
 # Projections of a block that get the same tensor, and so share the product with A.
@@ -51,7 +51,7 @@ class RoutedBlock:
         self.name = name
         self.index = index
         self.state = state
-        self.router: DynamicHybridRouter | None = None  # None: fixed weights, or the first block's
+        self.router: Router | None = None  # None: fixed weights, or the first block's
         self.shares_first = False
         self.adapters: dict[str, LoRAProjection] = {}  # of the block's projections, by their names
         self._groups: dict[str, list[str]] = {}  # of those, which share an input

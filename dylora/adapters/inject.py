@@ -17,14 +17,14 @@ from dylora.adapters.projection import StackedLoRA
 from dylora.adapters.targets import check_plain_weight, device_of, find_targets, projection_sizes
 from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
-from dylora.routing.router import DynamicHybridRouter
+from dylora.routing.router import Router, router_class
 from dylora.routing.state import RoutingState
 
 ROUTER_NAME, ADAPTER_NAME, STATE_NAME = "dylora_router", "dylora_adapter", "dylora_state"
 BIAS_NAME = "dylora_bias"
 
 
-class Mixture(NamedTuple):
+class Injected(NamedTuple):
     """What was added to a base."""
 
     state: RoutingState
@@ -34,7 +34,7 @@ class Mixture(NamedTuple):
     handles: list[RemovableHandle]
 
 
-def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool = True) -> Mixture:
+def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool = True) -> Injected:
     """Freeze the base and add routers and adapters to its sites, in place.
 
     Without experts the adapters are empty: a loader makes those that its files hold.
@@ -45,11 +45,11 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
     if hasattr(base, STATE_NAME):
         raise ValueError("this base already carries adapters: unload() them first")
     targets = find_targets(base, config)
-    by_site: dict[str, list[str]] = {}
+    by_block: dict[str, list[str]] = {}
     for path in targets:
-        by_site.setdefault(path.rpartition(".")[0], []).append(path)
-    if "" in by_site:
-        raise ValueError(f"{by_site['']} lie at the root of the model, outside any block")
+        by_block.setdefault(path.rpartition(".")[0], []).append(path)
+    if "" in by_block:
+        raise ValueError(f"{by_block['']} lie at the root of the model, outside any block")
 
     for field in ("rank_pattern", "alpha_pattern"):
         for name in getattr(config, field):
@@ -86,12 +86,12 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
     ranks = config.expert_ranks or [config.r] * config.expert_count
     alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
     sites, adapters, biases = [], {}, {}
-    for index, (site_path, paths) in enumerate(by_site.items()):
-        block = base.get_submodule(site_path)
-        site = RoutedBlock(site_path, index, state)
+    for index, (block_path, paths) in enumerate(by_block.items()):
+        block = base.get_submodule(block_path)
+        site = RoutedBlock(block_path, index, state)
         site.shares_first = config.router_scope == "shared" and index > 0 and config.is_learned
         if config.is_learned and not site.shares_first:
-            attach_router(base, site, new_router(base, site_path, config, paths[0]))
+            attach_router(base, site, new_router(base, config, paths[0]))
         handles.append(block.register_forward_pre_hook(site.route, with_kwargs=True))
         handles.append(block.register_forward_hook(site.leave, always_call=True))
         sites.append(site)
@@ -114,38 +114,39 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
                 handles.append(module.register_forward_hook(shift.add_shift))
                 biases[path] = shift
     base.train(base.training)  # what was added takes the base's mode
-    return Mixture(state, sites, adapters, biases, handles)
+    return Injected(state, sites, adapters, biases, handles)
 
 
-def remove(base: PreTrainedModel, mixture: Mixture) -> None:
-    """Undo `inject`: the base has its own modules, hooks and parameters again, all still frozen."""
-    for handle in mixture.handles:
-        handle.remove()
-    for path in mixture.adapters:
+def remove(
+    base: PreTrainedModel,
+    blocks: list[RoutedBlock],
+    adapters: dict[str, StackedLoRA],
+    biases: dict[str, BiasShift],
+) -> None:
+    """Take off what `inject` added, but for its hooks; all parameters stay frozen."""
+    for path in adapters:
         delattr(base.get_submodule(path), ADAPTER_NAME)
-    for path in mixture.biases:
+    for path in biases:
         delattr(base.get_submodule(path), BIAS_NAME)
-    for site in mixture.blocks:
-        attach_router(base, site, None)
+    for block in blocks:
+        attach_router(base, block, None)
     delattr(base, STATE_NAME)
 
 
 def attach_router(
-    base: PreTrainedModel, site: RoutedBlock, router: DynamicHybridRouter | None
-) -> DynamicHybridRouter | None:
-    """Put a router (or none) at a site; returns the one that was there."""
-    block, previous = base.get_submodule(site.name), site.router
+    base: PreTrainedModel, block: RoutedBlock, router: Router | None
+) -> Router | None:
+    """Put a router (or none) at a block; returns the one that was there."""
+    module, previous = base.get_submodule(block.name), block.router
     if previous is not None:
-        delattr(block, ROUTER_NAME)
+        delattr(module, ROUTER_NAME)
     if router is not None:
-        block.add_module(ROUTER_NAME, router.train(block.training))
-    site.router = router
+        module.add_module(ROUTER_NAME, router.train(module.training))
+    block.router = router
     return previous
 
 
-def new_router(
-    base: PreTrainedModel, site_path: str, config: MoELoraConfig, projection_path: str
-) -> DynamicHybridRouter:
-    """A fresh router as wide as the hidden state that enters the site."""
+def new_router(base: PreTrainedModel, config: MoELoraConfig, projection_path: str) -> Router:
+    """A fresh router as wide as the hidden state that enters the block of this projection."""
     width = base.config.get_text_config().hidden_size
-    return DynamicHybridRouter(width, config, device_of(base, projection_path))
+    return router_class(config)(width, config, device_of(base, projection_path))

@@ -19,7 +19,7 @@ from dylora.adapters.stack import ExpertStack
 STACKED = ("lora_A", "lora_B", "lora_magnitude", "lora_bias")
 
 
-def restack(optimizer: Optimizer | None, adapter: StackedLoRA, wanted: list[list[int]]) -> None:
+def repartition(optimizer: Optimizer | None, adapter: StackedLoRA, wanted: list[list[int]]) -> None:
     """Cut and join an adapter's stacks into these runs of experts."""
     if [list(stack.experts) for stack in adapter.stacks] == wanted:
         return

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dylora.model import DyLoRA_MoE
+from dylora.routing.router import DynamicHybridRouter
 
 
 @torch.no_grad()
@@ -38,6 +39,7 @@ def set_prototypes(model: DyLoRA_MoE) -> list[str]:
         raise ValueError("Arrow's prototypes need a learned router at every site")
     readers = readers_of_router_input(model)
     for site, router in model.routers():
+        assert isinstance(router, DynamicHybridRouter)
         router.outer.bias.zero_()
         for expert in model.experts.live:
             factors = []

@@ -23,6 +23,7 @@ from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
 from dylora.integrations.arrow import set_prototypes
 from dylora.model import DyLoRA_MoE
+from dylora.routing.router import DynamicHybridRouter
 from dylora.storage.checkpoint import AdapterFolder
 from dylora.storage.peft_config import alpha_of
 from dylora.storage.peft_format import PeftAdapter
@@ -323,14 +324,14 @@ def _take_router(
         why = "other adapters were given beside its own, or router_init is arrow"
     elif len(routers) != 1:
         why = "every block has a router of its own here (router_scope: shared has one)"
-    elif routers[0][1].inner is not None:
-        why = "the router here has a hidden layer"
-    elif gate[0].shape != routers[0][1].outer.weight.shape:
-        here = list(routers[0][1].outer.weight.shape)
+    elif not isinstance(router := routers[0][1], DynamicHybridRouter) or router.inner is not None:
+        why = "the router here is not linear"
+    elif gate[0].shape != router.outer.weight.shape:
+        here = list(router.outer.weight.shape)
         why = f"it is {list(gate[0].shape)}, and here it would be {here}"
     else:
-        routers[0][1].outer.weight.copy_(gate[0])
-        routers[0][1].outer.bias.copy_(gate[1])
+        router.outer.weight.copy_(gate[0])
+        router.outer.bias.copy_(gate[1])
         report(
             f"the router {file} is taken, but it was trained on the base's last hidden states and "
             "now reads those that enter the first block: train it before you trust it"

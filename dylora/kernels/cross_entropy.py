@@ -7,6 +7,7 @@ and the cross-entropy run chunk by chunk over the target positions alone, forwar
 Shape letters: B batch, S sequence, N target positions, D hidden width, V vocabulary.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -112,6 +113,38 @@ def find_logit_transform(base: PreTrainedModel) -> Head | None:
         if tried.shape == logits.shape and torch.allclose(tried, logits, **close):
             return head
     return None
+
+
+class HeadFinder:
+    """Looks for a base's head, once."""
+
+    def __init__(self) -> None:
+        self._found: tuple[Head | None] | None = None  # not looked for yet
+
+    def find(self, base: PreTrainedModel) -> Head | None:
+        """None, with a warning, where logits have to be computed whole: the output embeddings are
+        trained, or no form of head is theirs."""
+        linear: Any = base.get_output_embeddings()
+        if linear is not None and is_trained(linear):
+            warnings.warn(
+                "the output embeddings are trained, so logits are computed whole", stacklevel=3
+            )
+            return None
+        if self._found is None:
+            evaluating = [module for module in base.modules() if not module.training]
+            try:
+                self._found = (find_logit_transform(base.eval()),)
+            finally:
+                base.train()
+                for module in evaluating:
+                    module.training = False
+            if self._found[0] is None:
+                warnings.warn(
+                    f"the logits of {type(base).__name__} are not its head of its last hidden "
+                    "states, so they are computed whole",
+                    stacklevel=3,
+                )
+        return self._found[0]
 
 
 @contextmanager

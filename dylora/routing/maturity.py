@@ -99,6 +99,27 @@ def reset(state: ExpertMaturity, expert: int, progress: float = 0.0) -> ExpertMa
     )
 
 
+def merged(state: ExpertMaturity, i: int, j: int, shares: tuple[float, float]) -> ExpertMaturity:
+    """The state where expert i stands for both, which counted by these shares."""
+    # An expert that has seen nothing has no averages yet, and no share in these.
+    fast, slow = (
+        shares[0] * value[i].nan_to_num(float(value[j]))
+        + shares[1] * value[j].nan_to_num(float(value[i]))
+        for value in (state.fast, state.slow)
+    )
+    values = {
+        "maturity": torch.minimum(state.maturity[i], state.maturity[j]),
+        "evidence": state.evidence[i] + state.evidence[j],
+        "fast": fast,
+        "slow": slow,
+        "born": torch.minimum(state.born[i], state.born[j]),
+    }
+    changed = {name: value.clone() for name, value in state._asdict().items()}
+    for name, value in values.items():
+        changed[name][i] = value
+    return ExpertMaturity(**changed)
+
+
 def seen(evidence: Tensor, config: MoELoraConfig) -> Tensor:
     """1 - exp(-n/τ), with n and τ as shares of the tokens the run gives an expert."""
     return 1 - torch.exp(-evidence / config.maturity_tau)

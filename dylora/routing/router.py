@@ -1,9 +1,15 @@
-"""The learned router of one block: p = softmax(W x / temperature), then the gate.
+"""Routers: from the hidden state that enters a block to the weight of every expert.
 
-Shape letters: B batch, S sequence, E experts, D hidden width.
+`Router` is the contract, `DynamicHybridRouter` the usual one; others have files of their own here,
+named by `router_type`.
+
+Shape letters: B batch, S sequence, E experts, D hidden width, H router width.
 """
 
 import math
+from abc import abstractmethod
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +20,72 @@ from dylora.kernels.common import at_least_float32
 from dylora.routing.gating import RouterOutput, cap_tokens, drop_experts, maturity_gates
 from dylora.routing.state import Pass, RoutingState
 
+Shape = list[int | None]  # None: any size
 
-class DynamicHybridRouter(nn.Module):
-    """A linear or two-layer router with the maturity-aware gate; float32 whatever the base is.
+
+class Router(nn.Module):
+    """What a router does, whatever it computes.
+
+    Its parameters are float32 whatever the base is. A new one is a subclass in a file of its own,
+    named by the configuration.
+    """
+
+    config: MoELoraConfig
+
+    def __init__(self, width: int, config: MoELoraConfig, device: torch.device | None = None):
+        """width: D of the hidden states."""
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, x: Tensor, pass_: Pass) -> RouterOutput:
+        """Hidden states [B, S, D] -> gates, probabilities and logits [B, S, E].
+
+        Experts that take no part (`pass_.state.active_E`) get the gate 0.
+        """
+
+    @abstractmethod
+    def add_expert(self, share: float, active_E: Tensor) -> dict[str, nn.Parameter]:
+        """Room for one more expert whose probability stays below `share` for every hidden state.
+
+        active_E [E]: which of the others take part. Returns the parameters that were replaced, by
+        name; the optimizer's moments go over to those in their place.
+        """
+
+    @abstractmethod
+    def resize(self, experts: int) -> None:
+        """Another number of experts, with values that a loader overwrites."""
+
+    @abstractmethod
+    def merge_experts(self, i: int, j: int, shares: tuple[float, float]) -> None:
+        """Let expert i stand for both, which counted by these shares."""
+
+    @staticmethod
+    @abstractmethod
+    def state_spec(config: MoELoraConfig, experts: int) -> dict[str, Shape]:
+        """Name and shape of every parameter, for so many experts."""
+
+
+def router_class(config: MoELoraConfig) -> type[Router]:
+    """The router that a configuration names: that of this file, or of the file of that name."""
+    file = config.router_file
+    if file is None:
+        return DynamicHybridRouter
+    module: Any = import_module(f"{__package__}.{file}")
+    return module.ROUTER
+
+
+class DynamicHybridRouter(Router):
+    """A linear or two-layer router with the maturity-aware gate.
+
+        p = softmax((W x + b) / temperature),  g = maturity_gates(p, m)
 
     Routers start near uniform: each row of the last layer is normal with deviation 0.5/sqrt(width)
     (rows of exact zeros would tie, and ties go to the lowest index), biases are 0.
     """
 
-    def __init__(
-        self, width: int, config: MoELoraConfig, device: torch.device | None = None
-    ) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, width: int, config: MoELoraConfig, device: torch.device | None = None):
+        super().__init__(width, config, device)
         hidden = config.router_hidden_size
         self.inner = nn.Linear(width, hidden, device=device) if hidden else None
         self.outer = nn.Linear(hidden or width, config.num_experts, device=device)
@@ -35,27 +94,16 @@ class DynamicHybridRouter(nn.Module):
 
     def forward(self, x: Tensor, pass_: Pass) -> RouterOutput:
         """x [B, S, D] -> gates, probabilities and logits [B, S, E]."""
-        state = pass_.state
         logits = self.score(x)
         if self.training and self.config.router_noise:
             logits = logits + self.config.router_noise * torch.randn_like(logits)
-        if not state.all_active:
-            logits = logits.masked_fill(~state.active_E.to(logits.device), -math.inf)
+        if not pass_.state.all_active:
+            logits = logits.masked_fill(~pass_.state.active_E.to(logits.device), -math.inf)
         temperature = self.config.router_temperature
         scaled = logits if temperature == 1 else logits / temperature
         probabilities = scaled.softmax(-1)
         gates = self.gate(probabilities, pass_)
-        return RouterOutput(gates, probabilities, logits, self.mature_experts(state))
-
-    def resize(self, experts: int) -> None:
-        """Rows for another number of experts, with fresh values where there were none."""
-        old, kept = self.outer, min(experts, self.outer.out_features)
-        self.outer = nn.Linear(old.in_features, experts, device=old.weight.device).to(old.weight)
-        nn.init.normal_(self.outer.weight, std=0.5 / math.sqrt(old.in_features))
-        nn.init.zeros_(self.outer.bias)
-        with torch.no_grad():
-            self.outer.weight[:kept] = old.weight[:kept]
-            self.outer.bias[:kept] = old.bias[:kept]
+        return RouterOutput(gates, probabilities, logits, self.mature_experts(pass_.state))
 
     def score(self, x: Tensor) -> Tensor:
         """Logits [..., E] of hidden states [..., D]."""
@@ -107,7 +155,52 @@ class DynamicHybridRouter(nn.Module):
         if mode == "sparse" and self.training and config.expert_capacity_factor is not None:
             # Experts that take no part hold no tokens, so they count neither in K nor in E.
             top_k = min(config.top_k_experts, state.active_count)
-            gates = cap_tokens(
-                gates, top_k, config.expert_capacity_factor, pass_.token_mask, state.active_count
-            )
+            factor, count = config.expert_capacity_factor, state.active_count
+            gates = cap_tokens(gates, top_k, factor, pass_.token_mask, count)
         return gates
+
+    # The experts' life
+
+    def resize(self, experts: int) -> None:
+        """Rows for another number of experts, with fresh values where there were none."""
+        old, kept = self.outer, min(experts, self.outer.out_features)
+        self.outer = nn.Linear(old.in_features, experts, device=old.weight.device).to(old.weight)
+        nn.init.normal_(self.outer.weight, std=0.5 / math.sqrt(old.in_features))
+        nn.init.zeros_(self.outer.bias)
+        with torch.no_grad():
+            self.outer.weight[:kept] = old.weight[:kept]
+            self.outer.bias[:kept] = old.bias[:kept]
+
+    @torch.no_grad()
+    def add_expert(self, share: float, active_E: Tensor) -> dict[str, nn.Parameter]:
+        """The new row is the mean of the others' rows with its bias lowered by
+        T·log((1 - share) / (share·E)), so that by Jensen's inequality its probability stays below
+        `share` for every hidden state."""
+        count = int(active_E.sum())
+        offset = self.config.router_temperature * math.log(share / (1 - share) * count)
+        old = {"weight": self.outer.weight, "bias": self.outer.bias}
+        self.resize(len(active_E) + 1)
+        for name, before in old.items():
+            row = before[active_E.to(before.device)].mean(0, keepdim=True)
+            new = getattr(self.outer, name)
+            new.copy_(torch.cat([before, row + (offset if name == "bias" else 0)]))
+            new.requires_grad_(before.requires_grad)
+        return {f"outer.{name}": before for name, before in old.items()}
+
+    @torch.no_grad()
+    def merge_experts(self, i: int, j: int, shares: tuple[float, float]) -> None:
+        """The row becomes a_i w_i + a_j w_j with T·H(a) added to its bias: the best lower bound on
+        the two experts' common probability."""
+        weight, bias = self.outer.weight, self.outer.bias
+        entropy = -sum(a * math.log(a) for a in shares if a > 0)
+        weight[i] = shares[0] * weight[i] + shares[1] * weight[j]
+        raised = self.config.router_temperature * entropy
+        bias[i] = shares[0] * bias[i] + shares[1] * bias[j] + raised
+
+    @staticmethod
+    def state_spec(config: MoELoraConfig, experts: int) -> dict[str, Shape]:
+        hidden = config.router_hidden_size
+        spec: dict[str, Shape] = {"outer.weight": [experts, hidden], "outer.bias": [experts]}
+        if hidden is not None:
+            spec |= {"inner.weight": [hidden, None], "inner.bias": [hidden]}
+        return spec

@@ -32,7 +32,7 @@ def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> torch.optim.AdamW
         fused=True,
     )
     optimizer.register_step_post_hook(note_the_change)
-    model.experts.follow(optimizer)
+    model.experts.attach_optimizer(optimizer)
     return optimizer
 
 
@@ -75,7 +75,7 @@ def regroup(optimizer: torch.optim.Optimizer, model: DyLoRA_MoE, config: TrainCo
     for group, wanted in groups:
         group["params"] = wanted["params"]
     optimizer.state.clear()
-    model.experts.follow(optimizer)
+    model.experts.attach_optimizer(optimizer)
 
 
 def expert_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:

@@ -82,8 +82,8 @@ def write_state(run: Run, folder: Path, moments: dict[str, Any]) -> None:
     """Everything a run is, as a folder that is whole or absent. Raises ValueError as `save`."""
     progress = run.progress
     progress.sampler = run.sampler.state_dict()
-    if run.model.fractions is not None:
-        progress.fractions = {name: f.tolist() for name, f in run.model.fractions.items()}
+    if run.model.mixture.fractions is not None:
+        progress.fractions = {name: f.tolist() for name, f in run.model.mixture.fractions.items()}
     run.model.training_record |= {"step": progress.step, "targets": progress.targets}
 
     def write_files(folder: Path) -> None:
@@ -150,7 +150,7 @@ def resume(run: Run, source: str) -> None:
         setattr(run.progress, name, value)
     if run.progress.fractions is not None:
         fractions = run.progress.fractions.items()
-        run.model.fractions = {name: torch.tensor(rows) for name, rows in fractions}
+        run.model.mixture.fractions = {name: torch.tensor(rows) for name, rows in fractions}
     step = run.progress.step
     run.model.experts.set_progress(step, step / run.steps)
     for group, rate in zip(run.optimizer.param_groups, run.scheduler.get_last_lr(), strict=True):

@@ -83,7 +83,7 @@ def digest(run: Run) -> str:
     take("parameters", dict(named_parameters(run.model)))
     take("moments", state_by_name(run.optimizer, run.model))
     take("maturity", run.model.maturity._asdict())
-    take("experts", run.model.experts.records())
+    take("experts", run.model.experts.state_dict())
     take("schedule", run.scheduler.state_dict())
     take("generators", random_state())
     take("sampler", run.sampler.state_dict())

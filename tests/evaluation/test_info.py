@@ -26,7 +26,7 @@ def info(capsys):
 def model(mixture):
     """Three experts, one of them retired, one frozen for a skill."""
     model = mixture(expert_ranks=[1, 3, 2], use_rslora=True)
-    model.base_name, model.base_revision = "some/base", "abc123"
+    model.mixture.base_name, model.mixture.base_revision = "some/base", "abc123"
     model.experts.retire(1)
     model.experts.freeze(2)
     model.experts[2].skill = "sql"

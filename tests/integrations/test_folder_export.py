@@ -250,7 +250,7 @@ def test_an_export_names_its_base_or_the_one_it_is_told(
 ):
     """A revision belongs to a base."""
     model = mixture_on(tiny_base("llama"))
-    model.base_name, model.base_revision = "its/own", "abc123"
+    model.mixture.base_name, model.mixture.base_revision = "its/own", "abc123"
     model.save_pretrained(tmp_path / "saved")
     [folder] = export_checkpoint(tmp_path / "saved", tmp_path / "out", 0, base_name=told)
     mixed = export_mixture(tmp_path / "saved", tmp_path / "mixed", (0.5, 0.5), told)

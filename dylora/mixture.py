@@ -1,0 +1,319 @@
+"""A base with its experts: everything that the facade, the files and the tools stand on.
+
+Shape letters: N blocks, E experts, D input width, O output width, R rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from dylora.adapters import inject
+from dylora.base_models import fingerprint, keep_as_stored
+from dylora.config import MoELoraConfig
+from dylora.routing import losses, maturity
+from dylora.routing.losses import Fractions, Observation
+from dylora.routing.maturity import ExpertMaturity
+from dylora.routing.router import Router
+
+State = Literal["active", "frozen", "retired"]
+
+
+@dataclass
+class Expert:
+    """One row of the table; a checkpoint's config.json holds it as it is."""
+
+    name: str
+    rank: int
+    alpha: float
+    state: State = "active"  # active: trained; frozen: computed but never changed; retired: gone
+    takes_part: bool = True  # False: set_active_expert chose another one
+    skill: str | None = None
+    steps: int = 0  # optimizer steps that could change it
+    stack: int = 0  # experts of one number lie in one tensor
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether an optimizer step changes it."""
+        return self.state == "active" and self.takes_part
+
+
+class Mixture:
+    """A frozen base, its routed blocks, their adapters and routers, and the table of experts."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: MoELoraConfig,
+        *,
+        base_name: str | None = None,
+        base_revision: str | None = None,
+        with_experts: bool = True,
+    ):
+        """Inject adapters and routers into `base`, in place.
+
+        with_experts: those that the configuration begins with; else none, for a loader.
+        Raises ValueError where nothing can be adapted.
+        """
+        keep_as_stored(base)
+        self.base = base
+        self.config = config
+        self.base_name = base_name or base.config.name_or_path or None
+        self.base_revision = base_revision
+        parts = inject.inject(base, config, with_experts=with_experts)
+        self.state = parts.state
+        self.blocks = parts.blocks  # in the order of the N axis
+        self.adapters = parts.adapters  # by the path of their projection
+        self.biases = parts.biases  # by the path of their module; bias all only
+        self._handles = parts.handles
+        # Of the base as it was given; its tokenizer's is added by whoever loads one.
+        self.base_fingerprint = fingerprint(base, list(self.adapters))
+        self.maturity = ExpertMaturity.create(config.expert_count)
+        self.fractions: Fractions | None = None  # f of the last observed step
+        self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
+        self.table: list[Expert] = []
+        if with_experts:
+            ranks = config.expert_ranks or [config.r] * config.expert_count
+            alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
+            self.table = [
+                Expert(f"expert_{index}", rank, alpha)
+                for index, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True))
+            ]
+
+    @property
+    def device(self) -> torch.device:
+        """Where routing is decided."""
+        return self.state.maturity_E.device
+
+    @property
+    def live(self) -> list[int]:
+        """The numbers of all experts that are not retired."""
+        return [index for index, row in enumerate(self.table) if row.state != "retired"]
+
+    @property
+    def site_names(self) -> list[str]:
+        """Paths of the routed blocks, in the order of the N axis."""
+        return [block.name for block in self.blocks]
+
+    # Parameters
+
+    def routers(self) -> Iterator[tuple[str, Router]]:
+        """The learned routers and the paths of their blocks."""
+        for block in self.blocks:
+            if block.router is not None:
+                yield block.name, block.router
+
+    def router_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names (unique, stable) and parameters of the routers."""
+        for path, router in self.routers():
+            for name, parameter in router.named_parameters():
+                yield f"{path}.{name}", parameter
+
+    def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of all experts that are not retired, frozen ones among them.
+
+        Of every projection and stack: lora_A [E, R, D] and lora_B [E, R, O], with DoRA
+        lora_magnitude [E, O], with trained biases lora_bias [E, O]; a shared_A [1, R, D] instead
+        of every lora_A; with bias all a bias_shift [n]. A name says which experts it holds.
+        """
+        for path, adapter in self.adapters.items():
+            if adapter.shared_A is not None:
+                yield f"{path}.shared_A", adapter.shared_A
+            for stack in adapter.stacks:
+                experts = f"experts_{stack.experts[0]}-{stack.experts[-1]}"
+                for name, parameter in stack.named_parameters():
+                    yield f"{path}.{experts}.{name}", parameter
+        for path, module in self.biases.items():
+            yield f"{path}.bias_shift", module.shift
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything that is not the base: experts, then routers."""
+        yield from self.expert_parameters()
+        yield from self.router_parameters()
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Those that a step trains (of experts and routers), and those of the frozen base."""
+        ours = [parameter for _, parameter in self.own_parameters()]
+        trainable = sum(parameter.numel() for parameter in ours if parameter.requires_grad)
+        # bitsandbytes packs weights, so its numel says too little; transformers counts them right.
+        return trainable, self.base.num_parameters() - sum(p.numel() for p in ours)
+
+    def expert_weights(self, expert: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Path of a projection -> A [r, D], B [O, r] of one expert, as PEFT orders them.
+
+        Raises KeyError for a retired one.
+        """
+        weights = {}
+        for path, adapter in self.adapters.items():
+            stack, place = adapter.stack_of(expert)
+            A, rank = adapter.A_of(stack).detach(), stack.ranks[place]
+            A_RD = A[place] if adapter.shared_A is None else A[0]
+            weights[path] = (A_RD[:rank], stack.lora_B.detach()[place, :rank].T)
+        return weights
+
+    # What changes
+
+    def set_config(self, config: MoELoraConfig) -> None:
+        """Another configuration of the same tensors, from the next pass on."""
+        self.config = config
+        for _, router in self.routers():
+            router.config = config
+        for adapter in self.adapters.values():
+            adapter.config = config
+
+    def set_maturity(self, maturity: ExpertMaturity) -> None:
+        """Let the routers follow a new maturity state."""
+        self.maturity = maturity
+        self.state.set_maturity(maturity.maturity)
+
+    def observe(self, seen: Observation, progress: float, tokens_per_expert: float) -> None:
+        """After an optimizer step: maturity, and the fractions of the balance losses.
+
+        progress: share of the run that is done; tokens_per_expert: targets that the run gives an
+        expert on average.
+        """
+        self.set_maturity(
+            maturity.observe(
+                self.maturity,
+                seen.gate_sum_E,
+                seen.loss_sum_E,
+                progress=progress,
+                tokens_per_expert=tokens_per_expert,
+                config=self.config,
+            )
+        )
+        if seen.statistics is not None:
+            self.fractions = losses.fractions_of(seen.statistics)
+
+    def carried_fractions(self) -> Fractions:
+        """See `DyLoRA_MoE.carried_fractions`."""
+        active_E = self.state.active_E
+        if self.fractions is None:
+            even_NE = (active_E / active_E.sum()).expand(len(self.site_names), -1)
+            return dict.fromkeys(losses.ASSIGNMENTS, even_NE)
+        return {
+            name: losses.carried_fractions(rows_NE.to(active_E.device), active_E)
+            for name, rows_NE in self.fractions.items()
+        }
+
+    def set_table(self, table: list[Expert]) -> bool:
+        """Make the experts of this table, with values that a loader overwrites.
+
+        Returns whether tensors were made anew; not where the table is of the same form.
+        """
+        forms = [
+            [(r.rank, r.alpha, r.state, r.stack) for r in rows] for rows in (table, self.table)
+        ]
+        self.table = table
+        if forms[0] == forms[1]:
+            return False
+        weights = self.state.fixed_weights_E.tolist()
+        self.state.resize([0.0] * len(table), weights + [0.0] * (len(table) - len(weights)))
+        self.maturity = ExpertMaturity.create(len(table))
+        for _, router in self.routers():
+            router.resize(len(table))
+        for path, adapter in self.adapters.items():
+            projection = self.base.get_submodule(path)
+            fresh = []
+            for group in groups_of(table):
+                ranks, alphas = [table[e].rank for e in group], [table[e].alpha for e in group]
+                stack = adapter.create_stack(group[0], ranks, alphas, projection, drawn=False)
+                fresh.append(stack)
+            adapter.set_stacks(fresh)
+            adapter.train(adapter.training)
+        return True
+
+    def detach_router(self) -> nn.ModuleDict:
+        """Take the routers off; see `DyLoRA_MoE.detach_router`."""
+        removed = {}
+        for block in self.blocks:
+            router = inject.attach_router(self.base, block, None)
+            if router is not None:
+                removed[block.name.replace(".", "/")] = router
+        return nn.ModuleDict(removed)
+
+    def attach_router(self, routers: nn.ModuleDict | None = None) -> None:
+        """Put routers at the blocks; see `DyLoRA_MoE.attach_router`."""
+        if any(True for _ in self.routers()):
+            raise ValueError("routers are attached already: detach_router() first")
+        needing = [b for b in self.blocks if self.config.is_learned and not b.shares_first]
+        if routers is None:
+            fresh = {
+                block.name.replace(".", "/"): inject.new_router(
+                    self.base,
+                    self.config,
+                    next(p for p in self.adapters if p.startswith(f"{block.name}.")),
+                )
+                for block in needing
+            }
+            routers = nn.ModuleDict(fresh)
+        expected = {block.name.replace(".", "/") for block in needing}
+        if set(routers) != expected:
+            raise ValueError(
+                f"routers are for {sorted(routers)}, but the sites are {sorted(expected)}"
+            )
+        for block in needing:
+            router = routers[block.name.replace(".", "/")]
+            assert isinstance(router, Router)
+            router.config = self.config
+            inject.attach_router(self.base, block, router)
+
+    def remove(self) -> PreTrainedModel:
+        """Take everything off: the base has its own modules, hooks and parameters again."""
+        for handle in self._handles:
+            handle.remove()
+        inject.remove(self.base, self.blocks, self.adapters, self.biases)
+        return self.base
+
+
+def groups_of(table: list[Expert]) -> list[list[int]]:
+    """The live experts by stack, in order."""
+    groups: list[list[int]] = []
+    for index, row in enumerate(table):
+        if row.state == "retired":
+            continue
+        if groups and groups[-1][-1] == index - 1 and table[index - 1].stack == row.stack:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def number_stacks(mixture: Mixture, optimizer: Optimizer | None) -> list[list[int]]:
+    """Which experts share a stack from here on: neighbours that are both trained or neither, of one
+    width and one age.
+
+    Without an optimizer stacks are split but never joined, so that a parameter which an optimizer
+    elsewhere may hold is not replaced without need.
+    """
+    number, previous = -1, None
+    for index, row in enumerate(mixture.table):
+        if row.state == "retired":
+            row.stack = -1
+            continue
+        before = row.stack if optimizer is None else None
+        key = (row.is_trained, before, _age(mixture, optimizer, index))
+        if previous is None or previous != (index - 1, key):
+            number += 1
+        row.stack, previous = number, (index, key)
+    return groups_of(mixture.table)
+
+
+def _age(mixture: Mixture, optimizer: Optimizer | None, expert: int) -> tuple[Any, ...]:
+    """What the parameters of a stack must have in common."""
+    ages = []
+    for adapter in mixture.adapters.values():
+        stack, _ = adapter.stack_of(expert)
+        ages.append(stack.lora_B.shape[1])
+        state = {} if optimizer is None else optimizer.state.get(stack.lora_B, {})
+        ages += [
+            (name, float(value) if torch.is_tensor(value) else value)
+            for name, value in state.items()
+            if not torch.is_tensor(value) or value.numel() == 1
+        ]
+    return tuple(ages)
