@@ -33,6 +33,14 @@ from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import folder_bytes, write_folder
 
 
+def _of_mixture(name: str) -> Any:
+    """An attribute that the mixture holds."""
+    return property(
+        lambda self: getattr(self.mixture, name),
+        lambda self, value: setattr(self.mixture, name, value),
+    )
+
+
 class DyLoRA_MoE(nn.Module):
     """A frozen base with injected experts. `base` stays an ordinary transformers model."""
 
@@ -285,14 +293,9 @@ class DyLoRA_MoE(nn.Module):
         """The experts' maturity and what it is made of; `set_maturity` changes it."""
         return self.mixture.maturity
 
-    @property
-    def training_record(self) -> dict[str, Any]:
-        """What the mixture was trained on; kept in config.json."""
-        return self.mixture.training_record
-
-    @training_record.setter
-    def training_record(self, value: dict[str, Any]) -> None:
-        self.mixture.training_record = value
+    base_name = _of_mixture("base_name")  # by which a checkpoint names its base
+    base_revision = _of_mixture("base_revision")
+    training_record = _of_mixture("training_record")  # what it was trained on
 
     def router_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names (unique, stable) and parameters of the routers."""
