@@ -295,6 +295,7 @@ class DyLoRA_MoE(nn.Module):
 
     base_name = _of_mixture("base_name")  # by which a checkpoint names its base
     base_revision = _of_mixture("base_revision")
+    base_fingerprint = _of_mixture("base_fingerprint")
     training_record = _of_mixture("training_record")  # what it was trained on
 
     def router_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
