@@ -3,10 +3,13 @@
 Raises ValueError only where a source cannot be used at all; a bad record comes out as a problem.
 """
 
+import gzip
 import itertools
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +19,8 @@ from dylora.storage.safe_io import distinct, open_regular, read_bytes
 MAX_LINE = 16 << 20  # bytes of a line, longer ones are malformed
 MAX_ARRAY = 256 << 20  # bytes of a .json file that is one array: it is read whole
 MAX_TABLE = 64 << 30  # bytes of a parquet file once decompressed
-FILE_TYPES = (".json", ".jsonl", ".parquet")
+MAX_UNPACKED = 4 << 30  # bytes of a .jsonl.gz once decompressed
+FILE_TYPES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 class Record(NamedTuple):
@@ -43,11 +47,12 @@ def read_records(
     file = Path(path).expanduser()
     if file.is_dir():
         raise ValueError(f"{path} is a folder; name one of its files ({', '.join(FILE_TYPES)})")
-    if not file.exists() and file.suffix.lower() not in FILE_TYPES:
+    known = file.name.lower().endswith(FILE_TYPES)
+    if not file.exists() and not known:
         return _hub_records(path, revision, columns, hub_config, hub_splits)
     if not file.exists():
         raise ValueError(f"{path} does not exist; a relative path starts at {Path.cwd()}")
-    if file.suffix.lower() not in FILE_TYPES:
+    if not known:
         raise ValueError(f"{path} is of an unknown type; known are {', '.join(FILE_TYPES)}")
     if revision is not None:
         raise ValueError(f"{path} is a file, so the revision {revision!r} means nothing; remove it")
@@ -76,16 +81,37 @@ def _json_records(file: Path, columns: list[str]) -> Iterator[Record]:
         _require_columns(str(file), columns, found)
 
 
+@contextmanager
+def _open_lines(file: Path) -> Iterator[Callable[[int], bytes]]:
+    """A function that reads the next line, at most so many bytes of it; b"" at the end."""
+    with open_regular(file) as stream:
+        if file.suffix.lower() != ".gz":
+            yield stream.readline
+            return
+        unpacked = gzip.GzipFile(fileobj=stream)
+
+        def read_line(size: int) -> bytes:
+            try:
+                line = unpacked.readline(size)
+            except (OSError, EOFError, zlib.error) as error:
+                raise ValueError(f"{file} cannot be decompressed: {error}") from error
+            if unpacked.tell() > MAX_UNPACKED:
+                raise ValueError(f"{file} has more than {MAX_UNPACKED:,} bytes once decompressed")
+            return line
+
+        yield read_line
+
+
 def _line_values(file: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and values of JSON lines; blank lines are skipped."""
-    with open_regular(file) as stream:
+    with _open_lines(file) as read_line:
         for number in itertools.count(1):
-            line = stream.readline(MAX_LINE + 1)
+            line = read_line(MAX_LINE + 1)
             if not line:
                 return
             if len(line) > MAX_LINE:
                 while line and not line.endswith(b"\n"):
-                    line = stream.readline(MAX_LINE)
+                    line = read_line(MAX_LINE)
                 yield number, BadRecord(f"longer than {MAX_LINE:,} bytes")
                 continue
             if not line.strip():

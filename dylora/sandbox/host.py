@@ -47,7 +47,7 @@ class Limits:
     """Processor time of the program, and of its tests: the same however busy the machine is.
     A program that ignores the signal is killed a third, but at least 1 s, later."""
     wall_seconds: float = 20.0
-    """Wall-clock time of both together, for programs that wait."""
+    """Wall-clock time in which neither computes, for programs that sleep or wait."""
     memory_mb: int = 512
     """Address space, in MiB."""
     output_kb: int = 64
@@ -65,6 +65,11 @@ class Limits:
         for item in fields(self):
             if not getattr(self, item.name) > 0:
                 raise ValueError(f"{item.name} must be above 0, got {getattr(self, item.name)}")
+
+    @property
+    def longest_seconds(self) -> float:
+        """Wall-clock time after which a job is ended in any case, even on a very busy machine."""
+        return self.wall_seconds + 20 * self.seconds
 
 
 class Result(NamedTuple):
@@ -206,6 +211,7 @@ class Sandbox:
                 python_home = f"/proc/self/fd/{home}"
         settings = {
             "limits": asdict(self.limits),
+            "longest_seconds": self.limits.longest_seconds,
             "home": home,
             "folder": folder,
             "backend": backend,
@@ -260,7 +266,7 @@ class Sandbox:
 
     def _ask(self, job: dict[str, Any], inside: dict[str, Any] | None) -> tuple[Result, bytes]:
         """Sends a job, then the tests, which the test runner alone reads; the launcher's reply."""
-        watch = threading.Timer(self.limits.wall_seconds + _GRACE_S, self._kill)
+        watch = threading.Timer(self.limits.longest_seconds + _GRACE_S, self._kill)
         watch.start()
         try:
             self._write(job)

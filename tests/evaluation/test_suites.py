@@ -5,6 +5,8 @@ MBPP comes as it was published; HumanEval's rows are made up here in its format.
 
 import ast
 import contextlib
+import gzip
+import hashlib
 import io
 import json
 import multiprocessing
@@ -13,13 +15,16 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from dylora.data import readers
 from dylora.data.sources import text_hash
 from dylora.evaluation.passk.contamination import split_trained
 from dylora.evaluation.passk.evalplus import typed_input
 from dylora.evaluation.passk.problem import Problem, ProgramTests, answer_of
 from dylora.evaluation.passk.suites import read_suite
 from dylora.sandbox.host import Limits, Sandbox, run_all
-from published import MBPP, needs_published_rows
+from published import FOLDER, MBPP, needs_published_rows
+
+PUBLISHED_PLUS = {"humaneval+": "HumanEvalPlus.jsonl.gz", "mbpp+": "MbppPlus.jsonl.gz"}
 
 HUMAN = {
     "task_id": "HumanEval/0",
@@ -319,6 +324,42 @@ def test_the_hubs_form_of_a_plus_set_is_the_same_task(suite, row, inputs, tmp_pa
     assert outcome(problem, problem.reference) == "passed"
     body = "def similar_elements(*a): return [9]" if suite == "mbpp+" else "    0"
     assert outcome(problem, problem.prompt + body) == "failed"
+
+
+@pytest.mark.parametrize(("suite", "row"), [("mbpp+", SHARED), ("humaneval+", PLUS)])
+def test_a_plus_set_is_read_packed_as_it_is_published(suite: str, row: dict, tmp_path: Path):
+    text = json.dumps(row)
+    (tmp_path / "plain.jsonl").write_text(text)
+    packed = tmp_path / "Plus.jsonl.gz"
+    packed.write_bytes(gzip.compress(text.encode()))
+    plain = read_suite(suite, str(tmp_path / "plain.jsonl"))
+    found = read_suite(suite, str(packed))
+    assert found.problems == plain.problems
+    assert found.source.sha256 == hashlib.sha256(packed.read_bytes()).hexdigest()
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"Plus\.jsonl\.gz cannot be decompressed"):
+        read_suite(suite, str(packed))
+
+
+def test_a_packed_file_that_expands_without_end_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_UNPACKED", 10**5)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b"\n" * 10**6))
+    with pytest.raises(ValueError, match="more than 100,000 bytes once decompressed"):
+        read_suite("mbpp+", str(tmp_path / "bomb.jsonl.gz"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all((FOLDER / name).exists() for name in PUBLISHED_PLUS.values()),
+    reason="EvalPlus' releases are not here (CONTRIBUTING.md)",
+)
+@pytest.mark.parametrize("suite", PUBLISHED_PLUS)
+def test_every_published_reference_of_a_plus_set_passes(suite: str):
+    tasks = read_suite(suite, str(FOLDER / PUBLISHED_PLUS[suite]))
+    jobs = [(problem, problem.reference) for problem in tasks.problems]
+    found = run_all(jobs, judge, workers=2, limits=tasks.limits)
+    failed = [job[0].task_id for job, one in zip(jobs, found, strict=True) if one != "passed"]
+    assert (len(jobs), failed) == ({"humaneval+": 164, "mbpp+": 378}[suite], [])
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Selection(NamedTuple):
             "first_prompt": self.problems[0].prompt,
             "stops": list(self.problems[0].stops),
             "sampling": asdict(sampling),
-            "seconds_a_program": self.tasks.seconds,
+            "seconds_a_program": self.tasks.limits.seconds,
             "trained_tasks": len(self.trained),
             "trained_tasks_are": "scored" if include_trained else "left out",
         }

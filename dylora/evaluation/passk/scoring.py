@@ -42,20 +42,19 @@ def score_model(
     """
     problems, sampling = selection.problems, options.sampling(selection.tasks, batch_size)
     answers = sample_to_file(model, tokenizer, problems, sampling, file, before_each)
-    return score(problems, answers, options, selection.tasks.seconds, before_each)
+    return score(problems, answers, options, selection.tasks.limits, before_each)
 
 
 def score(
     problems: Sequence[Problem],
     answers: dict[str, list[str]],
     options: BenchmarkOptions,
-    seconds: int,
+    limits: Limits,
     before_each: Callable[[], None] = lambda: None,
 ) -> Score:
     """Checks every answer (of each task equally many) and counts.
 
-    seconds: processor time for a program over all its tests; the wall clock allows three times as
-    much, and 5 s.
+    limits: of a program over all its tests.
     """
     jobs = [(problem, answer) for problem in problems for answer in answers[problem.task_id]]
 
@@ -69,7 +68,7 @@ def score(
                 jobs,
                 check,
                 workers=options.workers,
-                limits=Limits(seconds=seconds, wall_seconds=3 * seconds + 5),
+                limits=limits,
                 backend=options.sandbox,
                 unsafe=options.unsafe,
             )

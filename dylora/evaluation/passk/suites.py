@@ -19,8 +19,12 @@ from dylora.evaluation.passk.evalplus import CONTINUATION_STOPS, humaneval_plus,
 from dylora.evaluation.passk.problem import Problem, ProgramTests, unix
 from dylora.evaluation.passk.skills import ANSWER_TOKENS, SKILL_SUITES, skill_problems
 from dylora.fields import nearest
+from dylora.sandbox.host import Limits
 from dylora.tasks.checking import ANSWER_LIMITS
 
+PROGRAM_LIMITS = Limits()
+PLUS_LIMITS = Limits(seconds=60, wall_seconds=60, memory_mb=2048)
+"""Some inputs of the + sets take their own references long, and give lists of millions."""
 INSTRUCTION_STOPS = ("\nassert ", "\nif __name__", "\n```", "\n### ")
 SHOTS = 3
 SHOT_IDS = (2, 3, 4)
@@ -45,7 +49,7 @@ class Suite(NamedTuple):
     hub_config: str | None = None
     hub_splits: tuple[str, ...] = ("test",)
     file_columns: tuple[str, ...] = ()  # of a JSON file in the original format; (): as in the hub
-    seconds: int = 5  # of processor time for a program over all its tests
+    limits: Limits = PROGRAM_LIMITS
     max_new_tokens: int = 512
     is_mbpp: bool = False  # has MBPP's published splits, and its prompt of 3 shots
 
@@ -66,7 +70,7 @@ class Tasks(NamedTuple):
     source: Source
     prompt: str  # how they are put to the model, in words
     shots: int
-    seconds: int  # of processor time for a program over all its tests
+    limits: Limits  # of a program over all its tests
     max_new_tokens: int
 
 
@@ -122,7 +126,7 @@ def read_suite(
         chosen = [problem._replace(prompt=before + problem.prompt) for problem in chosen]
     source = Source(where, revision, _sha256(path) if path else None, split)
     prompt = SHOT_WORDS if shots else suite.prompt
-    return Tasks(chosen[:limit], source, prompt, shots, suite.seconds, suite.max_new_tokens)
+    return Tasks(chosen[:limit], source, prompt, shots, suite.limits, suite.max_new_tokens)
 
 
 def suite_names() -> list[str]:
@@ -141,7 +145,7 @@ def _generate_skill(name: str, path: str | None, limit: int | None, seed: int) -
     source = Source(f"generated with seed {seed}", None, None, "test")
     prompt = "0-shot, the instruction template with the task"
     problems = skill_problems(name, limit, seed)
-    return Tasks(problems, source, prompt, 0, ANSWER_LIMITS.seconds, ANSWER_TOKENS)
+    return Tasks(problems, source, prompt, 0, ANSWER_LIMITS, ANSWER_TOKENS)
 
 
 def _find_suite(name: str, split: str, shots: int) -> Suite:
@@ -292,7 +296,7 @@ SUITES: dict[str, Suite] = {
         file_columns=_PLUS_FILE,
         to_problem=humaneval_plus,
         prompt=_AS_PUBLISHED,
-        seconds=30,
+        limits=PLUS_LIMITS,
     ),
     "mbpp+": Suite(
         hub="evalplus/mbppplus",
@@ -301,6 +305,6 @@ SUITES: dict[str, Suite] = {
         to_problem=mbpp_plus,
         prompt="0-shot, the published docstring (question and first test) is continued as it "
         "stands",
-        seconds=30,
+        limits=PLUS_LIMITS,
     ),
 }

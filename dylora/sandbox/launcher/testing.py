@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from .wire import (
     DETAIL_LENGTH,
+    VALUE_BYTES,
     Closed,
     TooLong,
     decode,
@@ -76,7 +77,7 @@ class Channel:
 
     def receive(self) -> Any:
         try:
-            reply = json.loads(read_frame(self.descriptor))
+            reply = json.loads(read_frame(self.descriptor, VALUE_BYTES))
             if "value" in reply:
                 return decode(reply["value"], lambda of: Remote(self.ask, of))
             name, message = (str(part)[:DETAIL_LENGTH] for part in reply["error"])

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 MESSAGE_BYTES = 8 * 2**20
-"""The longest frame that is read from a program."""
+"""The longest frame from a program that the runner and the host read."""
+VALUE_BYTES = 256 * 2**20
+"""The longest frame from a program that the test runner reads; its memory is limited, too."""
 DETAIL_LENGTH = 300
 """Characters of an exception's message that are kept."""
 EQUAL_HASHES = 100
