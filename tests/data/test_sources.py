@@ -319,7 +319,7 @@ def test_errors_of_paths_say_what_to_do(tmp_path):
     (tmp_path / "rows.csv").write_text("a,b\n")
     for path, message in [
         (tmp_path / "none.jsonl", "does not exist"),
-        (tmp_path / "rows.csv", r"unknown type; known are \.json, \.jsonl, \.parquet"),
+        (tmp_path / "rows.csv", r"unknown type; known are \.json, \.jsonl, \.jsonl\.gz, \.parquet"),
         (tmp_path, "is a folder"),
     ]:
         with pytest.raises(ValueError, match=message):
