@@ -209,17 +209,6 @@ def base_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
     return found
 
 
-def require_same_base(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any] | None, file: Path
-) -> None:
-    """Raises ValueError where the base at hand is not the one that `file` was written for."""
-    if differences := base_differences(ours, theirs or {}):
-        raise ValueError(
-            f"{file} was written for another base ({'; '.join(differences)}): give that base, or "
-            "allow_other_base=True (--allow_other_base) if you mean this one"
-        )
-
-
 def _hash(tensors: Iterable[Any], rows: Tensor | None) -> str | None:
     digest = hashlib.sha256()
     count = 0

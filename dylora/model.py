@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dylora.base_models import BaseSpec, LoadOptions, require_same_base, stored_bytes
+from dylora.base_models import BaseSpec, LoadOptions, stored_bytes
 from dylora.config import MoELoraConfig, RoutingMode
 from dylora.experts import ExpertManager
 from dylora.integrations import merge
@@ -420,7 +420,7 @@ class DyLoRA_MoE(nn.Module):
         Raises ValueError or FileNotFoundError naming the file when the folder is not whole or
         does not fit the base.
         """
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = Checkpoint.open(folder, allow_other_base=allow_other_base)
         description, name, revision = checkpoint.description, None, None
         if not isinstance(base, PreTrainedModel):
             given = isinstance(base, BaseSpec)
@@ -435,13 +435,11 @@ class DyLoRA_MoE(nn.Module):
         )
         try:
             load_model(model, checkpoint)
-            kept = description.get("base_fingerprint", {})
-            if not allow_other_base:
-                require_same_base(model.base_fingerprint, kept, checkpoint.file)
+            checkpoint.check_base(model.base_fingerprint)
         except Exception:
             model.unload()  # a base that was given is as it was
             raise
-        model.base_fingerprint["tokenizer"] = kept.get("tokenizer")
+        model.base_fingerprint["tokenizer"] = checkpoint.base_fingerprint.get("tokenizer")
         model.training_record = description["training"]
         return model
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.base_models import EMBEDDED_BASES, BaseSpec, load_base
+from dylora.cli.main import main
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.manifest import MANIFEST, write_manifest
 
@@ -150,7 +151,8 @@ def test_another_tokenizer_than_in_training_is_refused(tmp_path):
     spec = checkpoint.base_spec()
     with pytest.raises(ValueError, match=r"written for another base \(another tokenizer\)"):
         checkpoint.tokenizer(spec)
-    assert checkpoint.tokenizer(spec, allow_other_base=True).encode("x")
+    checkpoint = Checkpoint.open(tmp_path / "saved", allow_other_base=True)
+    assert checkpoint.tokenizer(spec).encode("x")
 
 
 def test_loading_and_saving_keeps_the_tokenizers_fingerprint(tmp_path):
@@ -164,3 +166,13 @@ def test_embedded_bases_are_folders_of_the_package(tmp_path):
     copy = Path(shutil.copytree(EMBEDDED_BASES[BASE], tmp_path / "copy"))
     assert BaseSpec.resolve(BASE).source == str(EMBEDDED_BASES[BASE])
     assert BaseSpec.resolve(str(copy)).source == str(copy)
+
+
+def test_a_command_refuses_another_base_unless_it_is_told_to_take_it(saved, base_folder, capsys):
+    weights = load_file(base_folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 1.02
+    save_file(weights, base_folder / "model.safetensors", metadata={"format": "pt"})
+    command = ["validate", "--checkpoint", str(saved), "--device", "cpu", "--tokens", "8"]
+    assert main(command) == 2
+    assert "written for another base (another embedding)" in capsys.readouterr().err
+    assert main([*command, "--allow_other_base"]) == 0

@@ -23,4 +23,4 @@ def run(options: BenchmarkCommand, overrides: list[str]) -> None:
 
     chosen = {item.name: getattr(options, item.name) for item in fields(BenchmarkOptions)}
     out = Path(options.out or Path(config.output_dir, config.name, "benchmark"))
-    benchmark_checkpoint(config, options.checkpoint, BenchmarkOptions(**chosen), out)
+    benchmark_checkpoint(config, options.source(), BenchmarkOptions(**chosen), out)

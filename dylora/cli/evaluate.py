@@ -2,10 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dylora.cli.config_file import load_run_config
 from dylora.cli.options import CheckpointOptions, ConfigOptions
 from dylora.run_config import RunConfig, dump_run_config
+
+if TYPE_CHECKING:
+    from dylora.storage.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +25,10 @@ def run(options: EvaluateOptions, overrides: list[str]) -> None:
     if options.print_config:
         print(dump_run_config(config), end="")
     else:
-        evaluate_checkpoint(config, options.checkpoint)
+        evaluate_checkpoint(config, options.source())
 
 
-def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> None:
+def evaluate_checkpoint(config: RunConfig, checkpoint: "str | Checkpoint") -> None:
     """Score a checkpoint on the validation sets of `config`, and print a table."""
     from dylora.data.prompts import pad_token_id
     from dylora.evaluation.loading import base_of, load_checkpoint, note

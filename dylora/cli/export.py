@@ -91,7 +91,7 @@ def run(options: ExportOptions, overrides: list[str]) -> None:
     from dylora.integrations.peft_export import export_peft
     from dylora.storage.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(options.checkpoint, note)
+    checkpoint = Checkpoint.open(options.source(), note)
     if options.form == "experts":
         expert, name = options.expert or "all", options.base_name
         folders = export_peft(checkpoint, options.out, expert, options.portable, name)

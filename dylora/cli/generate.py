@@ -40,11 +40,11 @@ def run(options: GenerateOptions, overrides: list[str]) -> None:
     from dylora.storage.checkpoint import Checkpoint
 
     device = choose_device("auto")
-    opened = Checkpoint.open(options.checkpoint, note)
+    opened = Checkpoint.open(options.source(), note)
     spec = opened.base_spec(options.base, device=device, quantization=options.quantization)
     model = DyLoRA_MoE.from_pretrained(opened, spec).eval()
     if options.base is None:  # whoever made the checkpoint chose it
-        note(f"base: {spec.name}, as {options.checkpoint} names it")
+        note(f"base: {spec.name}, as {opened.path} names it")
     tokenizer = opened.tokenizer(spec)
     text = options.prompt if options.raw else format_prompt(options.prompt)
     ids = torch.tensor(encode_prompts(tokenizer, [text]), device=device)

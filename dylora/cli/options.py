@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from types import NoneType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from dylora.cli.config_file import COMMAND_LINE, parse_text, split_overrides
 from dylora.cli.hints import unknown_key
@@ -20,6 +20,9 @@ from dylora.fields import (
     option,
 )
 from dylora.run_config import RunConfig, SourceConfig
+
+if TYPE_CHECKING:
+    from dylora.storage.checkpoint import Checkpoint
 
 T = TypeVar("T")
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: "true|false", Literal: "WORD"}
@@ -37,7 +40,18 @@ class ConfigOptions:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
     checkpoint: str = option(metavar="DIR")
-    """Folder of a checkpoint."""
+    """Folder of a checkpoint, or of a run, which stands for its best one."""
+    allow_other_base: bool = False
+    """Use the checkpoint on a base or with a tokenizer that it was not trained with."""
+
+    def source(self) -> "str | Checkpoint":
+        """What a command opens: the folder, or a checkpoint that allows other bases."""
+        if not self.allow_other_base:
+            return self.checkpoint
+        from dylora.evaluation.loading import note
+        from dylora.storage.checkpoint import Checkpoint
+
+        return Checkpoint.open(self.checkpoint, note, allow_other_base=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ def run(options: ValidateOptions, overrides: list[str]) -> None:
     from dylora.evaluation.validate.run import validate_checkpoint
 
     report = validate_checkpoint(
-        options.checkpoint,
+        options.source(),
         options.base,
         options.device,
         options.dtype,

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +45,21 @@ class Checkpoint:
     path: Path
     description: dict[str, Any]  # config.json, checked against the other files
     states: Mapping[str, tuple[int, int]]  # file -> size and time of its last change, when opened
+    allow_other_base: bool = False  # whether it may be put on a base that it was not trained on
 
     @classmethod
     def open(
-        cls, path: "str | Path | Checkpoint", report: Callable[[str], None] = lambda line: None
+        cls,
+        path: "str | Path | Checkpoint",
+        report: Callable[[str], None] = lambda line: None,
+        *,
+        allow_other_base: bool = False,
     ) -> "Checkpoint":
         """Verify a folder written by `save_pretrained` or by training, and read its description.
 
         path: or a run's folder, which stands for its best checkpoint, or the newest that verifies
             where none is named the best; `report` is told which one it is.
+        allow_other_base: let it be put on another base than it was trained on.
 
         Raises FileNotFoundError for a folder that does not exist; ValueError, naming the file, for
         one that is not whole, of another format, or larger than its files bear out.
@@ -64,10 +70,12 @@ class Checkpoint:
         if not folder.is_dir():
             raise FileNotFoundError(f"checkpoint {folder} does not exist")
         if not (folder / MANIFEST).exists() and checkpoints(folder):
-            return cls._open_run(folder, report)
-        refuse_foreign(folder)
-        verify(folder)
-        return cls.of_verified(folder)
+            found = cls._open_run(folder, report)
+        else:
+            refuse_foreign(folder)
+            verify(folder)
+            found = cls.of_verified(folder)
+        return replace(found, allow_other_base=allow_other_base)
 
     @classmethod
     def latest(cls, run_folder: Path, report: Callable[[str], None]) -> "Checkpoint":
@@ -159,14 +167,32 @@ class Checkpoint:
         named_by = self.file if base is None else None
         return BaseSpec.resolve(base or kept, revision, named_by=named_by, **options)
 
-    def tokenizer(self, spec: "BaseSpec", *, allow_other_base: bool = False) -> Any:
-        """The base's tokenizer. Raises ValueError for another vocabulary than in training."""
-        from dylora.base_models import require_same_base, tokenizer_fingerprint
+    @property
+    def base_fingerprint(self) -> dict[str, Any]:
+        """Of the base in training; empty where the checkpoint is older than fingerprints."""
+        return self.description.get("base_fingerprint", {})
 
-        tokenizer, kept = spec.tokenizer(), self.description.get("base_fingerprint", {})
-        if not allow_other_base and kept.get("tokenizer"):
-            ours = {"tokenizer": tokenizer_fingerprint(tokenizer)}
-            require_same_base(ours, kept, self.file)
+    def check_base(self, fingerprint: Mapping[str, Any]) -> None:
+        """Raises ValueError where a base or tokenizer is not that of the training.
+
+        fingerprint: see `dylora.base_models.fingerprint`; what it leaves out is not compared.
+        """
+        from dylora.base_models import base_differences
+
+        differences = base_differences(fingerprint, self.base_fingerprint)
+        if differences and not self.allow_other_base:
+            raise ValueError(
+                f"{self.file} was written for another base ({'; '.join(differences)}): give that "
+                "base, or allow_other_base=True (--allow_other_base) if you mean this one"
+            )
+
+    def tokenizer(self, spec: "BaseSpec") -> Any:
+        """The base's tokenizer. Raises ValueError for another vocabulary than in training."""
+        from dylora.base_models import tokenizer_fingerprint
+
+        tokenizer = spec.tokenizer()
+        if self.base_fingerprint.get("tokenizer"):  # of 256,000 words it takes a moment
+            self.check_base({"tokenizer": tokenizer_fingerprint(tokenizer)})
         return tokenizer
 
     def changed(self) -> list[str]:

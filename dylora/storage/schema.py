@@ -79,8 +79,6 @@ _FINGERPRINT = {  # an optional key: checkpoints had none before
     "dtype": is_name,
     **dict.fromkeys(("embedding", "projections", "rotary", "tokenizer"), _is_text),
 }
-# Fields that a configuration had once: they are read and dropped.
-RETIRED_FIELDS = {"fan_in_fan_out"}
 RECORD = {  # a row of the table of experts
     "name": is_name,
     "rank": lambda value: is_whole_number(value, 1, LARGEST),
@@ -100,8 +98,7 @@ def read_config(file: Path, values: dict[str, Any]) -> MoELoraConfig:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that do nothing: the model's to give
-            known = {key: value for key, value in values.items() if key not in RETIRED_FIELDS}
-            return MoELoraConfig.from_dict(known)
+            return MoELoraConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{file}: moe: {error}") from error
 

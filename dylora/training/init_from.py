@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from dylora.base_models import require_same_base
 from dylora.model import DyLoRA_MoE
 from dylora.model_io import load_model
 from dylora.routing.maturity import ExpertMaturity
@@ -33,8 +32,7 @@ def init_from_checkpoint(model: DyLoRA_MoE, folder: Path, train_experts: bool | 
                 "and its tensors are made for that"
             )
     load_model(model, checkpoint)
-    kept = checkpoint.description.get("base_fingerprint")
-    require_same_base(model.base_fingerprint, kept, checkpoint.file)
+    checkpoint.check_base(model.base_fingerprint)
     newborn = ExpertMaturity.create(len(model.experts))
     model.set_maturity(newborn._replace(maturity=model.maturity.maturity))
     if train_experts is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dylora.base_models import BaseSpec, require_same_base
+from dylora.base_models import BaseSpec
 from dylora.model_io import load_model, write_model
 from dylora.storage.checkpoint import BEST_FILE, Checkpoint
 from dylora.storage.folders import (
@@ -198,9 +198,7 @@ def check_same_settings(run: Run, checkpoint: Checkpoint) -> None:
     kept = description["base_model_name_or_path"]
     if kept is None or BaseSpec.resolve(kept).name != run.model.base_name:
         raise ValueError(f"{folder} was trained on {kept}, this run has {run.model.base_name}")
-    require_same_base(
-        run.model.base_fingerprint, description.get("base_fingerprint"), checkpoint.file
-    )
+    checkpoint.check_base(run.model.base_fingerprint)
     if description["quantization"] != run.config.model.quantization:
         raise ValueError(
             f"{folder} was trained with model.quantization = {description['quantization']!r}, "

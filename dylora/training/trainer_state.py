@@ -6,7 +6,7 @@ generators read beyond their state, and schedules fail hours later, where one is
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dylora.fields import is_number, is_whole_number, shown
 from dylora.routing.losses import ASSIGNMENTS
-from dylora.storage.safe_io import read_json
+from dylora.storage.safe_io import read_json, require_keys
 from dylora.storage.tensors import is_plain
 
 
@@ -43,25 +43,24 @@ def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
     Raises ValueError naming a field that is missing or cannot be what it is.
     """
     state = read_json(file, infinite=True)  # before the first evaluation, the best loss is infinite
-    require_keys(file, "", state, ("steps", *(item.name for item in dataclasses.fields(Progress))))
-    fractions = state["fractions"]
-    checks = {
-        "steps": is_whole_number(state["steps"], 1),
-        "best_loss": is_number(state["best_loss"], -math.inf, math.inf),
-        "best_step": state["best_step"] is None or is_whole_number(state["best_step"]),
-        "evaluation_due": type(state["evaluation_due"]) is bool,
-        "benchmark_due": type(state["benchmark_due"]) is bool,
-        "fractions": fractions is None
-        or (
-            isinstance(fractions, dict)
-            and fractions.keys() == set(ASSIGNMENTS)
-            and all(_are_shares(rows, sites, experts) for rows in fractions.values())
+    checks: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys((item.name for item in dataclasses.fields(Progress)), is_whole_number),
+        "steps": lambda value: is_whole_number(value, 1),
+        "best_loss": lambda value: is_number(value, -math.inf, math.inf),
+        "best_step": lambda value: value is None or is_whole_number(value),
+        "evaluation_due": lambda value: type(value) is bool,
+        "benchmark_due": lambda value: type(value) is bool,
+        "fractions": lambda value: (
+            value is None
+            or (
+                isinstance(value, dict)
+                and value.keys() == set(ASSIGNMENTS)
+                and all(_are_shares(rows, sites, experts) for rows in value.values())
+            )
         ),
-        "sampler": isinstance(state["sampler"], dict),
+        "sampler": lambda value: isinstance(value, dict),
     }
-    for name, value in state.items():
-        if not checks.get(name, is_whole_number(value)):
-            raise ValueError(f"{file}: {name} is {shown(value)}, which it cannot be")
+    require_keys(file, "", state, checks)
     for name, value in state["sampler"].items():
         if name in ("seed", "epoch", "position") and not is_whole_number(value):
             raise ValueError(f"{file}: sampler.{name} is {shown(value)}, no whole number")
@@ -75,7 +74,7 @@ def require_same_form(file: Path, where: str, found: Any, ours: Any) -> None:
     """
     name = where.removesuffix(".")
     if isinstance(ours, dict):
-        require_keys(file, where, found, ours)
+        require_keys(file, where, found, dict.fromkeys(ours, lambda value: True))
         for key, value in ours.items():
             require_same_form(file, f"{where}{key}.", found[key], value)
     elif isinstance(ours, list):
@@ -91,22 +90,6 @@ def require_same_form(file: Path, where: str, found: Any, ours: Any) -> None:
             raise ValueError(f"{file}: {name} is {shown(found)}, no number")
     elif type(found) is not type(ours):
         raise ValueError(f"{file}: {name} is {shown(found)}, not of type {type(ours).__name__}")
-
-
-def require_keys(file: Path, where: str, found: Any, expected: Iterable[str]) -> None:
-    """Raises ValueError naming the first piece of state that a file lacks, or that is not ours."""
-    expected = set(expected)
-    if not isinstance(found, dict):
-        name = where.removesuffix(".") or "the file"
-        raise ValueError(
-            f"{file}: {name} holds a {type(found).__name__}, but must hold {sorted(expected)}"
-        )
-    for key in sorted(expected - found.keys()):
-        raise ValueError(
-            f"{file}: {where}{key} is missing: the run cannot continue exactly without it"
-        )
-    for key in found.keys() - expected:
-        raise ValueError(f"{file}: {where}{shown(key)} is nothing that this run has")
 
 
 def _are_shares(rows: Any, height: int, width: int) -> bool:

@@ -479,7 +479,9 @@ RUN = [
         "not a file of ours",
     ),
     Case("moments of 100 GB", MOMENTS, sparse(100 * GIB), "34,359,738,368"),
-    Case("an unknown schedule", SCHEDULE, in_state("scheduler", "evil", to=1), "'evil' is nothing"),
+    Case(
+        "an unknown schedule", SCHEDULE, in_state("scheduler", "evil", to=1), "'evil' is not known"
+    ),
     Case(
         "a schedule in words",
         SCHEDULE,
@@ -496,13 +498,13 @@ RUN = [
         "a schedule's function replaced",
         SCHEDULE,
         in_state("scheduler", "lr_lambdas", 0, to={"func": 1}),
-        "'func' is nothing",
+        "'func' is not known",
     ),
     Case(
         "another container",
         SCHEDULE,
         saved(lambda: OrderedDict(scheduler=[], scaler={})),
-        "scheduler holds a list",
+        "scheduler is [], not an object",
     ),
     Case(
         "a generator of other size", RANDOM, in_state("torch", to=lambda t: t[:100]), "torch is no"

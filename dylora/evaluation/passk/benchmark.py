@@ -64,7 +64,7 @@ def find_backend(suites: Iterable[Tasks], options: BenchmarkOptions) -> str:
 
 
 def benchmark_checkpoint(
-    config: RunConfig, checkpoint: str, options: BenchmarkOptions, out: Path
+    config: RunConfig, checkpoint: str | Checkpoint, options: BenchmarkOptions, out: Path
 ) -> dict[str, Any]:
     """Generates, runs and counts; prints a table, writes and returns results.json.
 

@@ -85,7 +85,7 @@ class Report(NamedTuple):
 
 
 def validate_checkpoint(
-    checkpoint: str,
+    checkpoint: str | Checkpoint,
     base: str | None = None,
     device: str = "auto",
     dtype: str = "float32",
