@@ -13,7 +13,7 @@ from typing import Any, cast
 
 MESSAGE_BYTES = 8 * 2**20
 """The longest frame from a program that the runner and the host read."""
-VALUE_BYTES = 256 * 2**20
+VALUE_BYTES = 64 * 2**20
 """The longest frame from a program that the test runner reads; its memory is limited, too."""
 DETAIL_LENGTH = 300
 """Characters of an exception's message that are kept."""
