@@ -23,7 +23,8 @@ def run(options: TrainOptions, overrides: list[str]) -> None:
     if options.print_config:
         print(dump_run_config(config), end="")
         return
+    from dylora.evaluation.passk.callback import Benchmark
     from dylora.evaluation.report import report_run
     from dylora.training.loop import train
 
-    report_run(train(config, options.resume_from_checkpoint))
+    report_run(train(config, options.resume_from_checkpoint, callbacks=[Benchmark()]))

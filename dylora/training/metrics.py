@@ -1,9 +1,8 @@
-"""Metrics of a step and means between two lines of metrics.jsonl.
+"""Routing and experts as numbers for metrics.jsonl; when routing counts as collapsed.
 
 Shape letters: N blocks, E experts.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,9 +10,6 @@ from torch import Tensor
 
 from dylora.model import DyLoRA_MoE
 from dylora.routing.losses import RoutingStatistics
-from dylora.training.log import memory_gb
-from dylora.training.run import Run
-from dylora.training.step import StepResult
 
 DEAD_BELOW = 0.01  # an expert with less of a site's gate mass counts as dead
 COLLAPSED_ABOVE = 0.8  # a site whose leading expert has more than this counts as collapsed
@@ -72,7 +68,7 @@ def routing_metrics(
 def expert_metrics(model: DyLoRA_MoE, gate_share_E: Tensor) -> dict[str, float]:
     """expert/{i}/… : maturity, gradient norm (call it before gradients are cleared), load.
 
-    load_E: share of the gate mass, averaged over sites.
+    gate_share_E: share of the gate mass, averaged over sites.
     """
     squares_E = torch.zeros(len(model.experts))
     for adapter in model.mixture.adapters.values():
@@ -123,37 +119,3 @@ class CollapseDetector:
                     "or a smaller train.router_learning_rate"
                 )
         return lines
-
-
-class Window:
-    """Means since the last line of metrics."""
-
-    def __init__(self) -> None:
-        self.results: list[StepResult] = []
-
-    def add(self, result: StepResult) -> None:
-        self.results.append(result)
-
-    def metrics(self, run: Run, last: StepResult) -> dict[str, float]:
-        """train/…, router/…, expert/… and system/… of a line of metrics.jsonl.
-
-        The losses are means over the steps that were not left out, and NaN where there is none.
-        """
-        seconds = sum(result.seconds for result in self.results)
-        applied = [r.losses | {"grad_norm": r.grad_norm} for r in self.results if not r.nonfinite]
-        metrics = {
-            f"train/{name}": sum(values[name] for values in applied) / len(applied)
-            if applied
-            else math.nan
-            for name in (*last.losses, "grad_norm")
-        }
-        metrics["train/skipped_steps"] = float(run.progress.skipped_steps)
-        metrics["train/lr"] = float(run.scheduler.get_last_lr()[0])
-        metrics["train/tokens_per_s"] = sum(r.tokens for r in self.results) / seconds
-        metrics["train/step_time_s"] = seconds / len(self.results)
-        if last.statistics is not None:
-            active = [row.takes_part for row in run.model.experts.table]
-            metrics |= routing_metrics(summarize(last.statistics), run.model.site_names, active)
-        metrics |= expert_metrics(run.model, last.gate_share_E)
-        metrics["system/mem_gb"] = memory_gb()
-        return metrics

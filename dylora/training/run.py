@@ -13,6 +13,7 @@ from dylora.base_models import choose_device, load_tokenizer, tokenizer_fingerpr
 from dylora.data.prepare import PreparedData, load_data
 from dylora.data.prompts import pad_token_id
 from dylora.data.sampler import InterleavedSampler
+from dylora.kernels.common import is_emulated
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import RunConfig, dump_run_config
 from dylora.storage.folders import checkpoints, write_file
@@ -20,6 +21,7 @@ from dylora.training.environment import environment, seed_everything
 from dylora.training.init_from import init_from_checkpoint
 from dylora.training.log import RunLog
 from dylora.training.optim import build_optimizer, build_scheduler
+from dylora.training.signals import Interruption
 from dylora.training.trainer_state import Progress
 
 
@@ -39,6 +41,7 @@ class Run(NamedTuple):
     target_tokens: float  # that the whole run will train on, about
     log: RunLog
     progress: Progress
+    interruption: Interruption
 
     @property
     def pad_token_id(self) -> int:
@@ -59,7 +62,36 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     tokenizer = load_tokenizer(config.model.base, config.model.revision)
     data = load_run_data(config, tokenizer)
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps
-    sampler = InterleavedSampler(
+    sampler = build_sampler(config, data, per_step)
+    seed_everything(config.train.seed)
+    model = build_model(config, data, device, fresh=fresh)
+    steps = config.train.max_steps or max(1, round(config.train.epochs * len(sampler) / per_step))
+    targets_per_step = per_step * sampler.mean([rows.mean_targets for rows in data.train])
+    optimizer = build_optimizer(model, config.train)
+    folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    return Run(
+        config=config,
+        folder=folder,
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        sampler=sampler,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.train, steps),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.model.dtype == "float16"),
+        steps=steps,
+        target_tokens=targets_per_step * steps,
+        log=RunLog(folder, config.log, config.name, dataclasses.asdict(config)),
+        progress=Progress(),
+        interruption=Interruption(),
+    )
+
+
+def build_sampler(config: RunConfig, data: PreparedData, per_step: int) -> InterleavedSampler:
+    """The order in which a run takes its rows."""
+    return InterleavedSampler(
         [len(examples) for examples in data.train],
         interleaved=config.data.interleaved_sampling,
         seed=config.data.seed,
@@ -67,7 +99,15 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         rows_per_step=per_step,
         tokens=[examples.all_lengths for examples in data.train],
     )
-    seed_everything(config.train.seed)
+
+
+def build_model(
+    config: RunConfig, data: PreparedData, device: torch.device, *, fresh: bool
+) -> DyLoRA_MoE:
+    """The mixture on its base; a fresh run may begin with a checkpoint's.
+
+    Raises ValueError when nothing of it would be trained.
+    """
     model = DyLoRA_MoE.from_base(
         config.model.base,
         config.moe,
@@ -88,29 +128,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         )
     if config.train.gradient_checkpointing:
         model.enable_checkpointing()
-
-    steps = config.train.max_steps or max(1, round(config.train.epochs * len(sampler) / per_step))
-    targets_per_step = per_step * sampler.mean([rows.mean_targets for rows in data.train])
-    optimizer = build_optimizer(model, config.train)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-    return Run(
-        config=config,
-        folder=folder,
-        tokenizer=tokenizer,
-        data=data,
-        model=model,
-        sampler=sampler,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.train, steps),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.model.dtype == "float16"),
-        steps=steps,
-        target_tokens=targets_per_step * steps,
-        log=RunLog(folder, config.log, config.name, dataclasses.asdict(config)),
-        progress=Progress(),
-    )
+    return model
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -133,3 +151,23 @@ def record_settings(run: Run) -> None:
     device = run.model.device
     write_file(run.folder / "config.yaml", dump_run_config(run.config))
     write_file(run.folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
+
+
+def log_summary(run: Run) -> None:
+    """What is about to happen: data, experts, parameters, steps."""
+    for report in run.data.reports:
+        run.log.info(report.describe())
+    trainable, frozen = run.model.count_parameters()
+    sites, table = len(run.model.site_names), run.model.experts.table
+    ranks = sorted({row.rank for row in table})
+    device = run.model.device
+    run.log.info(
+        f"{len(table)} experts of rank {', '.join(map(str, ranks))} at {sites} sites: "
+        f"{trainable:,} trainable parameters beside {frozen:,} frozen ones; "
+        f"{run.steps - run.progress.step} steps on {device}"
+    )
+    if device.type == "cpu" and is_emulated(run.model.base.dtype):
+        run.log.info(
+            f"warning: this CPU has no instructions for {run.config.model.dtype}, so the base "
+            "takes ten times as long as in float32, or more: set model.dtype float32"
+        )

@@ -250,11 +250,10 @@ def save_in(run, folder: Path) -> None:
 def finish(run, folder: Path):
     """The run that was never killed: save, and go on to the end."""
     from dylora.training.loop import run_steps
-    from dylora.training.signals import Interruption
 
     run = run._replace(folder=folder, log=quiet_log(folder))
     save_in(run, folder)
-    run_steps(run, Interruption())
+    run_steps(run)
     return run
 
 
@@ -264,7 +263,6 @@ def resume_and_finish(fresh, folder: Path, begun):
     from dylora.training.loop import run_steps
     from dylora.training.random_state import restore_random_state
     from dylora.training.resume import resume
-    from dylora.training.signals import Interruption
 
     run = fresh._replace(folder=folder, log=quiet_log(folder))
     recover(folder)
@@ -274,7 +272,7 @@ def resume_and_finish(fresh, folder: Path, begun):
             run.model.experts.create_expert(share=0.2)  # the growth came after that checkpoint
     else:
         restore_random_state(begun)  # as prepare() seeds a process of its own
-    run_steps(run, Interruption())
+    run_steps(run)
     return run
 
 

@@ -19,7 +19,6 @@ from common import arguments, digest, make_config
 from dylora.training.loop import run_steps, train
 from dylora.training.resume import resume
 from dylora.training.run import prepare
-from dylora.training.signals import Interruption
 
 STOPS, STEPS = (1, 4, 6, 9, 13, 20), 60
 
@@ -71,7 +70,7 @@ def end_of(work: Path, config, whole: Path, stop: int) -> str:
     )
     resume(fresh, "latest")
     assert fresh.progress.step == stop
-    run_steps(fresh, Interruption())
+    run_steps(fresh)
     return digest(fresh)
 
 

@@ -9,11 +9,18 @@ import pytest
 import torch
 
 from dylora.evaluation.passk import scoring
+from dylora.evaluation.passk.callback import Benchmark
 from dylora.evaluation.passk.sampling import read_samples
-from dylora.training.loop import train
+from dylora.training import loop
+from dylora.training.run import Run
 from runs import STEPS, all_tensors, rows_of
 
 PASS = 7  # the step that ends the first pass: 27 rows, 4 a step
+
+
+def train(config, resume_from_checkpoint: str | None = None) -> Run:
+    """As run.py train does it."""
+    return loop.train(config, resume_from_checkpoint, callbacks=[Benchmark()])
 
 
 @pytest.fixture
@@ -144,3 +151,10 @@ def test_tasks_that_the_run_trains_on_are_left_out(benchmarked, tasks_file, monk
     tasks_file.write_text("\n".join([json.dumps(row), *tasks_file.read_text().splitlines()[1:]]))
     train(benchmarked("a", "final", max_steps=1))
     assert any("1 tasks of mbpp (1 trained ones left out)" in line for line in said)
+
+
+def test_a_benchmark_without_its_callback_is_refused_before_anything_is_loaded(benchmarked):
+    config = benchmarked("a")
+    with pytest.raises(ValueError, match=r"eval\.benchmark_strategy needs the callback"):
+        loop.train(config)
+    assert not (Path(config.output_dir) / "a").exists()

@@ -6,8 +6,8 @@ continued.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from dylora.evaluation.passk.benchmark import find_backend, read_tasks
 from dylora.evaluation.passk.contamination import Selection, select_tasks
@@ -15,7 +15,10 @@ from dylora.evaluation.passk.options import BenchmarkOptions, expand_tasks
 from dylora.evaluation.passk.scoring import score_model
 from dylora.run_config import EvalConfig
 from dylora.storage.folders import quarantine, write_file
+from dylora.training.loop import Callback, is_out_of_patience
 from dylora.training.run import Run
+from dylora.training.step import StepResult
+from dylora.training.validation import SetScore
 
 FOLDER = "benchmark"
 
@@ -36,6 +39,35 @@ def options_of(config: EvalConfig) -> BenchmarkOptions:
         files=dict(config.benchmark_files),
         limit=config.benchmark_limit,
     )
+
+
+class Benchmark(Callback):
+    """Runs the suites of eval.benchmark_tasks as eval.benchmark_strategy says, each after a save:
+    generation may need memory that is not there."""
+
+    handles = ("eval.benchmark_strategy",)
+
+    def on_start(self, run: Run) -> None:
+        self.epoch = run.sampler.epoch
+        if run.config.eval.benchmark_strategy != "none":
+            check_benchmark(run)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        strategy, ends_pass = run.config.eval.benchmark_strategy, run.sampler.epoch > self.epoch
+        self.epoch = run.sampler.epoch
+        last = run.progress.step == run.steps
+        run.progress.benchmark_due = (strategy == "epoch" and ends_pass) or (
+            strategy != "none" and last
+        )
+
+    def on_evaluate(self, run: Run, scores: dict[str, SetScore]) -> None:
+        if run.config.eval.benchmark_strategy != "none" and is_out_of_patience(run):
+            run.progress.benchmark_due = True  # this was the last step
+
+    def on_save(self, run: Run, folder: Path) -> None:
+        if run.progress.benchmark_due:
+            benchmark_step(run)
+            run.progress.benchmark_due = False
 
 
 def check_benchmark(run: Run) -> None:
@@ -61,11 +93,12 @@ def check_benchmark(run: Run) -> None:
             run.log.info(f"set aside as {quarantine(folder, 'superseded')}")
 
 
-def benchmark_step(run: Run, before_each: Callable[[], None] = lambda: None) -> None:
+def benchmark_step(run: Run) -> None:
     """Benchmark the mixture as it is now; a row of metrics.jsonl, and benchmark/step-<n>/.
 
-    Does nothing for a step that has its row. An exception of `before_each` ends it, samples kept.
+    Does nothing for a step that has its row. Raises Interrupted, samples kept, when a signal came.
     """
+    run.interruption.check()
     config, progress = run.config.eval, run.progress
     options, suites = options_of(config), _select(run)
     if run.log.has(progress.step, f"eval/{next(iter(suites))}/pass@1"):
@@ -75,8 +108,9 @@ def benchmark_step(run: Run, before_each: Callable[[], None] = lambda: None) -> 
     metrics, results = {}, {}
     for name, selection in suites.items():
         file = folder / f"{name.replace('/', '.')}.jsonl"
+        check = run.interruption.check
         found = score_model(
-            run.model, run.tokenizer, selection, options, config.batch_size, file, before_each
+            run.model, run.tokenizer, selection, options, config.batch_size, file, check
         )
         metrics[f"eval/{name}/pass@1"] = found.pass_at_k["1"]["mean"]
         sampling = options.sampling(selection.tasks, config.batch_size)
