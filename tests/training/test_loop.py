@@ -428,7 +428,7 @@ def test_counters_do_not_see_extra_padding(make_config, monkeypatch, extra):
 def test_a_run_says_when_the_cpu_has_no_instructions_for_its_precision(
     emulated, make_config, monkeypatch, capsys
 ):
-    monkeypatch.setattr("dylora.training.loop.is_emulated", lambda dtype: emulated)
+    monkeypatch.setattr("dylora.training.run.is_emulated", lambda dtype: emulated)
     train(make_config(dtype="bfloat16", max_steps=1))
     said = "no instructions for bfloat16" in capsys.readouterr().out
     assert said == emulated
