@@ -1,24 +1,11 @@
 """What the evaluations share: evaluation mode, the base's positions, text of tokens in context."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+from dylora.kernels.common import evaluation_mode as evaluation_mode
 
 
 def max_positions(base: PreTrainedModel) -> int | None:

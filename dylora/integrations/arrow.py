@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dylora.kernels.common import evaluation_mode
 from dylora.model import DyLoRA_MoE
 from dylora.routing.router import DynamicHybridRouter
 
@@ -105,12 +106,10 @@ def readers_of_router_input(model: DyLoRA_MoE) -> dict[str, list[str]]:
         hook = read(adapter.block.name, path)
         handles.append(model.base.get_submodule(path).register_forward_pre_hook(hook))
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    was_training = model.training
     try:
-        with model.disable_adapters():
-            model.eval()(ids)
+        with model.disable_adapters(), evaluation_mode(model):
+            model(ids)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return readers

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from dylora.kernels.common import at_least_float32
+from dylora.kernels.common import at_least_float32, evaluation_mode
 
 
 def token_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -131,13 +131,8 @@ class HeadFinder:
             )
             return None
         if self._found is None:
-            evaluating = [module for module in base.modules() if not module.training]
-            try:
-                self._found = (find_logit_transform(base.eval()),)
-            finally:
-                base.train()
-                for module in evaluating:
-                    module.training = False
+            with evaluation_mode(base):
+                self._found = (find_logit_transform(base),)
             if self._found[0] is None:
                 warnings.warn(
                     f"the logits of {type(base).__name__} are not its head of its last hidden "

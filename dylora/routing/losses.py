@@ -34,6 +34,11 @@ class RoutingStatistics(NamedTuple):
     entropy_N: Tensor  # Σ entropy of g in nats
     tokens: Tensor  # scalar
 
+    @property
+    def usage_NE(self) -> Tensor:
+        """Each expert's share of a block's gate sum."""
+        return self.gate_NE / self.gate_NE.sum(-1, keepdim=True).clamp_min(1e-12)
+
     def detach(self) -> "RoutingStatistics":
         return RoutingStatistics(*(value.detach() for value in self))
 

@@ -26,11 +26,10 @@ class RoutingSummary(NamedTuple):
 
 def summarize(statistics: RoutingStatistics) -> RoutingSummary:
     """Means from sums."""
-    usage_NE = statistics.gate_NE / statistics.gate_NE.sum(-1, keepdim=True).clamp_min(1e-12)
     assigned_N = statistics.assigned_NE.sum(-1).clamp_min(1)
     tokens = statistics.tokens.clamp_min(1)
     return RoutingSummary(
-        usage_NE.cpu(),
+        statistics.usage_NE.cpu(),
         (statistics.entropy_N / tokens).cpu(),
         (statistics.active_N / tokens).cpu(),
         (statistics.assigned_NE.amax(-1) / assigned_N).cpu(),

@@ -1,11 +1,15 @@
 """Training by hand: what `observe` keeps, and what `set_routing` changes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from dylora import DyLoRA_MoE, MoELoraConfig
+from dylora.data.tokenize import TokenizedSet
 from dylora.training.run import Run, prepare
 from dylora.training.step import next_batches, run_step
+from dylora.training.validation import validate
 
 PLAIN = {"lora_dropout": 0.0, "expert_dropout": 0.0, "maturity_mode": "usage"}
 
@@ -98,3 +102,38 @@ def test_routing_that_cannot_be_is_refused_and_changes_nothing(mixture):
     with pytest.raises(AttributeError, match="config cannot be assigned: set_routing"):
         model.config = MoELoraConfig()
     assert model.config is before
+
+
+# Modes
+
+
+class Stop(Exception):
+    """What a signal does to a validation."""
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_validating_leaves_every_module_in_its_mode(mixture, interrupted):
+    model, rows = mixture().train(), TokenizedSet("a", "validation")
+    rows.append([1, 5, 6], [7, 2])
+    model.base.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    seen = []
+
+    def look() -> None:
+        seen.append(any(module.training for module in model.modules()))
+        if interrupted:
+            raise Stop
+
+    with pytest.raises(Stop) if interrupted else nullcontext():
+        validate(model, [rows], batch_size=1, pad_token_id=0, before_batch=look)
+    assert seen == [False]
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
+
+
+def test_a_failed_search_for_the_head_leaves_every_module_in_its_mode(mixture, ids, monkeypatch):
+    model = mixture().train()
+    monkeypatch.setattr(type(model.base), "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids, labels=ids, keep_logits=False)
+    assert all(module.training for module in model.modules())
