@@ -64,7 +64,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps
     sampler = build_sampler(config, data, per_step)
     seed_everything(config.train.seed)
-    model = build_model(config, data, device, fresh=fresh)
+    model = build_model(config, data, tokenizer, device, fresh=fresh)
     steps = config.train.max_steps or max(1, round(config.train.epochs * len(sampler) / per_step))
     targets_per_step = per_step * sampler.mean([rows.mean_targets for rows in data.train])
     optimizer = build_optimizer(model, config.train)
@@ -102,7 +102,12 @@ def build_sampler(config: RunConfig, data: PreparedData, per_step: int) -> Inter
 
 
 def build_model(
-    config: RunConfig, data: PreparedData, device: torch.device, *, fresh: bool
+    config: RunConfig,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    fresh: bool,
 ) -> DyLoRA_MoE:
     """The mixture on its base; a fresh run may begin with a checkpoint's.
 
