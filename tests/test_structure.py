@@ -56,7 +56,6 @@ CIRCLES: set[str] = {
 }
 LONG: set[str] = {
     "adapters.inject.inject",
-    "data.sources",
     "experts",
     "experts.merge",
     "integrations.peft_import._settings",

@@ -41,8 +41,8 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: "str | Checkpoint") -> No
     tokenizer = opened.tokenizer(base_of(config.model))
     data = load_run_data(config, tokenizer)
     model = load_checkpoint(opened, config.model)
-    trained_on = model.training_record.get("data", data.stamp)
-    if dataset_identity(trained_on) != dataset_identity(data.stamp):
+    trained_on = model.training_record.get("data", data.provenance)
+    if dataset_identity(trained_on) != dataset_identity(data.provenance):
         print("note: the checkpoint was trained on other data or another split than is scored here")
     scores = validate(
         model,

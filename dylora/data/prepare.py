@@ -1,4 +1,4 @@
-"""From sources to token ids and labels, and their stamp."""
+"""From sources to token ids and labels, and their provenance."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,8 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.data.prompts import PROMPT_WITH_INPUT
-from dylora.data.sources import SourceRows, content_hash, read_source, seeded_generator
+from dylora.data.sources import SourceRows, read_source
+from dylora.data.splits import content_hash, seeded_generator
 from dylora.data.tokenize import SetReport, SplitReport, TokenizedSet, TokenizedSplit, tokenize_rows
 from dylora.run_config import DataConfig, SourceConfig
 
@@ -17,7 +18,7 @@ class PreparedData(NamedTuple):
     train: list[TokenizedSet]  # in the order of the sources
     validation: list[TokenizedSet]
     reports: list[SetReport]
-    stamp: dict[str, Any]  # JSON types, for the checkpoint: what was trained on, how it was split
+    provenance: dict[str, Any]  # JSON types, for checkpoints: what was trained on, how it was split
 
 
 def load_data(
@@ -36,7 +37,7 @@ def load_data(
     if not config.sources:
         raise ValueError("data.sources is empty; name a set, for example code_alpaca")
     data = PreparedData([], [], [], {})
-    stamps = []
+    sources = []
     for source in config.sources:
         read = read_source(source, seed=config.seed, skill_validation_rows=eval_subset)
         train = _tokenize(read, "train", training_subset, source.name, tokenizer, config)
@@ -45,12 +46,12 @@ def load_data(
         data.validation.append(validation.examples)
         splits = {"train": train.report, "validation": validation.report}
         data.reports.append(_report(source.name, read, splits))
-        stamps.append(_stamp(source, read, config.seed, train))
-    data.stamp.update(
+        sources.append(_provenance(source, read, config.seed, train))
+    data.provenance.update(
         prompt=PROMPT_WITH_INPUT,
         max_length=config.max_length,
         over_long=config.over_long,
-        sources=stamps,
+        sources=sources,
     )
     return data
 
@@ -72,7 +73,7 @@ def _tokenize(
         read.rows.select(indices),
         tokenizer,
         max_length=config.max_length,
-        over_long=config.over_long,
+        truncation=config.over_long,
         wanted=subset,
     )
     if len(tokenized.examples) == 0:
@@ -95,7 +96,7 @@ def _report(name: str, read: SourceRows, splits: dict[str, SplitReport]) -> SetR
     )
 
 
-def _stamp(
+def _provenance(
     source: SourceConfig, read: SourceRows, seed: int, train: TokenizedSplit
 ) -> dict[str, Any]:
     """What one source gave to training; the hashes do not depend on the order of its rows.
@@ -103,7 +104,7 @@ def _stamp(
     `text_hashes` has each question's and each answer's, so that a benchmark can leave out what
     was trained on under whatever name: 26 bytes a row.
     """
-    stamp = {
+    found = {
         "name": source.name,
         "path": read.path,
         "revision": source.revision,
@@ -113,7 +114,7 @@ def _stamp(
         "training_sha256": content_hash(*sorted(train.content_hashes)),
     }
     if source.name == "mbpp":
-        stamp["task_ids"] = sorted(int(row_id) for row_id in train.row_ids)
+        found["task_ids"] = sorted(int(row_id) for row_id in train.row_ids)
     if read.path is not None:  # what is generated shares no task with a benchmark
-        stamp["text_hashes"] = " ".join(sorted(train.text_hashes))
-    return stamp
+        found["text_hashes"] = " ".join(sorted(train.text_hashes))
+    return found

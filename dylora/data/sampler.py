@@ -1,4 +1,4 @@
-"""The order of training over several sets: endless, and resumable at any example."""
+"""The order in which a run takes its rows."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dylora.data.sources import seeded_generator
+from dylora.data.splits import seeded_generator
 
 
 class InterleavedSampler:
@@ -16,9 +16,9 @@ class InterleavedSampler:
     repeated, in a new order each time round, and each run of len(lengths) examples holds one of
     each set. Otherwise an epoch is one permutation of all examples together.
 
-    With a window above 1 the examples of so many steps are sorted by their tokens and dealt to
-    those steps anew, so that a step holds rows of similar length and computes little padding; the
-    steps of a window come in a random order.
+    With bucket_steps above 1 the examples of so many steps, a bucket, are sorted by their tokens
+    and dealt to those steps anew, so that a step holds rows of similar length and computes little
+    padding; the steps of a bucket come in a random order.
     """
 
     def __init__(
@@ -27,24 +27,24 @@ class InterleavedSampler:
         *,
         seed: int = 0,
         interleaved: bool = True,
-        window: int = 1,
+        bucket_steps: int = 1,
         rows_per_step: int = 1,
         tokens: Sequence[Tensor] = (),
     ) -> None:
         """Raises ValueError where a set is empty.
 
-        lengths: examples of each set; window: steps that are sorted together; rows_per_step:
-        examples of an optimizer step, and tokens: those of every example, [length] of each set,
-        both needed for a window above 1 only.
+        lengths: examples of each set; bucket_steps: steps whose rows are sorted by length together;
+        rows_per_step: examples of an optimizer step, and tokens: those of every example, [length]
+        of each set, both needed for bucket_steps above 1 only.
         """
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every set needs an example, but the lengths are {list(lengths)}")
         self.lengths = list(lengths)
         self.seed = seed
         self.interleaved = interleaved
-        self.window = window
-        self.rows_per_step = rows_per_step if window > 1 else 1
-        self._tokens = torch.cat(list(tokens)) if window > 1 else None
+        self.bucket_steps = bucket_steps
+        self.rows_per_step = rows_per_step if bucket_steps > 1 else 1
+        self._tokens = torch.cat(list(tokens)) if bucket_steps > 1 else None
         self.epoch = 0
         self.position = 0  # examples given out in this epoch; below len(self)
         self._order = self._epoch_order()
@@ -79,7 +79,7 @@ class InterleavedSampler:
             "position": self.position,
             "lengths": list(self.lengths),
             "interleaved": self.interleaved,
-            "window": self.window,
+            "window": self.bucket_steps,
             "rows_per_step": self.rows_per_step,
         }
 
@@ -103,10 +103,10 @@ class InterleavedSampler:
     def _epoch_order(self) -> Tensor:
         """[examples, 2] of set index and row index."""
         order = self._drawn_order()
-        return order if self._tokens is None else self._sorted_in_windows(order)
+        return order if self._tokens is None else self._sorted_in_buckets(order)
 
-    def _sorted_in_windows(self, order: Tensor) -> Tensor:
-        """Whole steps of an epoch in windows; what belongs to a step of two epochs stays."""
+    def _sorted_in_buckets(self, order: Tensor) -> Tensor:
+        """Whole steps of an epoch in buckets; what belongs to a step of two epochs stays."""
         assert self._tokens is not None
         size = self.rows_per_step
         begin = -self.epoch * len(order) % size  # these rows complete the last epoch's last step
@@ -114,7 +114,7 @@ class InterleavedSampler:
         firsts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
         generator = seeded_generator("windows", self.seed, self.epoch)
         parts = [order[:begin]]
-        for rows in order[begin:end].split(self.window * size):
+        for rows in order[begin:end].split(self.bucket_steps * size):
             tokens = self._tokens[firsts[rows[:, 0]] + rows[:, 1]]
             steps = rows[tokens.argsort(stable=True)].view(-1, size, 2)
             parts.append(steps[torch.randperm(len(steps), generator=generator)].flatten(0, 1))

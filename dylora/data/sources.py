@@ -1,21 +1,27 @@
 """Rows of instruction-shaped sets: read, checked, stripped of duplicates, split.
 
 A set is one of the built-in names, a local file, or a set of the hub. What cannot be trained on is
-counted and reported with its place: `file:line`, or `file:row` (from 1) in parquet and on the hub.
+counted and reported with its location: `file:line`, or `file:row` (from 1) in parquet and on the
+hub.
 """
 
-import hashlib
-import json
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from dylora.data.prompts import mbpp_instruction
-from dylora.data.readers import BadRecord, Record, read_records
+from dylora.data.readers import read_records
+from dylora.data.record import BadRecord, Record
+from dylora.data.splits import (
+    MBPP_PUBLISHED,
+    MBPP_TASKS,
+    content_hash,
+    mbpp_split,
+    split_by_id,
+    split_by_question,
+    split_by_task,
+)
 from dylora.fields import nearest
 from dylora.run_config import SourceConfig, SplitScheme
 
@@ -24,13 +30,6 @@ if TYPE_CHECKING:
 
 CODE_ALPACA = "sahil2801/CodeAlpaca-20k"
 MBPP = "google-research-datasets/mbpp"
-MBPP_TASKS = 974
-MBPP_PUBLISHED = {
-    "train": range(601, 975),
-    "validation": range(511, 601),
-    "test": range(11, 511),
-    "prompt": range(1, 11),
-}
 SKILL_ROWS = {"train": 2000, "validation": 200}
 COLUMNS = ("instruction_column", "input_column", "output_column")
 MAX_PROBLEMS = 20
@@ -91,47 +90,6 @@ def read_source(
     )
 
 
-def mbpp_split(scheme: SplitScheme, seed: int = 0) -> dict[str, list[int]]:
-    """Task ids of each split, sorted.
-
-    `published`: 374 train, 90 validation, 500 test, 10 prompt. `70/10/20`: 682, 97 and 195 of all
-    974, so that most published test tasks are trained on: score only what the stamp leaves out.
-    """
-    if scheme == "published":
-        return {split: list(ids) for split, ids in MBPP_PUBLISHED.items()}
-    if scheme != "70/10/20":
-        raise ValueError(f"split_scheme is {scheme!r}, but mbpp has published and 70/10/20")
-    ids = list(range(1, MBPP_TASKS + 1))
-    random.Random(derived_seed("mbpp", seed)).shuffle(ids)
-    train, validation = round(0.7 * MBPP_TASKS), round(0.8 * MBPP_TASKS)
-    parts = {"train": ids[:train], "validation": ids[train:validation], "test": ids[validation:]}
-    return {split: sorted(part) for split, part in parts.items()}
-
-
-def content_hash(*parts: str | int) -> str:
-    """SHA-256 of the parts and of where they begin and end, as 64 hex digits."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def text_hash(text: str) -> str:
-    """12 hex digits of SHA-256 of the words: equal for texts that differ in white space alone.
-
-    Between 10,000 texts and 100,000 others two that differ share one with a chance of 4 in a
-    million.
-    """
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
-
-
-def derived_seed(*parts: str | int) -> int:
-    """A seed in [0, 2^63) for one purpose: near seeds and other purposes share no sequence."""
-    return int(content_hash(*parts)[:16], 16) >> 1
-
-
-def seeded_generator(*parts: str | int) -> torch.Generator:
-    """A generator of its own for whatever the parts name."""
-    return torch.Generator().manual_seed(derived_seed(*parts))
-
-
 # The three kinds of source
 
 
@@ -154,7 +112,7 @@ def _skill_plan(source: SourceConfig, seed: int, validation_rows: int | None) ->
     return _Plan(
         _skill_records(source.name.removeprefix("skill/"), counts, seed),
         partial(_columns_to_row, instruction="instruction", input_=None, output="output", id_="id"),
-        _split_by_id,
+        split_by_id,
         None,
         None,
     )
@@ -170,7 +128,7 @@ def _mbpp_plan(source: SourceConfig, seed: int) -> _Plan:
         hub_config="full" if source.path is None else None,
         hub_splits=tuple(MBPP_PUBLISHED),
     )
-    split = partial(_split_by_task, task_ids=mbpp_split(scheme, seed))
+    split = partial(split_by_task, task_ids=mbpp_split(scheme, seed))
     return _Plan(records, _mbpp_to_row, split, source.path or MBPP, scheme)
 
 
@@ -181,7 +139,7 @@ def _columns_plan(source: SourceConfig, seed: int) -> _Plan:
     columns = [column for column in (instruction, input_, output) if column is not None]
     records = read_records(path, source.revision, columns=columns)
     to_row = partial(_columns_to_row, instruction=instruction, input_=input_, output=output)
-    return _Plan(records, to_row, partial(_split_by_question, seed=seed), path, scheme)
+    return _Plan(records, to_row, partial(split_by_question, seed=seed), path, scheme)
 
 
 def _path_and_columns(source: SourceConfig) -> tuple[str, str, str | None, str]:
@@ -241,7 +199,7 @@ def _collect(
             row = to_row(record.fields)
         except BadRecord as problem:
             malformed += 1
-            problems += [f"{record.place}: {problem}"] * (len(problems) < MAX_PROBLEMS)
+            problems += [f"{record.location}: {problem}"] * (len(problems) < MAX_PROBLEMS)
             continue
         row = Row(
             _unix(row.instruction).strip(),
@@ -252,7 +210,7 @@ def _collect(
         if not row.instruction or not row.output:
             empty += 1
             what = "answer" if row.instruction else "instruction"
-            problems += [f"{record.place}: the {what} is empty"] * (len(problems) < MAX_PROBLEMS)
+            problems += [f"{record.location}: the {what} is empty"] * (len(problems) < MAX_PROBLEMS)
             continue
         content = content_hash(row.instruction, row.input, row.output)
         if content in seen:
@@ -322,38 +280,6 @@ def _text(fields: dict[str, Any], column: str) -> str:
 
 def _unix(text: str) -> str:
     return text.replace("\r\n", "\n")
-
-
-# Splits: indices of the rows of train and validation
-
-
-def _split_by_question(rows: "Dataset", seed: int) -> dict[str, list[int]]:
-    """A tenth of the questions, those whose seeded hash is lowest, for validation."""
-    pairs = zip(rows["instruction"], rows["input"], strict=True)
-    hashes = [content_hash(seed, *pair) for pair in pairs]
-    questions = sorted(set(hashes))
-    held_out = set(questions[: max(1, round(len(questions) / 10))])
-    splits: dict[str, list[int]] = {"train": [], "validation": []}
-    for index, question in enumerate(hashes):
-        splits["validation" if question in held_out else "train"].append(index)
-    return splits
-
-
-def _split_by_task(rows: "Dataset", task_ids: dict[str, list[int]]) -> dict[str, list[int]]:
-    ids = [int(id_) for id_ in rows["id"]]
-    splits: dict[str, list[int]] = {}
-    for split in ("train", "validation"):
-        wanted = set(task_ids[split])
-        splits[split] = [index for index, id_ in enumerate(ids) if id_ in wanted]
-    return splits
-
-
-def _split_by_id(rows: "Dataset") -> dict[str, list[int]]:
-    """Rows of a skill, whose ids begin with the name of the split."""
-    splits: dict[str, list[int]] = {"train": [], "validation": []}
-    for index, id_ in enumerate(rows["id"]):
-        splits[id_.partition("/")[0]].append(index)
-    return splits
 
 
 def _skill_records(skill: str, wanted: dict[str, int], seed: int) -> Iterator[Record]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.data.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
-from dylora.data.sources import content_hash, text_hash
+from dylora.data.splits import content_hash, text_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,7 +136,7 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    over_long: Literal["truncate", "drop"],
+    truncation: Literal["truncate", "drop"],
     wanted: int | None = None,
 ) -> TokenizedSplit:
     """Fills `examples` from the rows (columns as in sources.Row), until there are `wanted` ones."""
@@ -155,7 +155,7 @@ def tokenize_rows(
             if len(examples) == limit:
                 break
             examined += 1
-            target = fit(len(prompt), [*answer, eos], max_length, over_long)
+            target = fit(len(prompt), [*answer, eos], max_length, truncation)
             if not target:
                 dropped += 1
                 continue
@@ -184,7 +184,7 @@ def fit(
     prompt_length: int,
     target_ids: list[int],
     max_length: int,
-    over_long: Literal["truncate", "drop"],
+    truncation: Literal["truncate", "drop"],
 ) -> list[int]:
     """The answer and EOS, cut to what the prompt leaves; empty: the example is dropped.
 
@@ -193,4 +193,4 @@ def fit(
     room = max_length - prompt_length
     if len(target_ids) <= room:
         return target_ids
-    return target_ids[: max(room, 0)] if over_long == "truncate" else []
+    return target_ids[: max(room, 0)] if truncation == "truncate" else []

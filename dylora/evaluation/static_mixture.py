@@ -96,7 +96,7 @@ def _texts(
         return
     for record in read_records(str(path), None, columns=[]):
         if record.problem:
-            raise ValueError(f"{record.place}: {record.problem}")
+            raise ValueError(f"{record.location}: {record.problem}")
         fields = record.fields
         if isinstance(fields.get("text"), str):
             yield [], encode(fields["text"], **options)["input_ids"]
@@ -106,7 +106,7 @@ def _texts(
             yield encode(prompt, **options)["input_ids"], [*answer, eos_token_id(tokenizer)]
         else:
             raise ValueError(
-                f"{record.place}: needs the field 'text', or 'instruction' and 'output'"
+                f"{record.location}: needs the field 'text', or 'instruction' and 'output'"
             )
 
 

@@ -205,16 +205,16 @@ def check_same_settings(run: Run, checkpoint: Checkpoint) -> None:
             f"this run has {run.config.model.quantization!r}"
         )
     if dataset_identity(description["training"].get("data", {})) != dataset_identity(
-        run.data.stamp
+        run.data.provenance
     ):
         raise ValueError(f"{folder} was trained on other data than this run names")
 
 
-def dataset_identity(stamp: dict[str, Any]) -> dict[str, Any]:
-    """A data stamp without where the rows lie: a moved file with the same rows is the same data."""
-    stamp = json.loads(json.dumps(stamp))  # tuples become lists, as on disk
-    for source in stamp.get("sources", []):
+def dataset_identity(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Provenance without where the rows lie: a moved file of the same rows is the same data."""
+    provenance = json.loads(json.dumps(provenance))  # tuples become lists, as on disk
+    for source in provenance.get("sources", []):
         source.pop("path", None)
         source.pop("revision", None)
         source.pop("text_hashes", None)  # training_sha256 tells as much
-    return stamp
+    return provenance

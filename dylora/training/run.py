@@ -95,7 +95,7 @@ def build_sampler(config: RunConfig, data: PreparedData, per_step: int) -> Inter
         [len(examples) for examples in data.train],
         interleaved=config.data.interleaved_sampling,
         seed=config.data.seed,
-        window=config.data.bucket_steps,
+        bucket_steps=config.data.bucket_steps,
         rows_per_step=per_step,
         tokens=[examples.all_lengths for examples in data.train],
     )
@@ -123,7 +123,7 @@ def build_model(
         quantization=config.model.quantization,
     )
     model.base_fingerprint["tokenizer"] = tokenizer_fingerprint(tokenizer)
-    model.training_record = {"data": data.stamp, "seed": config.train.seed}
+    model.training_record = {"data": data.provenance, "seed": config.train.seed}
     if fresh and config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
     if not any(parameter.requires_grad for _, parameter in model.own_parameters()):

@@ -8,7 +8,7 @@ import torch
 
 from dylora.data.batching import collate
 from dylora.data.prepare import load_data
-from dylora.data.sources import text_hash
+from dylora.data.splits import text_hash
 from dylora.data.tokenize import TokenizedSet
 from dylora.kernels.cross_entropy import target_positions
 from dylora.run_config import DataConfig, SourceConfig
@@ -158,7 +158,7 @@ def test_datasets_is_not_imported_before_it_is_needed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# Subsets, reports, stamp
+# Subsets, reports, provenance
 
 
 def test_a_subset_is_drawn_with_the_seed_and_full_despite_dropped_rows(tmp_path, tokenizer):
@@ -188,15 +188,15 @@ def test_a_subset_depends_on_the_seed_where_the_split_does_not(tmp_path, tokeniz
 
     def trained(seed):
         config = DataConfig(sources=[mbpp], seed=seed)
-        stamp = load_data(config, tokenizer, training_subset=10).stamp
-        return stamp["sources"][0]["task_ids"]
+        provenance = load_data(config, tokenizer, training_subset=10).provenance
+        return provenance["sources"][0]["task_ids"]
 
     assert trained(0) == trained(0) != list(range(601, 611))
     assert trained(0) != trained(1)
 
 
 @needs_published_rows
-def test_real_sets_are_read_split_reported_and_stamped(tokenizer):
+def test_real_sets_are_read_split_reported_and_recorded(tokenizer):
     config = DataConfig(
         sources=[
             SourceConfig(name="code_alpaca", path=CODE_ALPACA),
@@ -211,9 +211,9 @@ def test_real_sets_are_read_split_reported_and_stamped(tokenizer):
         ("code_alpaca", "validation", 50),
         ("mbpp", "validation", 50),
     ]
-    stamp = data.stamp
-    assert json.loads(json.dumps(stamp)) == stamp
-    alpaca, mbpp = stamp["sources"]
+    provenance = data.provenance
+    assert json.loads(json.dumps(provenance)) == provenance
+    alpaca, mbpp = provenance["sources"]
     assert (alpaca["split_scheme"], mbpp["split_scheme"]) == ("90/10", "published")
     assert len(mbpp["task_ids"]) == mbpp["training_rows"] == 300
     assert set(mbpp["task_ids"]) <= set(range(601, 975))
@@ -228,7 +228,9 @@ def test_real_sets_are_read_split_reported_and_stamped(tokenizer):
     assert examples.mean_targets == report.target_tokens / 300
 
 
-def test_the_stamp_has_a_hash_of_every_question_and_answer_that_was_trained_on(tmp_path, tokenizer):
+def test_the_provenance_has_a_hash_of_every_question_and_answer_that_was_trained_on(
+    tmp_path, tokenizer
+):
     rows = [
         {"instruction": f"Add {i}.", "input": "" if i % 2 else "3", "output": f"x + {i}"}
         for i in range(20)
@@ -236,12 +238,12 @@ def test_the_stamp_has_a_hash_of_every_question_and_answer_that_was_trained_on(t
     (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     alpaca = SourceConfig(name="code_alpaca", path=str(tmp_path / "r.jsonl"))
     data = load_data(DataConfig(sources=[alpaca]), tokenizer)
-    (stamp,) = data.stamp["sources"]
-    hashes = set(stamp["text_hashes"].split())
+    (source,) = data.provenance["sources"]
+    hashes = set(source["text_hashes"].split())
     trained = {tokenizer.decode(targets(example)) for example in data.train[0]}
     found = [row for row in rows if text_hash(row["output"]) in hashes]
     assert {f"{row['output']}</s>" for row in found} == trained
-    assert len(found) == stamp["training_rows"] == 18
+    assert len(found) == source["training_rows"] == 18
     for row in found:
         assert text_hash(row["instruction"]) in hashes
         assert text_hash(f"{row['instruction']}\n{row['input']}") in hashes
@@ -249,17 +251,19 @@ def test_the_stamp_has_a_hash_of_every_question_and_answer_that_was_trained_on(t
 
 def test_generated_rows_need_no_hashes(tokenizer):
     sources = [SourceConfig(name="skill/arithmetic", rows=5)]
-    (stamp,) = load_data(DataConfig(sources=sources), tokenizer, eval_subset=5).stamp["sources"]
-    assert "text_hashes" not in stamp
+    (source,) = load_data(DataConfig(sources=sources), tokenizer, eval_subset=5).provenance[
+        "sources"
+    ]
+    assert "text_hashes" not in source
 
 
-def test_the_stamp_changes_with_one_character_and_not_with_the_order(tmp_path, tokenizer):
-    def stamp(lines):
+def test_the_provenance_changes_with_one_character_and_not_with_the_order(tmp_path, tokenizer):
+    def provenance(lines):
         (tmp_path / "r.jsonl").write_text("\n".join(lines))
-        return load_data(config_for(tmp_path / "r.jsonl"), tokenizer).stamp["sources"][0]
+        return load_data(config_for(tmp_path / "r.jsonl"), tokenizer).provenance["sources"][0]
 
     lines = [json.dumps({"question": f"Q{i}", "answer": f"A{i}"}) for i in range(20)]
-    first = stamp(lines)
-    assert stamp(lines[::-1]) == first
-    changed = stamp([line.replace('"A', '"B') for line in lines])
+    first = provenance(lines)
+    assert provenance(lines[::-1]) == first
+    changed = provenance([line.replace('"A', '"B') for line in lines])
     assert changed["training_sha256"] != first["training_sha256"]

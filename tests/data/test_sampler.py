@@ -103,9 +103,9 @@ def test_an_empty_set_is_an_error():
 TOKENS = [torch.randint(5, 500, (90,)), torch.randint(5, 500, (40,))]
 
 
-def windowed(window=4, **settings):
+def bucketed(steps=4, **settings):
     settings = {"interleaved": False, "rows_per_step": 6} | settings
-    return InterleavedSampler([90, 40], window=window, tokens=TOKENS, **settings)
+    return InterleavedSampler([90, 40], bucket_steps=steps, tokens=TOKENS, **settings)
 
 
 def steps_of(sampler, count, size=6):
@@ -113,23 +113,23 @@ def steps_of(sampler, count, size=6):
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_windows_give_the_rows_of_each_epoch_once_as_before(interleaved):
-    plain, sampler = windowed(1, interleaved=interleaved), windowed(interleaved=interleaved)
+def test_buckets_give_the_rows_of_each_epoch_once_as_before(interleaved):
+    plain, sampler = bucketed(1, interleaved=interleaved), bucketed(interleaved=interleaved)
     for _ in range(3):
         before, now = stream(plain, len(plain)), stream(sampler, len(sampler))
         assert Counter(now) == Counter(before)
         assert now != before
 
 
-def test_a_window_holds_the_rows_that_were_drawn_for_its_steps():
-    before, now = stream(windowed(1), 130), stream(windowed(), 130)
+def test_a_bucket_holds_the_rows_that_were_drawn_for_its_steps():
+    before, now = stream(bucketed(1), 130), stream(bucketed(), 130)
     for begin in range(0, 120, 24):
         part = slice(begin, begin + 24)
         assert sorted(now[part]) == sorted(before[part])
 
 
-def test_the_steps_of_a_window_hold_neighbours_by_length_in_a_drawn_order():
-    steps = steps_of(windowed(), 20)
+def test_the_steps_of_a_bucket_hold_neighbours_by_length_in_a_drawn_order():
+    steps = steps_of(bucketed(), 20)
     falls = 0
     for begin in range(0, 20, 4):
         spans = []
@@ -143,29 +143,29 @@ def test_the_steps_of_a_window_hold_neighbours_by_length_in_a_drawn_order():
 
 
 def test_steps_stay_whole_in_every_epoch_although_they_do_not_divide_it():
-    """130 rows are no multiple of 6: a window begins with a step and not within one."""
+    """130 rows are no multiple of 6: a bucket begins with a step and not within one."""
 
     def padded(sampler):
         lengths = [[int(TOKENS[i][r]) for i, r in step] for step in steps_of(sampler, 85)]
         return sum(6 * max(step) for step in lengths)
 
-    assert padded(windowed(8)) < 0.75 * padded(windowed(1))
+    assert padded(bucketed(8)) < 0.75 * padded(bucketed(1))
 
 
-def test_a_resumed_sampler_with_windows_continues_the_same_sequence():
-    whole = stream(windowed(), 400)
+def test_a_resumed_sampler_with_buckets_continues_the_same_sequence():
+    whole = stream(bucketed(), 400)
     for taken in range(0, 380, 7):
-        first, second = windowed(), windowed()
+        first, second = bucketed(), bucketed()
         stream(first, taken)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert stream(second, 20) == whole[taken : taken + 20]
 
 
-def test_a_state_of_other_windows_or_steps_is_refused():
-    state = windowed().state_dict()
+def test_a_state_of_other_buckets_or_steps_is_refused():
+    state = bucketed().state_dict()
     with pytest.raises(ValueError, match="the saved order is for window 4, but the run now has 8"):
-        windowed(8).load_state_dict(state)
+        bucketed(8).load_state_dict(state)
     with pytest.raises(ValueError, match="rows_per_step 6, but the run now has 12"):
-        windowed(rows_per_step=12).load_state_dict(state)
-    # Without windows the order does not depend on how many rows a step takes.
-    windowed(1, rows_per_step=12).load_state_dict(windowed(1).state_dict())
+        bucketed(rows_per_step=12).load_state_dict(state)
+    # Without buckets the order does not depend on how many rows a step takes.
+    bucketed(1, rows_per_step=12).load_state_dict(bucketed(1).state_dict())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from dylora.data.sources import text_hash
+from dylora.data.splits import text_hash
 from dylora.evaluation.passk.problem import Problem
 from dylora.evaluation.passk.sampling import Sampling
 from dylora.evaluation.passk.suites import Tasks

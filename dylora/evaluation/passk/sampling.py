@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.data.sources import derived_seed
+from dylora.data.splits import derived_seed
 from dylora.evaluation.passk.generation import by_length, generate
 from dylora.evaluation.passk.problem import Problem, answer_of
 from dylora.model import DyLoRA_MoE

@@ -190,7 +190,7 @@ def _problems(
                 problem = problem._replace(prompt=prompt, stops=("[DONE]",))
         except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
             why = record.problem or f"{type(error).__name__}: {error}"
-            raise ValueError(f"{record.place}: not a task of {name} ({why})") from None
+            raise ValueError(f"{record.location}: not a task of {name} ({why})") from None
         yield number, problem
 
 
