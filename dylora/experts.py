@@ -12,33 +12,19 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from dylora.adapters import merge_experts, restack
+from dylora.expert_table import Expert, MergeReport, State, format_table, number_stacks
 from dylora.fields import is_name, shown
-from dylora.mixture import Expert, Mixture, State, number_stacks
+from dylora.mixture import Mixture
 from dylora.routing import maturity
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 INITIAL_SHARE = 1e-9  # of the gate mass, at most
-
-
-class MergeReport(NamedTuple):
-    """What became of two experts."""
-
-    expert: int  # the place of the merged one
-    retired: int
-    rank: int
-    shares: tuple[float, float]  # how much each counted
-    errors: dict[str, float]  # by projection: ‖wanted - kept‖ / ‖wanted‖, Frobenius
-
-    @property
-    def worst(self) -> float:
-        """The largest of the errors."""
-        return max(self.errors.values())
 
 
 def without_autograd(method: Method) -> Method:
@@ -72,15 +58,7 @@ class ExpertManager:
 
     def __str__(self) -> str:
         """The table: state, rank, alpha, maturity, steps trained, skill."""
-        lines = [f"{'expert':10} {'state':8} {'rank':>4} {'alpha':>6} {'maturity':>8} {'steps':>7}"]
-        for index, row in enumerate(self.table):
-            mature = float(self.mixture.maturity.maturity[index])
-            state = row.state if row.takes_part or row.state == "retired" else "off"
-            line = (
-                f"{row.name:10} {state:8} {row.rank:4} {row.alpha:6g} {mature:8.3f} {row.steps:7}"
-            )
-            lines.append(line + (f"  {row.skill}" if row.skill else ""))
-        return "\n".join(lines)
+        return format_table(self.table, self.mixture.maturity.maturity)
 
     @property
     def live(self) -> list[int]:
@@ -338,7 +316,7 @@ class ExpertManager:
                 ):
                     restack.split_off(self._optimizer, adapter, index)
                     restack.replace_stack(self._optimizer, adapter, adapter.stack_of(index)[0])
-        groups = number_stacks(self.mixture, self._optimizer)
+        groups = number_stacks(self.table, self.mixture.adapters.values(), self._optimizer)
         for adapter in self.mixture.adapters.values():
             restack.repartition(self._optimizer, adapter, groups)
         self._set_trainable()

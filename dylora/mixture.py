@@ -4,43 +4,22 @@ Shape letters: N blocks, E experts, D input width, O output width, R rank.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from dylora.adapters import inject
-from dylora.base_models import fingerprint, keep_as_stored
+from dylora.base_models import fingerprint, keep_as_stored, stored_bytes
 from dylora.config import MoELoraConfig
+from dylora.expert_table import Expert, groups_of
 from dylora.routing import losses, maturity
 from dylora.routing.losses import Fractions, Observation
 from dylora.routing.maturity import ExpertMaturity
 from dylora.routing.router import Router
-
-State = Literal["active", "frozen", "retired"]
-
-
-@dataclass
-class Expert:
-    """One row of the table; a checkpoint's config.json holds it as it is."""
-
-    name: str
-    rank: int
-    alpha: float
-    state: State = "active"  # active: trained; frozen: computed but never changed; retired: gone
-    takes_part: bool = True  # False: set_active_expert chose another one
-    skill: str | None = None
-    steps: int = 0  # optimizer steps that could change it
-    stack: int = 0  # experts of one number lie in one tensor
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether an optimizer step changes it."""
-        return self.state == "active" and self.takes_part
+from dylora.storage.folders import folder_bytes
 
 
 class Mixture:
@@ -84,6 +63,9 @@ class Mixture:
                 Expert(f"expert_{index}", rank, alpha)
                 for index, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True))
             ]
+
+        # Saving an injected model would write files that reload with fresh weights.
+        base.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
 
     @property
     def device(self) -> torch.device:
@@ -228,6 +210,21 @@ class Mixture:
             adapter.train(adapter.training)
         return True
 
+    def enable_checkpointing(self) -> None:
+        """See `DyLoRA_MoE.enable_checkpointing`."""
+        contexts = self.state.checkpoint_contexts
+        settings = {"use_reentrant": False, "context_fn": contexts}
+        # transformers 5.23 renamed the method; 5.17 has the old name only.
+        base: Any = self.base
+        enable = getattr(base, "activation_checkpointing_enable", None)
+        if enable is None:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        else:
+            enable(settings)
+        # transformers asks for gradients of the embeddings here, as reentrant checkpointing needs.
+        # Ours does not, and they would cost a backward pass below the first adapted layer.
+        base.disable_input_require_grads()
+
     def detach_router(self) -> nn.ModuleDict:
         """Take the routers off; see `DyLoRA_MoE.detach_router`."""
         removed = {}
@@ -263,57 +260,30 @@ class Mixture:
             router.config = self.config
             inject.attach_router(self.base, block, router)
 
+    def size_message(self, folder: Path) -> str:
+        """One line: what the folder weighs beside the base it does not hold."""
+        size = folder_bytes(folder)
+        ours = {id(p) for _, p in self.own_parameters()}
+        frozen = [p for p in self.base.parameters() if id(p) not in ours]
+        base = sum(stored_bytes(p) for p in frozen)
+        return (
+            f"{folder}: {size / 1e6:.1f} MB on disk, no base weight among them "
+            f"(the base is {base / 1e6:.1f} MB in memory)"
+        )
+
+    # Inner workings
+
     def remove(self) -> PreTrainedModel:
         """Take everything off: the base has its own modules, hooks and parameters again."""
         for handle in self._handles:
             handle.remove()
         inject.remove(self.base, self.blocks, self.adapters, self.biases)
+        del self.base.save_pretrained
         return self.base
 
 
-def groups_of(table: list[Expert]) -> list[list[int]]:
-    """The live experts by stack, in order."""
-    groups: list[list[int]] = []
-    for index, row in enumerate(table):
-        if row.state == "retired":
-            continue
-        if groups and groups[-1][-1] == index - 1 and table[index - 1].stack == row.stack:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
-
-
-def number_stacks(mixture: Mixture, optimizer: Optimizer | None) -> list[list[int]]:
-    """Which experts share a stack from here on: neighbours that are both trained or neither, of one
-    width and one age.
-
-    Without an optimizer stacks are split but never joined, so that a parameter which an optimizer
-    elsewhere may hold is not replaced without need.
-    """
-    number, previous = -1, None
-    for index, row in enumerate(mixture.table):
-        if row.state == "retired":
-            row.stack = -1
-            continue
-        before = row.stack if optimizer is None else None
-        key = (row.is_trained, before, _age(mixture, optimizer, index))
-        if previous is None or previous != (index - 1, key):
-            number += 1
-        row.stack, previous = number, (index, key)
-    return groups_of(mixture.table)
-
-
-def _age(mixture: Mixture, optimizer: Optimizer | None, expert: int) -> tuple[Any, ...]:
-    """What the parameters of a stack must have in common."""
-    ages = []
-    for adapter in mixture.adapters.values():
-        stack, _ = adapter.stack_of(expert)
-        ages.append(stack.lora_B.shape[1])
-        state = {} if optimizer is None else optimizer.state.get(stack.lora_B, {})
-        ages += [
-            (name, float(value) if torch.is_tensor(value) else value)
-            for name, value in state.items()
-            if not torch.is_tensor(value) or value.numel() == 1
-        ]
-    return tuple(ages)
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "this model carries experts, and transformers would write files that reload without them: "
+        "call save_pretrained of the DyLoRA_MoE, or unload() first"
+    )

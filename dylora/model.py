@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dylora.base_models import BaseSpec, LoadOptions, stored_bytes
+from dylora.base_models import BaseSpec, LoadOptions
 from dylora.config import MoELoraConfig, RoutingMode
 from dylora.experts import ExpertManager
 from dylora.integrations import merge
@@ -26,18 +26,17 @@ from dylora.outputs import DyLoRAOutput, collect_routing
 from dylora.routing import losses
 from dylora.routing.gating import RouterOutput, check_routing_weights
 from dylora.routing.losses import BatchTotals, Fractions, Observation
-from dylora.routing.maturity import ExpertMaturity
-from dylora.routing.router import Router
 from dylora.routing.state import Request
 from dylora.storage.checkpoint import Checkpoint
-from dylora.storage.folders import folder_bytes, write_folder
+from dylora.storage.folders import write_folder
 
 
 def _of_mixture(name: str) -> Any:
-    """An attribute that the mixture holds."""
+    """An attribute or a method that the mixture has."""
     return property(
         lambda self: getattr(self.mixture, name),
         lambda self, value: setattr(self.mixture, name, value),
+        doc=getattr(Mixture, name, None).__doc__,
     )
 
 
@@ -71,8 +70,6 @@ class DyLoRA_MoE(nn.Module):
         except ValueError:  # a base that was given is as it was
             self.mixture.remove()
             raise
-        # Saving an injected model would write files that reload with fresh weights.
-        base.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
 
     @classmethod
     def from_base(
@@ -278,49 +275,21 @@ class DyLoRA_MoE(nn.Module):
             "config cannot be assigned: set_routing(top_k=…, temperature=…, mode=…) changes routing"
         )
 
-    @property
-    def device(self) -> torch.device:
-        """Where routing is decided."""
-        return self.mixture.device
-
-    @property
-    def site_names(self) -> list[str]:
-        """Paths of the routed blocks, in the order of the N axis."""
-        return self.mixture.site_names
-
-    @property
-    def maturity(self) -> ExpertMaturity:
-        """The experts' maturity and what it is made of; `set_maturity` changes it."""
-        return self.mixture.maturity
-
     base_name = _of_mixture("base_name")  # by which a checkpoint names its base
     base_revision = _of_mixture("base_revision")
     base_fingerprint = _of_mixture("base_fingerprint")
     training_record = _of_mixture("training_record")  # what it was trained on
-
-    def router_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names (unique, stable) and parameters of the routers."""
-        return self.mixture.router_parameters()
-
-    def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of all experts; see `Mixture.expert_parameters`."""
-        return self.mixture.expert_parameters()
-
-    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything that is not the base: experts, then routers."""
-        return self.mixture.own_parameters()
-
-    def routers(self) -> Iterator[tuple[str, Router]]:
-        """The learned routers and the paths of their sites."""
-        return self.mixture.routers()
-
-    def count_parameters(self) -> tuple[int, int]:
-        """Those that a step trains (of experts and routers), and those of the frozen base."""
-        return self.mixture.count_parameters()
-
-    def set_maturity(self, maturity: ExpertMaturity) -> None:
-        """Let the routers follow a new maturity state."""
-        self.mixture.set_maturity(maturity)
+    maturity = _of_mixture("maturity")  # `set_maturity` changes it
+    device = _of_mixture("device")
+    site_names = _of_mixture("site_names")
+    routers = _of_mixture("routers")
+    router_parameters = _of_mixture("router_parameters")
+    expert_parameters = _of_mixture("expert_parameters")
+    own_parameters = _of_mixture("own_parameters")
+    count_parameters = _of_mixture("count_parameters")
+    expert_weights = _of_mixture("expert_weights")
+    set_maturity = _of_mixture("set_maturity")
+    size_message = _of_mixture("size_message")
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them.
@@ -328,18 +297,7 @@ class DyLoRA_MoE(nn.Module):
         Never reentrant, which would lose the routers' gradient; the recomputation sees the wishes
         of its own pass, whatever ran since.
         """
-        contexts = self.mixture.state.checkpoint_contexts
-        settings = {"use_reentrant": False, "context_fn": contexts}
-        # transformers 5.23 renamed the method; 5.17 has the old name only.
-        base: Any = self.base
-        enable = getattr(base, "activation_checkpointing_enable", None)
-        if enable is None:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-        else:
-            enable(settings)
-        # transformers asks for gradients of the embeddings here, as reentrant checkpointing needs.
-        # Ours does not, and they would cost a backward pass below the first adapted layer.
-        base.disable_input_require_grads()
+        self.mixture.enable_checkpointing()
 
     def detach_router(self) -> nn.ModuleDict:
         """Take the routers off; until others are attached, sites mix uniformly or as they are told.
@@ -357,9 +315,7 @@ class DyLoRA_MoE(nn.Module):
 
     def unload(self) -> PreTrainedModel:
         """Take everything off and return the base as it was; this object is of no use after."""
-        self.mixture.remove()
-        del self.base.save_pretrained
-        return self.base
+        return self.mixture.remove()
 
     def merge_and_unload(
         self,
@@ -378,7 +334,7 @@ class DyLoRA_MoE(nn.Module):
         Like `unload`, this leaves nothing of use here. Raises ValueError, changing nothing, where
         routing depends on the token and neither is given, and for a quantised base otherwise.
         """
-        return merge.merge_and_unload(self, expert, weights, dequantize=dequantize)
+        return merge.merge_and_unload(self.mixture, expert, weights, dequantize=dequantize)
 
     # Files
 
@@ -388,14 +344,7 @@ class DyLoRA_MoE(nn.Module):
         Layout: peft_adapters/expert_<i>/ in PEFT's format, router.safetensors, config.json,
         manifest.json. Raises FileExistsError if the folder holds something else.
         """
-        write_folder(Path(folder), lambda temporary: write_model(self, temporary))
-
-    def expert_weights(self, expert: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Path of a projection -> A [r, D], B [O, r] of one expert, as PEFT orders them.
-
-        Raises KeyError for a retired one.
-        """
-        return self.mixture.expert_weights(expert)
+        write_folder(Path(folder), lambda temporary: write_model(self.mixture, temporary))
 
     @classmethod
     def from_pretrained(
@@ -434,7 +383,7 @@ class DyLoRA_MoE(nn.Module):
             records=checkpoint.experts,
         )
         try:
-            load_model(model, checkpoint)
+            load_model(model.experts, checkpoint)
             checkpoint.check_base(model.base_fingerprint)
         except Exception:
             model.unload()  # a base that was given is as it was
@@ -443,26 +392,7 @@ class DyLoRA_MoE(nn.Module):
         model.training_record = description["training"]
         return model
 
-    def size_message(self, folder: Path) -> str:
-        """One line: what the folder weighs beside the base it does not hold."""
-        ours = {id(p) for _, p in self.own_parameters()}
-        frozen = [p for p in self.base.parameters() if id(p) not in ours]
-        base = sum(stored_bytes(p) for p in frozen)
-        return (
-            f"{folder}: {folder_bytes(folder) / 1e6:.1f} MB on disk, no base weight among them "
-            f"(the base is {base / 1e6:.1f} MB in memory)"
-        )
-
-    # Inner workings
-
     def _check_routing_weights(self, weights: Tensor, input_ids: Tensor) -> None:
         batch, length = input_ids.shape
         sites, experts = len(self.mixture.blocks), len(self.experts)
         check_routing_weights(weights, batch, length, sites, experts)
-
-
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    raise ValueError(
-        "this model carries experts, and transformers would write files that reload without them: "
-        "call save_pretrained of the DyLoRA_MoE, or unload() first"
-    )

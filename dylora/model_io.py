@@ -1,12 +1,12 @@
-"""A model's own files: experts as PEFT adapters, routers with maturity, one description.
+"""A mixture's own files: experts as PEFT adapters, routers with maturity, one description.
 
 The layout is DESIGN section 4's; `storage` knows the formats, this file knows the model.
 """
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -16,64 +16,63 @@ from transformers.pytorch_utils import Conv1D
 from dylora.adapters import targets
 from dylora.adapters.stack import ExpertStack
 from dylora.base_models import quantization_of
+from dylora.experts import ExpertManager
 from dylora.fields import shown
+from dylora.mixture import Mixture
 from dylora.routing.maturity import ExpertMaturity
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.peft_config import adapter_config, scaling_of
 from dylora.storage.peft_format import PeftAdapter, write_adapter
 from dylora.storage.schema import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
 
-if TYPE_CHECKING:
-    from dylora.model import DyLoRA_MoE
-
 FIXED = "fixed_weights"  # [E], of router_type fixed
 
 
-def write_model(model: "DyLoRA_MoE", folder: Path) -> None:
+def write_model(mixture: Mixture, folder: Path) -> None:
     """The files of `save_pretrained`, without the atomic folder around them.
 
     Raises ValueError while the routers are detached: the files could not be loaded.
     """
-    if model.config.is_learned and not any(True for _ in model.routers()):
+    if mixture.config.is_learned and not any(True for _ in mixture.routers()):
         raise ValueError("the routers are detached: attach_router() before saving")
-    for expert, row in enumerate(model.experts.table):
+    for expert, row in enumerate(mixture.table):
         if row.state != "retired":
-            write_adapter(folder / ADAPTERS / row.name, expert_adapter(model, expert))
-    tensors = {f"router.{name}": p.detach().cpu() for name, p in model.router_parameters()}
-    tensors |= {f"maturity.{name}": v for name, v in model.maturity._asdict().items()}
-    tensors[FIXED] = model.mixture.state.fixed_weights_E.cpu()  # a merge adds two of them up
+            write_adapter(folder / ADAPTERS / row.name, expert_adapter(mixture, expert))
+    tensors = {f"router.{name}": p.detach().cpu() for name, p in mixture.router_parameters()}
+    tensors |= {f"maturity.{name}": v for name, v in mixture.maturity._asdict().items()}
+    tensors[FIXED] = mixture.state.fixed_weights_E.cpu()  # a merge adds two of them up
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ROUTER_FILE)
-    if shifts := bias_shifts(model):
+    if shifts := bias_shifts(mixture):
         save_file({k: v.cpu().contiguous() for k, v in shifts.items()}, folder / SHIFTS_FILE)
-    experts = model.experts.state_dict()
+    experts = [asdict(row) for row in mixture.table]
     for index, record in enumerate(experts):  # for the reader; router.safetensors is the truth
-        record["maturity"] = round(float(model.maturity.maturity[index]), 6)
+        record["maturity"] = round(float(mixture.maturity.maturity[index]), 6)
     description = {
         "format_version": FORMAT_VERSION,
-        "base_model_name_or_path": model.base_name,
-        "base_revision": model.base_revision,
-        "base_fingerprint": model.base_fingerprint,
-        "quantization": quantization_of(model.base),
-        "moe": model.config.to_dict(),
-        "sites": model.site_names,
-        "projections": list(model.mixture.adapters),
+        "base_model_name_or_path": mixture.base_name,
+        "base_revision": mixture.base_revision,
+        "base_fingerprint": mixture.base_fingerprint,
+        "quantization": quantization_of(mixture.base),
+        "moe": mixture.config.to_dict(),
+        "sites": mixture.site_names,
+        "projections": list(mixture.adapters),
         "experts": experts,
-        "training": model.training_record,
+        "training": mixture.training_record,
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
-def expert_adapter(model: "DyLoRA_MoE", expert: int) -> PeftAdapter:
+def expert_adapter(mixture: Mixture, expert: int) -> PeftAdapter:
     """One expert as PEFT keeps it; biases are the base's with the expert's shift."""
-    config, row = model.config, model.experts[expert]
-    paths = list(model.mixture.adapters)
-    projections = {path: model.base.get_submodule(path) for path in paths}
+    config, row = mixture.config, mixture.table[expert]
+    paths = list(mixture.adapters)
+    projections = {path: mixture.base.get_submodule(path) for path in paths}
     settings = adapter_config(
         r=row.rank,
         lora_alpha=row.alpha,
-        target_modules=targets.shortest_targets(model.base, paths),
-        base_model=model.mixture.base_name,
-        revision=model.mixture.base_revision,
+        target_modules=targets.shortest_targets(mixture.base, paths),
+        base_model=mixture.base_name,
+        revision=mixture.base_revision,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -83,51 +82,51 @@ def expert_adapter(model: "DyLoRA_MoE", expert: int) -> PeftAdapter:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in projections.values()),
     )
     magnitudes = {}
-    for path, adapter in model.mixture.adapters.items():
+    for path, adapter in mixture.adapters.items():
         stack, place = adapter.stack_of(expert)
         if stack.lora_magnitude is not None:
             magnitudes[path] = stack.lora_magnitude.detach()[place]
     biases = {}
-    for name, shift in bias_shifts(model).items():
+    for name, shift in bias_shifts(mixture).items():
         path, _, whose = name.rpartition("/")
         if whose in (row.name, "all"):
-            base_bias: Tensor = model.base.get_submodule(path).bias  # type: ignore[assignment]
+            base_bias: Tensor = mixture.base.get_submodule(path).bias  # type: ignore[assignment]
             biases[path] = base_bias.detach().float() + shift.to(base_bias.device)
-    return PeftAdapter(settings, model.expert_weights(expert), magnitudes, biases)
+    return PeftAdapter(settings, mixture.expert_weights(expert), magnitudes, biases)
 
 
-def bias_shifts(model: "DyLoRA_MoE") -> dict[str, Tensor]:
+def bias_shifts(mixture: Mixture) -> dict[str, Tensor]:
     """<path of a module>/<expert's name, or all> -> the trained shift of its bias [O]."""
     shifts = {}
-    for path, adapter in model.mixture.adapters.items():
+    for path, adapter in mixture.adapters.items():
         for stack in adapter.stacks:
             if stack.lora_bias is not None:
                 for place, expert in enumerate(stack.experts):
                     shifts[f"{path}/expert_{expert}"] = stack.lora_bias.detach()[place]
-    for path, module in model.mixture.biases.items():
+    for path, module in mixture.biases.items():
         shifts[f"{path}/all"] = module.shift.detach()
     return shifts
 
 
 @torch.no_grad()
-def load_model(model: "DyLoRA_MoE", checkpoint: Checkpoint) -> None:
+def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
     """Fill experts, routers and maturity from a checkpoint.
 
-    Raises ValueError, naming file and tensor, where the folder does not fit the model.
+    Raises ValueError, naming file and tensor, where the folder does not fit the mixture.
     """
-    folder = checkpoint.path
+    folder, mixture = checkpoint.path, experts.mixture
     try:
-        model.experts.load_state_dict(checkpoint.experts)
+        experts.load_state_dict(checkpoint.experts)
     except ValueError as error:
         raise ValueError(f"{checkpoint.file}: {error}") from None
     shared: dict[str, Tensor] = {}
-    for expert, row in enumerate(model.experts.table):
+    for expert, row in enumerate(mixture.table):
         if row.state == "retired":
             continue
         source = folder / ADAPTERS / row.name
         adapter_files = checkpoint.adapter(expert)
-        _check_same_keys(source, set(adapter_files.weights), set(model.mixture.adapters))
-        for path, adapter in model.mixture.adapters.items():
+        _check_same_keys(source, set(adapter_files.weights), set(mixture.adapters))
+        for path, adapter in mixture.adapters.items():
             A, B = adapter_files.weights[path]
             stack, place = adapter.stack_of(expert)
             found, own = scaling_of(adapter_files.config, path), float(stack.scaling_E[place])
@@ -139,8 +138,8 @@ def load_model(model: "DyLoRA_MoE", checkpoint: Checkpoint) -> None:
                     raise ValueError(f"{source}: {path} has no lora_magnitude_vector")
                 magnitude = adapter_files.magnitudes[path]
                 _copy(stack.lora_magnitude[place], magnitude, f"{source}: {path}.lora_magnitude")
-    _load_shifts(model, folder / SHIFTS_FILE, checkpoint.bias_shifts())
-    _load_routers(model, folder / ROUTER_FILE, checkpoint.router_tensors())
+    _load_shifts(mixture, folder / SHIFTS_FILE, checkpoint.bias_shifts())
+    _load_routers(mixture, folder / ROUTER_FILE, checkpoint.router_tensors())
 
 
 def _fill(
@@ -165,8 +164,8 @@ def _fill(
     _copy(stack.lora_B[place, :rank], B.T, f"{what}.lora_B")
 
 
-def _load_shifts(model: "DyLoRA_MoE", file: Path, tensors: dict[str, Tensor]) -> None:
-    targets = bias_shifts(model)
+def _load_shifts(mixture: Mixture, file: Path, tensors: dict[str, Tensor]) -> None:
+    targets = bias_shifts(mixture)
     if not targets:
         return
     _check_same_keys(file, set(tensors), set(targets))
@@ -176,11 +175,11 @@ def _load_shifts(model: "DyLoRA_MoE", file: Path, tensors: dict[str, Tensor]) ->
             raise ValueError(f"{file}: {name} holds values that are not finite")
 
 
-def _load_routers(model: "DyLoRA_MoE", file: Path, tensors: dict[str, Tensor]) -> None:
-    routers = {f"router.{name}": p for name, p in model.router_parameters()}
-    maturity = {f"maturity.{name}": v for name, v in model.maturity._asdict().items()}
+def _load_routers(mixture: Mixture, file: Path, tensors: dict[str, Tensor]) -> None:
+    routers = {f"router.{name}": p for name, p in mixture.router_parameters()}
+    maturity = {f"maturity.{name}": v for name, v in mixture.maturity._asdict().items()}
     _check_same_keys(file, set(tensors), {*routers, *maturity, FIXED})
-    weights_E = model.mixture.state.fixed_weights_E
+    weights_E = mixture.state.fixed_weights_E
     _copy(weights_E, tensors[FIXED], f"{file}: {FIXED}")
     if not bool((weights_E.isfinite() & (weights_E >= 0)).all()):
         raise ValueError(
@@ -205,7 +204,7 @@ def _load_routers(model: "DyLoRA_MoE", file: Path, tensors: dict[str, Tensor]) -
             raise ValueError(
                 f"{file}: maturity.{name} is {shown(value.tolist())}, but must be in [0, {most:g}]"
             )
-    model.set_maturity(ExpertMaturity(**state))
+    mixture.set_maturity(ExpertMaturity(**state))
 
 
 def _check_same_keys(source: Path, found: set[str], expected: set[str]) -> None:

@@ -27,6 +27,7 @@ LAYERS = (
     ("base_models",),
     ("storage",),
     ("adapters", "data"),
+    ("expert_table",),
     ("mixture",),
     ("outputs",),
     ("experts",),

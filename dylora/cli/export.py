@@ -171,7 +171,7 @@ def _export_merged(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
     record: dict[str, Any] = {"kind": "merged", "checkpoint": str(checkpoint.path)}
     record["base"] = model.base_name
     if options.expert is not None:
-        weights_NE = static_weights(model, int(options.expert))
+        weights_NE = static_weights(model.mixture, int(options.expert))
         record["expert"] = int(options.expert)
     else:
         weights_NE, measured = _resolve_weights(model, tokenizer, options)
@@ -239,16 +239,16 @@ def _resolve_weights(
 
     if options.text is None or tokenizer is None:
         assert options.weights != "measured"  # the command asks for a text then
-        return static_weights(model, weights=options.weights), {}
+        return static_weights(model.mixture, weights=options.weights), {}
     longest = min(512, max_positions(model.base) or 512)
     text = read_text(options.text, tokenizer, options.text_tokens, longest)
     if options.weights == "measured":
-        weights_NE = static_weights(model, weights=measured_weights(model, text))
+        weights_NE = static_weights(model.mixture, weights=measured_weights(model, text))
         print(f"mean gates over {text.tokens:,} tokens of {text.source}, by site:")
         for site, row in zip(model.site_names, weights_NE.tolist(), strict=True):
             print(f"  {site:30} {' '.join(f'{value:.3f}' for value in row)}")
     else:
-        weights_NE = static_weights(model, weights=options.weights)
+        weights_NE = static_weights(model.mixture, weights=options.weights)
     found = compare(model, weights_NE, text)
     print(comparison_line(found))
     return weights_NE, {"text": {"file": text.source, **found._asdict()}}

@@ -10,7 +10,7 @@ Shape letters: D input width, O output width, E experts, N sites.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +20,29 @@ from dylora.adapters.dora import weight_OD
 from dylora.base_models import quantization_of
 from dylora.integrations.static_weights import Weights, by_projection, static_weights
 from dylora.kernels.common import at_least_float32
+from dylora.mixture import Mixture
 from dylora.model_io import expert_adapter
 from dylora.storage.peft_config import scaling_of
 from dylora.storage.peft_format import PeftAdapter
 
-if TYPE_CHECKING:
-    from dylora.model import DyLoRA_MoE
-
 
 def merge_and_unload(
-    model: "DyLoRA_MoE",
+    mixture: Mixture,
     expert: int | None = None,
     weights: Weights | None = None,
     *,
     dequantize: bool = False,
 ) -> PreTrainedModel:
     """See `DyLoRA_MoE.merge_and_unload`."""
-    weights_NE = static_weights(model, expert, weights)
-    live = [row.state != "retired" for row in model.experts.table]
-    paths = list(model.mixture.adapters)
-    _check_mergeable(model.base, paths, dequantize)
-    adapters = {
-        model.experts[index].name: expert_adapter(model, index) for index in model.experts.live
-    }
-    base = model.unload()
+    weights_NE = static_weights(mixture, expert, weights)
+    live = [row.state != "retired" for row in mixture.table]
+    paths = list(mixture.adapters)
+    _check_mergeable(mixture.base, paths, dequantize)
+    adapters = {mixture.table[index].name: expert_adapter(mixture, index) for index in mixture.live}
+    base = mixture.remove()
     dtype = base.dtype
     replaced = _dequantized(base) if _is_quantised(base) else []
-    merge_into(base, adapters, by_projection(weights_NE, live, model.site_names, paths))
+    merge_into(base, adapters, by_projection(weights_NE, live, mixture.site_names, paths))
     for path in replaced:
         base.get_submodule(path).to(dtype)  # rounded once, with the experts in it
     return base

@@ -68,8 +68,8 @@ def _open(model: DyLoRA_MoE | Checkpoint | str | Path) -> _Source:
         live=[row.state != "retired" for row in model.experts.table],
         sites=model.site_names,
         projections=list(model.mixture.adapters),
-        adapter=lambda expert: expert_adapter(model, expert),
-        shifts=lambda: bias_shifts(model),
+        adapter=lambda expert: expert_adapter(model.mixture, expert),
+        shifts=lambda: bias_shifts(model.mixture),
     )
 
 
@@ -127,7 +127,7 @@ def export_mixture(
     """
     source, folder = _open(model), Path(folder)
     if isinstance(model, DyLoRA_MoE):
-        weights_NE = static_weights(model, weights=weights)
+        weights_NE = static_weights(model.mixture, weights=weights)
     elif weights is None:
         raise ValueError("a mixture from a checkpoint's folder needs weights")
     else:

@@ -4,13 +4,11 @@ Shape letters: N blocks, E experts.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dylora.model import DyLoRA_MoE
+from dylora.mixture import Mixture
 
 Weights = Tensor | Sequence[float]
 TOKEN_DEPENDENT = (
@@ -20,7 +18,7 @@ TOKEN_DEPENDENT = (
 
 
 def static_weights(
-    model: "DyLoRA_MoE", expert: int | None = None, weights: Weights | None = None
+    mixture: Mixture, expert: int | None = None, weights: Weights | None = None
 ) -> Tensor:
     """What a caller means by an expert, by weights, or by neither: weights [N, E], float64.
 
@@ -28,18 +26,18 @@ def static_weights(
     Raises ValueError, with what to do, where the weights would depend on the token, for both at
     once, an expert that is not there, and weights that do not fit.
     """
-    experts, sites = model.experts, len(model.mixture.blocks)
+    experts, sites = len(mixture.table), len(mixture.blocks)
     if expert is not None and weights is not None:
         raise ValueError("give an expert or weights, not both")
     if expert is not None:
-        if expert not in experts.live:
-            raise ValueError(f"there is no expert {expert}, only {experts.live} (without retired)")
-        weights = [float(index == expert) for index in range(len(experts))]
+        if expert not in mixture.live:
+            raise ValueError(f"there is no expert {expert}, only {mixture.live} (without retired)")
+        weights = [float(index == expert) for index in range(experts)]
     if weights is None:
-        if model.config.is_learned:
+        if mixture.config.is_learned:
             raise ValueError(TOKEN_DEPENDENT)
-        weights = model.mixture.state.fixed_gates()
-    return site_weights(weights, sites, [row.state != "retired" for row in experts.table])
+        weights = mixture.state.fixed_gates()
+    return site_weights(weights, sites, [row.state != "retired" for row in mixture.table])
 
 
 def site_weights(weights: Weights, sites: int, live: list[bool]) -> Tensor:

@@ -31,7 +31,7 @@ def init_from_checkpoint(model: DyLoRA_MoE, folder: Path, train_experts: bool | 
                 f"moe.{name} is {ours.get(name)!r}, but train.init_from {folder} has {theirs!r}, "
                 "and its tensors are made for that"
             )
-    load_model(model, checkpoint)
+    load_model(model.experts, checkpoint)
     checkpoint.check_base(model.base_fingerprint)
     newborn = ExpertMaturity.create(len(model.experts))
     model.set_maturity(newborn._replace(maturity=model.maturity.maturity))

@@ -87,7 +87,7 @@ def write_state(run: Run, folder: Path, moments: dict[str, Any]) -> None:
     run.model.training_record |= {"step": progress.step, "targets": progress.targets}
 
     def write_files(folder: Path) -> None:
-        write_model(run.model, folder)
+        write_model(run.model.mixture, folder)
         torch.save(moments, folder / "optimizer.pt")
         torch.save(
             {"scheduler": run.scheduler.state_dict(), "scaler": run.scaler.state_dict()},
@@ -122,7 +122,7 @@ def resume(run: Run, source: str) -> None:
         checkpoint = Checkpoint.open(source, run.log.info)
     folder, description = checkpoint.path, checkpoint.description
     check_same_settings(run, checkpoint)
-    load_model(run.model, checkpoint)
+    load_model(run.model.experts, checkpoint)
     if "earlier" in description["training"]:  # of what it began with
         run.model.training_record["earlier"] = description["training"]["earlier"]
     regroup(run.optimizer, run.model, run.config.train)

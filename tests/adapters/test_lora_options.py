@@ -380,7 +380,7 @@ def test_files_with_different_A_are_refused_where_experts_share_one(llama, tmp_p
     model.save_pretrained(tmp_path / "saved")
     other = build(llama(), share_A=True)
     with pytest.raises(ValueError, match="share_A"):
-        load_model(other, Checkpoint.open(tmp_path / "saved"))
+        load_model(other.experts, Checkpoint.open(tmp_path / "saved"))
 
 
 # Initial values

@@ -69,7 +69,7 @@ def loop_logits(
     files hold them. gates [B, S, N, E]; experts: those in the sum, by default all.
     """
     chosen = model.experts.live if experts is None else experts
-    parts = {expert: expert_adapter(model, expert) for expert in chosen}
+    parts = {expert: expert_adapter(model.mixture, expert) for expert in chosen}
     sites = model.site_names
 
     def hook(path: str) -> Callable[..., Tensor]:
