@@ -173,7 +173,12 @@ class Mixture:
             self.fractions = losses.fractions_of(seen.statistics)
 
     def carried_fractions(self) -> Fractions:
-        """See `DyLoRA_MoE.carried_fractions`."""
+        """f of the balance losses, [N, E] each, of the last step that was observed.
+
+        For `BatchTotals` of an accumulated batch: the loss does not depend on how it is split.
+        Uniform before the first step, which exerts no pressure; an expert that is new since has
+        none yet, one that is gone keeps none.
+        """
         active_E = self.state.active_E
         if self.fractions is None:
             even_NE = (active_E / active_E.sum()).expand(len(self.site_names), -1)
@@ -211,7 +216,11 @@ class Mixture:
         return True
 
     def enable_checkpointing(self) -> None:
-        """See `DyLoRA_MoE.enable_checkpointing`."""
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Never reentrant, which would lose the routers' gradient; the recomputation sees the wishes
+        of its own pass, whatever ran since.
+        """
         contexts = self.state.checkpoint_contexts
         settings = {"use_reentrant": False, "context_fn": contexts}
         # transformers 5.23 renamed the method; 5.17 has the old name only.
@@ -226,7 +235,10 @@ class Mixture:
         base.disable_input_require_grads()
 
     def detach_router(self) -> nn.ModuleDict:
-        """Take the routers off; see `DyLoRA_MoE.detach_router`."""
+        """Take the routers off; until others are attached, sites mix uniformly or as they are told.
+
+        Returns them by their site's path, with `.` as `/`.
+        """
         removed = {}
         for block in self.blocks:
             router = inject.attach_router(self.base, block, None)
@@ -235,7 +247,10 @@ class Mixture:
         return nn.ModuleDict(removed)
 
     def attach_router(self, routers: nn.ModuleDict | None = None) -> None:
-        """Put routers at the blocks; see `DyLoRA_MoE.attach_router`."""
+        """Put routers at the sites: those that `detach_router` gave, or fresh ones.
+
+        Raises ValueError when a site has one already or the names do not fit.
+        """
         if any(True for _ in self.routers()):
             raise ValueError("routers are attached already: detach_router() first")
         needing = [b for b in self.blocks if self.config.is_learned and not b.shares_first]

@@ -25,7 +25,7 @@ from dylora.model_io import load_model, write_model
 from dylora.outputs import DyLoRAOutput, collect_routing
 from dylora.routing import losses
 from dylora.routing.gating import RouterOutput, check_routing_weights
-from dylora.routing.losses import BatchTotals, Fractions, Observation
+from dylora.routing.losses import BatchTotals, Observation
 from dylora.routing.state import Request
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import write_folder
@@ -231,15 +231,6 @@ class DyLoRA_MoE(nn.Module):
         self.mixture.observe(output, step / steps, target_tokens / active)
         self.experts.count_step(step, step / steps)
 
-    def carried_fractions(self) -> Fractions:
-        """f of the balance losses, [N, E] each, of the last step that was observed.
-
-        For `BatchTotals` of an accumulated batch: the loss does not depend on how it is split.
-        Uniform before the first step, which exerts no pressure; an expert that is new since has
-        none yet, one that is gone keeps none.
-        """
-        return self.mixture.carried_fractions()
-
     def set_routing(
         self,
         *,
@@ -289,29 +280,11 @@ class DyLoRA_MoE(nn.Module):
     count_parameters = _of_mixture("count_parameters")
     expert_weights = _of_mixture("expert_weights")
     set_maturity = _of_mixture("set_maturity")
+    carried_fractions = _of_mixture("carried_fractions")
+    enable_checkpointing = _of_mixture("enable_checkpointing")
+    detach_router = _of_mixture("detach_router")
+    attach_router = _of_mixture("attach_router")
     size_message = _of_mixture("size_message")
-
-    def enable_checkpointing(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them.
-
-        Never reentrant, which would lose the routers' gradient; the recomputation sees the wishes
-        of its own pass, whatever ran since.
-        """
-        self.mixture.enable_checkpointing()
-
-    def detach_router(self) -> nn.ModuleDict:
-        """Take the routers off; until others are attached, sites mix uniformly or as they are told.
-
-        Returns them by their site's path, with `.` as `/`.
-        """
-        return self.mixture.detach_router()
-
-    def attach_router(self, routers: nn.ModuleDict | None = None) -> None:
-        """Put routers at the sites: those that `detach_router` gave, or fresh ones.
-
-        Raises ValueError when a site has one already or the names do not fit.
-        """
-        self.mixture.attach_router(routers)
 
     def unload(self) -> PreTrainedModel:
         """Take everything off and return the base as it was; this object is of no use after."""
