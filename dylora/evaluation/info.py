@@ -11,7 +11,7 @@ from dylora.integrations.peft_export import EXPORT_FILE
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.detect import Found, detect_format
 from dylora.storage.folders import folder_bytes
-from dylora.storage.manifest import MANIFEST, damage
+from dylora.storage.manifest import MANIFEST, integrity_errors
 from dylora.storage.peft_config import CONFIG_FILE, alpha_of
 from dylora.storage.peft_format import WEIGHTS_FILE, read_stock_adapter
 from dylora.storage.safe_io import read_json
@@ -220,7 +220,7 @@ def _base(config: Mapping[str, Any]) -> str:
 def _find_damage(folder: Path) -> dict[str, str]:
     """File -> what is wrong with it, by the manifest; empty: the folder is whole."""
     try:
-        return dict(damage(folder))
+        return dict(integrity_errors(folder))
     except ValueError as error:  # no manifest, or none of use
         return {MANIFEST: str(error)}
 

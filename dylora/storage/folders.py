@@ -3,7 +3,7 @@
 A folder is written under a temporary name, every file is hashed into manifest.json and flushed to
 the disk, one rename makes it appear, and it is read back before anything older is deleted. A reader
 verifies the manifest. Beside checkpoint-<step> a run's folder may hold, for a moment or after a
-crash: .checkpoint-<step>.writing, .replaced and .removing, which `tidy` settles.
+crash: .checkpoint-<step>.writing, .replaced and .removing, which `recover` settles.
 """
 
 import os
@@ -115,7 +115,7 @@ def latest_checkpoint(run_folder: Path, report: Callable[[str], None]) -> Path:
     raise FileNotFoundError(f"no whole checkpoint under {run_folder}: nothing to resume from")
 
 
-def prune(run_folder: Path, keep: int, best: Path | None) -> None:
+def rotate(run_folder: Path, keep: int, best: Path | None) -> None:
     """Delete all but the newest `keep` whole checkpoints and the best one; damaged ones stay.
 
     At least FEWEST_KEPT are kept. A folder loses its name before it loses its files, so that a

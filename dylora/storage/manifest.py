@@ -40,11 +40,11 @@ def verify(folder: Path) -> None:
     are looked at before anything is hashed. A manifest is proof against accidents; whoever writes
     the files can write one that fits, so what they hold is checked where it is read.
     """
-    for name, what in damage(folder):
+    for name, what in integrity_errors(folder):
         raise ValueError(f"{folder / name} {what}")
 
 
-def damage(folder: Path) -> Iterator[tuple[str, str]]:
+def integrity_errors(folder: Path) -> Iterator[tuple[str, str]]:
     """Each file that `verify` finds wrong, relative to the folder, and what is wrong with it.
 
     Raises ValueError where the manifest itself is of no use.

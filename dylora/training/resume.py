@@ -18,8 +18,8 @@ from dylora.storage.folders import (
     PREFLIGHT,
     checkpoints,
     folder_bytes,
-    prune,
     quarantine,
+    rotate,
     write_file,
     write_folder,
 )
@@ -48,7 +48,7 @@ def save(run: Run) -> Path:
             write_file(run.folder / BEST_FILE, json.dumps(pointer) + "\n")
     if config.train.save_total_limit is not None:
         try:
-            prune(run.folder, config.train.save_total_limit, best)
+            rotate(run.folder, config.train.save_total_limit, best)
         except OSError as error:  # the new one is whole: that is what counts
             run.log.info(f"warning: older checkpoints could not be deleted: {error}")
     run.log.info(f"saved {run.model.size_message(folder)}")

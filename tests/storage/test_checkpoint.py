@@ -17,9 +17,9 @@ from dylora.storage import manifest
 from dylora.storage.folders import (
     checkpoints,
     latest_checkpoint,
-    prune,
     quarantine,
     recover,
+    rotate,
     write_file,
     write_folder,
 )
@@ -487,18 +487,18 @@ def test_no_whole_checkpoint_is_an_error_that_names_the_run(tmp_path):
 
 
 def test_pruning_keeps_the_newest_by_step(run_folder):
-    prune(run_folder, keep=2, best=None)
+    rotate(run_folder, keep=2, best=None)
     assert names(checkpoints(run_folder)) == ["checkpoint-10", "checkpoint-100"]
 
 
 def test_pruning_keeps_the_best(run_folder):
-    prune(run_folder, keep=2, best=run_folder / "checkpoint-2")
+    rotate(run_folder, keep=2, best=run_folder / "checkpoint-2")
     expected = ["checkpoint-2", "checkpoint-10", "checkpoint-100"]
     assert names(checkpoints(run_folder)) == expected
 
 
 def test_pruning_never_leaves_a_single_checkpoint(run_folder):
-    prune(run_folder, keep=1, best=None)
+    rotate(run_folder, keep=1, best=None)
     assert names(checkpoints(run_folder)) == ["checkpoint-10", "checkpoint-100"]
 
 
@@ -506,13 +506,13 @@ def test_a_checkpoint_loses_its_name_before_its_files(run_folder, monkeypatch):
     """Else a crash in between leaves half a checkpoint under the name of a whole one."""
     removed = []
     monkeypatch.setattr(shutil, "rmtree", lambda path: removed.append(path.name))
-    prune(run_folder, keep=3, best=None)
+    rotate(run_folder, keep=3, best=None)
     assert removed == [".checkpoint-2.removing"]
 
 
 def test_pruning_fewer_than_it_keeps_deletes_nothing(run_folder):
     before = content(run_folder)
-    prune(run_folder, keep=5, best=None)
+    rotate(run_folder, keep=5, best=None)
     assert content(run_folder) == before
 
 
@@ -520,7 +520,7 @@ def test_pruning_leaves_everything_else_alone(run_folder):
     (run_folder / "metrics.jsonl").write_text("{}")
     (run_folder / "checkpoint-best").mkdir()
     (run_folder / ".checkpoint-1.writing").mkdir()
-    prune(run_folder, keep=2, best=None)
+    rotate(run_folder, keep=2, best=None)
     expected = {"metrics.jsonl", "checkpoint-best", ".checkpoint-1.writing"}
     expected |= {"checkpoint-10", "checkpoint-100"}
     assert {path.name for path in run_folder.iterdir()} == expected
@@ -528,7 +528,7 @@ def test_pruning_leaves_everything_else_alone(run_folder):
 
 def test_pruning_counts_whole_checkpoints_only(run_folder):
     flip_bit(run_folder / "checkpoint-100" / "b.txt", 0)
-    prune(run_folder, keep=2, best=None)
+    rotate(run_folder, keep=2, best=None)
     expected = ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
     assert names(checkpoints(run_folder)) == expected
 
