@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dylora.cli.config_file import load_run_config
+from dylora.cli.config_file import load_run_config, routing_changes
 from dylora.cli.options import CheckpointOptions, ConfigOptions
 from dylora.run_config import RunConfig, dump_run_config
 
@@ -25,10 +25,13 @@ def run(options: EvaluateOptions, overrides: list[str]) -> None:
     if options.print_config:
         print(dump_run_config(config), end="")
     else:
-        evaluate_checkpoint(config, options.source())
+        routing = routing_changes(config, overrides)
+        evaluate_checkpoint(config, options.source(), routing)
 
 
-def evaluate_checkpoint(config: RunConfig, checkpoint: "str | Checkpoint") -> None:
+def evaluate_checkpoint(
+    config: RunConfig, checkpoint: "str | Checkpoint", routing: dict[str, Any]
+) -> None:
     """Score a checkpoint on the validation sets of `config`, and print a table."""
     from dylora.data.prompts import pad_token_id
     from dylora.evaluation.loading import base_of, load_checkpoint, note
@@ -40,7 +43,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: "str | Checkpoint") -> No
     opened = Checkpoint.open(checkpoint, note)
     tokenizer = opened.tokenizer(base_of(config.model))
     data = load_run_data(config, tokenizer)
-    model = load_checkpoint(opened, config.model)
+    model = load_checkpoint(opened, config.model, routing)
     trained_on = model.training_record.get("data", data.provenance)
     if dataset_identity(trained_on) != dataset_identity(data.provenance):
         print("note: the checkpoint was trained on other data or another split than is scored here")

@@ -1,6 +1,8 @@
 """A checkpoint on its base, as a run's settings want it."""
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -27,9 +29,14 @@ def base_of(config: ModelConfig) -> BaseSpec:
     )
 
 
-def load_checkpoint(checkpoint: str | Checkpoint, config: ModelConfig) -> DyLoRA_MoE:
-    """The mixture in evaluation mode.
+def load_checkpoint(
+    checkpoint: str | Checkpoint, config: ModelConfig, routing: Mapping[str, Any] | None = None
+) -> DyLoRA_MoE:
+    """The mixture in evaluation mode, its routing changed by the arguments of `set_routing`.
 
     Raises ValueError or FileNotFoundError for a base or a checkpoint that does not load.
     """
-    return DyLoRA_MoE.from_pretrained(Checkpoint.open(checkpoint, note), base_of(config)).eval()
+    model = DyLoRA_MoE.from_pretrained(Checkpoint.open(checkpoint, note), base_of(config)).eval()
+    if routing:
+        model.set_routing(**routing)
+    return model

@@ -9,8 +9,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.cli import evaluate
 from dylora.cli.config_file import load_run_config, split_overrides
 from dylora.cli.export import ExportOptions
@@ -18,8 +20,9 @@ from dylora.cli.generate import GenerateOptions
 from dylora.cli.hints import ELSEWHERE, WITHOUT, all_keys
 from dylora.cli.main import COMMANDS, main
 from dylora.cli.options import read_options
+from dylora.evaluation.loading import load_checkpoint
 from dylora.fields import field_types
-from dylora.run_config import RunConfig, dump_run_config
+from dylora.run_config import ModelConfig, RunConfig, dump_run_config
 
 ROOT = Path(__file__).parents[2]
 SOURCES = "data: {sources: [{name: mbpp}, {name: skill/sql, rows: 5}]}\n"
@@ -421,7 +424,37 @@ def test_evaluate_gets_the_config_and_the_checkpoint(config_file, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluate, "evaluate_checkpoint", lambda *given: calls.append(given))
     assert main(["evaluate", "--config", config_file("name: f"), "--checkpoint", "c"]) == 0
-    assert calls == [(RunConfig(name="f"), "c")]
+    assert calls == [(RunConfig(name="f"), "c", {})]
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["benchmark", "--tasks", "mbpp"]])
+def test_a_setting_that_the_checkpoint_decides_is_refused_by_name(config_file, refusal, command):
+    words = [*command, "--config", config_file("name: f"), "--checkpoint", "c", "--moe.r", "4"]
+    assert refusal(*words) == (
+        "command line: the checkpoint decides moe.r; can be changed: moe.top_k_experts, "
+        "moe.router_temperature, moe.routing_mode"
+    )
+
+
+def test_routing_of_a_checkpoint_is_changed_by_the_command_line(config_file, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", lambda *given: calls.append(given[2]))
+    words = ["evaluate", "--config", config_file("moe: {top_k_experts: 3}"), "--checkpoint", "c"]
+    assert main([*words, "--moe.router-temperature", "0.5", "--moe.routing_mode=dense"]) == 0
+    assert calls == [{"temperature": 0.5, "mode": "dense"}]
+
+
+def test_changed_routing_is_in_force_in_a_loaded_checkpoint(tmp_path):
+    base = ModelConfig(base="tiny-code-llama", dtype="float32", device="cpu")
+    mixture = DyLoRA_MoE.from_base(base.base, MoELoraConfig(num_experts=3, r=2))
+    mixture.save_pretrained(tmp_path / "c")
+    plain = load_checkpoint(str(tmp_path / "c"), base)
+    changed = load_checkpoint(str(tmp_path / "c"), base, {"top_k": 1, "mode": "sparse"})
+    used = [
+        int((model.get_routing_weights(torch.tensor([[5, 6, 7]])) > 0).sum(-1).max())
+        for model in (plain, changed)
+    ]
+    assert used == [3, 1]
 
 
 def test_generate_gets_its_options():

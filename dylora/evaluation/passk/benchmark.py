@@ -7,7 +7,7 @@ and continued after a kill, and results.json.
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -64,7 +64,11 @@ def find_backend(suites: Iterable[Tasks], options: BenchmarkOptions) -> str:
 
 
 def benchmark_checkpoint(
-    config: RunConfig, checkpoint: str | Checkpoint, options: BenchmarkOptions, out: Path
+    config: RunConfig,
+    checkpoint: str | Checkpoint,
+    options: BenchmarkOptions,
+    out: Path,
+    routing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Generates, runs and counts; prints a table, writes and returns results.json.
 
@@ -82,8 +86,8 @@ def benchmark_checkpoint(
     backend = find_backend(suites.values(), options)
     opened = Checkpoint.open(checkpoint, note)
     tokenizer = opened.tokenizer(base_of(config.model))
-    model = load_checkpoint(opened, config.model)
-    settings = _settings(config, opened, options)
+    model = load_checkpoint(opened, config.model, routing)
+    settings = _settings(config, opened, options) | ({"routing": routing} if routing else {})
     with lock_folder(out, option="--out"):
         _claim(out, settings, {name: tasks.source._asdict() for name, tasks in suites.items()})
         results: dict[str, Any] = {
