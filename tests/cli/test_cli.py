@@ -409,15 +409,25 @@ def test_print_config_prints_the_resolved_config_and_stops(config_file, capsys, 
 # What the commands call
 
 
-def test_train_gets_the_config_and_where_to_resume(config_file, fake_module):
-    calls = fake_module("dylora.training.loop", "train", result="the run")
-    reports = fake_module("dylora.evaluation.report", "report_run")
+def test_train_gets_the_config_where_to_resume_and_the_benchmark(config_file, monkeypatch):
+    from dylora.evaluation import report
+    from dylora.evaluation.passk.callback import Benchmark
+    from dylora.training import loop
+
+    calls, reports = [], []
+
+    def train(config, resume, callbacks):
+        calls.append((config, resume, [type(one) for one in callbacks]))
+        return "the run"
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(report, "report_run", reports.append)
     path = config_file("name: file\n")
     assert main(["train", "--config", path]) == 0
-
     assert main(["train", "--config", path, "--resume_from_checkpoint", "latest"]) == 0
-    assert calls == [(RunConfig(name="file"), None), (RunConfig(name="file"), "latest")]
-    assert reports == [("the run",)] * 2
+    config = RunConfig(name="file")
+    assert calls == [(config, None, [Benchmark]), (config, "latest", [Benchmark])]
+    assert reports == ["the run"] * 2
 
 
 def test_evaluate_gets_the_config_and_the_checkpoint(config_file, monkeypatch):
