@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from dylora.fields import build, check_fields, option, require
 
-RouterType = Literal["learned", "learned_with_maturity", "fixed"]
+RouterType = Literal["learned", "learned_with_maturity", "fixed", "threshold"]
 RouterScope = Literal["site", "shared"]
 RouterLogits = Literal["linear", "absolute"]
 RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
@@ -74,7 +74,8 @@ class MoELoraConfig:
     router_hidden_size: int | None = option(None, least=1, most=LARGEST, routing=True)
     """Width of the router's hidden layer; none: a linear router."""
     router_type: RouterType = option("learned_with_maturity", routing=True)
-    """learned: top-k from step 0; learned_with_maturity: dense to sparse; fixed: constant."""
+    """learned: top-k from step 0; learned_with_maturity: dense to sparse; fixed: constant;
+    threshold: the experts above a learned threshold of each token (AdaMoLE, Liu & Luo 2024)."""
     router_scope: RouterScope = option("site", routing=True)
     """site: a router in every adapted block; shared: the first one serves all."""
     router_logits: RouterLogits = option("linear", routing=True)
@@ -136,6 +137,9 @@ class MoELoraConfig:
             values = getattr(self, name)
             fits = values is None or len(values) == count
             require(fits, name, values, f"{count} numbers, one an expert")
+        mode, by_threshold = self.routing_mode, self.router_type == "threshold"
+        rule = "maturity with router_type threshold, which keeps what is above its threshold"
+        require(not by_threshold or mode == "maturity", "routing_mode", mode, rule)
         weights, fixed = self.fixed_routing_weights, self.router_type == "fixed"
         rule = "unset unless router_type is fixed"
         require(weights is None or fixed, "fixed_routing_weights", weights, rule)

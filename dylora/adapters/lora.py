@@ -10,7 +10,7 @@ its fast equals.
 Shape letters: T tokens, D input width, O output width, E experts, R rank.
 """
 
-import torch
+from einops import einsum
 from torch import Tensor
 
 
@@ -20,6 +20,6 @@ def mixture_update(x: Tensor, gates: Tensor, A: Tensor, B: Tensor, scaling_E: Te
     In x's precision; casting A and B down is cheaper than raising x and y.
     """
     weights = (gates * scaling_E).to(x.dtype)
-    h = torch.einsum("...d,erd->...er", x, A.to(x.dtype))
+    h = einsum(x, A.to(x.dtype), "... d, e r d -> ... e r")
     h = h * weights[..., None].to(h.dtype)
-    return torch.einsum("...er,ero->...o", h, B.to(h.dtype))
+    return einsum(h, B.to(h.dtype), "... e r, e r o -> ... o")

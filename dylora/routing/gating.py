@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 
@@ -133,6 +134,5 @@ def expand_override(weights: Tensor, site: int, batch: int, length: int) -> Tens
         return weights[:, :, site]
     if weights.ndim == 3:
         return weights
-    if weights.shape[0] != batch:
-        weights = weights.repeat_interleave(batch // weights.shape[0], 0)
-    return weights[:, None].expand(-1, length, -1)
+    copies = batch // weights.shape[0]
+    return repeat(weights, "b e -> (b copies) s e", copies=copies, s=length)

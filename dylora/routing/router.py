@@ -94,6 +94,12 @@ class DynamicHybridRouter(Router):
 
     def forward(self, x: Tensor, pass_: Pass) -> RouterOutput:
         """x [B, S, D] -> gates, probabilities and logits [B, S, E]."""
+        logits, probabilities = self.probabilities(x, pass_)
+        gates = self.gate(probabilities, pass_)
+        return RouterOutput(gates, probabilities, logits, self.mature_experts(pass_.state))
+
+    def probabilities(self, x: Tensor, pass_: Pass) -> tuple[Tensor, Tensor]:
+        """x [B, S, D] -> logits, and their softmax over the experts that take part, [B, S, E]."""
         logits = self.score(x)
         if self.training and self.config.router_noise:
             logits = logits + self.config.router_noise * torch.randn_like(logits)
@@ -101,9 +107,7 @@ class DynamicHybridRouter(Router):
             logits = logits.masked_fill(~pass_.state.active_E.to(logits.device), -math.inf)
         temperature = self.config.router_temperature
         scaled = logits if temperature == 1 else logits / temperature
-        probabilities = scaled.softmax(-1)
-        gates = self.gate(probabilities, pass_)
-        return RouterOutput(gates, probabilities, logits, self.mature_experts(pass_.state))
+        return logits, scaled.softmax(-1)
 
     def score(self, x: Tensor) -> Tensor:
         """Logits [..., E] of hidden states [..., D]."""
