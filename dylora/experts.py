@@ -20,6 +20,7 @@ from torch import nn
 from dylora.adapters import merge_experts, restack
 from dylora.expert_table import Expert, MergeReport, State, format_table, number_stacks
 from dylora.fields import is_name, shown
+from dylora.kernels.common import float32_defaults
 from dylora.mixture import Mixture
 from dylora.routing import maturity
 
@@ -28,8 +29,9 @@ INITIAL_SHARE = 1e-9  # of the gate mass, at most
 
 
 def without_autograd(method: Method) -> Method:
-    """No graph is made; nor are parameters of inference mode, which training could not use."""
-    return torch.inference_mode(False)(torch.no_grad()(method))
+    """No graph is made; nor are parameters of inference mode, which training could not use, or of
+    another default precision."""
+    return float32_defaults()(torch.inference_mode(False)(torch.no_grad()(method)))
 
 
 class ExpertManager:

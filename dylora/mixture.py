@@ -15,6 +15,7 @@ from dylora.adapters import inject
 from dylora.base_models import fingerprint, keep_as_stored, stored_bytes
 from dylora.config import MoELoraConfig
 from dylora.expert_table import Expert, groups_of
+from dylora.kernels.common import float32_defaults
 from dylora.routing import losses, maturity
 from dylora.routing.losses import Fractions, Observation
 from dylora.routing.maturity import ExpertMaturity
@@ -25,6 +26,7 @@ from dylora.storage.folders import folder_bytes
 class Mixture:
     """A frozen base, its routed blocks, their adapters and routers, and the table of experts."""
 
+    @float32_defaults()
     def __init__(
         self,
         base: PreTrainedModel,
@@ -188,6 +190,7 @@ class Mixture:
             for name, rows_NE in self.fractions.items()
         }
 
+    @float32_defaults()
     def set_table(self, table: list[Expert]) -> bool:
         """Make the experts of this table, with values that a loader overwrites.
 
@@ -246,6 +249,7 @@ class Mixture:
                 removed[block.name.replace(".", "/")] = router
         return nn.ModuleDict(removed)
 
+    @float32_defaults()
     def attach_router(self, routers: nn.ModuleDict | None = None) -> None:
         """Put routers at the sites: those that `detach_router` gave, or fresh ones.
 

@@ -125,7 +125,8 @@ class DyLoRA_MoE(nn.Module):
         """
         state = self.mixture.state
         if routing_weights is not None:
-            self._check_routing_weights(routing_weights, input_ids)
+            given: Any = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+            self._check_routing_weights(routing_weights, given)
         head = None
         if labels is not None and not keep_logits:
             with self.disable_adapters():
@@ -166,8 +167,9 @@ class DyLoRA_MoE(nn.Module):
                 raise ValueError(
                     f"generate takes routing_weights of [B, E], got {list(routing_weights.shape)}"
                 )
-            prompt: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-            self._check_routing_weights(routing_weights, prompt)
+            names = ("input_ids", "inputs", "inputs_embeds")
+            given = [kwargs[name] for name in names if kwargs.get(name) is not None]
+            self._check_routing_weights(routing_weights, next(iter([*args, *given]), None))
         self.mixture.state.mine.held = routing_weights
         try:
             generate: Any = self.base.generate  # its stub is a Tensor's
@@ -365,7 +367,9 @@ class DyLoRA_MoE(nn.Module):
         model.training_record = description["training"]
         return model
 
-    def _check_routing_weights(self, weights: Tensor, input_ids: Tensor) -> None:
-        batch, length = input_ids.shape
+    def _check_routing_weights(self, weights: Tensor, given: Tensor | None) -> None:
+        if given is None:
+            raise ValueError("routing_weights need input_ids or inputs_embeds beside them")
+        batch, length = given.shape[:2]
         sites, experts = len(self.mixture.blocks), len(self.experts)
         check_routing_weights(weights, batch, length, sites, experts)

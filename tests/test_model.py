@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import oracles
-from dylora import DyLoRA_MoE
+from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.model import BatchTotals
 from dylora.routing.losses import fractions_of
 from dylora.routing.router import DynamicHybridRouter
@@ -949,3 +949,59 @@ def test_nothing_is_computed_backwards_below_the_first_adapted_layer(
         )
     model(ids, labels=ids)
     assert has_graph == [False, False, True]
+
+
+# What a caller's defaults and placement change
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_experts_and_routers_are_float32_whatever_torchs_default_is(llama, ids, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        model = DyLoRA_MoE.from_base(llama(), MoELoraConfig(num_experts=3, r=2))
+        model.experts.create_expert()
+        model.detach_router()
+        model.attach_router()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for _, p in model.own_parameters()} == {torch.float32}
+    assert model.mixture.state.maturity_E.dtype == torch.float32
+
+
+def test_a_default_device_of_the_caller_does_not_reach_the_experts(llama):
+    base = llama()
+    with torch.device("meta"):
+        model = DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=3, r=2))
+        model.experts.create_expert()
+    assert {p.device.type for _, p in model.own_parameters()} == {"cpu"}
+
+
+def test_a_base_without_weights_is_refused(llama):
+    with pytest.raises(ValueError, match="has no weights"):
+        DyLoRA_MoE.from_base(llama().to("meta"), MoELoraConfig(num_experts=3, r=2))
+
+
+def test_experts_of_an_offloaded_base_lie_where_it_is_computed(llama, mixture, ids):
+    from accelerate import cpu_offload
+
+    expected = mixture(fresh=True)(ids).logits
+    base = llama()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    assert base.model.layers[0].self_attn.q_proj.weight.device.type == "meta"
+    model = DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=3, r=2)).eval()
+    assert {p.device.type for _, p in model.own_parameters()} == {"cpu"}
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_routing_weights_go_with_embeddings_as_with_ids(mixture, ids):
+    model, weights = mixture(), torch.eye(3)[[1, 2]]
+    embeddings = model.base.get_input_embeddings()(ids)
+    expected = model(ids, routing_weights=weights).logits
+    found = model(None, inputs_embeds=embeddings, routing_weights=weights).logits
+    torch.testing.assert_close(found, expected)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    new = model.generate(inputs_embeds=embeddings, routing_weights=weights, **options)
+    whole = model.generate(ids, routing_weights=weights, **options)
+    assert torch.equal(new, whole[:, ids.shape[1] :])
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model.generate(routing_weights=weights, max_new_tokens=1)

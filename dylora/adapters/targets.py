@@ -105,8 +105,18 @@ def projection_sizes(module: Any) -> tuple[int, int]:
 
 
 def device_of(base: nn.Module, path: str) -> torch.device:
-    """Where a projection's weight lies."""
-    return next(base.get_submodule(path).parameters()).device
+    """Where a projection is computed.
+
+    Raises ValueError for weights on the meta device that nothing brings to another.
+    """
+    module: Any = base.get_submodule(path)
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hook: Any = getattr(module, "_hf_hook", None)  # accelerate's, which loads offloaded weights
+    if getattr(hook, "execution_device", None) is None:
+        raise ValueError(f"{path} has no weights (device meta): load the base before injecting")
+    return torch.device(hook.execution_device)
 
 
 def shortest_targets(base: nn.Module, paths: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the ways share."""
+"""What the kernels share."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,6 +33,19 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     multiplies it, or else float32, which a CPU without such instructions does tens of times faster.
     """
     return torch.float32 if device.type == "cpu" and is_emulated(dtype) else dtype
+
+
+@contextmanager
+def float32_defaults() -> Iterator[None]:
+    """New tensors are float32 on the CPU unless they say otherwise, whatever the caller's defaults
+    are: experts and routers are float32 on a base in any precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @cache
