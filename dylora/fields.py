@@ -1,8 +1,7 @@
 """Typed, validated dataclass fields: one type system for YAML, the command line and checkpoints.
 
-A raw value becomes a value of its field's declared type in `convert`, and a mapping a dataclass in
-`build`. What else must hold of a field stands beside it, in `option(…)`, and `check_fields` in
-`__post_init__` holds it. Whatever does not fit is a `FieldError`, one line that names the field.
+`convert` makes a raw value one of its field's type, and `build` makes a mapping a dataclass. What
+else must hold of a field stands beside it, in `option(…)`, for `check_fields` in `__post_init__`.
 """
 
 import ast
@@ -12,6 +11,7 @@ import inspect
 import itertools
 import math
 import operator
+import reprlib
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, field, fields, is_dataclass
@@ -21,6 +21,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 T = TypeVar("T")
 Parse = Callable[[str], Any]  # a text to the YAML value that it writes; raises ValueError
 MAX_SHOWN = 120  # characters of a value in an error
+REPR = reprlib.Repr()  # looks at a few items of each list, and at six levels
+REPR.maxstring = REPR.maxlong = REPR.maxother = MAX_SHOWN
 MAX_INT = 2**63 - 1
 PLAIN = {float: "a float", int: "an int", bool: "true or false", str: "a string", NoneType: "null"}
 
@@ -44,8 +46,8 @@ class UnknownKey(FieldError):
     """A key that no field has; `siblings` are the names that its last part could have been."""
 
     def __init__(self, key: str, siblings: list[str]) -> None:
-        name = key.rpartition(".")[2]
-        super().__init__(key, f"unknown field {shown(key)}{nearest(name, siblings)}")
+        hint = nearest(key.rpartition(".")[2], siblings)
+        super().__init__(key, f"unknown field {shown(key)}{hint}")
         self.siblings = siblings
 
     def __str__(self) -> str:
@@ -55,7 +57,7 @@ class UnknownKey(FieldError):
 def shown(value: Any) -> str:
     """repr of a value from a file, short enough for a line."""
     try:
-        text = repr(value)
+        text = REPR.repr(value)
     except ValueError:  # an int of thousands of digits
         text = f"a number of type {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
@@ -78,8 +80,7 @@ def is_name(value: Any, longest: int = 512) -> bool:
 
 def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The known word that is most like `word`, if any is."""
-    found = difflib.get_close_matches(word[:MAX_SHOWN], known, n=1, cutoff=cutoff)
-    return found[0] if found else None
+    return next(iter(difflib.get_close_matches(word[:MAX_SHOWN], known, 1, cutoff)), None)
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -327,8 +328,7 @@ def _convert_list(value: Any, annotation: Any, key: str, parse: Parse | None) ->
         split = [item.strip() for item in value.split(",") if item.strip()]
         items = _parsed(value, parse) if value.lstrip()[:1] == "[" else split
     open_ended = kind is list or parts[1:] == (Ellipsis,)
-    right = isinstance(items, list | kind)
-    if not (right and (open_ended or len(items) == len(parts))):
+    if not (isinstance(items, list | kind) and (open_ended or len(items) == len(parts))):
         raise _misfit(key, value, annotation)
     types = [parts[0]] * len(items) if open_ended else parts
     pairs = enumerate(zip(items, types, strict=True))

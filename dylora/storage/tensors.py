@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dylora.fields import is_whole_number, shown
-from dylora.storage.safe_io import check_link, open_regular, parse_json
+from dylora.storage.safe_io import MAX_DEPTH, check_link, open_regular, parse_json
 
 MAX_FILE = 32 << 30  # bytes of one file of tensors
 MAX_HEADER = 16 << 20  # bytes that name 100,000 tensors
@@ -35,6 +35,7 @@ _MALFORMED = (  # torch's reader, zipfile and pickletools raise them all over br
     *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, AssertionError, OSError),
     *(ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, struct.error),
 )
+MAX_EXPANSION = 4  # times its file: tied weights are written once
 _END_OF_ARCHIVE = 22 + 20 + 56  # bytes of the three records that end an archive of torch.save
 
 
@@ -112,11 +113,15 @@ def read_state(file: Path) -> Any:
 
     The tensors lie in the file itself (mmap): copy what is to be changed or to outlive it.
     Raises ValueError naming the file for an archive that is compressed, that claims more than it
-    holds or that names anything besides tensors; FileNotFoundError when it is missing.
+    holds, that unfolds to far more than its size or that names anything besides tensors;
+    FileNotFoundError when it is missing.
     """
     check_archive(file)
     try:
-        return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        if _expanded_size(content) > MAX_EXPANSION * file.stat().st_size:
+            raise ValueError(f"it unfolds to more than {MAX_EXPANSION} times its size")
+        return content
     except _MALFORMED as error:
         raise _unreadable(file, error) from error
 
@@ -202,12 +207,44 @@ def _check_pickle(program: bytes) -> None:
     """Raises ValueError for a pickle that names anything but what makes dense tensors.
 
     weights_only would let through constructors that allocate what they are told, sparse tensors and
-    subclasses.
+    subclasses. A tuple inside of others by reference takes exponential time to hash as a key.
     """
+    made, tuples = "", set()  # the last opcode that made a value; the memo's indices of tuples
     for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name not in ("BINPUT", "LONG_BINPUT"):
+            made = opcode.name
+        elif made.startswith("TUPLE"):
+            tuples.add(argument)
+        else:
+            tuples.discard(argument)
+        if opcode.name in ("BINGET", "LONG_BINGET") and argument in tuples:
+            raise ValueError("it refers to one tuple twice, which no state of ours does")
         if opcode.name == "GLOBAL" and argument not in _NAMED:
             raise ValueError(f"it names {shown(argument)}, which no state of ours holds")
         if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX") or (
             opcode.name.startswith(("EXT", "BYTEARRAY", "LONG4"))
         ):
             raise ValueError(f"it holds {opcode.name}, which no state of ours needs")
+
+
+def _expanded_size(content: Any) -> int:
+    """Bytes of all tensors and the number of all other values, what is referred to twice counted
+    twice. None of them takes less than a byte in a file.
+
+    Raises ValueError for more than MAX_DEPTH containers in one another, or in themselves.
+    """
+    known: dict[int, int] = {}
+
+    def measure(value: Any, depth: int) -> int:
+        if isinstance(value, Tensor):
+            return value.numel() * value.element_size()
+        if not isinstance(value, dict | list | tuple):
+            return 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it has more than {MAX_DEPTH} containers in one another")
+        if id(value) not in known:
+            inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+            known[id(value)] = 1 + sum(measure(item, depth + 1) for item in inner)
+        return known[id(value)]
+
+    return measure(content, 0)

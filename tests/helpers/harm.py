@@ -212,6 +212,29 @@ def second_pickle(file: Path) -> None:
         archive.writestr("other/data.pkl", pickle.dumps({}, protocol=2))
 
 
+def shared_lists(file: Path) -> None:
+    """8^14 items by reference, in a kilobyte; what they are in is that of a state of generators."""
+    shared = [1]
+    for _ in range(14):
+        shared = [shared] * 8
+    torch.save({"cuda": shared}, file)
+
+
+def tuples_for_a_key(file: Path) -> None:
+    """A mapping whose key takes 2^38 hashes."""
+    program = b"\x80\x02}K\x01K\x02\x86q\x01"
+    for index in range(2, 40):
+        program += bytes([*b"h", index - 1, *b"h", index - 1, *b"\x86q", index])
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", program + b"K\x01s.")
+        archive.writestr("archive/version", "3\n")
+
+
+def one_number(file: Path) -> None:
+    """A tensor of 8 GiB that stores four bytes."""
+    torch.save({"k": torch.zeros(1).expand(4, GIB // 2)}, file)
+
+
 def seal(checkpoint: Path) -> None:
     """A manifest that fits the files; of what is no file, or too large to hash, as it can."""
     entries = {}

@@ -35,10 +35,13 @@ from harm import (
     in_tensors,
     link,
     moved_out,
+    one_number,
     pipe,
     saved,
     second_pickle,
+    shared_lists,
     sparse,
+    tuples_for_a_key,
     twice,
     vast_header,
 )
@@ -463,6 +466,15 @@ RUN = [
         MOMENTS,
         in_archive(lambda p: p + b"\0" * (64 << 20), compression=zipfile.ZIP_DEFLATED),
         "compressed",
+    ),
+    *(
+        Case(name, file, damage, words)
+        for name, damage, words in (
+            ("lists that share their items", shared_lists, "unfolds to more than 4 times its size"),
+            ("a key of shared tuples", tuples_for_a_key, "refers to one tuple twice"),
+            ("one number for 2^31", one_number, "unfolds to more than 4 times its size"),
+        )
+        for file in (MOMENTS, SCHEDULE, RANDOM)
     ),
     Case("two pickles", MOMENTS, second_pickle, "name of its own"),
     Case("a call of the system", MOMENTS, saved(lambda: Calls(os.system, "touch owned")), "system"),

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import harm
+from dylora.fields import shown
 from dylora.storage.detect import detect_format, find_adapters
 from dylora.storage.peft_config import alpha_of
 from dylora.storage.peft_format import read_stock_adapter
@@ -212,6 +214,31 @@ def test_a_pickle_without_bounds_is_refused_before_it_is_loaded(damage, words, w
     damage(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=words):
         read_stock_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (harm.shared_lists, "unfolds to more than 4 times its size"),
+        (harm.tuples_for_a_key, "refers to one tuple twice"),
+        (harm.one_number, "unfolds to more than 4 times its size"),
+    ],
+)
+def test_a_pickle_that_unfolds_to_more_than_its_file_is_refused(damage, words, written, made):
+    folder = as_pickle(written(), made[0])
+    damage(folder / "adapter_model.bin")
+    message = harm.refusal(lambda: read_stock_adapter(folder), folder)
+    assert message.startswith(f"{folder / 'adapter_model.bin'}: ")
+    assert words in message
+
+
+def test_a_value_that_unfolds_without_end_is_shown_at_once():
+    shared = [1]
+    for _ in range(40):
+        shared = [shared] * 8
+    begun = time.process_time()
+    assert shown(shared).startswith("[[[[[[")
+    assert time.process_time() - begun < 1
 
 
 def test_a_pickle_of_half_precision_parameters_is_read(written, made):
