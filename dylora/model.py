@@ -28,7 +28,7 @@ from dylora.routing.gating import RouterOutput, check_routing_weights
 from dylora.routing.losses import BatchTotals, Observation
 from dylora.routing.state import Request
 from dylora.storage.checkpoint import Checkpoint
-from dylora.storage.folders import write_folder
+from dylora.storage.folders import check_place, write_folder
 
 
 def _of_mixture(name: str) -> Any:
@@ -313,12 +313,14 @@ class DyLoRA_MoE(nn.Module):
 
     # Files
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write experts, routers and configuration; never a base weight.
 
         Layout: peft_adapters/expert_<i>/ in PEFT's format, router.safetensors, config.json,
-        manifest.json. Raises FileExistsError if the folder holds something else.
+        manifest.json. With `overwrite` an earlier mixture in `folder` is replaced; a training
+        checkpoint never is. Raises FileExistsError if something else is in the way.
         """
+        check_place(Path(folder), overwrite=overwrite, over_mixture=True)
         write_folder(Path(folder), lambda temporary: write_model(self.mixture, temporary))
 
     @classmethod

@@ -6,8 +6,10 @@ inside a config are relative to the working directory.
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -193,13 +195,19 @@ def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
 def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
     """The settings laid over those of the checkpoint in train.init_from, and its config.json.
 
-    From there come the mixture, and the base by name, revision and quantization.
+    From there come the mixture, and the base by name, revision and quantization. A run's folder
+    becomes that of its best checkpoint.
     Raises FileNotFoundError or ValueError where that file does not say.
     """
     train = tree.get("train")
     folder = train.get("init_from") if isinstance(train, dict) else None
     if not isinstance(folder, str):
         return tree, None
+    if not (Path(folder) / "config.json").exists() and any(Path(folder).glob("checkpoint-*")):
+        from dylora.storage.checkpoint import Checkpoint  # it imports torch, which takes seconds
+
+        folder = str(Checkpoint.open(folder, partial(print, file=sys.stderr)).path)
+        tree = {**tree, "train": {**tree["train"], "init_from": folder}}
     file = Path(folder) / "config.json"
     try:
         description = read_json(file)

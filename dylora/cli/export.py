@@ -51,6 +51,8 @@ class ExportOptions(BaseOptions, CheckpointOptions):
     """How the base is stored, by default as in training: see model.quantization."""
     dequantize: bool = False
     """With --merge: make a quantised base whole."""
+    overwrite: bool = False
+    """Replace an earlier export in --out."""
 
     @property
     def form(self) -> Literal["experts", "mixture", "merged"]:
@@ -94,7 +96,8 @@ def run(options: ExportOptions, overrides: list[str]) -> None:
     checkpoint = Checkpoint.open(options.source(), note)
     if options.form == "experts":
         expert, name = options.expert or "all", options.base_name
-        folders = export_peft(checkpoint, options.out, expert, options.portable, name)
+        form = (expert, options.portable, name, options.overwrite)
+        folders = export_peft(checkpoint, options.out, *form)
     else:
         _check(checkpoint, options)
         write = _export_mixture if options.form == "mixture" else _export_merged
@@ -152,11 +155,13 @@ def _export_mixture(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
     from dylora.integrations.peft_export import export_mixture
 
     if options.text is None and isinstance(options.weights, list):  # files are enough
-        return export_mixture(checkpoint, options.out, options.weights, options.base_name)
+        form = (options.weights, options.base_name, options.overwrite)
+        return export_mixture(checkpoint, options.out, *form)
     model, tokenizer = _load(checkpoint, options)
     weights_NE, record = _resolve_weights(model, tokenizer, options)
     record["checkpoint"] = str(checkpoint.path)
-    return export_mixture(model, options.out, weights_NE, options.base_name, **record)
+    form = (weights_NE, options.base_name, options.overwrite)
+    return export_mixture(model, options.out, *form, **record)
 
 
 def _export_merged(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
@@ -193,13 +198,10 @@ def _export_merged(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
 
 def _check(checkpoint: "Checkpoint", options: ExportOptions) -> None:
     """Refuse a bad --out, and weights that cannot be right, before a base is loaded."""
-    from dylora.integrations.peft_export import check_no_checkpoint, check_outside
     from dylora.integrations.static_weights import TOKEN_DEPENDENT, site_weights
     from dylora.storage.folders import check_place
 
-    check_outside(checkpoint.path, Path(options.out))
-    check_no_checkpoint(Path(options.out))
-    check_place(Path(options.out))
+    check_place(Path(options.out), overwrite=options.overwrite)
     if isinstance(options.weights, list):
         site_weights(options.weights, len(checkpoint.description["sites"]), checkpoint.live)
         if abs(sum(options.weights) - 1) > 1e-6:

@@ -17,6 +17,8 @@ class ImportOptions:
     """Folders of PEFT LoRA adapters, or of checkpoints that hold some."""
     out: str = option(metavar="DIR")
     """Folder of the new mixture."""
+    overwrite: bool = False
+    """Replace an earlier mixture in --out; a training checkpoint never is."""
     base: str | None = None
     """Base model by name or folder; what the adapters name is never followed."""
     revision: str | None = None
@@ -41,11 +43,13 @@ def run(options: ImportOptions, overrides: list[str]) -> None:
     import torch
 
     from dylora.integrations.peft_import import load_peft_experts
+    from dylora.storage.folders import check_place
 
     out = Path(options.out).resolve()
     for folder in map(Path, options.adapters):
         if out in (folder.resolve(), *folder.resolve().parents):
             raise ValueError(f"--out {options.out} would replace {folder}: name another folder")
+    check_place(out, overwrite=options.overwrite, over_mixture=True)
     model = load_peft_experts(
         options.base,
         options.adapters,
@@ -56,6 +60,6 @@ def run(options: ImportOptions, overrides: list[str]) -> None:
         dtype=getattr(torch, options.dtype),
         report=lambda line: print(f"note: {line}"),
     )
-    model.save_pretrained(options.out)
+    model.save_pretrained(options.out, options.overwrite)
     print(model.experts)
     print(model.size_message(Path(options.out)))

@@ -12,6 +12,7 @@ Shape letters: D input width, O output width, E experts, N sites, R rank.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +29,9 @@ from dylora.integrations.static_weights import (
 from dylora.model import DyLoRA_MoE
 from dylora.model_io import bias_shifts, expert_adapter
 from dylora.storage.checkpoint import Checkpoint
-from dylora.storage.folders import check_place, write_folder
+from dylora.storage.folders import STAGING, check_place, write_folder
 from dylora.storage.peft_config import adapter_config, scaling_of
 from dylora.storage.peft_format import PeftAdapter, portable_form, write_adapter
-from dylora.storage.schema import ADAPTERS
 
 EXPORT_FILE = "dylora_export.json"  # what a mixture or a merged model was made of; ours alone
 
@@ -79,6 +79,7 @@ def export_peft(
     expert: str | int = "all",
     portable: bool = False,
     base_name: str | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write experts as folders that PEFT, vLLM or llama.cpp can load.
 
@@ -90,14 +91,15 @@ def export_peft(
         portable: fold the scale into B and set lora_alpha = r, one for all that are written, so
             that readers that ignore rslora or patterns agree too; exact up to float32 rounding.
         base_name: what the adapters name as their base; by default what the model does.
+        overwrite: replace all of an earlier export.
 
     Returns the folders. Raises ValueError for an expert that is not there, retired, or without a
-    portable form, FileExistsError where something else is in the way; nothing is written then.
+    portable form, FileExistsError as `check_place`; nothing is written then.
     """
     source, folder = _open(model), Path(folder)
-    if source.folder is not None:
-        check_outside(source.folder, folder)
-    adapters = source.adapters(_chosen_names(source.names, expert, source.what))
+    names = _chosen_names(source.names, expert, source.what)
+    check_place(folder, overwrite=overwrite)
+    adapters = source.adapters(names)
     return _write_experts(folder, adapters, portable, base_name)
 
 
@@ -109,6 +111,7 @@ def export_mixture(
     folder: str | Path,
     weights: Weights | None = None,
     base_name: str | None = None,
+    overwrite: bool = False,
     **record: Any,
 ) -> Path:
     """Write a mixture of constant weights as one PEFT adapter of rank Σ r.
@@ -119,13 +122,14 @@ def export_mixture(
         weights: one an expert, [E], or one a site and expert, [N, E]; used as gates, as they are.
             None: those of router_type fixed.
         base_name: what the adapter names as its base; by default what the model does.
+        overwrite: replace an earlier export.
         record: more to keep in dylora_export.json.
 
     Raises ValueError for weights that do not fit, for DoRA experts, and where routing depends on
-    the token and no weights are given; FileExistsError where something else is in the way; nothing
-    is written then.
+    the token and no weights are given; FileExistsError as `check_place`; nothing is written then.
     """
     source, folder = _open(model), Path(folder)
+    check_place(folder, overwrite=overwrite)
     if isinstance(model, DyLoRA_MoE):
         weights_NE = static_weights(model.mixture, weights=weights)
     elif weights is None:
@@ -133,7 +137,6 @@ def export_mixture(
     else:
         weights_NE = site_weights(weights, len(source.sites), source.live)
     if source.folder is not None:
-        check_outside(source.folder, folder)
         record = {"checkpoint": str(source.folder), **record}
     shares = by_projection(weights_NE, source.live, source.sites, source.projections)
     adapter = joined_adapter(source.adapters(source.names), shares, source.shifts())
@@ -144,7 +147,6 @@ def export_mixture(
         write_adapter(files, _named(adapter, base_name))
         (files / EXPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
-    check_no_checkpoint(folder)
     write_folder(folder, write)
     return folder
 
@@ -159,46 +161,27 @@ def _chosen_names(live: list[str], expert: str | int, source: object) -> list[st
     return [name]
 
 
-def check_outside(checkpoint: Path, out: Path) -> None:
-    """Raises ValueError where an export would come to lie in its checkpoint."""
-    if checkpoint.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(
-            f"{out} lies in the checkpoint {checkpoint}, which would not verify any more: "
-            "name a folder outside"
-        )
-
-
 def _write_experts(
     out: Path, adapters: Mapping[str, PeftAdapter], portable: bool, base_name: str | None
 ) -> list[Path]:
-    """One folder an adapter below `out`: all of them, or none where one cannot be written."""
+    """One folder an adapter in `out`, and nothing else; or what was there, where one fails."""
     if portable:
         adapters = {name: _portable(name, adapter) for name, adapter in adapters.items()}
         rank = max(adapter.config["r"] for adapter in adapters.values())  # one, as Arrow wants it
         adapters = {name: _of_rank(adapter, rank) for name, adapter in adapters.items()}
-    folders = {out / name: _named(adapter, base_name) for name, adapter in adapters.items()}
-    for folder in folders:
-        check_place(folder)
-    staged = {folder: folder.with_name(f".{folder.name}.staged") for folder in folders}
+    adapters = {name: _named(adapter, base_name) for name, adapter in adapters.items()}
+    staging = out / STAGING
     try:
-        for folder, adapter in folders.items():
-            write_folder(
-                staged[folder], lambda files, adapter=adapter: write_adapter(files, adapter)
-            )
-        for folder, stage in staged.items():  # complete and on the disk, all of them
-            if folder.exists():
-                shutil.rmtree(folder)
-            stage.rename(folder)
+        for name, adapter in adapters.items():
+            write_folder(staging / name, partial(write_adapter, adapter=adapter))
+        for path in out.iterdir():  # the new ones are complete and on the disk
+            if path != staging:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in adapters:
+            (staging / name).rename(out / name)
     finally:
-        for stage in staged.values():
-            shutil.rmtree(stage, ignore_errors=True)
-    return list(folders)
-
-
-def check_no_checkpoint(out: Path) -> None:
-    """Raises FileExistsError where `out` is a checkpoint, which an export must not replace."""
-    if (out / ADAPTERS).exists():
-        raise FileExistsError(f"{out} is a checkpoint: name another folder")
+        shutil.rmtree(staging, ignore_errors=True)
+    return [out / name for name in adapters]
 
 
 def joined_adapter(

@@ -12,23 +12,26 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dylora.storage.manifest import is_intact, listed_files, verify, write_manifest
+from dylora.storage.manifest import MANIFEST, is_intact, listed_files, verify, write_manifest
+from dylora.storage.schema import ADAPTERS
 
 PREFLIGHT = "checkpoint-rehearsal"  # written and deleted before the first step
 FEWEST_KEPT = 2  # a single checkpoint is lost with the first bit that flips in it
+STAGING = ".staged"  # within a folder of exported experts, while they are written
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_EXPERT = re.compile(r"expert_\d+")
 
 
 def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     """Let `write_files` fill a temporary folder, then rename it to `folder`.
 
-    An older folder of that name is replaced if it holds a manifest, or nothing.
-    Raises FileExistsError if it holds something else.
+    An older folder of that name is replaced if it is of ours, or empty; `check_place` is for what a
+    user names. Raises FileExistsError if it holds something else.
     """
     temporary = folder.with_name(f".{folder.name}.writing")
     replaced = _replaced(folder)
     _recover(folder)
-    check_place(folder)
+    _require_ours(folder)
     _make_parents(folder)
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -48,10 +51,26 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     _recover(folder, always=True)
 
 
-def check_place(folder: Path) -> None:
-    """Raises FileExistsError unless `write_folder` may put a folder there."""
-    if not _may_replace(folder):
-        raise FileExistsError(f"{folder} exists and is no checkpoint of ours: name another folder")
+def check_place(folder: Path, *, overwrite: bool = False, over_mixture: bool = False) -> None:
+    """Raises FileExistsError unless what a user makes may be put there.
+
+    An absent or empty folder is filled. An earlier result of ours is replaced with `overwrite`; a
+    mixture only with `over_mixture` besides; a training checkpoint, or a part of a mixture, never.
+    """
+    for parent in folder.resolve().parents:
+        if _is_mixture(parent):
+            raise FileExistsError(
+                f"{folder} lies in the checkpoint {parent}, which would not verify any more: "
+                "name a folder outside"
+            )
+    if (folder / "trainer_state.json").exists() or (_is_mixture(folder) and not over_mixture):
+        raise FileExistsError(f"{folder} is a checkpoint, which is not replaced: name another")
+    _require_ours(folder)
+    if not overwrite and folder.exists() and any(path.name != STAGING for path in folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} holds an earlier result: name another folder, or replace it with "
+            "--overwrite (overwrite=True)"
+        )
 
 
 def write_file(file: Path, text: str) -> None:
@@ -134,18 +153,29 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _may_replace(folder: Path) -> bool:
+def _require_ours(folder: Path) -> None:
+    if not _is_ours(folder):
+        raise FileExistsError(f"{folder} exists and is no result of ours: name another folder")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is absent, empty, with a manifest of ours, or of experts that have one."""
     if not folder.exists():
         return True
     if not folder.is_dir():
         return False
-    if not any(folder.iterdir()):
-        return True
+    inner = [path for path in folder.iterdir() if path.name != STAGING]
+    if all(_EXPERT.fullmatch(path.name) and (path / MANIFEST).exists() for path in inner):
+        return all(map(_is_ours, inner))
     try:
         listed_files(folder)  # many other tools call a file of theirs manifest.json
     except ValueError:
         return False
     return True
+
+
+def _is_mixture(folder: Path) -> bool:
+    return (folder / ADAPTERS).is_dir() and (folder / MANIFEST).exists()
 
 
 def _replaced(folder: Path) -> Path:
@@ -162,7 +192,7 @@ def _recover(folder: Path, *, always: bool = False) -> None:
     replaced = _replaced(folder)
     if replaced.exists() and not folder.exists():
         replaced.rename(folder)
-    elif always or (replaced.exists() and _may_replace(folder)):
+    elif always or (replaced.exists() and _is_ours(folder)):
         try:
             verify(folder)
         except (ValueError, OSError):

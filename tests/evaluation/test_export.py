@@ -97,7 +97,7 @@ def test_the_embedded_bases_line_says_what_works(export, tmp_path):
     by_hand = PeftModel.from_pretrained(load_base(BASE), folder).eval()
     named = str(EMBEDDED_BASES[BASE])
     assert f"--base_name {named}" in printed
-    assert "peft does not know" not in export("--expert", "1", "--base_name", named)
+    assert "peft does not know" not in export("--expert", "1", "--base_name", named, "--overwrite")
     by_name = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert (by_hand(IDS).logits - by_name(IDS).logits).abs().max() < 1e-5
 

@@ -276,7 +276,8 @@ it costs on that text (of rows with `instruction` and `output`, on the answers),
 of the static mixture from the routed one and as the difference of their losses. `--merge` takes an expert or weights likewise, adds them up in float32
 and rounds once; a quantised base needs `--dequantize`. After each export the command says what
 vLLM, SGLang and llama.cpp make of it (`dylora/integrations/compatibility.py`), and
-`run.py info --checkpoint O` says what a folder is.
+`run.py info --checkpoint O` says what a folder is. `O` is an absent or empty folder; `--overwrite`
+replaces all of an earlier export, and nothing replaces a checkpoint.
 
 In Python: `dylora.export_peft(model, folder, expert="all", portable=False)`,
 `dylora.export_mixture(model, folder, weights)` and `model.merge_and_unload(expert=1)`.

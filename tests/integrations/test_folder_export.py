@@ -157,13 +157,13 @@ def test_a_foreign_folder_in_the_way_is_refused_and_untouched(saved, tmp_path):
     (foreign / CONFIG_FILE).write_text("somebody else's")
     with pytest.raises(FileExistsError) as error:
         export_checkpoint(saved, tmp_path / "out")
-    assert str(foreign) in str(error.value)
+    assert f"{tmp_path / 'out'} exists and is no result of ours" in str(error.value)
     assert content(tmp_path / "out") == {f"expert_0/{CONFIG_FILE}": b"somebody else's"}
 
 
-def test_an_earlier_export_is_replaced(saved, tmp_path):
+def test_an_earlier_export_is_replaced_when_asked(saved, tmp_path):
     export_checkpoint(saved, tmp_path / "out", portable=True)
-    export_checkpoint(saved, tmp_path / "out", portable=False)
+    export_checkpoint(saved, tmp_path / "out", portable=False, overwrite=True)
     for expert in ("expert_0", "expert_1"):
         exported = (tmp_path / "out" / expert / WEIGHTS_FILE).read_bytes()
         assert exported == (saved / ADAPTERS / expert / WEIGHTS_FILE).read_bytes()
@@ -175,23 +175,51 @@ def test_exporting_leaves_the_checkpoint_as_it_was(saved, tmp_path):
     assert content(saved) == before
 
 
+def exports(source):
+    """Every way to write `source` into a folder."""
+    return (
+        lambda out, **how: export_checkpoint(source, out, portable=True, **how),
+        lambda out, **how: export_mixture(source, out, (0.5, 0.5), **how),
+    )
+
+
 @pytest.mark.parametrize("place", [ADAPTERS, "exported", "."])
-def test_an_export_into_the_checkpoint_is_refused(place, saved):
+def test_an_export_into_a_checkpoint_is_refused(place, saved):
     """It would not verify any more."""
     before = content(saved)
-    with pytest.raises(ValueError, match="lies in the checkpoint"):
-        export_checkpoint(saved, saved / place, portable=True)
-    with pytest.raises(ValueError, match="lies in the checkpoint"):
-        export_mixture(saved, saved / place, (0.5, 0.5))
+    for export in exports(saved):
+        with pytest.raises(FileExistsError, match=r"lies in the checkpoint|is a checkpoint"):
+            export(saved / place, overwrite=True)
     assert content(saved) == before
 
 
-def test_a_mixture_never_takes_a_checkpoints_place(saved, tmp_path):
+def test_an_export_never_takes_a_checkpoints_place(saved, tmp_path):
     other = Path(shutil.copytree(saved, tmp_path / "other"))
     before = content(other)
-    with pytest.raises(FileExistsError, match="other is a checkpoint"):
-        export_mixture(saved, other, (0.5, 0.5))
+    for export in exports(saved):
+        with pytest.raises(FileExistsError, match="other is a checkpoint"):
+            export(other, overwrite=True)
     assert content(other) == before
+
+
+@pytest.mark.parametrize("second", [0, 1])
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_exports_never_mix_in_one_folder(first, second, saved, tmp_path):
+    out = tmp_path / "out"
+    exports(saved)[first](out)
+    before = content(out)
+    with pytest.raises(FileExistsError, match=r"out holds an earlier result: .*--overwrite"):
+        exports(saved)[second](out)
+    assert content(out) == before
+    exports(saved)[second](out, overwrite=True)
+    exports(saved)[second](tmp_path / "alone")
+    assert content(out) == content(tmp_path / "alone")
+
+
+def test_one_expert_replaces_all_of_an_earlier_export(saved, tmp_path):
+    export_checkpoint(saved, tmp_path / "out")
+    export_checkpoint(saved, tmp_path / "out", 1, overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["expert_1"]
 
 
 # All or none
@@ -219,7 +247,7 @@ def test_a_full_disk_at_the_second_leaves_what_was_there(saved, tmp_path, monkey
 
     monkeypatch.setattr("dylora.integrations.peft_export.write_adapter", write)
     with pytest.raises(OSError, match="No space"):
-        export_checkpoint(saved, tmp_path / "out")
+        export_checkpoint(saved, tmp_path / "out", overwrite=True)
     assert len(written) == 2
     assert content(tmp_path / "out") == before
 

@@ -65,7 +65,8 @@ def test_weights_by_site_are_what_peft_computes(settings, llama, mixture, in_pef
 def test_a_mixtures_rank_is_the_sum_over_experts_that_take_part(mixture, tmp_path):
     model = mixture(expert_ranks=[1, 4, 2])
     for weights, rank in (((0.5, 0.2, 0.3), 7), ((0.5, 0.0, 0.5), 3)):
-        config = read_adapter(export_mixture(model, tmp_path / "out", weights)).config
+        folder = export_mixture(model, tmp_path / "out", weights, overwrite=True)
+        config = read_adapter(folder).config
         assert (config["r"], config["lora_alpha"]) == (rank, rank)
 
 

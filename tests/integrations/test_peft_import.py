@@ -560,6 +560,21 @@ def test_the_command_does_not_replace_what_it_reads(two, tmp_path, capsys):
     assert "would replace" in capsys.readouterr().err
 
 
+def test_the_command_replaces_a_mixture_only_when_asked(two, tmp_path, capsys):
+    base, folders, _ = two
+    base.save_pretrained(tmp_path / "base")
+    out = tmp_path / "mixture"
+    argv = ["import", "--adapters", *map(str, folders), "--base", str(tmp_path / "base")]
+    argv += ["--out", str(out)]
+    assert main(argv) == 0
+    before = (out / "manifest.json").read_bytes()
+    assert main(argv) == 2
+    assert f"{out} holds an earlier result" in capsys.readouterr().err
+    assert (out / "manifest.json").read_bytes() == before
+    assert main([*argv, "--trainable", "--overwrite"]) == 0
+    assert (out / "manifest.json").read_bytes() != before
+
+
 def test_info_tells_of_adapters_and_older_layouts(older, capsys):
     _, root, _, _ = older
     assert main(["info", "--checkpoint", str(root)]) == 0

@@ -140,6 +140,33 @@ def test_a_foreign_folder_is_refused_and_untouched(kind, tmp_path):
     assert content(folder) == before
 
 
+def test_a_saved_mixture_is_replaced_only_when_asked(saved, tiny_base, mixture_on):
+    _, folder = saved
+    before = content(folder)
+    model = mixture_on(tiny_base("llama"))
+    with pytest.raises(FileExistsError, match=r"holds an earlier result: .*overwrite=True"):
+        model.save_pretrained(folder)
+    assert content(folder) == before
+    model.save_pretrained(folder, overwrite=True)
+    assert content(folder) != before
+
+
+def test_a_training_checkpoint_is_replaced_by_no_result(saved, tiny_base, mixture_on):
+    _, folder = saved
+    (folder / "trainer_state.json").write_text("{}")
+    write_manifest_anew(folder)
+    before = content(folder)
+    for place in (folder, folder / "mine"):
+        with pytest.raises(FileExistsError, match=r"is a checkpoint|lies in the checkpoint"):
+            mixture_on(tiny_base("llama")).save_pretrained(place, overwrite=True)
+    assert content(folder) == before
+
+
+def test_a_runs_folder_is_replaced_by_no_result(run_folder, tiny_base, mixture_on):
+    with pytest.raises(FileExistsError, match="exists and is no result of ours"):
+        mixture_on(tiny_base("llama")).save_pretrained(run_folder, overwrite=True)
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused_and_untouched(tmp_path):
     (tmp_path / "new").write_text("years of work")
     with pytest.raises(FileExistsError) as error:

@@ -97,6 +97,21 @@ def test_what_the_file_does_not_say_of_mixture_and_base_is_the_checkpoints(
     assert (config.moe.num_experts, config.moe.router_temperature) == (2, 0.5)
 
 
+def test_a_run_begins_with_the_best_checkpoint_of_a_runs_folder(
+    make_config, beginning_with, capsys
+):
+    source = train(make_config("source", max_steps=2, save_steps=1)).folder
+    (source / "best.json").write_text('{"checkpoint": "checkpoint-1", "val_loss": 1.0}')
+    capsys.readouterr()
+    config = load_run_config(beginning_with(source))
+    assert config.train.init_from == str(source / "checkpoint-1")
+    assert f"checkpoint: {source / 'checkpoint-1'}, the best" in capsys.readouterr().err
+    experts, _ = adapters_and_routers(source / "checkpoint-1")
+    run = prepare(config, fresh=True)
+    for name, parameter in run.model.expert_parameters():
+        assert torch.equal(parameter, experts[name])
+
+
 def test_a_resumed_run_keeps_its_experts_frozen(imported, beginning_with):
     file = beginning_with(imported, max_steps=4, save_steps=2)
     first = train(load_run_config(file))
@@ -131,7 +146,7 @@ def test_nothing_to_train_is_refused(imported, beginning_with):
     fixed = dataclasses.replace(model.config, router_type="fixed")
     mixture = DyLoRA_MoE(model.unload(), fixed)
     mixture.experts.freeze(0, 1)
-    mixture.save_pretrained(imported)
+    mixture.save_pretrained(imported, overwrite=True)
     config = load_run_config(beginning_with(imported))
     with pytest.raises(ValueError, match="nothing would be trained: all experts are frozen"):
         prepare(config, fresh=True)
