@@ -18,18 +18,22 @@ RouterLogits = Literal["linear", "absolute"]
 RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
 BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "none"]
+AdapterType = Literal["lora"]
 Quantization = Literal["none", "bnb-4bit", "bnb-8bit", "torchao-int8"]
 LARGEST = 65_536  # ranks, experts and hidden widths; no projection of any base is as wide
 MAX_ALPHA = 1_000_000
+_MEANINGLESS: dict[str, tuple[str, ...]] = {}  # options of LoRA for experts of another type
 _ONE_A = "unset with share_A: the experts have one A"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoELoraConfig:
-    """A mixture of LoRA experts: LoRA fields by PEFT's names, then routing, then maturity."""
+    """A mixture of experts: LoRA's fields by PEFT's names, then routing, then maturity."""
 
     RENAMED: ClassVar[dict[str, str | None]] = {"fan_in_fan_out": None}
 
+    adapter_type: AdapterType = "lora"
+    """What an expert is: the file of that name in dylora/adapters/."""
     r: int = option(16, least=1, most=LARGEST)
     """Rank of each expert."""
     lora_alpha: float = option(32, above=0, most=MAX_ALPHA)
@@ -162,6 +166,10 @@ class MoELoraConfig:
     def _check_low_rank(self) -> None:
         """What goes together of A, B and their ranks."""
         own = self.init_lora_weights
+        for name in _MEANINGLESS.get(self.adapter_type, ()):
+            default, rule = type(self).__dataclass_fields__[name].default, self.adapter_type
+            value = getattr(self, name)
+            require(value == default, name, value, f"{default!r} with adapter_type {rule!r}")
         if self.share_A:
             require(self.expert_ranks is None, "expert_ranks", self.expert_ranks, _ONE_A)
             require(own != "orthogonal", "init_lora_weights", own, f"true or gaussian: {_ONE_A}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dylora.adapters.projection import StackedLoRA
+from dylora.adapters.adapter import Adapter
 
 State = Literal["active", "frozen", "retired"]
 
@@ -73,7 +73,7 @@ def groups_of(table: list[Expert]) -> list[list[int]]:
 
 
 def number_stacks(
-    table: list[Expert], adapters: Iterable[StackedLoRA], optimizer: Optimizer | None
+    table: list[Expert], adapters: Iterable[Adapter], optimizer: Optimizer | None
 ) -> list[list[int]]:
     """Which experts share a stack from here on: neighbours that are both trained or neither, of one
     width and one age.
@@ -94,18 +94,17 @@ def number_stacks(
     return groups_of(table)
 
 
-def _age(
-    adapters: Iterable[StackedLoRA], optimizer: Optimizer | None, expert: int
-) -> tuple[Any, ...]:
+def _age(adapters: Iterable[Adapter], optimizer: Optimizer | None, expert: int) -> tuple[Any, ...]:
     """What the parameters of a stack must have in common."""
     ages = []
     for adapter in adapters:
         stack, _ = adapter.stack_of(expert)
-        ages.append(stack.lora_B.shape[1])
-        state = {} if optimizer is None else optimizer.state.get(stack.lora_B, {})
-        ages += [
-            (name, float(value) if torch.is_tensor(value) else value)
-            for name, value in state.items()
-            if not torch.is_tensor(value) or value.numel() == 1
-        ]
+        for parameter in stack.parameters():
+            ages.append(parameter.shape[1:])
+            state = {} if optimizer is None else optimizer.state.get(parameter, {})
+            ages += [
+                (name, float(value) if torch.is_tensor(value) else value)
+                for name, value in state.items()
+                if not torch.is_tensor(value) or value.numel() == 1
+            ]
     return tuple(ages)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from dylora.adapters import merge_experts, restack
+from dylora.adapters import restack
 from dylora.expert_table import Expert, MergeReport, State, format_table, number_stacks
 from dylora.fields import is_name, shown
 from dylora.kernels.common import float32_defaults
@@ -222,7 +222,7 @@ class ExpertManager:
         errors = {}
         for path, adapter in self.mixture.adapters.items():
             alpha = self.table[i].alpha
-            merged, errors[path] = merge_experts.merged_stack(adapter, i, j, rank, alpha, shares)
+            merged, errors[path] = adapter.merged_stack(i, j, rank, alpha, shares)
             restack.split_off(self._optimizer, adapter, i)
             restack.replace_stack(self._optimizer, adapter, adapter.stack_of(i)[0], merged)
         for _, router in self.mixture.routers():
@@ -246,8 +246,7 @@ class ExpertManager:
         self._require_live((i, j))
         if i == j:
             raise ValueError(f"expert {i} cannot be merged with itself")
-        if config.use_dora:
-            raise ValueError("DoRA experts cannot be merged: their updates are not of low rank")
+        next(iter(self.mixture.adapters.values())).check_merge()
         if self.table[i].state != self.table[j].state:
             raise ValueError(
                 f"expert {i} is {self.table[i].state} and expert {j} {self.table[j].state}: "
@@ -333,17 +332,16 @@ class ExpertManager:
 
     def _set_trainable(self) -> None:
         """Gradients for what is trained, and for what experts share while all of them are."""
-        mixture, config = self.mixture, self.mixture.config
+        mixture = self.mixture
         free = all(self.table[expert].is_trained for expert in self.live)
         shared = [shift.shift for shift in mixture.biases.values()]
         for adapter in mixture.adapters.values():
-            if adapter.shared_A is not None and not config.freeze_A:
-                shared.append(adapter.shared_A)
+            own = adapter.named_parameters(recurse=False)
+            shared += [parameter for name, parameter in own if name not in adapter.fixed]
             for stack in adapter.stacks:
                 trained = self.table[stack.first].is_trained
                 for name, parameter in stack.named_parameters():
-                    fixed = name == "lora_A" and config.freeze_A
-                    _set_requires_grad(parameter, trained and not fixed)
+                    _set_requires_grad(parameter, trained and name not in adapter.fixed)
         for parameter in shared:
             _set_requires_grad(parameter, free)
 

@@ -21,6 +21,7 @@ from dylora.routing.losses import Fractions, Observation
 from dylora.routing.maturity import ExpertMaturity
 from dylora.routing.router import Router
 from dylora.storage.folders import folder_bytes
+from dylora.storage.peft_types import PEFT_TYPES
 
 
 class Mixture:
@@ -101,13 +102,13 @@ class Mixture:
     def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of all experts that are not retired, frozen ones among them.
 
-        Of every projection and stack: lora_A [E, R, D] and lora_B [E, R, O], with DoRA
-        lora_magnitude [E, O], with trained biases lora_bias [E, O]; a shared_A [1, R, D] instead
-        of every lora_A; with bias all a bias_shift [n]. A name says which experts it holds.
+        Of every projection the parameters that its experts share, and those of its stacks by
+        expert in the first dimension (of LoRA lora_A [E, R, D] and lora_B [E, R, O]; see
+        `Adapter`); with bias all a bias_shift [n]. A name says which experts it holds.
         """
         for path, adapter in self.adapters.items():
-            if adapter.shared_A is not None:
-                yield f"{path}.shared_A", adapter.shared_A
+            for name, parameter in adapter.named_parameters(recurse=False):
+                yield f"{path}.{name}", parameter
             for stack in adapter.stacks:
                 experts = f"experts_{stack.experts[0]}-{stack.experts[-1]}"
                 for name, parameter in stack.named_parameters():
@@ -127,17 +128,16 @@ class Mixture:
         # bitsandbytes packs weights, so its numel says too little; transformers counts them right.
         return trainable, self.base.num_parameters() - sum(p.numel() for p in ours)
 
-    def expert_weights(self, expert: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Path of a projection -> A [r, D], B [O, r] of one expert, as PEFT orders them.
+    def expert_weights(self, expert: int) -> dict[str, tuple[Tensor, ...]]:
+        """Path of a projection -> the matrices of one expert, as PEFT names and orders them: of a
+        LoRA A [r, D] and B [O, r].
 
         Raises KeyError for a retired one.
         """
         weights = {}
         for path, adapter in self.adapters.items():
-            stack, place = adapter.stack_of(expert)
-            A, rank = adapter.A_of(stack).detach(), stack.ranks[place]
-            A_RD = A[place] if adapter.shared_A is None else A[0]
-            weights[path] = (A_RD[:rank], stack.lora_B.detach()[place, :rank].T)
+            own = adapter.expert_tensors(expert)
+            weights[path] = tuple(own[name] for name in PEFT_TYPES[adapter.PEFT_TYPE].matrices)
         return weights
 
     # What changes

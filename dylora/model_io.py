@@ -14,15 +14,14 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from dylora.adapters import targets
-from dylora.adapters.stack import ExpertStack
 from dylora.base_models import quantization_of
 from dylora.experts import ExpertManager
 from dylora.fields import shown
 from dylora.mixture import Mixture
 from dylora.routing.maturity import ExpertMaturity
 from dylora.storage.checkpoint import Checkpoint
-from dylora.storage.peft_config import adapter_config, scaling_of
-from dylora.storage.peft_format import PeftAdapter, write_adapter
+from dylora.storage.peft_config import adapter_config
+from dylora.storage.peft_format import MAGNITUDE, PeftAdapter, write_adapter
 from dylora.storage.schema import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
 
 FIXED = "fixed_weights"  # [E], of router_type fixed
@@ -67,25 +66,25 @@ def expert_adapter(mixture: Mixture, expert: int) -> PeftAdapter:
     config, row = mixture.config, mixture.table[expert]
     paths = list(mixture.adapters)
     projections = {path: mixture.base.get_submodule(path) for path in paths}
+    first = mixture.adapters[paths[0]]
+    own = first.peft_settings()
+    if any(isinstance(module, Conv1D) for module in projections.values()):
+        own["fan_in_fan_out"] = True
     settings = adapter_config(
         r=row.rank,
         lora_alpha=row.alpha,
         target_modules=targets.shortest_targets(mixture.base, paths),
         base_model=mixture.base_name,
         revision=mixture.base_revision,
-        lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        bias=config.bias,
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in projections.values()),
+        peft_type=first.PEFT_TYPE,
+        **own,
     )
     magnitudes = {}
     for path, adapter in mixture.adapters.items():
-        stack, place = adapter.stack_of(expert)
-        if stack.lora_magnitude is not None:
-            magnitudes[path] = stack.lora_magnitude.detach()[place]
+        if (magnitude := adapter.expert_tensors(expert).get(MAGNITUDE)) is not None:
+            magnitudes[path] = magnitude
     biases = {}
     for name, shift in bias_shifts(mixture).items():
         path, _, whose = name.rpartition("/")
@@ -100,7 +99,7 @@ def bias_shifts(mixture: Mixture) -> dict[str, Tensor]:
     shifts = {}
     for path, adapter in mixture.adapters.items():
         for stack in adapter.stacks:
-            if stack.lora_bias is not None:
+            if getattr(stack, "lora_bias", None) is not None:
                 for place, expert in enumerate(stack.experts):
                     shifts[f"{path}/expert_{expert}"] = stack.lora_bias.detach()[place]
     for path, module in mixture.biases.items():
@@ -119,49 +118,24 @@ def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
         experts.load_state_dict(checkpoint.experts)
     except ValueError as error:
         raise ValueError(f"{checkpoint.file}: {error}") from None
-    shared: dict[str, Tensor] = {}
     for expert, row in enumerate(mixture.table):
         if row.state == "retired":
             continue
-        source = folder / ADAPTERS / row.name
-        adapter_files = checkpoint.adapter(expert)
-        _check_same_keys(source, set(adapter_files.weights), set(mixture.adapters))
+        source, files = folder / ADAPTERS / row.name, checkpoint.adapter(expert)
+        _check_same_keys(source, set(files.weights), set(mixture.adapters))
         for path, adapter in mixture.adapters.items():
-            A, B = adapter_files.weights[path]
             stack, place = adapter.stack_of(expert)
-            found, own = scaling_of(adapter_files.config, path), float(stack.scaling_E[place])
+            if files.type != adapter.PEFT_TYPE:
+                raise ValueError(f"{source} is a {files.type}, config.json has {adapter.PEFT_TYPE}")
+            found, own = files.scale(path), float(stack.scaling_E[place])
             if abs(found - own) > 1e-6 * own:  # the buffer is float32
                 raise ValueError(f"{source}: {path} has the scale {found}, config.json {own}")
-            _fill(stack, place, adapter.shared_A, A, B, f"{source}: {path}", shared)
-            if stack.lora_magnitude is not None:
-                if path not in adapter_files.magnitudes:
-                    raise ValueError(f"{source}: {path} has no lora_magnitude_vector")
-                magnitude = adapter_files.magnitudes[path]
-                _copy(stack.lora_magnitude[place], magnitude, f"{source}: {path}.lora_magnitude")
+            try:
+                adapter.load_expert(expert, files.tensors(path))
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from None
     _load_shifts(mixture, folder / SHIFTS_FILE, checkpoint.bias_shifts())
     _load_routers(mixture, folder / ROUTER_FILE, checkpoint.router_tensors())
-
-
-def _fill(
-    stack: ExpertStack,
-    place: int,
-    shared_A: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    what: str,
-    seen: dict[str, Tensor],
-) -> None:
-    """Put one expert's A [r, D] and B [O, r] into its rows; beyond its rank they stay 0."""
-    rank = stack.ranks[place]
-    if shared_A is None:
-        assert stack.lora_A is not None
-        _copy(stack.lora_A[place, :rank], A, f"{what}.lora_A")
-    else:
-        if not torch.equal(seen.setdefault(what.rpartition(": ")[2], A), A):
-            raise ValueError(f"{what}.lora_A differs from another expert's, but share_A is true")
-        _copy(shared_A[0], A, f"{what}.lora_A")
-    stack.lora_B[place].zero_()
-    _copy(stack.lora_B[place, :rank], B.T, f"{what}.lora_B")
 
 
 def _load_shifts(mixture: Mixture, file: Path, tensors: dict[str, Tensor]) -> None:

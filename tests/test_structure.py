@@ -56,9 +56,7 @@ CIRCLES: set[str] = {
     "model_io",
 }
 LONG: set[str] = {
-    "adapters.inject.inject",
     "experts",
-    "experts.merge",
     "integrations.peft_import._settings",
     "integrations.peft_import.load_peft_experts",
     "model",

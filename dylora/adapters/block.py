@@ -4,14 +4,13 @@ Shape letters: B batch, S sequence, T tokens (B·S), D hidden width, E experts, 
 """
 
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dylora.adapters.plan import Dense, DispatchPlan, DownProjection, make_plan
-from dylora.config import MoELoraConfig
-from dylora.kernels.decode import DECODE_TOKENS, DecodeCache, DecodePass, ProjectionWeights
+from dylora.adapters.plan import DispatchPlan, DownProjection, make_plan
+from dylora.kernels.decode import DECODE_TOKENS, DecodeCache, DecodePass
 from dylora.kernels.dense import down_products
 from dylora.kernels.frozen_linear import FrozenLinearGrads
 from dylora.kernels.grouped import grouped_products
@@ -29,20 +28,6 @@ SHARE_INPUT = (
 )
 
 
-class LoRAProjection(Protocol):
-    """What a pass needs to know of a projection's adapter."""
-
-    stacks: Any  # of ExpertStack, in the order of the E axis
-    config: MoELoraConfig
-    out_features: int
-    dropout: nn.Dropout
-
-    @property
-    def can_be_packed(self) -> bool: ...
-    def dense_As(self, dense: list[Dense]) -> list[Tensor]: ...
-    def projection_weights(self) -> ProjectionWeights: ...
-
-
 class RoutedBlock:
     """One routed block: its forward pre-hook routes the hidden state that enters, and leaves the
     decision in the pass, where the projections inside the block read it."""
@@ -53,7 +38,7 @@ class RoutedBlock:
         self.state = state
         self.router: Router | None = None  # None: fixed weights, or the first block's
         self.shares_first = False
-        self.adapters: dict[str, LoRAProjection] = {}  # of the block's projections, by their names
+        self.adapters: dict[str, Any] = {}  # Adapter of the block's projections, by their names
         self._groups: dict[str, list[str]] = {}  # of those, which share an input
 
     def route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dylora.adapters.stack import ExpertStack
+from dylora.adapters.stack import LoRAStack
 
 
-def magnitude_ratio(stack: ExpertStack, A_ERD: Tensor, weight: Tensor) -> Tensor:
+def magnitude_ratio(stack: LoRAStack, A_ERD: Tensor, weight: Tensor) -> Tensor:
     """c_e = magnitude_e / ‖W + s_e B_e A_e‖ by row, [E, O]; the norm counts as a constant.
 
     One DoRA expert is y = c ∘ ((W + s B A) x) + bias (Liu et al. 2024; 4.3 on the constant).

@@ -1,4 +1,4 @@
-"""Finding the sites of a model, giving them routers and adapters, and taking them off again.
+"""Finding the blocks of a model, giving them routers and adapters, and taking them off again.
 
 Nothing of the base is replaced: adapters and routers are submodules added to its blocks, and
 PyTorch's forward hooks call them. Class, parameter names and weights stay as they were, so
@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from dylora.adapters.adapter import Adapter, adapter_class
 from dylora.adapters.bias import BiasShift
 from dylora.adapters.block import RoutedBlock
-from dylora.adapters.projection import StackedLoRA
-from dylora.adapters.targets import check_plain_weight, device_of, find_targets, projection_sizes
+from dylora.adapters.targets import device_of, find_targets, projection_sizes
 from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
 from dylora.routing.router import Router, router_class
@@ -29,37 +29,82 @@ class Injected(NamedTuple):
 
     state: RoutingState
     blocks: list[RoutedBlock]  # in the order the model runs them
-    adapters: dict[str, StackedLoRA]  # by the path of their projection
+    adapters: dict[str, Adapter]  # by the path of their projection
     biases: dict[str, BiasShift]  # by the path of their module; bias all only
     handles: list[RemovableHandle]
 
 
 def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool = True) -> Injected:
-    """Freeze the base and add routers and adapters to its sites, in place.
+    """Freeze the base and add routers and adapters to its blocks, in place.
 
     Without experts the adapters are empty: a loader makes those that its files hold.
 
-    Raises ValueError when the base has been injected before, when no projection matches, when a
-    block holds no place for a router, or when DoRA or trained biases find nothing to work on.
+    Raises ValueError when the base has been injected before, when no projection matches or one
+    cannot be adapted, when a block holds no place for a router, or when trained biases find nothing
+    to work on.
     """
     if hasattr(base, STATE_NAME):
         raise ValueError("this base already carries adapters: unload() them first")
     targets = find_targets(base, config)
-    by_block: dict[str, list[str]] = {}
-    for path in targets:
-        by_block.setdefault(path.rpartition(".")[0], []).append(path)
-    if "" in by_block:
-        raise ValueError(f"{by_block['']} lie at the root of the model, outside any block")
+    paths_by_block = _group_by_block(targets)
+    _check_targets(base, targets, config)
+    biased = _biased_modules(base, targets, config)
 
+    base.requires_grad_(False)
+    weights = config.fixed_routing_weights if config.use_moe_routing else None
+    state = RoutingState(config.expert_count, weights, device_of(base, targets[0]))
+    base.add_module(STATE_NAME, state)
+    handles = _add_pass_hooks(base, state)
+    blocks, adapters, biases = [], {}, {}
+    for index, (path, paths) in enumerate(paths_by_block.items()):
+        block = RoutedBlock(path, index, state)
+        block.shares_first = config.router_scope == "shared" and index > 0 and config.is_learned
+        if config.is_learned and not block.shares_first:
+            attach_router(base, block, new_router(base, config, paths[0]))
+        module = base.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(block.route, with_kwargs=True))
+        handles.append(module.register_forward_hook(block.leave, always_call=True))
+        blocks.append(block)
+        for path in paths:
+            adapter = _new_adapter(base, block, path, config, with_experts)
+            handles += adapter.add_hooks(base.get_submodule(path))
+            adapters[path] = adapter
+    if config.bias == "all":
+        for path, module in biased.items():
+            if path not in adapters:
+                shift = BiasShift(state, module.bias)
+                module.add_module(BIAS_NAME, shift)
+                handles.append(module.register_forward_hook(shift.add_shift))
+                biases[path] = shift
+    base.train(base.training)  # what was added takes the base's mode
+    return Injected(state, blocks, adapters, biases, handles)
+
+
+def _group_by_block(targets: list[str]) -> dict[str, list[str]]:
+    """Path of a block -> those of its projections."""
+    found: dict[str, list[str]] = {}
+    for path in targets:
+        found.setdefault(path.rpartition(".")[0], []).append(path)
+    if "" in found:
+        raise ValueError(f"{found['']} lie at the root of the model, outside any block")
+    return found
+
+
+def _check_targets(base: PreTrainedModel, targets: list[str], config: MoELoraConfig) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for name in getattr(config, field):
             if not any(ends_with(path, name) for path in targets):
                 names = sorted({path.rpartition(".")[2] for path in targets})
                 raise ValueError(f"{field}: {name!r} matches no target{nearest(name, names)}")
-    if config.use_dora:
-        for path in targets:
-            check_plain_weight(path, base.get_submodule(path))
-    biased: dict[str, Any] = {
+    for path in targets:
+        adapter_class(config).check_projection(path, base.get_submodule(path), config)
+
+
+def _biased_modules(
+    base: PreTrainedModel, targets: list[str], config: MoELoraConfig
+) -> dict[str, Any]:
+    """The modules of the base that have a bias, by their paths."""
+    biased = {
         path: module
         for path, module in base.named_modules()
         if isinstance(getattr(module, "bias", None), nn.Parameter)
@@ -68,11 +113,11 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
         raise ValueError("bias is 'lora_only', but none of the projections has a bias")
     if config.bias == "all" and not biased:
         raise ValueError("bias is 'all', but nothing in this model has a bias")
+    return biased
 
-    base.requires_grad_(False)
-    weights = config.fixed_routing_weights if config.use_moe_routing else None
-    state = RoutingState(config.expert_count, weights, device_of(base, targets[0]))
-    base.add_module(STATE_NAME, state)
+
+def _add_pass_hooks(base: PreTrainedModel, state: RoutingState) -> list[RemovableHandle]:
+    """A pass begins and ends with the causal LM, or with its inner decoder called by itself."""
     handles = [
         base.register_forward_pre_hook(state.begin, with_kwargs=True),
         base.register_forward_hook(state.end, always_call=True),
@@ -83,44 +128,29 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
             decoder.register_forward_pre_hook(state.begin_decoder, with_kwargs=True),
             decoder.register_forward_hook(state.end_decoder, always_call=True),
         ]
-    ranks = config.expert_ranks or [config.r] * config.expert_count
-    alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
-    sites, adapters, biases = [], {}, {}
-    for index, (block_path, paths) in enumerate(by_block.items()):
-        block = base.get_submodule(block_path)
-        site = RoutedBlock(block_path, index, state)
-        site.shares_first = config.router_scope == "shared" and index > 0 and config.is_learned
-        if config.is_learned and not site.shares_first:
-            attach_router(base, site, new_router(base, config, paths[0]))
-        handles.append(block.register_forward_pre_hook(site.route, with_kwargs=True))
-        handles.append(block.register_forward_hook(site.leave, always_call=True))
-        sites.append(site)
-        for path in paths:
-            projection = base.get_submodule(path)
-            sizes = projection_sizes(projection)
-            adapter = StackedLoRA(site, path, *sizes, config, device_of(base, path))
-            if with_experts:
-                adapter.stacks.append(adapter.create_stack(0, ranks, alphas, projection))
-            projection.add_module(ADAPTER_NAME, adapter)
-            handles.append(projection.register_forward_pre_hook(adapter.run_outside_autograd))
-            handles.append(projection.register_forward_hook(adapter.add_update))
-            adapters[path] = adapter
-            site.adapters[adapter.name] = adapter
-    if config.bias == "all":
-        for path, module in biased.items():
-            if path not in adapters:
-                shift = BiasShift(state, module.bias)
-                module.add_module(BIAS_NAME, shift)
-                handles.append(module.register_forward_hook(shift.add_shift))
-                biases[path] = shift
-    base.train(base.training)  # what was added takes the base's mode
-    return Injected(state, sites, adapters, biases, handles)
+    return handles
+
+
+def _new_adapter(
+    base: PreTrainedModel, block: RoutedBlock, path: str, config: MoELoraConfig, with_experts: bool
+) -> Adapter:
+    """The adapter of a projection, as a submodule of it."""
+    projection = base.get_submodule(path)
+    sizes, device = projection_sizes(projection), device_of(base, path)
+    adapter = adapter_class(config)(block, path, *sizes, config, device)
+    if with_experts:
+        ranks = config.expert_ranks or [config.r] * config.expert_count
+        alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
+        adapter.stacks.append(adapter.create_stack(0, ranks, alphas, projection))
+    projection.add_module(ADAPTER_NAME, adapter)
+    block.adapters[adapter.name] = adapter
+    return adapter
 
 
 def remove(
     base: PreTrainedModel,
     blocks: list[RoutedBlock],
-    adapters: dict[str, StackedLoRA],
+    adapters: dict[str, Adapter],
     biases: dict[str, BiasShift],
 ) -> None:
     """Take off what `inject` added, but for its hooks; all parameters stay frozen."""

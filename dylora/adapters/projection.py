@@ -8,31 +8,33 @@ which keep less for backward and add in place.
 Shape letters: T tokens, D input width, O output width, E experts, R rank.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from dylora.adapters.block import BlockPass, RoutedBlock
+from dylora.adapters.adapter import Adapter, fitting_gates
+from dylora.adapters.block import RoutedBlock
 from dylora.adapters.dora import magnitude_ratio, row_norms, weight_OD
+from dylora.adapters.lora import mixture_update
+from dylora.adapters.merge_experts import truncated_sum
 from dylora.adapters.plan import Dense
-from dylora.adapters.stack import ExpertStack, initial_A, orthogonal_pair
-from dylora.config import MoELoraConfig, matching
+from dylora.adapters.stack import LoRAStack, initial_A, orthogonal_pair
+from dylora.adapters.targets import check_plain_weight
+from dylora.config import MoELoraConfig
 from dylora.kernels.common import product_dtype
 from dylora.kernels.decode import ProjectionWeights
 from dylora.kernels.dense import Block, add_dense
 from dylora.kernels.grouped import add_grouped
 
 
-class StackedLoRA(nn.Module):
-    """The LoRA experts of one projection, in stacks.
+class StackedLoRA(Adapter):
+    """The LoRA experts of one projection: lora_A and lora_B, DoRA's magnitudes, trained biases."""
 
-    The experts a mixture starts with are one stack; an expert that is created, frozen or unfrozen
-    alone becomes a stack of its own, so that what is frozen is a parameter without gradient and
-    what is new has optimizer moments of its own. Parameters are float32 whatever the base is; they
-    are cast to the activations' precision for the products.
-    """
+    PEFT_TYPE = "LORA"
 
     def __init__(
         self,
@@ -43,29 +45,18 @@ class StackedLoRA(nn.Module):
         config: MoELoraConfig,
         device: torch.device | None = None,
     ):
-        super().__init__()
-        self.block = block
-        self.path = path
-        self.name = path.rpartition(".")[2]
-        self.in_features, self.out_features = in_features, out_features
-        self.config = config
-        self.device = device
-        self.dropout = nn.Dropout(config.lora_dropout)
+        super().__init__(block, path, in_features, out_features, config, device)
+        self.fixed = ("lora_A", "shared_A") if config.freeze_A else ()
         self.shared_A: nn.Parameter | None = None  # [1, R, D]
         if config.share_A:
             shared = initial_A(1, self.rank(config.r), in_features, config, device)
             self.shared_A = nn.Parameter(shared, requires_grad=not config.freeze_A)
-        self.stacks: Any = nn.ModuleList()  # of ExpertStack, in the order of the E axis
 
-    def rank(self, expert_rank: int) -> int:
-        """Rank at this projection of an expert of a given rank."""
-        return int(matching(self.config.rank_pattern, self.path, expert_rank))
-
-    def scaling(self, expert_rank: int, expert_alpha: float) -> float:
-        """s = alpha / r, or alpha / sqrt(r) with rslora, at this projection."""
-        rank = self.rank(expert_rank)
-        alpha = matching(self.config.alpha_pattern, self.path, expert_alpha)
-        return alpha / (rank**0.5 if self.config.use_rslora else rank)
+    @staticmethod
+    def check_projection(path: str, projection: nn.Module, config: MoELoraConfig) -> None:
+        """DoRA needs a weight whose rows it can measure."""
+        if config.use_dora:
+            check_plain_weight(path, projection)
 
     def create_stack(
         self,
@@ -75,9 +66,8 @@ class StackedLoRA(nn.Module):
         projection: nn.Module,
         *,
         drawn: bool = True,
-    ) -> ExpertStack:
-        """Fresh experts `first`, `first + 1`, … of these ranks and alphas; all 0 unless `drawn`,
-        for a loader.
+    ) -> LoRAStack:
+        """See `Adapter.create_stack`.
 
         A is random and different for each expert (equal ones would stay twins for ever) and B is
         0, so that they change nothing (with init orthogonal: B·A is 0 up to rounding).
@@ -104,37 +94,88 @@ class StackedLoRA(nn.Module):
         bias = None
         if config.bias != "none" and getattr(projection, "bias", None) is not None:
             bias = torch.zeros(count, self.out_features, device=self.device)
-        stack = ExpertStack(first, own, scalings, A, B, magnitude, bias)
+        values = {"lora_A": A, "lora_B": B, "lora_magnitude": magnitude, "lora_bias": bias}
+        stack = LoRAStack(first, own, scalings, values)
         if config.freeze_A and stack.lora_A is not None:
             stack.lora_A.requires_grad_(False)
         return stack
 
-    def set_stacks(self, stacks: list[ExpertStack]) -> None:
-        """Other stacks from here on."""
-        self.stacks = nn.ModuleList(stacks)
-        self.block.state.forget_kept()
+    def matrix(self, stack: LoRAStack, name: str) -> Tensor:
+        return self.A_of(stack) if name == "lora_A" else getattr(stack, name)
 
-    def stack_of(self, expert: int) -> tuple[ExpertStack, int]:
-        """The stack that holds an expert, and its place in it; KeyError for a retired one."""
-        for stack in self.stacks:
-            if expert in stack.experts:
-                return stack, expert - stack.first
-        raise KeyError(expert)
-
-    def A_of(self, stack: ExpertStack) -> Tensor:
+    def A_of(self, stack: LoRAStack) -> Tensor:
         """[E, R, D], or [1, R, D] where the experts share it."""
         A = stack.lora_A if self.shared_A is None else self.shared_A
         assert A is not None
         return A
 
+    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
+        """With DoRA its magnitude as well."""
+        stack, place = self.stack_of(expert)
+        found = super().expert_tensors(expert)
+        if stack.lora_magnitude is not None:
+            found["lora_magnitude_vector"] = stack.lora_magnitude.detach()[place]
+        return found
+
+    def load_expert(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError, too, where share_A is true and an A is not that of the others."""
+        loaded = self.shared_A is not None and expert != self.stacks[0].first
+        before = self.expert_tensors(expert)["lora_A"].clone() if loaded else None
+        super().load_expert(expert, tensors)
+        if before is not None and not torch.equal(self.expert_tensors(expert)["lora_A"], before):
+            raise ValueError(
+                f"{self.path}.lora_A differs from another expert's, but share_A is true"
+            )
+
+    def peft_settings(self) -> dict[str, Any]:
+        names = ("bias", "lora_dropout", "use_dora", "use_rslora")
+        return {name: getattr(self.config, name) for name in names}
+
+    def check_merge(self) -> None:
+        if self.config.use_dora:
+            raise ValueError("DoRA experts cannot be merged: their updates are not of low rank")
+
+    def merged_stack(
+        self, i: int, j: int, rank: int, alpha: float, shares: tuple[float, float]
+    ) -> tuple[LoRAStack, float]:
+        """W = Σ_k a_k s_k B_kᵀ A_k is of rank 2R at most, and cut to `rank`; with one A for both no
+        cut is needed."""
+        pieces = [self.stack_of(expert) for expert in (i, j)]
+        own, scale = self.rank(rank), self.scaling(rank, alpha)
+        Bs, As, biases = [], [], []
+        for share, (stack, place) in zip(shares, pieces, strict=True):
+            Bs.append(share * float(stack.scaling_E[place]) * stack.lora_B[place].double())
+            if self.shared_A is None:
+                As.append(stack.lora_A[place].double())
+            if stack.lora_bias is not None:
+                biases.append(share * stack.lora_bias[place])
+        bias, like = (biases[0] + biases[1])[None] if biases else None, pieces[0][0].lora_B
+        if self.shared_A is not None:
+            A, B, error = None, Bs[0] + Bs[1], 0.0
+        else:
+            A, B, error = truncated_sum(torch.cat(As), torch.cat(Bs), own)
+            A = A.to(like)[None]
+        values = {"lora_A": A, "lora_B": (B / scale).to(like)[None], "lora_bias": bias}
+        return LoRAStack(i, [own], [scale], values), error
+
     def forward(self, x: Tensor, gates: Tensor, ratios: list[Tensor] | None = None) -> Tensor:
-        """x [..., D], gates [..., E] -> Σ_e g_e s_e B_e A_e drop(x), [..., O], in x's precision."""
+        """x [..., D], gates [..., E] -> Σ_e g_e s_e B_e A_e drop(x), [..., O], in x's precision.
+
+        ratios [E, O] of each stack multiply the outputs of B (DoRA).
+        """
         x = self.dropout(x)
         update = None
         for index, stack in enumerate(self.stacks):
-            part = stack(x, gates, self.A_of(stack), None if ratios is None else ratios[index])
+            B = stack.lora_B if ratios is None else stack.lora_B * ratios[index][:, None]
+            part = mixture_update(x, stack.own(gates), self.A_of(stack), B, stack.scaling_E)
             update = part if update is None else update + part
         return x.new_zeros(*x.shape[:-1], self.out_features) if update is None else update
+
+    def add_hooks(self, projection: nn.Module) -> list[RemovableHandle]:
+        return [
+            projection.register_forward_pre_hook(self.run_outside_autograd),
+            *super().add_hooks(projection),
+        ]
 
     def add_update(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the projection."""
@@ -194,23 +235,6 @@ class StackedLoRA(nn.Module):
             return None
         run.detached_input = x
         return (x.detach(), *args[1:])
-
-    def _run(self) -> BlockPass | None:
-        """The pass through the block; None while the adapters are disabled.
-
-        Raises ValueError outside the block, where nothing has been routed.
-        """
-        state = self.block.state
-        pass_ = state.current()
-        if not (state.mine.disabled if pass_ is None else not pass_.enabled):
-            run = None if pass_ is None else pass_.blocks.get(self.block.index)
-            if run is None:
-                raise ValueError(
-                    f"{self.path} was called outside {self.block.name}, which routes its tokens: "
-                    "call the block, or leave the projection out of target_modules"
-                )
-            return run
-        return None
 
     @property
     def can_be_packed(self) -> bool:
@@ -275,16 +299,6 @@ class StackedLoRA(nn.Module):
             kept[key] = ratios
         return ratios
 
-    def train(self, mode: bool = True) -> "StackedLoRA":
-        """As of every module; nothing is kept across it."""
-        self.block.state.forget_kept()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "StackedLoRA":
-        """As of every module (moves, casts); nothing is kept across it."""
-        self.block.state.forget_kept()
-        return super()._apply(*args, **kwargs)
-
     def _add_biases(self, gates: Tensor, output: Tensor) -> Tensor:
         """The shifts of the experts' biases, mixed by the gates."""
         for stack in self.stacks:
@@ -307,16 +321,4 @@ def is_frozen_product(module: Any, x: Tensor) -> bool:
     return frozen and alone and type(weight) is nn.Parameter and x.dtype == weight.dtype
 
 
-def fitting_gates(gates: Tensor, x: Tensor, path: str) -> Tensor:
-    """The gates [B, S, E] of a site for an input [B, S, D] of its projection, or [B·S, D].
-
-    Raises ValueError where the tokens of the two differ: broadcasting would hide it.
-    """
-    if gates.shape[:-1] == x.shape[:-1]:
-        return gates
-    if gates.shape[:-1].numel() != x.shape[:-1].numel():
-        raise ValueError(
-            f"{path} got an input of shape {list(x.shape)}, but its site has routed "
-            f"{list(gates.shape[:-1])} tokens: leave it out of the targets"
-        )
-    return gates.reshape(*x.shape[:-1], -1)
+ADAPTER = StackedLoRA

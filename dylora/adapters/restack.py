@@ -13,43 +13,41 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dylora.adapters.projection import StackedLoRA
+from dylora.adapters.adapter import Adapter
 from dylora.adapters.stack import ExpertStack
 
-STACKED = ("lora_A", "lora_B", "lora_magnitude", "lora_bias")
 
-
-def repartition(optimizer: Optimizer | None, adapter: StackedLoRA, wanted: list[list[int]]) -> None:
-    """Cut and join an adapter's stacks into these runs of experts."""
+def repartition(optimizer: Optimizer | None, adapter: Adapter, wanted: list[list[int]]) -> None:
+    """Cut and join an adapter's stacks into these groups of neighbouring experts."""
     if [list(stack.experts) for stack in adapter.stacks] == wanted:
         return
     stacks = []
-    for run in wanted:
-        kept = [stack for stack in adapter.stacks if list(stack.experts) == run]
-        stacks.append(kept[0] if kept else concat(optimizer, adapter, run))
+    for group in wanted:
+        kept = [stack for stack in adapter.stacks if list(stack.experts) == group]
+        stacks.append(kept[0] if kept else concat(optimizer, adapter, group))
     gone = [stack for stack in adapter.stacks if stack not in stacks]
     adapter.set_stacks(stacks)
     for stack in gone:
         remove_from_optimizer(optimizer, stack)
 
 
-def split_off(optimizer: Optimizer | None, adapter: StackedLoRA, expert: int) -> None:
+def split_off(optimizer: Optimizer | None, adapter: Adapter, expert: int) -> None:
     """Give an expert a stack of its own."""
     stack, place = adapter.stack_of(expert)
     if len(stack.ranks) == 1:
         return
     numbers = list(stack.experts)
-    parts = [run for run in (numbers[:place], [expert], numbers[place + 1 :]) if run]
+    parts = [group for group in (numbers[:place], [expert], numbers[place + 1 :]) if group]
     where = list(adapter.stacks).index(stack)
     stacks = list(adapter.stacks)
-    stacks[where : where + 1] = [concat(optimizer, adapter, run) for run in parts]
+    stacks[where : where + 1] = [concat(optimizer, adapter, group) for group in parts]
     adapter.set_stacks(stacks)
     remove_from_optimizer(optimizer, stack)
 
 
 def replace_stack(
     optimizer: Optimizer | None,
-    adapter: StackedLoRA,
+    adapter: Adapter,
     old: ExpertStack,
     new: ExpertStack | None = None,
 ) -> None:
@@ -63,62 +61,50 @@ def replace_stack(
     remove_from_optimizer(optimizer, old)
 
 
-def concat(optimizer: Optimizer | None, adapter: StackedLoRA, run: list[int]) -> ExpertStack:
-    """A stack of the experts of a run, with their rows of parameters and moments."""
-    pieces = [adapter.stack_of(expert) for expert in run]
+def concat(optimizer: Optimizer | None, adapter: Adapter, group: list[int]) -> ExpertStack:
+    """A stack of neighbouring experts, with their rows of parameters and moments."""
+    pieces = [adapter.stack_of(expert) for expert in group]
     first = pieces[0][0]
 
     def rows(tensors: list[Tensor]) -> Tensor:
         cut = [t[place : place + 1] for t, (_, place) in zip(tensors, pieces, strict=True)]
         return torch.cat([piece.detach() for piece in cut])
 
-    values = {
-        name: None
-        if getattr(first, name) is None
-        else rows([getattr(stack, name) for stack, _ in pieces])
-        for name in STACKED
+    olds = {
+        name: [getattr(stack, name) for stack, _ in pieces] for name, _ in first.named_parameters()
     }
-    concat = ExpertStack(
-        run[0],
+    joined = type(first)(
+        group[0],
         [stack.ranks[place] for stack, place in pieces],
         [float(stack.scaling_E[place]) for stack, place in pieces],
-        values["lora_A"],
-        values["lora_B"],  # type: ignore[arg-type]
-        values["lora_magnitude"],
-        values["lora_bias"],
+        {name: rows(parameters) for name, parameters in olds.items()},
     ).to(first.scaling_E.dtype)
-    for name in STACKED:
-        parameter = getattr(concat, name)
-        if parameter is None:
+    for name, parameter in joined.named_parameters():
+        like = olds[name][0]
+        parameter.requires_grad_(like.requires_grad)
+        held = group_of(optimizer, like)
+        if optimizer is None or held is None:
             continue
-        olds = [getattr(stack, name) for stack, _ in pieces]
-        parameter.requires_grad_(olds[0].requires_grad)
-        group = group_of(optimizer, olds[0])
-        if optimizer is None or group is None:
-            continue
-        place = [p is olds[0] for p in group["params"]].index(True)
-        group["params"].insert(place, parameter)  # order decides how a norm over all is rounded
-        states = [optimizer.state.get(old, {}) for old in olds]
+        place = [p is like for p in held["params"]].index(True)
+        held["params"].insert(place, parameter)  # order decides how a norm over all is rounded
+        states = [optimizer.state.get(old, {}) for old in olds[name]]
         if states[0]:
             optimizer.state[parameter] = {
                 key: rows([state[key] for state in states])
-                if torch.is_tensor(value) and value.shape == olds[0].shape
+                if torch.is_tensor(value) and value.shape == like.shape
                 else _only_scalar(value, key)
                 for key, value in states[0].items()
             }
-    return concat.train(adapter.training)
+    return joined.train(adapter.training)
 
 
-def add_to_optimizer(optimizer: Optimizer | None, adapter: StackedLoRA, stack: ExpertStack) -> None:
+def add_to_optimizer(optimizer: Optimizer | None, adapter: Adapter, stack: ExpertStack) -> None:
     """A new stack's parameters join the groups of their like."""
     like = adapter.stacks[0]
-    stack.train(adapter.training).to(like.lora_B.device, like.lora_B.dtype)
-    for name in STACKED:
-        parameter, example = getattr(stack, name), getattr(like, name)
-        if parameter is None or example is None:
-            continue
+    stack.train(adapter.training).to(like.scaling_E.device, like.scaling_E.dtype)
+    for name, parameter in stack.named_parameters():
         if optimizer is not None and parameter.requires_grad:
-            group = group_of(optimizer, example) or optimizer.param_groups[0]
+            group = group_of(optimizer, getattr(like, name)) or optimizer.param_groups[0]
             group["params"].append(parameter)
 
 

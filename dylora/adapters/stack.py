@@ -1,32 +1,27 @@
-"""Neighbouring experts of one projection as stacked tensors, and their initial values.
+"""Neighbouring experts of one projection as stacked tensors, and the initial values of LoRA's.
 
 Shape letters: E experts, R rank, D input width, O output width.
 """
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dylora.adapters.lora import mixture_update
 from dylora.config import MoELoraConfig
 
 
 class ExpertStack(nn.Module):
     """Neighbouring experts of one projection whose tensors lie in one piece.
 
-    lora_A [E, R, D] and lora_B [E, R, O], R being the largest rank among them. An expert of a
-    smaller rank has zeros in the rows beyond it, in A and in B alike: the gradient of either is
-    then exactly 0 there, so any optimizer leaves them at 0.
-
-    With DoRA lora_magnitude [E, O] holds the lengths of the rows of each expert's merged weight;
-    with trained biases lora_bias [E, O] is added to the projection's own bias.
+    Every parameter has the experts in its first dimension, and matrices the largest rank R among
+    them in the second. An expert of a smaller rank has zeros in the rows beyond it, in all matrices
+    alike: the gradient of each is then exactly 0 there, so any optimizer leaves them at 0.
     """
 
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter
-    lora_magnitude: nn.Parameter | None
-    lora_bias: nn.Parameter | None
+    NAMES: ClassVar[tuple[str, ...]]  # of its parameters
     scaling_E: Tensor
 
     def __init__(
@@ -34,38 +29,41 @@ class ExpertStack(nn.Module):
         first: int,
         ranks: list[int],
         scalings: list[float],
-        lora_A: Tensor | None,
-        lora_B: Tensor,
-        lora_magnitude: Tensor | None = None,
-        lora_bias: Tensor | None = None,
+        values: Mapping[str, Tensor | None],
     ):
-        """The experts `first`, `first + 1`, …; lora_A is None when the projection shares one A."""
+        """The experts `first`, `first + 1`, …; values: of the parameters, by their names."""
         super().__init__()
         self.first = first
         self.ranks = ranks
-        self.register_buffer("scaling_E", torch.tensor(scalings, device=lora_B.device))
-        values = {"lora_A": lora_A, "lora_B": lora_B}
-        values |= {"lora_magnitude": lora_magnitude, "lora_bias": lora_bias}
-        for name, value in values.items():
-            parameter = None if value is None else nn.Parameter(value.detach())
-            self.register_parameter(name, parameter)
+        device = next(value.device for value in values.values() if value is not None)
+        self.register_buffer("scaling_E", torch.tensor(scalings, device=device))
+        assert values.keys() <= set(self.NAMES)
+        for name in self.NAMES:
+            value = values.get(name)
+            self.register_parameter(name, None if value is None else nn.Parameter(value.detach()))
 
     @property
     def experts(self) -> range:
         """Their places on the E axis of the gates."""
         return range(self.first, self.first + len(self.ranks))
 
-    def forward(self, x: Tensor, gates: Tensor, A_ERD: Tensor, ratio_EO: Tensor | None) -> Tensor:
-        """x [..., D], gates [..., E] of all experts -> the update [..., O], in x's precision.
-
-        A_ERD may be one for all, [1, R, D]; ratio_EO multiplies the outputs of B (DoRA).
-        """
-        B = self.lora_B if ratio_EO is None else self.lora_B * ratio_EO[:, None]
-        return mixture_update(x, self.own(gates), A_ERD, B, self.scaling_E)
-
     def own(self, gates: Tensor) -> Tensor:
         """The columns of this stack's experts in the gates [..., E] of all."""
         return gates[..., self.first : self.first + len(self.ranks)]
+
+
+class LoRAStack(ExpertStack):
+    """lora_A [E, R, D], None where the projection's experts share one, and lora_B [E, R, O].
+
+    With DoRA lora_magnitude [E, O] holds the lengths of the rows of each expert's merged weight;
+    with trained biases lora_bias [E, O] is added to the projection's own bias.
+    """
+
+    NAMES = ("lora_A", "lora_B", "lora_magnitude", "lora_bias")
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+    lora_bias: nn.Parameter | None
 
 
 def initial_A(

@@ -14,6 +14,7 @@ from dylora.storage.folders import folder_bytes
 from dylora.storage.manifest import MANIFEST, integrity_errors
 from dylora.storage.peft_config import CONFIG_FILE, alpha_of
 from dylora.storage.peft_format import WEIGHTS_FILE, read_stock_adapter
+from dylora.storage.peft_types import PEFT_TYPES
 from dylora.storage.safe_io import read_json
 from dylora.storage.schema import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
 from dylora.storage.tensors import read_tensors
@@ -78,6 +79,8 @@ def _print_description(folder: Path, description: Mapping[str, Any]) -> None:
     kind = description["quantization"]
     stored = "not quantised" if kind == "none" else f"quantised: {kind}"
     print(f"base        {description['base_model_name_or_path']} ({revision}), {stored}")
+    if moe["adapter_type"] != "lora":
+        print(f"adapters    {moe['adapter_type']}")
     print(
         f"routing     {moe['router_type']}, top {moe['top_k_experts']} of {len(experts)}, "
         f"{len(description['sites'])} sites, {len(description['projections'])} projections"
@@ -143,7 +146,9 @@ def _print_adapter(folder: Path) -> None:
     kinds += ["rslora"] if config.get("use_rslora") else []
     kinds += [f"{len(adapter.biases)} biases"] if adapter.biases else []
     kinds += [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
-    print(f"LoRA        rank {config['r']}, alpha {config['lora_alpha']:g}", *kinds, sep=", ")
+    name = "LoRA" if adapter.type == "LORA" else adapter.type
+    alpha = config[PEFT_TYPES[adapter.type].alpha]
+    print(f"{name:11} rank {config['r']}, alpha {alpha:g}", *kinds, sep=", ")
     names = sorted({path.rpartition(".")[2] for path in paths})
     print(f"targets     {len(paths)} projections: {', '.join(names)}")
     if (folder / EXPORT_FILE).exists():
@@ -167,9 +172,10 @@ def _print_adapters(folder: Path) -> None:
 
 def _print_adapter_line(folder: Path) -> None:
     config = read_json(folder / CONFIG_FILE)
+    alpha = config.get("lora_alpha", config.get("alpha"))
     print(
         f"{folder.name:11} {config.get('peft_type')}, rank {config.get('r')}, "
-        f"alpha {config.get('lora_alpha')}, {folder_bytes(folder) / 1e6:.2f} MB, "
+        f"alpha {alpha}, {folder_bytes(folder) / 1e6:.2f} MB, "
         f"base {_base(config)}"
     )
 

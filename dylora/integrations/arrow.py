@@ -46,9 +46,8 @@ def set_prototypes(model: DyLoRA_MoE) -> list[str]:
             factors = []
             for path in readers[site]:
                 stack, place = model.mixture.adapters[path].stack_of(expert)
-                A_RD = model.mixture.adapters[path].A_of(stack)
-                A_RD = A_RD[0] if model.mixture.adapters[path].shared_A is not None else A_RD[place]
-                factors.append((A_RD, stack.lora_B[place].T * stack.scaling_E[place]))
+                own = model.mixture.adapters[path].expert_tensors(expert)
+                factors.append((own["lora_A"], own["lora_B"] * stack.scaling_E[place]))
             row = leading_direction(factors) if factors else None
             if row is None:
                 router.outer.weight[expert] = 0

@@ -45,6 +45,8 @@ def find_incompatibilities(
 
     config: of adapter_config.json; tensors: of adapter_model.safetensors, by their names there.
     """
+    if config["peft_type"] != "LORA":
+        return [Incompatibility(name, "refuses", config["peft_type"]) for name in READERS]
     As = {
         name.removesuffix(_A).removeprefix(_PREFIX): t for name, t in tensors.items() if _A in name
     }

@@ -2,7 +2,7 @@
 
     W' = W + Σ_e w_e (W_e - W),   b' = b + Σ_e w_e (b_e - b)
 
-where W_e is the weight that expert e alone amounts to: W + s B A, or with DoRA its rows at the
+where W_e is the weight that expert e alone amounts to: W + ΔW_e, or with DoRA its rows at the
 expert's magnitudes. Only weights that do not depend on the token can be merged.
 
 Shape letters: D input width, O output width, E experts, N sites.
@@ -22,7 +22,6 @@ from dylora.integrations.static_weights import Weights, by_projection, static_we
 from dylora.kernels.common import at_least_float32
 from dylora.mixture import Mixture
 from dylora.model_io import expert_adapter
-from dylora.storage.peft_config import scaling_of
 from dylora.storage.peft_format import PeftAdapter
 
 
@@ -82,8 +81,7 @@ def merge_into(
 
 def _weight_of(adapter: PeftAdapter, path: str, W_OD: Tensor) -> Tensor:
     """The weight that a projection has with one expert, [O, D]."""
-    A_RD, B_OR = (matrix.to(W_OD) for matrix in adapter.weights[path])
-    merged_OD = W_OD + scaling_of(adapter.config, path) * (B_OR @ A_RD)
+    merged_OD = W_OD + adapter.delta_weight(path, like=W_OD)
     if path not in adapter.magnitudes:
         return merged_OD
     norm_O = merged_OD.norm(dim=1)

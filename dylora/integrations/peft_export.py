@@ -201,6 +201,11 @@ def joined_adapter(
     base's weight by a ratio of its own, which no LoRA can say.
     """
     for name, adapter in adapters.items():
+        if adapter.type != "LORA":
+            raise ValueError(
+                f"{name} is a {adapter.type}, and only a mixture of LoRAs is one adapter: export "
+                "single experts, or merge the mixture into the base"
+            )
         if adapter.magnitudes:
             raise ValueError(
                 f"{name} is a DoRA expert, and a mixture of those is no LoRA: export single "

@@ -33,7 +33,14 @@ RouterInit = Literal["learned", "arrow"]
 DECIDED = ("num_experts", "r", "lora_alpha", "expert_ranks", "expert_alphas", "target_modules")
 DECIDED += ("bias", "use_rslora", "use_dora")
 # Settings for which adapters made elsewhere leave no room.
-UNSET = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "share_A")
+UNSET = (
+    "adapter_type",
+    "rank_pattern",
+    "alpha_pattern",
+    "exclude_modules",
+    "layers_to_transform",
+    "share_A",
+)
 
 
 class Shape(NamedTuple):
@@ -82,6 +89,9 @@ def load_peft_experts(
             raise ValueError(f"{path} is given twice: two equal experts stay equal")
     earlier = [record for one in found if (record := one.training_record()) is not None]
     read = [adapter for one in found for adapter in one.adapters()]
+    for adapter in read:
+        if adapter.type != "LORA":
+            raise ValueError(f"{adapter.folder} is a {adapter.type}, and only LoRAs are imported")
     _check_bases(base, read, report)
     assert base is not None
     shapes, rslora = _shapes(read)

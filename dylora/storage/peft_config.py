@@ -1,4 +1,4 @@
-"""adapter_config.json of a LoRA: written, read strictly, and what it says of each projection."""
+"""adapter_config.json of an adapter: written, read strictly, and what it says of a projection."""
 
 import re
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Any
 
 from dylora.config import LARGEST, MAX_ALPHA, ends_with
 from dylora.fields import is_number, is_whole_number, shown
+from dylora.storage.peft_types import PEFT_TYPES
 from dylora.storage.safe_io import read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -20,12 +21,14 @@ _MORE_THAN_LORA = (
 )
 # Options that are read here, or that say nothing of what the tensors compute.
 _KNOWN = {
-    *("peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", *_FLAGS),
-    *("init_lora_weights", "base_model_name_or_path", "revision", "kasa_config", *_MORE_THAN_LORA),
-    *("auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
-    *("runtime_config", "ensure_weight_tying"),
+    *("peft_type", "task_type", "r", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode"),
+}
+_KNOWN_OF_LORA = {
+    *("kasa_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    *_MORE_THAN_LORA,
 }
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base
 
@@ -37,53 +40,53 @@ def adapter_config(
     target_modules: list[str],
     base_model: str | None,
     revision: str | None = None,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    bias: str = "none",
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
-    fan_in_fan_out: bool = False,
+    peft_type: str = "LORA",
+    **settings: Any,
 ) -> dict[str, Any]:
-    """The content of adapter_config.json: every key that peft, vLLM or llama.cpp looks at."""
+    """The content of adapter_config.json: every key that peft, vLLM or llama.cpp looks at.
+
+    settings: those of the type's own that are not as by default.
+    """
     whole = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha
+    kind = PEFT_TYPES[peft_type]
+    assert settings.keys() <= kind.settings.keys()
     return {
         "alpha_pattern": alpha_pattern or {},
         "base_model_name_or_path": base_model,
-        "bias": bias,
-        "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
-        "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": whole,
-        "lora_dropout": lora_dropout,
         "modules_to_save": None,
-        "peft_type": "LORA",
+        "peft_type": peft_type,
         "r": r,
         "rank_pattern": rank_pattern or {},
         "revision": revision,
         "target_modules": sorted(target_modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": use_dora,
-        "use_rslora": use_rslora,
+        kind.alpha: whole,
+        **kind.settings,
+        **settings,
     }
 
 
 def read_config(file: Path, *, stock: bool) -> dict[str, Any]:
-    """adapter_config.json, if it describes a LoRA that is read here: one of ours, or with `stock`
-    one of peft's. Raises ValueError, naming the key, FileNotFoundError when it is missing."""
+    """adapter_config.json, if it describes an adapter that is read here: one of ours, or with
+    `stock` one of peft's. Raises ValueError, naming the key, FileNotFoundError if it is missing."""
     config = read_json(file)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type is {shown(config.get('peft_type'))}, not LORA")
-    for key in ("r", "lora_alpha", *(() if stock else ("target_modules",))):
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPES:
+        raise ValueError(f"{file}: peft_type is {shown(peft_type)}, not {' or '.join(PEFT_TYPES)}")
+    kind = PEFT_TYPES[peft_type]
+    for key in ("r", kind.alpha, *(() if stock else ("target_modules",))):
         if key not in config:
             raise ValueError(f"{file}: {key!r} is missing, and its value cannot be guessed")
     rank_rule = f"a whole number from 1 to {LARGEST:,}"
     alpha_rule = f"a number above 0 and at most {MAX_ALPHA:,.0f}"
     for key, pattern_key, is_right, rule in (
         ("r", "rank_pattern", _is_rank, rank_rule),
-        ("lora_alpha", "alpha_pattern", _is_alpha, alpha_rule),
+        (kind.alpha, "alpha_pattern", _is_alpha, alpha_rule),
     ):
         if not is_right(config[key]):
             raise ValueError(f"{file}: {key} is {shown(config[key])}, but must be {rule}")
@@ -121,13 +124,21 @@ def read_config(file: Path, *, stock: bool) -> dict[str, Any]:
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise ValueError(f"{file}: base_model_name_or_path is {shown(base)}, but must be a name")
-    for key in sorted(config.keys() - _KNOWN):  # an unset one does nothing
+    _check_known(file, config)
+    return config
+
+
+def _check_known(file: Path, config: dict[str, Any]) -> None:
+    """Raises ValueError for an option that may change what the adapter computes."""
+    kind = PEFT_TYPES[config["peft_type"]]
+    known = _KNOWN | kind.settings.keys() | {kind.alpha}
+    known |= _KNOWN_OF_LORA if config["peft_type"] == "LORA" else set()
+    for key in sorted(config.keys() - known):  # an unset one does nothing
         if config[key] is not None and config[key] is not False:
             raise ValueError(
                 f"{file}: {shown(key)} is {shown(config[key])}, which is not known: remove it "
                 "if it does not change what the adapter computes"
             )
-    return config
 
 
 def rank_of(config: Mapping[str, Any], path: str) -> int:
@@ -137,7 +148,8 @@ def rank_of(config: Mapping[str, Any], path: str) -> int:
 
 def alpha_of(config: Mapping[str, Any], path: str) -> float:
     """The numerator of the scale at a projection, likewise."""
-    return float(_first_match(config.get("alpha_pattern"), path, config["lora_alpha"]))
+    usual = config[PEFT_TYPES[config.get("peft_type", "LORA")].alpha]
+    return float(_first_match(config.get("alpha_pattern"), path, usual))
 
 
 def scaling_of(config: Mapping[str, Any], path: str = "") -> float:

@@ -1,4 +1,4 @@
-"""One LoRA in PEFT's own files: adapter_config.json and adapter_model.safetensors.
+"""One adapter in PEFT's own files: adapter_config.json and adapter_model.safetensors.
 
 One strict reader with two policies: `read_adapter` for the files that this package writes, and
 `read_stock_adapter` for those of others.
@@ -28,25 +28,38 @@ from dylora.storage.peft_config import (
     read_config,
     scaling_of,
 )
+from dylora.storage.peft_types import PEFT_TYPES, PeftType
 from dylora.storage.tensors import Header, read_headers, read_pickled, read_tensors
 
 WEIGHTS_FILE, OLD_WEIGHTS_FILE = "adapter_model.safetensors", "adapter_model.bin"
+MAGNITUDE = "lora_magnitude_vector"
 _PREFIX = "base_model.model."
 _NAME = r"(?:\.(?P<name>(?!weight$)[^.]+))?"  # of the adapter, as some tools write it
-_MATRIX = re.compile(rf"(?P<path>.+)\.lora_(?P<slot>[AB]){_NAME}\.weight")
+_MATRIX = {
+    name: re.compile(
+        rf"(?P<path>.+)\.(?P<slot>{'|'.join(kind.matrices)}){_NAME}{re.escape(kind.suffix)}"
+    )
+    for name, kind in PEFT_TYPES.items()
+}
 _MAGNITUDE = re.compile(rf"(?P<path>.+)\.lora_magnitude_vector{_NAME}(?:\.weight)?")
 _BIAS = re.compile(r"(?P<path>.+?)(?:\.base_layer)?\.bias")
 
 
 class PeftAdapter(NamedTuple):
-    """A LoRA on its way to or from disk."""
+    """An adapter on its way to or from disk."""
 
     config: dict[str, Any]  # adapter_config.json
-    weights: dict[str, tuple[Tensor, Tensor]]  # path of a projection -> A [r, D], B [O, r]
+    # Path of a projection -> its matrices, by `PEFT_TYPES`: of a LoRA A [r, D], B [O, r].
+    weights: dict[str, tuple[Tensor, ...]]
     magnitudes: Mapping[str, Tensor] = MappingProxyType({})  # DoRA: path of a projection -> [O]
     # Trained biases, the base's included: path of a module -> [O].
     biases: Mapping[str, Tensor] = MappingProxyType({})
     folder: Path = Path()  # where it was read
+
+    @property
+    def type(self) -> str:
+        """The adapter type by PEFT's name."""
+        return self.config["peft_type"]
 
     @property
     def base(self) -> str | None:
@@ -70,16 +83,27 @@ class PeftAdapter(NamedTuple):
     def scale(self, path: str) -> float:
         return scaling_of(self.config, path)
 
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """Those of one projection by PEFT's names, without a bias."""
+        own = dict(zip(PEFT_TYPES[self.type].matrices, self.weights[path], strict=True))
+        return own | ({MAGNITUDE: self.magnitudes[path]} if path in self.magnitudes else {})
+
+    def delta_weight(self, path: str, like: Tensor) -> Tensor:
+        """What it adds to a projection's weight, [O, D], on the device and in the precision of
+        `like`; of a DoRA, before its magnitudes."""
+        matrices = [matrix.to(like) for matrix in self.weights[path]]
+        return self.scale(path) * PEFT_TYPES[self.type].product(*matrices)
+
 
 def write_adapter(folder: Path, adapter: PeftAdapter) -> None:
     """Write both files into `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for path, (A, B) in adapter.weights.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = A
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = B
+    kind, tensors = PEFT_TYPES[adapter.type], {}
+    for path, matrices in adapter.weights.items():
+        for name, matrix in zip(kind.matrices, matrices, strict=True):
+            tensors[f"{_PREFIX}{path}.{name}{kind.suffix}"] = matrix
     for path, magnitude in adapter.magnitudes.items():
-        tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = magnitude
+        tensors[f"{_PREFIX}{path}.{MAGNITUDE}"] = magnitude
     for path, bias in adapter.biases.items():
         adapted = ".base_layer" if path in adapter.weights else ""
         tensors[f"{_PREFIX}{path}{adapted}.bias"] = bias
@@ -124,11 +148,12 @@ def read_stock_adapter(folder: Path) -> PeftAdapter:
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """r, D and O of every projection of a LoRA, from its headers alone. Raises as `read_adapter`
-    for all but the values."""
+    """r, D and O of every projection of an adapter, from its headers alone. Raises as
+    `read_adapter` for all but the values."""
     file, config = folder / WEIGHTS_FILE, read_config(folder / CONFIG_FILE, stock=False)
     found = _sort_tensors(file, config, read_headers(file), stock=False)
-    return {path: (*p["A"].shape, p["B"].shape[0]) for path, p in found.halves.items()}
+    kind = PEFT_TYPES[config["peft_type"]]
+    return {path: _sizes(kind, matrices) for path, matrices in found.halves.items()}
 
 
 # Its two files
@@ -137,7 +162,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, int, int]]:
 class _Sorted(NamedTuple):
     """The tensors of an adapter, or their headers, by what they are."""
 
-    halves: dict[str, dict[str, Any]]  # path -> A and B
+    halves: dict[str, dict[str, Any]]  # path -> the matrices by name
     magnitudes: dict[str, Any]
     biases: dict[str, Any]
 
@@ -147,7 +172,8 @@ def _read(
 ) -> PeftAdapter:
     plain = {key: _to_float32(file, key, tensor) for key, tensor in tensors.items()}
     found = _sort_tensors(file, config, plain, stock=stock)
-    weights = {path: (pair["A"], pair["B"]) for path, pair in found.halves.items()}
+    names = PEFT_TYPES[config["peft_type"]].matrices
+    weights = {path: tuple(own[name] for name in names) for path, own in found.halves.items()}
     return PeftAdapter(config, weights, found.magnitudes, found.biases, folder)
 
 
@@ -167,7 +193,7 @@ def _sort_tensors(
         if not key.startswith(_PREFIX) or not PLAIN_NAME.fullmatch(inner):
             raise ValueError(f"{file}: {shown(key)} is not {_PREFIX}<path of a tensor>")
         dimensions, home, slot = 1, None, ""
-        if match := _MATRIX.fullmatch(inner):
+        if match := _MATRIX[config["peft_type"]].fullmatch(inner):
             home, slot = found.halves.setdefault(match["path"], {}), match["slot"]
             dimensions = 2
         elif (match := _MAGNITUDE.fullmatch(inner)) and config.get("use_dora"):
@@ -177,7 +203,7 @@ def _sort_tensors(
         name = match.groupdict().get("name") if match else None
         if home is None or match is None or (name is not None and not stock):
             raise ValueError(
-                f"{file}: {shown(key)} is not a part of the LoRA its configuration names"
+                f"{file}: {shown(key)} is not a part of the adapter its configuration names"
             )
         if len(tensor.shape) != dimensions:
             shape = list(tensor.shape)
@@ -195,23 +221,33 @@ def _sort_tensors(
 
 
 def _check_halves(file: Path, config: dict[str, Any], found: _Sorted) -> None:
-    """Every projection has A and B of its rank, and magnitudes where the config says so."""
-    for path, pair in found.halves.items():
-        if pair.keys() != {"A", "B"}:
-            raise ValueError(f"{file}: {path} has lora_{next(iter(pair))} alone")
+    """Every projection has all matrices, of its rank and of one width each way, and magnitudes
+    where the config says so."""
+    kind = PEFT_TYPES[config["peft_type"]]
+    for path, own in found.halves.items():
+        if own.keys() != kind.matrices.keys():
+            raise ValueError(f"{file}: {path} has {' and '.join(sorted(own))} alone")
         rank = rank_of(config, path)
-        if not pair["A"].shape[0] == pair["B"].shape[1] == rank:
-            raise ValueError(
-                f"{file}: {path} has A {list(pair['A'].shape)} and B {list(pair['B'].shape)}, "
-                f"but the rank is {rank}"
-            )
+        if _sizes(kind, own)[0] != rank:
+            shapes = " and ".join(f"{name} {list(own[name].shape)}" for name in kind.matrices)
+            raise ValueError(f"{file}: {path} has {shapes}, but the rank is {rank}")
     if config.get("use_dora"):
         for path in sorted(found.halves.keys() ^ found.magnitudes.keys()):
             raise ValueError(f"{file}: {path} has a DoRA magnitude or matrices alone")
-    for kind, vectors in (("DoRA magnitude", found.magnitudes), ("bias", found.biases)):
+    for what, vectors in (("DoRA magnitude", found.magnitudes), ("bias", found.biases)):
         for path in found.halves.keys() & vectors.keys():
-            if vectors[path].shape[0] != found.halves[path]["B"].shape[0]:
-                raise ValueError(f"{file}: {path} has a {kind} of another width than B")
+            if vectors[path].shape[0] != _sizes(kind, found.halves[path])[2]:
+                raise ValueError(f"{file}: {path} has a {what} of another width than B")
+
+
+def _sizes(kind: PeftType, matrices: Mapping[str, Any]) -> tuple[int, int, int]:
+    """r, D and O of the matrices of a projection; 0 where they differ."""
+    sizes: dict[str, set[int]] = {}
+    for name, axes in kind.matrices.items():
+        for axis, size in zip(axes.split(), matrices[name].shape, strict=True):
+            sizes.setdefault(axis, set()).add(size)
+    r, D, O = (found.pop() if len(found := sizes[axis]) == 1 else 0 for axis in "rdo")  # noqa: E741
+    return (0 if 0 in (D, O) else r), D, O
 
 
 def _to_float32(file: Path, key: str, tensor: Any) -> Tensor:
@@ -235,7 +271,8 @@ def _check_targets(file: Path, adapter: PeftAdapter) -> None:
     """Where target_modules are names: no tensor without one, and none without a tensor."""
     config_file = adapter.folder / CONFIG_FILE
     if not adapter.weights:
-        raise ValueError(f"{file}: holds no lora_A and lora_B")
+        names = " and ".join(PEFT_TYPES[adapter.type].matrices)
+        raise ValueError(f"{file}: holds no {names}")
     for path in sorted(adapter.biases.keys() - adapter.weights.keys()):
         raise ValueError(f"{file}: {path} has a bias, but is not adapted")
     for path in adapter.weights:
@@ -257,6 +294,10 @@ def portable_form(adapter: PeftAdapter) -> PeftAdapter:
     vLLM and llama.cpp refuse.
     """
     config = adapter.config
+    if adapter.type != "LORA":
+        raise ValueError(
+            f"a {adapter.type} expert has no portable form: vLLM and llama.cpp read plain LoRA"
+        )
     if adapter.magnitudes:
         raise ValueError("a DoRA expert has no portable form: vLLM and llama.cpp read plain LoRA")
     if adapter.biases:

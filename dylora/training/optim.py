@@ -17,11 +17,11 @@ FOLLOWS_VALIDATION = ("reduce_lr_on_plateau", "greedy")  # stepped with each val
 
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's, for each parameter
-DECAYS = ("lora_A", "lora_B", "shared_A")
 
 
 def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> torch.optim.AdamW:
-    """Groups: the matrices A and B, which decay; magnitudes and biases, which do not; routers.
+    """Groups: the experts' matrices (three dimensions, stacked), which decay; magnitudes and
+    biases, which do not; routers.
 
     Frozen experts are in it too (without a gradient nothing touches them): they keep their moments.
     """
@@ -48,12 +48,12 @@ def parameter_groups(model: DyLoRA_MoE, config: TrainConfig) -> list[dict[str, A
     experts = expert_parameters(model)
     groups: list[dict[str, Any]] = [
         {
-            "params": [p for name, p in experts.items() if name.endswith(DECAYS)],
+            "params": [p for p in experts.values() if p.ndim == 3],
             "lr": config.learning_rate,
             "weight_decay": config.weight_decay,
         },
         {
-            "params": [p for name, p in experts.items() if not name.endswith(DECAYS)],
+            "params": [p for p in experts.values() if p.ndim < 3],
             "lr": config.learning_rate,
             "weight_decay": 0.0,
         },

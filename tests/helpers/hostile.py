@@ -200,7 +200,7 @@ ADAPTER = [
         "a weight of the base",
         WEIGHTS_FILE,
         in_tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)})),
-        "not a part of the LoRA",
+        "not a part of the adapter",
     ),
     _adapter(
         "escapes in a name",

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from dylora.adapters.dora import weight_OD
 from dylora.model import DyLoRA_MoE
 from dylora.model_io import expert_adapter
-from dylora.storage.peft_config import scaling_of
 from dylora.storage.peft_format import PeftAdapter
 
 SEED = 0
@@ -61,7 +60,7 @@ def loop_logits(
 ) -> Tensor:
     """Logits [B, S, V] from the formula, one expert and one product after another.
 
-        y = base(x) + Σ_e g_e u_e(x),    u_e(x) = s_e B_e A_e x
+        y = base(x) + Σ_e g_e u_e(x),    u_e(x) = ΔW_e x,    of a LoRA s_e B_e A_e x
         with DoRA u_e(x) = c ∘ (s_e B_e A_e x) + (c - 1) ∘ W x,    c = magnitude / ‖W + s_e B_e A_e‖
         with trained biases u_e is larger by bias_e - bias
 
@@ -79,12 +78,11 @@ def loop_logits(
             x = args[0].float()  # [B, S, D]; float32, so that the reference adds no rounding
             update = torch.zeros_like(output, dtype=torch.float32)  # [B, S, O]
             for expert, adapter in parts.items():
-                A, B = (matrix.float() for matrix in adapter.weights[path])  # [r, D], [O, r]
-                scale = scaling_of(adapter.config, path)
-                own = scale * (x @ A.T @ B.T)
+                delta_OD = adapter.delta_weight(path, like=x)
+                own = x @ delta_OD.T
                 if path in adapter.magnitudes:
                     W_OD = weight_OD(module).float()
-                    c = adapter.magnitudes[path] / (W_OD + scale * B @ A).norm(dim=1)
+                    c = adapter.magnitudes[path] / (W_OD + delta_OD).norm(dim=1)
                     own = c * own + (c - 1) * (x @ W_OD.T)
                 if path in adapter.biases:
                     own = own + shift_of(adapter, path, module)
