@@ -36,8 +36,8 @@ def evaluate_checkpoint(
     from dylora.data.prompts import pad_token_id
     from dylora.evaluation.loading import base_of, load_checkpoint, note
     from dylora.storage.checkpoint import Checkpoint
-    from dylora.training.resume import dataset_identity
     from dylora.training.run import load_run_data
+    from dylora.training.settings import data_difference
     from dylora.training.validation import overall_loss, validate
 
     opened = Checkpoint.open(checkpoint, note)
@@ -45,7 +45,7 @@ def evaluate_checkpoint(
     data = load_run_data(config, tokenizer)
     model = load_checkpoint(opened, config.model, routing)
     trained_on = model.training_record.get("data", data.provenance)
-    if dataset_identity(trained_on) != dataset_identity(data.provenance):
+    if data_difference(trained_on, data.provenance) is not None:
         print("note: the checkpoint was trained on other data or another split than is scored here")
     scores = validate(
         model,

@@ -99,7 +99,7 @@ def _report(name: str, read: SourceRows, splits: dict[str, SplitReport]) -> SetR
 def _provenance(
     source: SourceConfig, read: SourceRows, seed: int, train: TokenizedSplit
 ) -> dict[str, Any]:
-    """What one source gave to training; the hashes do not depend on the order of its rows.
+    """What one source gave to training: its rows, and (order_sha256) their order.
 
     `text_hashes` has each question's and each answer's, so that a benchmark can leave out what
     was trained on under whatever name: 26 bytes a row.
@@ -112,6 +112,7 @@ def _provenance(
         "seed": seed,
         "training_rows": len(train.examples),
         "training_sha256": content_hash(*sorted(train.content_hashes)),
+        "order_sha256": content_hash(*train.content_hashes),
     }
     if source.name == "mbpp":
         found["task_ids"] = sorted(int(row_id) for row_id in train.row_ids)

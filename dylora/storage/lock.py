@@ -12,7 +12,7 @@ LOCK_FILE = "trainer.lock"
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, option: str = "--name") -> Iterator[None]:
-    """Hold `folder`, which is made; a folder that ends up empty is taken away again.
+    """Hold `folder`, which is made; what is made and ends up empty is taken away again.
 
     `option` is the one of the command line that names another folder.
 
@@ -20,7 +20,7 @@ def lock_folder(folder: Path, option: str = "--name") -> Iterator[None]:
     Raises FileExistsError, naming the process, when another one holds it, and ValueError on a file
     system without locks.
     """
-    existed = folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK_FILE
     descriptor = _acquire(file, option)
@@ -29,9 +29,9 @@ def lock_folder(folder: Path, option: str = "--name") -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)
-        if not existed:
+        for path in made:
             with contextlib.suppress(OSError):  # it holds a run, as it should
-                folder.rmdir()
+                path.rmdir()
 
 
 def _acquire(file: Path, option: str) -> int:

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from dylora.run_config import LogConfig
+from dylora.storage.folders import quarantine
 from dylora.training.loggers import WandbMirror
 
 
@@ -32,6 +33,11 @@ class RunLog:
             self._mirror = WandbMirror(self._file, config.wandb_project, run_name, settings)
         self._lost_rows = 0
         self._started = time.perf_counter()
+
+    def set_aside_earlier(self) -> None:
+        """Keep the rows of an earlier run, which has saved nothing, under a name of their own."""
+        if self._file.exists():
+            self.info(f"earlier metrics are kept as {quarantine(self._file, 'earlier')}")
 
     def forget_after(self, step: int) -> None:
         """Drop rows of a later step: a resumed run writes them again."""

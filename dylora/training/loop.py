@@ -8,9 +8,9 @@ from dylora.run_config import RunConfig
 from dylora.storage.folders import recover
 from dylora.storage.lock import lock_folder
 from dylora.training.callbacks import Callback, CollapseWarning, MetricsLog
-from dylora.training.optim import FOLLOWS_VALIDATION
 from dylora.training.resume import preflight_save, resume, save
 from dylora.training.run import Run, log_summary, prepare, record_settings, run_folder
+from dylora.training.schedule import FOLLOWS_VALIDATION
 from dylora.training.signals import Interrupted
 from dylora.training.step import run_step
 from dylora.training.validation import SetScore, overall_loss, validate
@@ -47,6 +47,8 @@ def train(
         if resume_from_checkpoint is not None:
             resume(run, resume_from_checkpoint)
         preflight_save(run)
+        if resume_from_checkpoint is None:
+            run.log.set_aside_earlier()
         for callback in callbacks:
             callback.on_start(run)
         record_settings(run)

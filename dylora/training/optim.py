@@ -5,16 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from dylora.fields import shown
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import TrainConfig
 from dylora.storage.tensors import is_plain
-
-FOLLOWS_VALIDATION = ("reduce_lr_on_plateau", "greedy")  # stepped with each validation loss
-
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's, for each parameter
 
@@ -27,6 +22,7 @@ def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> torch.optim.AdamW
     """
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config),
+        lr=config.learning_rate,  # of the groups too; schedules divide min_lr and lr_end by it
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True,
@@ -82,28 +78,6 @@ def expert_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:
     """The experts' parameters that are ever trained, by name: with freeze_A all but the A's."""
     fixed = ("lora_A", "shared_A") if model.config.freeze_A else ()
     return {name: p for name, p in model.expert_parameters() if not name.endswith(fixed)}
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
-) -> LRScheduler:
-    """A schedule of transformers over `steps` optimizer steps.
-
-    Raises ValueError when lr_scheduler_kwargs do not fit the schedule.
-    """
-    try:
-        return get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=steps,
-            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs),
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"train.lr_scheduler_kwargs {config.lr_scheduler_kwargs} do not fit "
-            f"lr_scheduler_type {config.lr_scheduler_type!r}: {error}"
-        ) from error
 
 
 def named_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from dylora.base_models import BaseSpec
+from dylora.fields import is_number, shown
 from dylora.model_io import load_model, write_model
 from dylora.storage.checkpoint import BEST_FILE, Checkpoint
 from dylora.storage.folders import (
@@ -25,9 +26,22 @@ from dylora.storage.folders import (
 )
 from dylora.storage.manifest import is_intact
 from dylora.storage.tensors import read_state
-from dylora.training.optim import load_state_by_name, named_parameters, regroup, state_by_name
+from dylora.training.optim import (
+    load_state_by_name,
+    named_parameters,
+    parameter_groups,
+    regroup,
+    state_by_name,
+)
 from dylora.training.random_state import check_random_state, random_state, restore_random_state
 from dylora.training.run import Run
+from dylora.training.schedule import check_schedule, restore_schedule
+from dylora.training.settings import (
+    data_difference,
+    find_changes,
+    rates_of_checkpoint,
+    refusal,
+)
 from dylora.training.trainer_state import read_progress, require_same_form
 
 
@@ -132,12 +146,6 @@ def resume(run: Run, source: str) -> None:
         load_state_by_name(run.optimizer, run.model, moments)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    file = folder / "scheduler.pt"
-    schedule = _load(file)
-    ours = {"scheduler": run.scheduler.state_dict(), "scaler": run.scaler.state_dict()}
-    require_same_form(file, "", schedule, ours)
-    run.scheduler.load_state_dict(schedule["scheduler"])
-    run.scaler.load_state_dict(schedule["scaler"])
     file = folder / "trainer_state.json"
     state = read_progress(file, len(run.model.site_names), len(run.model.experts))
     try:
@@ -153,8 +161,7 @@ def resume(run: Run, source: str) -> None:
         run.model.mixture.fractions = {name: torch.tensor(rows) for name, rows in fractions}
     step = run.progress.step
     run.model.experts.set_progress(step, step / run.steps)
-    for group, rate in zip(run.optimizer.param_groups, run.scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
+    resume_schedule(run, checkpoint)
     generators = _load(folder / "rng_state.pt")
     check_random_state(folder / "rng_state.pt", generators)
     for later in checkpoints(run.folder):
@@ -164,6 +171,54 @@ def resume(run: Run, source: str) -> None:
     run.log.forget_after(step)
     restore_random_state(generators)
     run.log.info(f"resumed {folder} at step {step}")
+
+
+def check_same_settings(run: Run, checkpoint: Checkpoint) -> None:
+    """Raises ValueError naming what differs from the run's and cannot change; says what is taken.
+
+    A checkpoint of an earlier version records no settings but the mixture's.
+    """
+    folder, description = checkpoint.path, checkpoint.description
+    ours = run.config.moe.to_dict()
+    for name, value in checkpoint.config.to_dict().items():
+        if ours.get(name) != value:
+            raise refusal(folder, f"moe.{name}", value, ours.get(name))
+    kept = description["base_model_name_or_path"]
+    if kept is None or BaseSpec.resolve(kept).name != run.model.base_name:
+        raise ValueError(f"{folder} was trained on {kept}, this run has {run.model.base_name}")
+    checkpoint.check_base(run.model.base_fingerprint)
+    if description["quantization"] != run.config.model.quantization:
+        given = run.config.model.quantization
+        raise refusal(folder, "model.quantization", description["quantization"], given)
+    taken = find_changes(folder, description["training"].get("settings"), run.config)
+    other = data_difference(description["training"].get("data", {}), run.data.provenance)
+    if other is not None:
+        raise ValueError(f"{folder} was trained on other data: {other}")
+    for line in taken:
+        run.log.info(line)
+
+
+def resume_schedule(run: Run, checkpoint: Checkpoint) -> None:
+    """Put the schedule back in its place, under this run's learning rates."""
+    file, config = checkpoint.path / "scheduler.pt", run.config.train
+    saved = _load(file)
+    ours = {"scheduler": run.scheduler.state_dict(), "scaler": run.scaler.state_dict()}
+    if isinstance(saved, dict) and not (saved.get("scaler") and ours["scaler"]):
+        ours["scaler"] = saved["scaler"] = {}  # only float16 scales: from or to it, a scale is new
+    require_same_form(file, "", saved, ours)
+    before = rates_of_checkpoint(config, checkpoint)
+    began_with, rates = (
+        [group["lr"] for group in parameter_groups(run.model, settings)]
+        for settings in (before, config)
+    )
+    check_schedule(file, saved["scheduler"], ours["scheduler"], run.progress.step, began_with)
+    rates = restore_schedule(run.scheduler, saved["scheduler"], began_with, rates)
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    if not all(is_number(value, 0, 2.0**64) for value in saved["scaler"].values()):
+        raise ValueError(f"{file}: scaler is {shown(saved['scaler'])}, which is invalid")
+    if saved["scaler"]:
+        run.scaler.load_state_dict(saved["scaler"])
 
 
 def _load(file: Path) -> Any:
@@ -184,37 +239,3 @@ def _told(run: Run, what: Path) -> Iterator[None]:
         if isinstance(error, FileExistsError):
             raise
         raise ValueError(f"{what} could not be saved ({error}). {last_good(run)}") from error
-
-
-def check_same_settings(run: Run, checkpoint: Checkpoint) -> None:
-    """Raises ValueError naming a setting of a checkpoint that differs from the run's."""
-    folder, description = checkpoint.path, checkpoint.description
-    ours = run.config.moe.to_dict()
-    for name, value in checkpoint.config.to_dict().items():
-        if ours.get(name) != value:
-            raise ValueError(
-                f"{folder} was trained with moe.{name} = {value!r}, this run has {ours.get(name)!r}"
-            )
-    kept = description["base_model_name_or_path"]
-    if kept is None or BaseSpec.resolve(kept).name != run.model.base_name:
-        raise ValueError(f"{folder} was trained on {kept}, this run has {run.model.base_name}")
-    checkpoint.check_base(run.model.base_fingerprint)
-    if description["quantization"] != run.config.model.quantization:
-        raise ValueError(
-            f"{folder} was trained with model.quantization = {description['quantization']!r}, "
-            f"this run has {run.config.model.quantization!r}"
-        )
-    if dataset_identity(description["training"].get("data", {})) != dataset_identity(
-        run.data.provenance
-    ):
-        raise ValueError(f"{folder} was trained on other data than this run names")
-
-
-def dataset_identity(provenance: dict[str, Any]) -> dict[str, Any]:
-    """Provenance without where the rows lie: a moved file of the same rows is the same data."""
-    provenance = json.loads(json.dumps(provenance))  # tuples become lists, as on disk
-    for source in provenance.get("sources", []):
-        source.pop("path", None)
-        source.pop("revision", None)
-        source.pop("text_hashes", None)  # training_sha256 tells as much
-    return provenance

@@ -16,11 +16,13 @@ from dylora.data.sampler import InterleavedSampler
 from dylora.kernels.common import is_emulated
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import RunConfig, dump_run_config
-from dylora.storage.folders import checkpoints, write_file
+from dylora.storage.folders import checkpoints, quarantine, write_file
 from dylora.training.environment import environment, seed_everything
 from dylora.training.init_from import init_from_checkpoint
 from dylora.training.log import RunLog
-from dylora.training.optim import build_optimizer, build_scheduler
+from dylora.training.optim import build_optimizer
+from dylora.training.schedule import build_scheduler
+from dylora.training.settings import recorded_settings
 from dylora.training.signals import Interruption
 from dylora.training.trainer_state import Progress
 
@@ -69,8 +71,6 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     targets_per_step = per_step * sampler.mean([rows.mean_targets for rows in data.train])
     optimizer = build_optimizer(model, config.train)
     folder.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
     return Run(
         config=config,
         folder=folder,
@@ -123,7 +123,11 @@ def build_model(
         quantization=config.model.quantization,
     )
     model.base_fingerprint["tokenizer"] = tokenizer_fingerprint(tokenizer)
-    model.training_record = {"data": data.provenance, "seed": config.train.seed}
+    model.training_record = {
+        "data": data.provenance,
+        "seed": config.train.seed,
+        "settings": recorded_settings(config),
+    }
     if fresh and config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
     if not any(parameter.requires_grad for _, parameter in model.own_parameters()):
@@ -152,10 +156,17 @@ def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
 
 
 def record_settings(run: Run) -> None:
-    """config.yaml and env.json; only once nothing speaks against the run any more."""
-    device = run.model.device
-    write_file(run.folder / "config.yaml", dump_run_config(run.config))
-    write_file(run.folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
+    """config.yaml and env.json; only once nothing speaks against the run any more.
+
+    A config.yaml with other settings is kept under a name of its own.
+    """
+    file, settings = run.folder / "config.yaml", dump_run_config(run.config)
+    why = f"until-step-{run.progress.step}"
+    if file.exists() and file.read_text(encoding="utf-8") != settings:
+        run.log.info(f"the earlier settings are kept as {quarantine(file, why)}")
+    write_file(file, settings)
+    facts = environment(run.model.device)
+    write_file(run.folder / "env.json", json.dumps(facts, indent=2) + "\n")
 
 
 def log_summary(run: Run) -> None:

@@ -15,9 +15,10 @@ from dylora.data.batching import collate, split_by_length, to_device
 from dylora.kernels.cross_entropy import count_targets
 from dylora.model import BatchTotals
 from dylora.routing.losses import Observation, RoutingStatistics
-from dylora.training.optim import FOLLOWS_VALIDATION, named_parameters
+from dylora.training.optim import named_parameters
 from dylora.training.resume import last_good
 from dylora.training.run import Run
+from dylora.training.schedule import FOLLOWS_VALIDATION
 
 
 class StepResult(NamedTuple):

@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dylora.fields import is_number, is_whole_number, shown
+from dylora.fields import MAX_INT, is_number, is_whole_number, shown
 from dylora.routing.losses import ASSIGNMENTS
 from dylora.storage.safe_io import read_json, require_keys
 from dylora.storage.tensors import is_plain
+
+MOST_STEPS = 2**31  # steps and epochs of a run
 
 
 @dataclass
@@ -45,7 +47,8 @@ def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
     state = read_json(file, infinite=True)  # before the first evaluation, the best loss is infinite
     checks: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys((item.name for item in dataclasses.fields(Progress)), is_whole_number),
-        "steps": lambda value: is_whole_number(value, 1),
+        "step": lambda value: is_whole_number(value, 0, MOST_STEPS),
+        "steps": lambda value: is_whole_number(value, 1, MOST_STEPS),
         "best_loss": lambda value: is_number(value, -math.inf, math.inf),
         "best_step": lambda value: value is None or is_whole_number(value),
         "evaluation_due": lambda value: type(value) is bool,
@@ -62,8 +65,9 @@ def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
     }
     require_keys(file, "", state, checks)
     for name, value in state["sampler"].items():
-        if name in ("seed", "epoch", "position") and not is_whole_number(value):
-            raise ValueError(f"{file}: sampler.{name} is {shown(value)}, no whole number")
+        most = {"seed": MAX_INT, "epoch": MOST_STEPS, "position": MAX_INT}.get(name)
+        if most is not None and not is_whole_number(value, 0, most):
+            raise ValueError(f"{file}: sampler.{name} is {shown(value)}, which is invalid")
     return state
 
 
