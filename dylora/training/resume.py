@@ -203,7 +203,8 @@ def resume_schedule(run: Run, checkpoint: Checkpoint) -> None:
     file, config = checkpoint.path / "scheduler.pt", run.config.train
     saved = _load(file)
     ours = {"scheduler": run.scheduler.state_dict(), "scaler": run.scaler.state_dict()}
-    if isinstance(saved, dict) and not (saved.get("scaler") and ours["scaler"]):
+    scaler = saved.get("scaler") if isinstance(saved, dict) else None
+    if isinstance(scaler, dict) and not (scaler and ours["scaler"]):
         ours["scaler"] = saved["scaler"] = {}  # only float16 scales: from or to it, a scale is new
     require_same_form(file, "", saved, ours)
     before = rates_of_checkpoint(config, checkpoint)
