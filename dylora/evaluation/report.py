@@ -9,7 +9,7 @@ from torch import Tensor
 from dylora.evaluation.passk.skills import score_skills
 from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
 from dylora.training.run import Run
-from dylora.training.validation import validate
+from dylora.training.validation import SetScore, validate
 
 SKILL_PREFIX = "skill/"
 
@@ -63,11 +63,6 @@ def report_run(run: Run) -> list[SetRow]:
             )
         )
     run.log.info(format_table(rows, count))
-    plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
-    plot_maturity(run.folder / "metrics.jsonl", run.folder / "maturity.png")
-    usage = {name: s.usage_NE for name, s in trained.items() if s.usage_NE is not None}
-    if usage:
-        plot_usage(usage, run.folder / "usage.png")
     results = {
         "step": run.progress.step,
         "test_answers_per_skill": count,
@@ -77,11 +72,28 @@ def report_run(run: Run) -> list[SetRow]:
         "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
     (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    run.log.info(
-        f"wrote {run.folder}/: results.json, loss.png, maturity.png"
-        + (", usage.png" if usage else "")
-    )
+    names = ["results.json", *_draw_plots(run, trained)]
+    run.log.info(f"wrote {run.folder}/: {', '.join(names)}")
     return rows
+
+
+def _draw_plots(run: Run, scores: dict[str, SetScore]) -> list[str]:
+    """Draw what can be drawn, and say what cannot; returns the names of the files."""
+    folder, metrics, names = run.folder, run.folder / "metrics.jsonl", ["loss.png", "maturity.png"]
+    usage = {name: score.usage_NE for name, score in scores.items() if score.usage_NE is not None}
+    try:
+        plot_loss(metrics, folder / names[0])
+        plot_maturity(metrics, folder / names[1])
+        if usage:
+            names.append("usage.png")
+            plot_usage(usage, folder / names[2])
+    except (ImportError, OSError) as error:
+        remedy = (
+            "pip install dylora[report]" if isinstance(error, ImportError) else "free some space"
+        )
+        run.log.info(f"warning: plots are left out ({error}): {remedy}, then run.py report")
+        return []
+    return names
 
 
 def format_table(rows: list[SetRow], count: int) -> str:

@@ -1,14 +1,15 @@
-"""What hangs on a run between its steps: the hooks, and the two callbacks that every run has."""
+"""What is done between the steps of a run: the hooks, and the two callbacks of every run."""
 
-import math
 from pathlib import Path
 
 from dylora.training.log import memory_gb
 from dylora.training.metrics import (
-    CollapseDetector,
     expert_metrics,
+    find_collapses,
     routing_metrics,
     summarize,
+    train_metrics,
+    window_row,
 )
 from dylora.training.run import Run
 from dylora.training.step import StepResult
@@ -46,57 +47,43 @@ class Callback:
 class MetricsLog(Callback):
     """The progress bar, and the rows of metrics.jsonl: means since the last one."""
 
-    def __init__(self) -> None:
-        self.results: list[StepResult] = []
-
     def after_step(self, run: Run, result: StepResult) -> None:
-        self.results.append(result)
+        progress = run.progress
+        progress.window.append(window_row(result))
         run.log.advance(result.loss, result.tokens / result.seconds)
-        step = run.progress.step
-        if step % run.config.log.logging_steps == 0 or step == run.steps:
-            metrics = self.metrics(run)
-            run.log.write(step, run.progress.targets, metrics)
-            run.log.progress_line(step, metrics)
-            self.results = []
-
-    def metrics(self, run: Run) -> dict[str, float]:
-        """train/…, router/…, expert/… and system/… of a row.
-
-        The losses are means over the steps that updated something, NaN where there is none.
-        """
-        last, seconds = self.results[-1], sum(result.seconds for result in self.results)
-        updated = [r.losses | {"grad_norm": r.grad_norm} for r in self.results if not r.nonfinite]
-        metrics = {
-            f"train/{name}": sum(values[name] for values in updated) / len(updated)
-            if updated
-            else math.nan
-            for name in (*last.losses, "grad_norm")
-        }
-        metrics["train/skipped_steps"] = float(run.progress.skipped_steps)
-        metrics["train/lr"] = float(run.scheduler.get_last_lr()[0])
-        metrics["train/tokens_per_s"] = sum(r.tokens for r in self.results) / seconds
-        metrics["train/step_time_s"] = seconds / len(self.results)
-        if last.statistics is not None:
-            metrics |= routing_metrics(
-                summarize(last.statistics), run.model.site_names, active(run)
-            )
-        metrics |= expert_metrics(run.model, last.gate_share_E)
-        metrics["system/mem_gb"] = memory_gb()
-        return metrics
+        if progress.step % run.config.log.logging_steps == 0 or progress.step == run.steps:
+            metrics = row_of_metrics(run, result)
+            run.log.write(progress.step, progress.targets, metrics)
+            run.log.progress_line(progress.step, metrics)
+            progress.window = []
 
 
 class CollapseWarning(Callback):
     """Says so when the routing of a block stays collapsed."""
 
-    def __init__(self, steps: int) -> None:
-        self.detector = CollapseDetector(steps)
-
     def after_step(self, run: Run, result: StepResult) -> None:
         if result.statistics is None or result.nonfinite or not run.config.moe.use_moe_routing:
             return
-        usage_NE = summarize(result.statistics).usage_NE
-        for line in self.detector.observe(usage_NE, active(run), run.model.site_names):
+        usage_NE, names = summarize(result.statistics).usage_NE, run.model.site_names
+        steps, counts = run.config.log.collapse_steps, run.progress.collapsed_steps
+        for line in find_collapses(counts, usage_NE, active(run), names, steps):
             run.log.info(line)
+
+
+def row_of_metrics(run: Run, result: StepResult) -> dict[str, float]:
+    """train/… over the steps since the last row; router/…, expert/… and system/… of this step."""
+    window, model = run.progress.window, run.model
+    metrics = train_metrics(window, [*result.losses, "grad_norm", "clip_factor"])
+    metrics["train/skipped_steps"] = float(run.progress.skipped_steps)
+    metrics["train/lr"] = float(run.scheduler.get_last_lr()[0])
+    seconds = sum(row["seconds"] for row in window)
+    metrics["train/tokens_per_s"] = sum(row["tokens"] for row in window) / seconds
+    metrics["train/step_time_s"] = seconds / len(window)
+    if result.statistics is not None:
+        metrics |= routing_metrics(summarize(result.statistics), model.site_names, active(run))
+    metrics |= expert_metrics(model, result.gate_share_E, result.clip_factor)
+    metrics["system/mem_gb"] = memory_gb()
+    return metrics
 
 
 def active(run: Run) -> list[bool]:

@@ -2,11 +2,16 @@
 
 import platform
 import random
+import shlex
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
+
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or what dylora is installed in
 
 
 def seed_everything(seed: int) -> None:
@@ -16,23 +21,49 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Versions and hardware, for env.json."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, command and hardware, for env.json. `commit` and `dirty` (files differ from it) are
+    of dylora's repository, None where it is installed without one."""
     import transformers
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    described = describe_repository(ROOT)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "dylora": sys.modules["dylora"].__version__,
         "device": named,
         "threads": str(torch.get_num_threads()),
-        "commit": commit or "unknown",
+        "command": shlex.join(sys.argv),
+        "commit": described and described.removesuffix("-dirty"),
+        "dirty": described and described.endswith("-dirty"),
     }
+
+
+def describe_repository(root: Path) -> str | None:
+    """The commit of the checkout at `root`, with -dirty after it where tracked files differ.
+
+    None without git, and in a repository of somebody else: one that holds `root` further down, or
+    whose project has another name.
+    """
+    try:
+        if 'name = "dylora"' not in (root / "pyproject.toml").read_text(encoding="utf-8"):
+            return None
+        top, commit = (
+            subprocess.run(
+                ["git", *arguments],
+                cwd=root,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            ).stdout.strip()
+            for arguments in (
+                ["rev-parse", "--show-toplevel"],
+                ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            )
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return commit if Path(top).resolve() == root else None

@@ -65,7 +65,7 @@ def train(
 def run_steps(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     """All steps that are left, with what comes between them."""
     config, progress = run.config, run.progress
-    callbacks = [MetricsLog(), CollapseWarning(config.log.collapse_steps), *callbacks]
+    callbacks = [MetricsLog(), CollapseWarning(), *callbacks]
     run.log.start(progress.step, run.steps)
     stopping = is_out_of_patience(run)
     if progress.evaluation_due or progress.benchmark_due:  # a signal left them to this process

@@ -3,6 +3,7 @@
 Shape letters: N blocks, E experts.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,15 +11,16 @@ from torch import Tensor
 
 from dylora.model import DyLoRA_MoE
 from dylora.routing.losses import RoutingStatistics
+from dylora.training.step import StepResult
 
-DEAD_BELOW = 0.01  # an expert with less of a site's gate mass counts as dead
-COLLAPSED_ABOVE = 0.8  # a site whose leading expert has more than this counts as collapsed
+DEAD_BELOW = 0.01  # an expert with less of a block's gate sum counts as dead
+COLLAPSED_ABOVE = 0.8  # a block whose leading expert has more than this counts as collapsed
 
 
 class RoutingSummary(NamedTuple):
     """Means over tokens, on the CPU."""
 
-    usage_NE: Tensor  # share of the gate mass
+    usage_NE: Tensor  # share of the gate sum
     entropy_N: Tensor  # of the gates, in nats
     active_N: Tensor  # experts with a non-zero gate
     top1_share_N: Tensor  # largest share of the assignments
@@ -37,16 +39,10 @@ def summarize(statistics: RoutingStatistics) -> RoutingSummary:
 
 
 def routing_metrics(
-    summary: RoutingSummary, site_names: list[str], active: list[bool] | None = None
+    summary: RoutingSummary, block_names: list[str], active: list[bool]
 ) -> dict[str, float]:
-    """router/… for all sites together, and for each.
-
-    active: which experts take part; the others have no share and are not dead. None: all.
-    """
-    taking_part = torch.ones_like(summary.usage_NE[0], dtype=torch.bool)
-    if active is not None:
-        taking_part = torch.tensor(active)
-    dead_N = (summary.usage_NE[:, taking_part] < DEAD_BELOW).sum(-1)
+    """router/… for all blocks together, and for each; an expert that is not active is not dead."""
+    dead_N = (summary.usage_NE[:, torch.tensor(active)] < DEAD_BELOW).sum(-1)
     max_usage_N = summary.usage_NE.amax(-1)
     metrics = {
         "router/entropy": summary.entropy_N.mean().item(),
@@ -55,7 +51,7 @@ def routing_metrics(
         "router/top1_share": summary.top1_share_N.mean().item(),
         "router/active_experts": summary.active_N.mean().item(),
     }
-    for index, name in enumerate(site_names):
+    for index, name in enumerate(block_names):
         metrics[f"router/entropy/{name}"] = summary.entropy_N[index].item()
         metrics[f"router/max_usage/{name}"] = max_usage_N[index].item()
         metrics[f"router/dead_experts/{name}"] = float(dead_N[index])
@@ -64,10 +60,28 @@ def routing_metrics(
     return metrics
 
 
-def expert_metrics(model: DyLoRA_MoE, gate_share_E: Tensor) -> dict[str, float]:
-    """expert/{i}/… : maturity, gradient norm (call it before gradients are cleared), load.
+def window_row(result: StepResult) -> dict[str, float]:
+    """What a line of metrics needs of one step; one that updated nothing counts for the speed alone."""
+    row = {"tokens": result.tokens, "seconds": result.seconds}
+    if result.nonfinite is None:
+        row |= result.losses
+        row |= {"grad_norm": result.grad_norm, "clip_factor": result.clip_factor}
+    return row
 
-    gate_share_E: share of the gate mass, averaged over sites.
+
+def train_metrics(window: list[dict[str, float]], names: list[str]) -> dict[str, float]:
+    """train/… : means of the window's rows, NaN where no step of it updated anything."""
+    updated = [row for row in window if "loss" in row]
+    return {
+        f"train/{name}": sum(row[name] for row in updated) / len(updated) if updated else math.nan
+        for name in names
+    }
+
+
+def expert_metrics(model: DyLoRA_MoE, gate_share_E: Tensor, clip_factor: float) -> dict[str, float]:
+    """expert/{i}/… : maturity, gradient norm before clipping, share of the gate sum.
+
+    To be called while the gradients are there, multiplied by clip_factor.
     """
     squares_E = torch.zeros(len(model.experts))
     for adapter in model.mixture.adapters.values():
@@ -82,39 +96,41 @@ def expert_metrics(model: DyLoRA_MoE, gate_share_E: Tensor) -> dict[str, float]:
             continue
         metrics[f"expert/{expert}/maturity"] = float(model.maturity.maturity[expert])
         metrics[f"expert/{expert}/load"] = float(gate_share_E[expert])
-        metrics[f"expert/{expert}/grad_norm"] = float(squares_E[expert].sqrt())
+        metrics[f"expert/{expert}/grad_norm"] = float(squares_E[expert].sqrt() / clip_factor)
     return metrics
 
 
-class CollapseDetector:
-    """Says once a site when its routing has been collapsed for many steps in a row.
+def find_collapses(
+    counts: dict[str, int],
+    usage_NE: Tensor,
+    active: list[bool],
+    block_names: list[str],
+    steps: int,
+) -> list[str]:
+    """One step's usage -> a line for every block whose routing has just been collapsed for `steps`
+    steps in a row, once a run.
 
-    Collapsed means: the largest share of the gate mass lies above COLLAPSED_ABOVE, or an expert
-    that takes part gets less than DEAD_BELOW.
+    Collapsed means: the largest share of the gate sum lies above COLLAPSED_ABOVE, or an active
+    expert gets less than DEAD_BELOW. counts: steps in a row by block, which are brought up to date;
+    -1 once the line was given.
     """
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self._count: dict[str, int] = {}
-        self._told: set[str] = set()
-
-    def observe(self, usage_NE: Tensor, active: list[bool], site_names: list[str]) -> list[str]:
-        """One step's usage -> a line for every site that has just been collapsed long enough."""
-        if sum(active) < 2:
-            return []
-        lines = []
-        for name, usage_E in zip(site_names, usage_NE[:, torch.tensor(active)], strict=True):
-            largest, dead = float(usage_E.max()), int((usage_E < DEAD_BELOW).sum())
-            collapsed = largest > COLLAPSED_ABOVE or dead > 0
-            self._count[name] = self._count.get(name, 0) + 1 if collapsed else 0
-            if self._count[name] >= self.steps and name not in self._told:
-                self._told.add(name)
-                what = f"one expert has {largest:.0%} of the gate mass"
-                if largest <= COLLAPSED_ABOVE:
-                    what = f"{dead} of {len(usage_E)} experts have under {DEAD_BELOW:.0%} of it"
-                lines.append(
-                    f"warning: routing at {name} has been collapsed for {self.steps} steps "
-                    f"({what}). Try a larger moe.router_aux_loss_coef or moe.router_temperature, "
-                    "or a smaller train.router_learning_rate"
-                )
-        return lines
+    if sum(active) < 2:
+        return []
+    lines = []
+    for name, usage_E in zip(block_names, usage_NE[:, torch.tensor(active)], strict=True):
+        largest, dead = float(usage_E.max()), int((usage_E < DEAD_BELOW).sum())
+        if counts.get(name) == -1:
+            continue
+        counts[name] = counts.get(name, 0) + 1 if largest > COLLAPSED_ABOVE or dead > 0 else 0
+        if counts[name] < steps:
+            continue
+        counts[name] = -1
+        what = f"one expert has {largest:.0%} of the gate sum"
+        if largest <= COLLAPSED_ABOVE:
+            what = f"{dead} of {len(usage_E)} experts have under {DEAD_BELOW:.0%} of it"
+        lines.append(
+            f"warning: routing at {name} has been collapsed for {steps} steps ({what}). Try a "
+            "larger moe.router_aux_loss_coef or moe.router_temperature, or a smaller "
+            "train.router_learning_rate"
+        )
+    return lines

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from dylora.fields import is_number, is_whole_number, shown
@@ -49,7 +49,7 @@ def restore_schedule(
     schedule, of the checkpoint's run and of this one, for each group of the optimizer.
     """
     scheduler.load_state_dict(saved)
-    if isinstance(scheduler, LambdaLR):
+    if hasattr(scheduler, "lr_lambdas"):  # a function of the step alone
         scheduler.base_lrs = list(rates)
         pairs = zip(rates, scheduler.lr_lambdas, strict=True)
         current = [rate * factor(scheduler.last_epoch) for rate, factor in pairs]

@@ -25,7 +25,8 @@ class StepResult(NamedTuple):
     """What an optimizer step measured; means over the accumulated batch."""
 
     losses: dict[str, float]  # by name: loss, which is trained with, and its parts
-    grad_norm: float
+    grad_norm: float  # of all gradients, before they were clipped
+    clip_factor: float  # that clipping multiplied them by; 1: not clipped
     target_tokens: int
     tokens: int
     seconds: float
@@ -63,6 +64,7 @@ def run_step(run: Run) -> StepResult:
     result = StepResult(
         losses,
         grad_norm,
+        clip_factor(grad_norm, run.config.train.max_grad_norm),
         int(totals.target_tokens or 0),
         int(totals.tokens or 0),
         time.perf_counter() - started,
@@ -115,6 +117,11 @@ def clip_gradients(run: Run) -> Tensor:
     parameters = [p for p in named_parameters(run.model).values() if p.requires_grad]
     limit = run.config.train.max_grad_norm or math.inf
     return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+
+def clip_factor(grad_norm: float, limit: float) -> float:
+    """What torch's clipping to `limit` multiplies gradients of this norm by; 0: no limit."""
+    return min(1.0, limit / (grad_norm + 1e-6)) if limit else 1.0
 
 
 def read(

@@ -37,6 +37,10 @@ class Progress:
     # The model's fractions [N, E] of the balance losses, as lists.
     fractions: dict[str, list[list[float]]] | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
+    # A row for each step since the last line of metrics: metrics.window_row.
+    window: list[dict[str, float]] = field(default_factory=list)
+    # Steps in a row that a block's routing has been collapsed: metrics.find_collapses.
+    collapsed_steps: dict[str, int] = field(default_factory=dict)
 
 
 def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
@@ -45,6 +49,7 @@ def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
     Raises ValueError naming a field that is missing or cannot be what it is.
     """
     state = read_json(file, infinite=True)  # before the first evaluation, the best loss is infinite
+    state = {"window": [], "collapsed_steps": {}} | state  # checkpoints of before lack them
     checks: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys((item.name for item in dataclasses.fields(Progress)), is_whole_number),
         "step": lambda value: is_whole_number(value, 0, MOST_STEPS),
@@ -62,6 +67,11 @@ def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
             )
         ),
         "sampler": lambda value: isinstance(value, dict),
+        "window": lambda value: isinstance(value, list) and all(map(_is_window_row, value)),
+        "collapsed_steps": lambda value: (
+            isinstance(value, dict)
+            and all(is_whole_number(count, -1, MOST_STEPS) for count in value.values())
+        ),
     }
     require_keys(file, "", state, checks)
     for name, value in state["sampler"].items():
@@ -94,6 +104,11 @@ def require_same_form(file: Path, where: str, found: Any, ours: Any) -> None:
             raise ValueError(f"{file}: {name} is {shown(found)}, no number")
     elif type(found) is not type(ours):
         raise ValueError(f"{file}: {name} is {shown(found)}, not of type {type(ours).__name__}")
+
+
+def _is_window_row(row: Any) -> bool:
+    needed = {"tokens", "seconds"}
+    return isinstance(row, dict) and needed <= row.keys() and all(map(is_number, row.values()))
 
 
 def _are_shares(rows: Any, height: int, width: int) -> bool:

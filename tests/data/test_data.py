@@ -257,13 +257,15 @@ def test_generated_rows_need_no_hashes(tokenizer):
     assert "text_hashes" not in source
 
 
-def test_the_provenance_changes_with_one_character_and_not_with_the_order(tmp_path, tokenizer):
+def test_the_provenance_tells_the_rows_from_their_order(tmp_path, tokenizer):
     def provenance(lines):
         (tmp_path / "r.jsonl").write_text("\n".join(lines))
         return load_data(config_for(tmp_path / "r.jsonl"), tokenizer).provenance["sources"][0]
 
     lines = [json.dumps({"question": f"Q{i}", "answer": f"A{i}"}) for i in range(20)]
     first = provenance(lines)
-    assert provenance(lines[::-1]) == first
+    turned = provenance(lines[::-1])
+    assert turned["order_sha256"] != first["order_sha256"]
+    assert turned | {"order_sha256": first["order_sha256"]} == first
     changed = provenance([line.replace('"A', '"B') for line in lines])
     assert changed["training_sha256"] != first["training_sha256"]

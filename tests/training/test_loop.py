@@ -16,9 +16,10 @@ from dylora.data.batching import collate
 from dylora.kernels.cross_entropy import target_positions
 from dylora.run_config import DataConfig, Schedule
 from dylora.storage.checkpoint import Checkpoint
-from dylora.training.callbacks import MetricsLog
+from dylora.training.callbacks import row_of_metrics
 from dylora.training.environment import seed_everything
 from dylora.training.loop import train
+from dylora.training.metrics import window_row
 from dylora.training.optim import named_parameters, state_by_name
 from dylora.training.random_state import random_state, restore_random_state
 from dylora.training.resume import check_same_settings, last_good, resume, save
@@ -555,9 +556,8 @@ def test_a_retired_expert_is_not_counted_as_dead(make_config):
     run = prepare(make_config(moe=MIXED), fresh=True)
     run.model.experts.retire(1)
     [result] = steps_of(run, 1)
-    log = MetricsLog()
-    log.results.append(result)
-    metrics = log.metrics(run)
+    run.progress.window.append(window_row(result))
+    metrics = row_of_metrics(run, result)
     assert metrics["router/dead_experts"] == 0
     assert "expert/1/load" not in metrics
 

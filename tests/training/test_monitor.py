@@ -1,5 +1,9 @@
+import dataclasses
 import io
 import json
+import re
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -7,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import dylora
+from dylora.evaluation.report import report_run
 from dylora.routing.losses import RoutingStatistics
 from dylora.run_config import LogConfig
 from dylora.training import loggers
+from dylora.training.environment import describe_repository
 from dylora.training.log import RunLog
 from dylora.training.loop import train
-from dylora.training.metrics import CollapseDetector, routing_metrics, summarize
-from runs import rows_of
+from dylora.training.metrics import find_collapses, routing_metrics, summarize
+from runs import STEPS, rows_of
 
 
 def statistics(gate_NE: list[list[float]], tokens: float) -> RoutingStatistics:
@@ -24,7 +31,7 @@ def statistics(gate_NE: list[list[float]], tokens: float) -> RoutingStatistics:
 
 def test_an_expert_with_less_than_a_hundredth_of_a_site_is_dead_there():
     metrics = routing_metrics(
-        summarize(statistics([[0.995, 0.005], [0.5, 0.5]], 1.0)), ["first", "second"]
+        summarize(statistics([[0.995, 0.005], [0.5, 0.5]], 1.0)), ["first", "second"], [True, True]
     )
     assert metrics["router/dead_experts/first"] == 1
     assert metrics["router/dead_experts/second"] == 0
@@ -34,7 +41,7 @@ def test_an_expert_with_less_than_a_hundredth_of_a_site_is_dead_there():
 
 def test_an_expert_that_takes_no_part_is_not_dead():
     summary = summarize(statistics([[0.5, 0.0, 0.5, 0.0]], 1.0))
-    assert routing_metrics(summary, ["site"])["router/dead_experts"] == 2
+    assert routing_metrics(summary, ["site"], [True] * 4)["router/dead_experts"] == 2
     metrics = routing_metrics(summary, ["site"], [True, False, True, True])
     assert metrics["router/dead_experts"] == 1
     assert metrics["router/dead_experts/site"] == 1
@@ -46,9 +53,11 @@ EVEN, COLLAPSED = [0.3, 0.4, 0.3], [0.9, 0.05, 0.05]
 
 def watched(steps: int, *usages: list[list[float]], active=(True, True, True)) -> list[list[str]]:
     """The lines of each step; a usage is [site][expert]."""
-    watch = CollapseDetector(steps)
+    counts: dict[str, int] = {}
     names = [f"site_{index}" for index in range(len(usages[0]))]
-    return [watch.observe(torch.tensor(usage), list(active), names) for usage in usages]
+    return [
+        find_collapses(counts, torch.tensor(usage), list(active), names, steps) for usage in usages
+    ]
 
 
 def test_a_collapse_is_told_at_exactly_the_nth_step_in_a_row_and_once():
@@ -68,7 +77,7 @@ def test_every_site_is_watched_by_itself():
 
 def test_a_warning_of_collapse_says_what_is_wrong_and_what_helps():
     [[line]] = watched(1, [COLLAPSED])
-    assert "one expert has 90% of the gate mass" in line
+    assert "one expert has 90% of the gate sum" in line
     for remedy in ("router_aux_loss_coef", "router_temperature", "router_learning_rate"):
         assert remedy in line
     [[line]] = watched(1, [[0.5, 0.495, 0.005]])
@@ -230,3 +239,91 @@ def test_a_half_written_last_line_is_forgotten_on_resume(tmp_path):
     log.forget_after(2)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
+
+
+def test_a_resume_between_two_rows_of_metrics_changes_neither(make_config):
+    config = make_config(save_steps=2)
+    config = dataclasses.replace(config, log=LogConfig(logging_steps=4))
+    whole = train(config).folder
+    expected = rows_of(whole)
+    for step in (8, 10):
+        shutil.rmtree(whole / f"checkpoint-{step}")
+    train(config, "latest")  # at step 6, in the middle of a row
+    assert rows_of(whole) == expected
+
+
+@pytest.mark.parametrize(("stop", "warned"), [(2, True), (6, False)])
+def test_a_collapse_is_counted_across_a_resume_and_told_once(
+    make_config, monkeypatch, capsys, stop, warned
+):
+    monkeypatch.setattr("dylora.training.metrics.COLLAPSED_ABOVE", -1.0)
+    config = make_config(save_steps=2)
+    config = dataclasses.replace(config, log=LogConfig(collapse_steps=4))
+    folder = train(config).folder
+    assert "has been collapsed for 4 steps" in capsys.readouterr().out
+    for step in range(stop + 2, STEPS + 1, 2):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    train(
+        dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=stop + 2)),
+        "latest",
+    )
+    assert ("has been collapsed for 4 steps" in capsys.readouterr().out) == warned
+
+
+def test_gradient_norms_are_those_before_clipping_and_the_factor_is_logged(make_config):
+    rows = [
+        rows_of(train(make_config(str(limit), max_steps=1, max_grad_norm=limit)).folder)[0]
+        for limit in (0.0, 0.01)
+    ]
+    free, clipped = rows
+    norm = free["train/grad_norm"]
+    assert clipped["train/grad_norm"] == pytest.approx(norm, rel=1e-6)
+    assert (free["train/clip_factor"], norm > 0.01) == (1.0, True)
+    assert clipped["train/clip_factor"] == pytest.approx(0.01 / norm, rel=1e-4)
+    for expert in range(3):
+        name = f"expert/{expert}/grad_norm"
+        assert clipped[name] == pytest.approx(free[name], rel=1e-5)
+
+
+# What is written beside
+
+
+def test_a_machine_without_git_trains(make_config, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    run = train(make_config(max_steps=1))
+    facts = json.loads((run.folder / "env.json").read_text())
+    assert (facts["commit"], facts["dirty"]) == (None, None)
+    assert facts["dylora"] == dylora.__version__
+    assert facts["command"].split()
+
+
+def git(folder: Path, *arguments: str) -> None:
+    settings = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *settings, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_commit_is_that_of_dyloras_repository_alone(tmp_path):
+    package = tmp_path / "checkout"
+    package.mkdir()
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "somebody else's")
+    assert describe_repository(package) is None
+    (package / "pyproject.toml").write_text('[project]\nname = "dylora"\n')
+    assert describe_repository(package) is None  # a part of another repository
+    git(package, "init")
+    git(package, "add", ".")
+    git(package, "commit", "-m", "ours")
+    assert re.fullmatch("[0-9a-f]{40}", describe_repository(package))
+    (package / "pyproject.toml").write_text('[project]\nname = "dylora" \n')
+    assert re.fullmatch("[0-9a-f]{40}-dirty", describe_repository(package))
+    (package / "pyproject.toml").write_text('[project]\nname = "mine"\n')
+    assert describe_repository(package) is None
+
+
+def test_without_matplotlib_the_results_are_there_all_the_same(make_config, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = train(make_config(max_steps=1))
+    report_run(run)
+    assert json.loads((run.folder / "results.json").read_text())["step"] == 1
+    assert "plots are left out" in capsys.readouterr().out
+    assert not list(run.folder.glob("*.png"))
