@@ -61,7 +61,7 @@ def routing_metrics(
 
 
 def window_row(result: StepResult) -> dict[str, float]:
-    """What a line of metrics needs of one step; one that updated nothing counts for the speed alone."""
+    """What metrics need of a step; one that updated nothing counts for the speed alone."""
     row = {"tokens": result.tokens, "seconds": result.seconds}
     if result.nonfinite is None:
         row |= result.losses
