@@ -18,11 +18,14 @@ RouterLogits = Literal["linear", "absolute"]
 RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
 BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "none"]
-AdapterType = Literal["lora"]
+AdapterType = Literal["lora", "loha"]
 Quantization = Literal["none", "bnb-4bit", "bnb-8bit", "torchao-int8"]
 LARGEST = 65_536  # ranks, experts and hidden widths; no projection of any base is as wide
 MAX_ALPHA = 1_000_000
-_MEANINGLESS: dict[str, tuple[str, ...]] = {}  # options of LoRA for experts of another type
+# Options of LoRA that mean nothing for the experts of another type.
+_MEANINGLESS = {
+    "loha": ("bias", "use_rslora", "use_dora", "freeze_A", "share_A", "init_lora_weights"),
+}
 _ONE_A = "unset with share_A: the experts have one A"
 
 
@@ -33,7 +36,8 @@ class MoELoraConfig:
     RENAMED: ClassVar[dict[str, str | None]] = {"fan_in_fan_out": None}
 
     adapter_type: AdapterType = "lora"
-    """What an expert is: the file of that name in dylora/adapters/."""
+    """What an expert is. lora: B A (Hu et al. 2021); loha: (W1a W1b) ∘ (W2a W2b), of rank up to r²
+    (Hyeon-Woo et al. 2021), which takes r, alpha, dropout and targets alone of LoRA's fields."""
     r: int = option(16, least=1, most=LARGEST)
     """Rank of each expert."""
     lora_alpha: float = option(32, above=0, most=MAX_ALPHA)

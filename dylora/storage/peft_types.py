@@ -34,4 +34,16 @@ PEFT_TYPES = {
         },
         product=lambda A, B: B @ A,
     ),
+    "LOHA": PeftType(
+        matrices={"hada_w1_a": "o r", "hada_w1_b": "r d", "hada_w2_a": "o r", "hada_w2_b": "r d"},
+        suffix="",
+        alpha="alpha",
+        settings={
+            "init_weights": True,
+            "module_dropout": 0.0,
+            "rank_dropout": 0.0,
+            "use_effective_conv2d": False,
+        },
+        product=lambda w1_a, w1_b, w2_a, w2_b: (w1_a @ w1_b) * (w2_a @ w2_b),
+    ),
 }

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from dylora import MoELoraConfig
 
-SECTIONS = {"r": "LoRA", "use_moe_routing": "Routing", "maturity_mode": "Maturity"}
+SECTIONS = {"adapter_type": "Experts", "use_moe_routing": "Routing", "maturity_mode": "Maturity"}
 
 # A value that each field refuses; its error tells the range.
 REFUSED: dict[str, Any] = {
@@ -50,6 +50,7 @@ PAPERS = {
     "LoRA": "Hu et al. 2021, LoRA, arXiv 2106.09685",
     "rsLoRA": "Kalajdzievski 2023, rsLoRA, arXiv 2312.03732",
     "DoRA": "Liu et al. 2024, DoRA, arXiv 2402.09353",
+    "LoHa": "Hyeon-Woo et al. 2021, FedPara, arXiv 2108.06098",
     "BitFit": "Zaken et al. 2022, BitFit, arXiv 2106.10199",
     "LoRA-FA": "Zhang et al. 2023, LoRA-FA, arXiv 2308.03303",
     "HydraLoRA": "Tian et al. 2024, HydraLoRA, arXiv 2404.19245",
@@ -60,6 +61,7 @@ PAPERS = {
     "Arrow": "Ostapenko et al. 2024, Arrow, arXiv 2405.11157",
 }
 SOURCES = {
+    "adapter_type": ["LoRA", "LoHa"],
     "r": ["LoRA"],
     "lora_alpha": ["LoRA"],
     "lora_dropout": ["LoRA"],

@@ -27,6 +27,30 @@ def mixture_update(
     return torch.stack(rows)
 
 
+def loha_update(
+    x_TD: Tensor,
+    w1_a_ERO: Tensor,
+    w1_b_ERD: Tensor,
+    w2_a_ERO: Tensor,
+    w2_b_ERD: Tensor,
+    gates_TE: Tensor,
+    scaling_E: Tensor,
+) -> Tensor:
+    """Σ_e g_e · s_e · ((W1a W1b) ∘ (W2a W2b)) x for each token, entry by entry -> [T, O]."""
+    rows = []
+    for x_D, gates_E in zip(x_TD, gates_TE, strict=True):
+        row_O = torch.zeros(w1_a_ERO.shape[-1], dtype=x_TD.dtype)
+        for expert, gate in enumerate(gates_E):
+            for o in range(len(row_O)):
+                ranks = range(w1_a_ERO.shape[1])
+                one_D = sum(w1_a_ERO[expert, r, o] * w1_b_ERD[expert, r] for r in ranks)
+                two_D = sum(w2_a_ERO[expert, r, o] * w2_b_ERD[expert, r] for r in ranks)
+                unit_O = torch.nn.functional.one_hot(torch.tensor(o), len(row_O))
+                row_O = row_O + unit_O * gate * scaling_E[expert] * (one_D * two_D * x_D).sum()
+        rows.append(row_O)
+    return torch.stack(rows)
+
+
 def top_k(scores: list[float], k: int) -> list[int]:
     """Indices of the k largest; of equal ones the lowest index."""
     return sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:k]
