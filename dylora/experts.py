@@ -43,6 +43,7 @@ class ExpertManager:
         self.step = 0  # of the run, for the histories
         self.progress = 0.0  # share of the run that is done
         self._optimizer: torch.optim.Optimizer | None = None
+        self._paused: list[nn.Parameter] = []  # of routers, while one expert takes part
         if records is not None:
             self.load_state_dict(records)
 
@@ -344,6 +345,13 @@ class ExpertManager:
                     _set_requires_grad(parameter, trained and name not in adapter.fixed)
         for parameter in shared:
             _set_requires_grad(parameter, free)
+        alone = sum(row.takes_part for row in self.table) == 1
+        routers = [parameter for _, parameter in mixture.router_parameters()]
+        if alone:  # those that somebody else has frozen stay so afterwards
+            self._paused += [p for p in routers if p.requires_grad]
+        for parameter in self._paused:
+            _set_requires_grad(parameter, not alone)
+        self._paused = self._paused if alone else []
 
 
 def _set_requires_grad(parameter: nn.Parameter, trains: bool) -> None:

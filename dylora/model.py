@@ -154,7 +154,8 @@ class DyLoRA_MoE(nn.Module):
             token_losses = chunked_token_losses(
                 head, last, seen.hidden, labels, target_positions, label_smoothing
             )
-        statistics = routing.statistics if routing else None
+        # A router has nothing to learn while a single expert takes part.
+        statistics = routing.statistics if routing and state.active_count > 1 else None
         loss, parts = losses.combined_loss(
             token_losses, labels, statistics, self.config, totals, state.active_count
         )

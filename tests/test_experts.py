@@ -583,3 +583,33 @@ def test_fixed_weights_that_were_merged_come_back(mixture, ids, tmp_path):
         again.get_routing_weights(ids)[0, 0, 0], torch.tensor([0.8, 0.0, 0.2])
     )
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_nothing_of_a_router_is_trained_while_one_expert_takes_part(mixture, ids):
+    model = mixture(router_z_loss_coef=0.1).train()
+    optimizer = torch.optim.AdamW([p for _, p in model.own_parameters()], lr=0.05)
+    model.experts.attach_optimizer(optimizer)
+
+    def step():
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return output
+
+    assert step().z_loss > 0
+    first = next(iter(model.router_parameters()))[1]
+    first.requires_grad_(False)  # somebody's own wish
+    before = {name: p.clone() for name, p in model.router_parameters()}
+    model.experts.set_active_expert(1)
+    output = step()
+    torch.testing.assert_close(output.loss, output.lm_loss, rtol=0, atol=0)
+    assert output.z_loss == 0
+    assert all(torch.equal(before[name], p) for name, p in model.router_parameters())
+    model.experts.activate_all_experts()
+    assert [p.requires_grad for _, p in model.router_parameters()] == [False, True, True, True]
+    step()
+    assert not torch.equal(
+        before["model.layers.1.self_attn.outer.bias"],
+        dict(model.router_parameters())["model.layers.1.self_attn.outer.bias"],
+    )

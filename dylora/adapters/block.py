@@ -3,10 +3,12 @@
 Shape letters: B batch, S sequence, T tokens (B·S), D hidden width, E experts, K top-k, C columns.
 """
 
+import math
 import weakref
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from dylora.adapters.plan import DispatchPlan, DownProjection, make_plan
@@ -46,7 +48,18 @@ class RoutedBlock:
         pass_ = self.state.begin_block()
         if pass_.enabled:
             x = args[0] if args else kwargs["hidden_states"]
+            if x.ndim == 2:  # tokens in one row, as shared experts of an MLP get them
+                x = self._by_sequence(x, pass_)
             self.begin(pass_, self.decide(x, pass_), x.dtype)
+
+    def _by_sequence(self, x: Tensor, pass_: Pass) -> Tensor:
+        """Tokens [B·S, D] as [B, S, D]. Raises ValueError where they are others than the pass's."""
+        if pass_.shape is None or math.prod(pass_.shape) != len(x):
+            raise ValueError(
+                f"{self.name} gets {len(x)} tokens in one row, which are not those of the pass: "
+                "leave its projections out of target_modules"
+            )
+        return rearrange(x, "(b s) d -> b s d", b=pass_.shape[0])
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the block; called after an error as well."""

@@ -31,6 +31,7 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
     whose updates could not be right.
     """
     candidates = [path for path, module in base.named_modules() if is_projection(module)]
+    _check_base(base)
     if config.target_modules is None:
         decoder = base.get_decoder()
         within = next(path for path, module in base.named_modules() if module is decoder)
@@ -42,6 +43,11 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
     else:
         for target in config.target_modules:
             if not any(ends_with(path, target) for path in candidates):
+                if any(p.ndim == 3 and ends_with(n, target) for n, p in base.named_parameters()):
+                    raise ValueError(
+                        f"target_modules: {target!r} holds all experts of the base in one tensor, "
+                        "which cannot be adapted: leave it out"
+                    )
                 names = sorted({path.rpartition(".")[2] for path in candidates})
                 hint = nearest(target, names)
                 raise ValueError(f"target_modules: {target!r} matches nothing{hint}")
@@ -69,12 +75,31 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
             "kv_b_proj expands the cached latents of all past tokens at every step, and their "
             "gates are gone by then: leave it out of target_modules"
         )
+    for path in chosen:
+        block = base.get_submodule(path.rpartition(".")[0])
+        if path.endswith(".out_proj") and hasattr(block, "cuda_kernels_forward"):
+            raise ValueError(
+                f"{path} is the output of a Mamba block, whose fused kernels read the weight past "
+                "the projection: leave it out of target_modules"
+            )
     if getattr(base.config, "slow_but_exact", False) and base.config.pretraining_tp > 1:
         raise ValueError(
             "with slow_but_exact BLOOM reads weights past its projections, so their updates would "
             "be lost: load the base with slow_but_exact=False"
         )
     return chosen
+
+
+def _check_base(base: PreTrainedModel) -> None:
+    """Raises ValueError for a base whose loss or layers are not what they seem."""
+    if base.config.is_encoder_decoder:
+        raise ValueError(f"{type(base).__name__} is an encoder and a decoder: give a causal LM")
+    for path, module in base.named_modules():
+        if type(module).__module__.split(".")[0] == "peft":
+            raise ValueError(
+                f"{path or 'the base'} is a layer of PEFT: give the model without its adapters "
+                "(unload() or merge_and_unload()), and import those (run.py import)"
+            )
 
 
 def is_projection(module: nn.Module) -> bool:

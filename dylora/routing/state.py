@@ -30,6 +30,7 @@ class Pass:
         routing_weights: Tensor | None = None,
         token_mask: Tensor | None = None,
         decisions: dict[int, RouterOutput] | None = None,
+        shape: tuple[int, int] | None = None,
         kept: dict[str, Any] | None = None,
         scope: str = "base",
     ):
@@ -37,6 +38,7 @@ class Pass:
         self.enabled = enabled  # False: the frozen base alone
         self.routing_weights = routing_weights  # [B, E], [B, S, E] or [B, S, N, E]: the gates
         self.token_mask = token_mask  # [B, S], 0 on padding
+        self.shape = shape  # B and S of its inputs, where they are known
         self.kept = kept  # values that live as long as one decoding; None: nothing is kept
         self.scope = scope  # whose hooks end it: of the base, its decoder, or a single block
         self.decisions = {} if decisions is None else decisions  # by the index of the block
@@ -50,6 +52,7 @@ class Pass:
             enabled=self.enabled,
             routing_weights=self.routing_weights,
             token_mask=self.token_mask,
+            shape=self.shape,
             scope=scope,
         )
         again.shared = self.shared
@@ -138,6 +141,9 @@ class RoutingState(nn.Module):
                 "nn.DataParallel copies the base without its experts: use DistributedDataParallel"
             )
         mine, mask = self.mine, kwargs.get("attention_mask")
+        ids: Any = kwargs.get("input_ids")
+        if ids is None:
+            ids = args[0] if args else kwargs.get("inputs_embeds")
         request, mine.requested = mine.requested or Request(None, {}), None
         weights = mine.held if request.routing_weights is None else request.routing_weights
         pass_ = Pass(
@@ -146,7 +152,8 @@ class RoutingState(nn.Module):
             routing_weights=weights,
             decisions=request.decisions,
             token_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-            kept=self._kept(args, kwargs),
+            shape=None if ids is None else (ids.shape[0], ids.shape[1]),
+            kept=self._kept(ids, kwargs.get("past_key_values")),
             scope=scope,
         )
         if torch.compiler.is_compiling():
@@ -201,7 +208,7 @@ class RoutingState(nn.Module):
 
     # Values kept between the tokens of one decoding
 
-    def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def _kept(self, ids: Tensor | None, cache: Any) -> dict[str, Any] | None:
         """Where this pass may keep what it makes of parameters; None: nowhere.
 
         A pass of one token without gradient that goes on with a cache belongs to the decoding of
@@ -214,10 +221,7 @@ class RoutingState(nn.Module):
             if self._decodings:
                 self._decodings.clear()
             return None
-        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        if ids is None:
-            ids = args[0] if args else kwargs.get("inputs_embeds")
-        if not isinstance(cache, Cache) or not isinstance(ids, Tensor):
+        if ids is None or not isinstance(cache, Cache):
             return None
         if ids.shape[1] > 1:
             self._decodings.pop(cache, None)

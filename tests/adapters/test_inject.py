@@ -369,3 +369,61 @@ def test_shortest_targets_name_exactly_the_chosen_projections(gpt2, settings):
 def test_shortest_targets_are_the_same_once_adapters_are_on(gpt2, mixture):
     model = mixture(gpt2())
     assert shortest_targets(model.base, list(model.mixture.adapters)) == ["attn.c_proj", "c_attn"]
+
+
+# What a base may be
+
+
+def test_an_encoder_decoder_is_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    base = T5ForConditionalGeneration(T5Config(vocab_size=32, **sizes))
+    with pytest.raises(ValueError, match="is an encoder and a decoder"):
+        DyLoRA_MoE.from_base(base, MoELoraConfig(target_modules=["q"]))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_base_with_layers_of_peft_is_refused_and_unchanged(llama, ids):
+    from peft import LoraConfig, get_peft_model
+
+    base = llama()
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    before = list(base.state_dict())
+    with pytest.raises(ValueError, match="is a layer of PEFT: give the model without"):
+        DyLoRA_MoE.from_base(base, MoELoraConfig())
+    assert list(base.state_dict()) == before
+
+
+def test_the_output_of_a_mamba_block_is_refused(random_base):
+    sizes = {"hidden_size": 32, "vocab_size": 64, "num_hidden_layers": 2, "num_heads": 8}
+    sizes |= {"head_dim": 8, "n_groups": 1, "state_size": 8, "expand": 2}
+    base = random_base("Mamba2Config", **sizes)
+    with pytest.raises(ValueError, match="is the output of a Mamba block"):
+        DyLoRA_MoE.from_base(base, MoELoraConfig(target_modules=["out_proj"]))
+
+
+MOE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+MOE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+
+
+def test_experts_of_a_base_in_one_tensor_are_refused_by_name(random_base):
+    base = random_base("MixtralConfig", **MOE, num_local_experts=4)
+    with pytest.raises(ValueError, match="'gate_up_proj' holds all experts of the base in one"):
+        DyLoRA_MoE.from_base(base, MoELoraConfig(target_modules=["gate_up_proj"]))
+
+
+def test_shared_experts_whose_tokens_lie_in_one_row_are_routed_by_sequence(random_base, ids):
+    sizes = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    base = random_base("Qwen2MoeConfig", **MOE, **sizes)
+    targets = ["shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"]
+    model = DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=3, target_modules=targets)).eval()
+    for name, parameter in model.expert_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    output = model(ids, labels=ids)
+    assert output.routing.gates.shape == (*ids.shape, 2, 3)
+    output.loss.backward()
+    rows = torch.cat([model(row[None]).logits for row in ids])
+    torch.testing.assert_close(output.logits, rows)
+    assert all(p.grad is not None for _, p in model.own_parameters())
