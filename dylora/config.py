@@ -7,6 +7,7 @@ the value it got.
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ RouterScope = Literal["site", "shared"]
 RouterLogits = Literal["linear", "absolute"]
 RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
-BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "none"]
+BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "z_loss", "none"]
 AdapterType = Literal["lora", "loha"]
 Quantization = Literal["none", "bnb-4bit", "bnb-8bit", "torchao-int8"]
 LARGEST = 65_536  # ranks, experts and hidden widths; no projection of any base is as wide
@@ -26,7 +27,6 @@ MAX_ALPHA = 1_000_000
 _MEANINGLESS = {
     "loha": ("bias", "use_rslora", "use_dora", "freeze_A", "share_A", "init_lora_weights"),
 }
-_ONE_A = "unset with share_A: the experts have one A"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,10 @@ class MoELoraConfig:
     fixed_routing_weights: list[float] | None = option(None, least=0, routing=True)
     """Weights of router_type fixed, one an expert; none: uniform."""
     load_balance_loss_type: BalanceLoss = option("aux_loss", routing=True)
-    """aux_loss: fractions from the top-k (GShard); switch: from the argmax (Switch); or both."""
+    """aux_loss: fractions from the top-k (GShard); switch: from the argmax (Switch); or both;
+    z_loss: no balance loss, and the z loss with the weight of router_aux_loss_coef."""
     router_aux_loss_coef: float = option(0.01, least=0, routing=True)
-    """Weight of aux_loss."""
+    """Weight of aux_loss, or of load_balance_loss_type z_loss."""
     router_switch_loss_coef: float | None = option(None, least=0, routing=True)
     """Weight of switch; none: router_aux_loss_coef."""
     router_z_loss_coef: float = option(0.001, least=0, routing=True)
@@ -129,69 +130,62 @@ class MoELoraConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self._check_experts()
-        self._check_low_rank()
-        self._check_maturity()
-
-    def _check_experts(self) -> None:
-        """How many there are, and what has one value for each of them."""
-        experts, routed = self.num_experts, self.use_moe_routing
-        require(not routed or experts >= 2, "num_experts", experts, "at least 2 with routing")
-        top_k = self.top_k_experts
-        most = experts if routed else max(experts, 2)
-        require(top_k <= most, "top_k_experts", top_k, f"from 1 to num_experts ({experts})")
-        counts = {"expert_ranks": self.expert_count, "expert_alphas": self.expert_count}
-        for name, count in {**counts, "fixed_routing_weights": experts}.items():
-            values = getattr(self, name)
-            fits = values is None or len(values) == count
-            require(fits, name, values, f"{count} numbers, one an expert")
-        mode, by_threshold = self.routing_mode, self.router_type == "threshold"
-        rule = "maturity with router_type threshold, which keeps what is above its threshold"
-        require(not by_threshold or mode == "maturity", "routing_mode", mode, rule)
-        weights, fixed = self.fixed_routing_weights, self.router_type == "fixed"
-        rule = "unset unless router_type is fixed"
-        require(weights is None or fixed, "fixed_routing_weights", weights, rule)
-        unused = [] if routed else self._changed_routing()
+        for name, holds, rule in self._rules():
+            require(holds, name, getattr(self, name), rule)
+        unused = [] if self.use_moe_routing else self._changed_routing()
         if unused:
             warnings.warn(
                 f"use_moe_routing is false, so these settings do nothing: {', '.join(unused)}",
-                stacklevel=4,
+                stacklevel=3,
             )
+
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """What must hold of several fields: the one to name in an error, whether it does, what."""
+        experts, routed = self.num_experts, self.use_moe_routing
+        yield "num_experts", not routed or experts >= 2, "at least 2 with routing"
+        most = experts if routed else max(experts, 2)
+        yield "top_k_experts", self.top_k_experts <= most, f"from 1 to num_experts ({experts})"
+        counts = {"expert_ranks": self.expert_count, "expert_alphas": self.expert_count}
+        for name, count in {**counts, "fixed_routing_weights": experts}.items():
+            values = getattr(self, name)
+            yield name, values is None or len(values) == count, f"{count} numbers, one an expert"
+        follows = self.router_type != "threshold" or self.routing_mode == "maturity"
+        rule = "maturity with router_type threshold, which keeps what is above its threshold"
+        yield "routing_mode", follows, rule
+        unset = self.router_type == "fixed" or self.fixed_routing_weights is None
+        yield "fixed_routing_weights", unset, "unset unless router_type is fixed"
+        unset = self.router_z_loss_coef == MoELoraConfig.router_z_loss_coef
+        rule = "unset with load_balance_loss_type z_loss, whose weight is router_aux_loss_coef"
+        yield "router_z_loss_coef", unset or self.load_balance_loss_type != "z_loss", rule
+
+        for name in _MEANINGLESS.get(self.adapter_type, ()):
+            default = MoELoraConfig.__dataclass_fields__[name].default
+            rule = f"{default!r} with adapter_type {self.adapter_type!r}"
+            yield name, getattr(self, name) == default, rule
+        orthogonal, one_A = self.init_lora_weights == "orthogonal", "with share_A, one A for all"
+        yield "expert_ranks", self.expert_ranks is None or not self.share_A, f"unset {one_A}"
+        yield "init_lora_weights", not (orthogonal and self.share_A), f"true or gaussian {one_A}"
+        ranks = [self.r, *(self.expert_ranks or []), *self.rank_pattern.values()]
+        even = all(rank % 2 == 0 for rank in ranks)
+        yield "r", even or not orthogonal, "even for orthogonal values, as every other rank"
+
+        follows_loss = self.maturity_mode in ("hybrid", "plateau") and self.maturity_threshold < 1
+        settled = 1 / (1 + math.exp(min(-self.maturity_rho / self.maturity_s, 700.0)))
+        yield (
+            "maturity_threshold",
+            settled >= self.maturity_threshold or not follows_loss,
+            f"at most sigmoid(maturity_rho / maturity_s) = {settled:.3f}, "
+            "which is all that a settled loss gives",
+        )
+        begin, end = self.maturity_schedule
+        yield "maturity_schedule", begin < end, "two rising shares"
 
     def _changed_routing(self) -> list[str]:
-        """The settings of routing that are not as by default; one expert needs none."""
-        defaults = {
-            item.name: item.default for item in fields(self) if item.metadata.get("routing")
-        }
+        """The settings of routing that are not as by default; 1 of 1 expert is not one of them."""
+        routing = {item.name: item.default for item in fields(self) if "routing" in item.metadata}
         if self.num_experts == 1:
-            del defaults["num_experts"]
-        return [name for name, default in defaults.items() if getattr(self, name) != default]
-
-    def _check_low_rank(self) -> None:
-        """What goes together of A, B and their ranks."""
-        own = self.init_lora_weights
-        for name in _MEANINGLESS.get(self.adapter_type, ()):
-            default, rule = type(self).__dataclass_fields__[name].default, self.adapter_type
-            value = getattr(self, name)
-            require(value == default, name, value, f"{default!r} with adapter_type {rule!r}")
-        if self.share_A:
-            require(self.expert_ranks is None, "expert_ranks", self.expert_ranks, _ONE_A)
-            require(own != "orthogonal", "init_lora_weights", own, f"true or gaussian: {_ONE_A}")
-        if own == "orthogonal":
-            ranks = [self.r, *(self.expert_ranks or []), *self.rank_pattern.values()]
-            require(all(r % 2 == 0 for r in ranks), "r", ranks, "even for orthogonal values")
-
-    def _check_maturity(self) -> None:
-        threshold = self.maturity_threshold
-        if self.maturity_mode in ("hybrid", "plateau") and threshold < 1:
-            highest = 1 / (1 + math.exp(-self.maturity_rho / self.maturity_s))
-            rule = (
-                f"at most sigmoid(maturity_rho / maturity_s) = {highest:.3f}, "
-                "which is all that a settled loss gives"
-            )
-            require(highest >= threshold, "maturity_threshold", threshold, rule)
-        begin, end = self.maturity_schedule
-        require(begin < end, "maturity_schedule", self.maturity_schedule, "two rising shares")
+            routing |= {"num_experts": 1, "top_k_experts": min(self.top_k_experts, 2)}
+        return [name for name, default in routing.items() if getattr(self, name) != default]
 
     @property
     def expert_count(self) -> int:
@@ -202,7 +196,7 @@ class MoELoraConfig:
     def balance_losses(self) -> tuple[str, ...]:
         """The kinds of balance loss that are trained with: aux_loss, switch, both or none."""
         kind = self.load_balance_loss_type
-        return () if kind == "none" else tuple(kind.split("+"))
+        return tuple(name for name in kind.split("+") if name not in ("z_loss", "none"))
 
     @property
     def router_file(self) -> str | None:
@@ -214,6 +208,12 @@ class MoELoraConfig:
     def is_learned(self) -> bool:
         """Whether routers are trained: not with constant weights, or without routing."""
         return self.use_moe_routing and self.router_type != "fixed"
+
+    @property
+    def z_loss_coef(self) -> float:
+        """Weight of the z loss, resolved."""
+        alone = self.load_balance_loss_type == "z_loss"
+        return self.router_aux_loss_coef if alone else self.router_z_loss_coef
 
     @property
     def switch_loss_coef(self) -> float:

@@ -84,7 +84,7 @@ ALLOWED = {
     "router_scope": ["site", "shared"],
     "routing_mode": ["maturity", "dense", "sparse", "dense_train_sparse_eval"],
     "router_temperature": [0.01],
-    "load_balance_loss_type": ["aux_loss", "switch", "aux_loss+switch", "none"],
+    "load_balance_loss_type": ["aux_loss", "switch", "aux_loss+switch", "z_loss", "none"],
     "bias": ["none", "lora_only", "all"],
     "expert_ranks": [[1, 2, 3, 4]],
     "expert_alphas": [[1.0, 2.0, 0.5, 4.0]],
@@ -198,6 +198,25 @@ def test_the_warning_points_at_the_line_that_made_the_config():
 @pytest.mark.parametrize("settings", [{}, {"num_experts": 1}, {"r": 4, "lora_alpha": 8}])
 def test_without_routing_the_lora_fields_are_not_warned_of(settings):
     MoELoraConfig(use_moe_routing=False, **settings)  # a warning would be an error here
+
+
+def test_one_expert_without_routing_may_say_that_it_is_the_only_one():
+    config = MoELoraConfig(use_moe_routing=False, num_experts=1, top_k_experts=1)
+    assert config.expert_count == 1  # a warning would be an error here
+
+
+# The z loss in the place of a balance loss
+
+
+def test_the_z_loss_alone_has_the_weight_of_the_balance_loss():
+    config = MoELoraConfig(load_balance_loss_type="z_loss", router_aux_loss_coef=0.2)
+    assert (config.balance_losses, config.z_loss_coef) == ((), 0.2)
+    assert MoELoraConfig(router_aux_loss_coef=0.2).z_loss_coef == 0.001
+
+
+def test_the_z_loss_alone_has_one_weight():
+    with pytest.raises(ValueError, match=r"router_z_loss_coef is 0\.5, but must be unset"):
+        MoELoraConfig(load_balance_loss_type="z_loss", router_z_loss_coef=0.5)
 
 
 # Scale and files

@@ -447,6 +447,13 @@ def test_loss_is_the_weighted_sum_of_its_three_parts(mixture, ids):
     assert min(out.lm_loss, out.aux_loss, out.z_loss) > 0.1
 
 
+def test_the_z_loss_in_the_place_of_a_balance_loss_has_its_weight(mixture, ids):
+    out = mixture(load_balance_loss_type="z_loss", router_aux_loss_coef=0.3)(ids, labels=ids)
+    torch.testing.assert_close(out.loss, out.lm_loss + 0.3 * out.z_loss)
+    assert out.aux_loss == 0
+    assert min(out.lm_loss, out.z_loss) > 0.1
+
+
 def test_losses_equal_the_loops_over_tokens_and_sites(mixture, ids):
     tokens, mask, positions = padded(ids, "right")
     labels = tokens.masked_fill(mask == 0, -100)

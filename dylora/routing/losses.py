@@ -179,7 +179,7 @@ ROUTING_LOSSES: dict[str, RoutingLoss] = {
     ),
     "z_loss": RoutingLoss(
         lambda now: z_loss(now.statistics.squared_logsumexp_N, now.tokens),
-        lambda config: config.router_z_loss_coef,
+        lambda config: config.z_loss_coef,
     ),
 }
 
