@@ -18,12 +18,20 @@ def lock_folder(folder: Path, option: str = "--name") -> Iterator[None]:
 
     The kernel lets go of the lock when the process ends, so a killed one leaves nothing to clean.
     Raises FileExistsError, naming the process, when another one holds it, and ValueError on a file
-    system without locks.
+    system without locks and for what is no folder or cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK_FILE
-    descriptor = _acquire(file, option)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(file, option)
+    except OSError as error:
+        if error.errno is None:  # of `_acquire`, in words
+            raise
+        raise ValueError(
+            f"{folder} cannot be written ({error.filename}: {error.strerror}): give another "
+            f"{option}, or make it a folder that can be"
+        ) from error
     try:
         yield
     finally:
