@@ -123,8 +123,12 @@ class BaseSpec:
             raise ValueError(_cannot_load("tokenizer", self.name, ValueError(reason)))
         return tokenizer
 
+    def config(self) -> Any:
+        """The base's configuration alone. Raises ValueError where it cannot be loaded."""
+        return self._ask("model", AutoConfig)
+
     def _stored_dtype(self) -> torch.dtype:
-        return self._ask("model", AutoConfig).get_text_config().dtype or torch.float32
+        return self.config().get_text_config().dtype or torch.float32
 
     def _ask(self, what: str, loader: Any, **options: Any) -> Any:
         """Raises ValueError for the many errors of what cannot be loaded."""
@@ -149,6 +153,20 @@ def load_base(
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `name`. Raises ValueError where it cannot be loaded."""
     return BaseSpec.resolve(name, revision).tokenizer()
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence that a base takes; None where its configuration does not say."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")  # the last of MPT and BLOOM
+    found = (getattr(text, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
+def has_position_table(config: Any) -> bool:
+    """Whether a longer sequence fails, for want of a row: not with rotary or BLOOM's positions."""
+    text = config.get_text_config()
+    return getattr(text, "rope_parameters", None) is None and text.model_type != "bloom"
 
 
 # Fingerprints

@@ -178,11 +178,13 @@ class ExpertManager:
         else:
             self.activate_all_experts()  # the only one that took part is gone
 
-    def set_active_expert(self, expert: int) -> None:
-        """Only this expert takes part: its gate is the whole mass, and only it is trained."""
-        self._require_live((expert,))
+    def set_active_expert(self, *experts: int) -> None:
+        """Only these experts take part: they have all of the gate mass and are trained alone."""
+        if not experts:
+            raise ValueError("no expert is named, and one at least must take part")
+        self._require_live(experts)
         for index, row in enumerate(self.table):
-            row.takes_part = index == expert
+            row.takes_part = index in experts
         self._sync()
 
     def activate_all_experts(self) -> None:

@@ -1,5 +1,6 @@
 """The settings of a run, each default once: the sections of its YAML file beside the mixture's."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +23,7 @@ Schedule = Literal[
     "greedy",
 ]
 """The schedules of `transformers.get_scheduler`, copied because importing them takes seconds."""
+MAX_NAME = 255
 BenchmarkStrategy = Literal["none", "epoch", "final"]
 SplitScheme = Literal["published", "70/10/20", "90/10"]
 
@@ -81,8 +83,9 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)
     """The sets, in the order of their reports."""
-    max_length: int = option(512, least=8)
-    """Most tokens of an example, BOS and EOS included."""
+    max_length: int | None = option(None, least=8)
+    """Most tokens of an example, BOS and EOS included; none: 512, or what the base takes if that is
+    less."""
     over_long: Literal["truncate", "drop"] = "drop"
     """What happens to a longer one; both are counted."""
     interleaved_sampling: bool = True
@@ -137,8 +140,12 @@ class TrainConfig:
     """Share of the target probability spread over the vocabulary."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    training_subset: int | None = option(None, least=1)
-    """Use only this many training rows of each set."""
+    training_subset: int | float | str | None = option(
+        None,
+        accept=lambda value: rows_or_share(value) is not None,
+        rule="a whole number of rows, a share between 0 and 1, or a percentage such as 10%",
+    )
+    """Use only so many training rows of each set: a whole number is rows, 0.1 or 10% a share."""
     save_steps: int | None = option(None, least=1)
     """Checkpoint every so many steps; none: at the end only (and the best one)."""
     save_total_limit: int | None = option(None, least=1)
@@ -163,6 +170,21 @@ class TrainConfig:
         freed = self.train_experts
         alone = freed is None or self.init_from is not None
         require(alone, "train_experts", freed, "unset without init_from")
+
+    @property
+    def subset(self) -> int | float | None:
+        """training_subset as a number of rows, an int, or as a share of them, a float."""
+        return None if self.training_subset is None else rows_or_share(self.training_subset)
+
+
+def rows_or_share(written: int | float | str) -> int | float | None:
+    """A number of rows, an int, or a share of them, a float; None where it is neither."""
+    if isinstance(written, str):
+        percent = re.fullmatch(r"(\d{1,3}(\.\d*)?)%", written)
+        share = float(percent[1]) / 100 if percent else 0.0
+        return share if 0 < share <= 1 else None
+    valid = written >= 1 if isinstance(written, int) else 0 < written < 1
+    return written if valid else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +257,8 @@ class RunConfig:
         check_fields(self)
         plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
         require(plain, "name", self.name, "the name of a folder, without slashes")
+        short = len(self.name.encode()) <= MAX_NAME
+        require(short, "name", self.name, f"of at most {MAX_NAME} bytes, as file systems want it")
 
 
 def dump_run_config(config: RunConfig) -> str:

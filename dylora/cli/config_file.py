@@ -25,12 +25,6 @@ COMMAND_LINE = "command line"
 MAX_BYTES = 128 << 10  # of a config: reading as much takes a second
 MAX_BRACKETS = 100  # open at a time; the parser takes a second for a few thousand
 MAX_NODES = 20_000  # of its tree, with every alias written out
-# What of a mixture may be another than in training, and the argument of `set_routing`.
-ROUTING = {
-    "top_k_experts": "top_k",
-    "router_temperature": "temperature",
-    "routing_mode": "mode",
-}
 # In YAML 1.1 a float needs a dot, so that 1e-4 is a string.
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
@@ -84,22 +78,6 @@ def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str]]:
             text = queue.pop(0)
         pairs.append((key.removeprefix("--"), text))
     return pairs
-
-
-def routing_changes(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """The arguments of `set_routing` that the command line gives for a checkpoint.
-
-    Raises ValueError for a setting of the mixture that its checkpoint decides.
-    """
-    changes = {}
-    for key, _ in split_overrides(overrides):
-        section, _, name = key.replace("-", "_").partition(".")
-        if section == "moe" and name not in ROUTING:
-            can = ", ".join(f"moe.{known}" for known in ROUTING)
-            raise ValueError(f"{COMMAND_LINE}: the checkpoint decides {key}; can be changed: {can}")
-        if section == "moe":
-            changes[ROUTING[name]] = getattr(config.moe, name)
-    return changes
 
 
 def parse_text(text: str) -> Any:

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dylora.cli.config_file import load_run_config, routing_changes
-from dylora.cli.options import CheckpointOptions, ConfigOptions
+from dylora.cli.config_file import load_run_config
+from dylora.cli.options import CheckpointOptions, ConfigOptions, RoutingOptions
 from dylora.run_config import RunConfig, dump_run_config
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(CheckpointOptions, ConfigOptions):
+class EvaluateOptions(RoutingOptions, CheckpointOptions, ConfigOptions):
     """Loss and perplexity of a checkpoint on each of a config's data sets."""
 
     print_config: bool = False
@@ -25,8 +25,7 @@ def run(options: EvaluateOptions, overrides: list[str]) -> None:
     if options.print_config:
         print(dump_run_config(config), end="")
     else:
-        routing = routing_changes(config, overrides)
-        evaluate_checkpoint(config, options.source(), routing)
+        evaluate_checkpoint(config, options.source(), options.routing())
 
 
 def evaluate_checkpoint(

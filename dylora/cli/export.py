@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dylora.cli.options import BaseOptions, CheckpointOptions
 from dylora.config import Quantization
-from dylora.fields import check_fields, option
+from dylora.fields import option
 from dylora.run_config import Precision
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ class ExportOptions(BaseOptions, CheckpointOptions):
         return "mixture" if self.mixture else "merged" if self.merge else "experts"
 
     def __post_init__(self) -> None:
-        check_fields(self)
         expert, merge = self.expert, self.merge
         given = bool(self.weights or self.text)
         if expert is not None and expert != "all" and not expert.isdecimal():
@@ -235,14 +234,14 @@ def _resolve_weights(
     model: "DyLoRA_MoE", tokenizer: "PreTrainedTokenizerBase | None", options: ExportOptions
 ) -> "tuple[Tensor, dict[str, Any]]":
     """The weights [N, E], and what a text says of them, printed and for the record."""
-    from dylora.evaluation.common import max_positions
+    from dylora.base_models import max_positions
     from dylora.evaluation.static_mixture import compare, measured_weights, read_text
     from dylora.integrations.static_weights import static_weights
 
     if options.text is None or tokenizer is None:
         assert options.weights != "measured"  # the command asks for a text then
         return static_weights(model.mixture, weights=options.weights), {}
-    longest = min(512, max_positions(model.base) or 512)
+    longest = min(512, max_positions(model.base.config) or 512)
     text = read_text(options.text, tokenizer, options.text_tokens, longest)
     if options.weights == "measured":
         weights_NE = static_weights(model.mixture, weights=measured_weights(model, text))

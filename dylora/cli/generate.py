@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from dylora.cli.options import BaseOptions, CheckpointOptions
+from dylora.cli.options import BaseOptions, CheckpointOptions, RoutingOptions
 from dylora.config import Quantization
-from dylora.fields import check_fields, option
+from dylora.fields import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(BaseOptions, CheckpointOptions):
+class GenerateOptions(RoutingOptions, BaseOptions, CheckpointOptions):
     """Continue a prompt with a checkpoint."""
 
     prompt: str
@@ -24,9 +24,6 @@ class GenerateOptions(BaseOptions, CheckpointOptions):
     quantization: Quantization | None = None
     """How the base is stored, by default as in training: see model.quantization."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 def run(options: GenerateOptions, overrides: list[str]) -> None:
     """Print what the mixture answers."""
@@ -35,14 +32,16 @@ def run(options: GenerateOptions, overrides: list[str]) -> None:
     from dylora.base_models import choose_device
     from dylora.data.prompts import encode_prompts, format_prompt, pad_token_id
     from dylora.evaluation.common import decode_after
-    from dylora.evaluation.loading import note
+    from dylora.evaluation.loading import change_routing, note
     from dylora.model import DyLoRA_MoE
     from dylora.storage.checkpoint import Checkpoint
 
+    routing = options.routing()
     device = choose_device("auto")
     opened = Checkpoint.open(options.source(), note)
     spec = opened.base_spec(options.base, device=device, quantization=options.quantization)
     model = DyLoRA_MoE.from_pretrained(opened, spec).eval()
+    change_routing(model, **routing)
     if options.base is None:  # whoever made the checkpoint chose it
         note(f"base: {spec.name}, as {opened.path} names it")
     tokenizer = opened.tokenizer(spec)

@@ -1,83 +1,90 @@
 """What to say of a key that no config has: names that people bring from elsewhere come first."""
 
-from collections.abc import Iterator
 from dataclasses import is_dataclass
 
+from dylora.config import ends_with
 from dylora.fields import closest, field_types, join
 from dylora.run_config import RunConfig
 
 NO_CHOICE = "there is no such setting"
-ELSEWHERE = {
-    "lr": "train.learning_rate",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.batch_size",
-    "train_batch_size": "train.batch_size",
-    "micro_batch_size": "train.batch_size",
-    "per_device_eval_batch_size": "eval.batch_size",
-    "eval_batch_size": "eval.batch_size",
-    "gradient_accumulation": "train.gradient_accumulation_steps",
-    "gradient_clipping": "train.max_grad_norm",
-    "lr_scheduler": "train.lr_scheduler_type",
-    "save_every": "train.save_steps",
-    "lora_r": "moe.r",
-    "rank": "moe.r",
-    "alpha": "moe.lora_alpha",
-    "dropout": "moe.lora_dropout",
-    "lora_target_modules": "moe.target_modules",
-    "num_local_experts": "moe.num_experts",
-    "num_experts_per_tok": "moe.top_k_experts",
-    "top_k": "moe.top_k_experts",
-    "balance_coefficient": "moe.router_aux_loss_coef",
-    "base_model": "model.base",
-    "model_name_or_path": "model.base",
-    "pretrained_model_name_or_path": "model.base",
-    "torch_dtype": "model.dtype",
-    "sequence_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "model_max_length": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "dataset": "data.sources",
-    "datasets": "data.sources",
-    "dataset_name": "data.sources",
-    "train_file": "data.sources",
-    "run_name": "name",
+_NAMES = {
+    "train.learning_rate": "lr",
+    "train.epochs": "num_train_epochs num_epochs",
+    "train.batch_size": "per_device_train_batch_size train_batch_size micro_batch_size",
+    "eval.batch_size": "per_device_eval_batch_size eval_batch_size",
+    "train.gradient_accumulation_steps": "gradient_accumulation",
+    "train.max_grad_norm": "gradient_clipping",
+    "train.lr_scheduler_type": "lr_scheduler",
+    "train.save_steps": "save_every",
+    "moe.r": "lora_r rank",
+    "moe.lora_alpha": "alpha",
+    "moe.lora_dropout": "dropout",
+    "moe.target_modules": "lora_target_modules",
+    "moe.num_experts": "num_local_experts",
+    "moe.top_k_experts": "num_experts_per_tok top_k",
+    "moe.router_aux_loss_coef": "balance_coefficient",
+    "model.base": "base_model model_name_or_path pretrained_model_name_or_path",
+    "model.dtype": "torch_dtype",
+    "data.max_length": "sequence_len max_seq_length max_seq_len model_max_length cutoff_len",
+    "data.sources": "dataset datasets dataset_name train_file",
+    "name": "run_name",
 }
+ELSEWHERE = {name: key for key, names in _NAMES.items() for name in names.split()}
 """Names of transformers, trl, peft, axolotl and others, and the key that they are here."""
-WITHOUT = {
+_INSTEAD = {
     "bf16": "set model.dtype to bfloat16, the precision of the base (it is the default)",
     "fp16": "set model.dtype to float16, the precision of the base",
     "load_in_4bit": "set model.quantization to bnb-4bit",
     "load_in_8bit": "set model.quantization to bnb-8bit",
     "flash_attention": "set model.attn_implementation to flash_attention_2",
-    "optim": "AdamW is the optimizer; train.adam_beta1, adam_beta2 and adam_epsilon set it",
-    "optimizer": "AdamW is the optimizer; train.adam_beta1, adam_beta2 and adam_epsilon set it",
+    "optim optimizer": "AdamW is the optimizer: see train.adam_beta1, adam_beta2, adam_epsilon",
     "report_to": "set log.wandb to true for Weights & Biases; metrics.jsonl is always written",
     "chat_template": "rows are put into the instruction template of dylora/data/prompts.py",
-    "eval_strategy": "set eval.eval_steps; without it a run evaluates at its end",
-    "evaluation_strategy": "set eval.eval_steps; without it a run evaluates at its end",
+    "eval_strategy evaluation_strategy": "set eval.eval_steps; none evaluates at the end alone",
     "save_strategy": "set train.save_steps; without it a run saves at its end",
     "logging_strategy": "set log.logging_steps",
     "load_best_model_at_end": "the best checkpoint is kept beside the last one",
     "warmup_ratio": "set train.warmup_steps, a number of steps",
     "val_set_size": "set split_scheme of each item of data.sources",
-    "sample_packing": "rows are not packed; a step holds as many tokens as batch_size long rows",
-    "packing": "rows are not packed; a step holds as many tokens as batch_size long rows",
+    "sample_packing packing": "a step holds as many tokens as batch_size long rows, unpacked",
     "train_on_inputs": "the loss is of the answers alone",
     "resume_from_checkpoint": "give --resume_from_checkpoint on the command line",
     "modules_to_save": "experts, routers and, with moe.bias, biases are what is trained",
-    "adapter": "experts are LoRA always; moe.use_dora and moe.use_rslora vary it",
-    "peft_type": "experts are LoRA always; moe.use_dora and moe.use_rslora vary it",
-    "deepspeed": "training runs on one device",
-    "fsdp": "training runs on one device",
+    "adapter peft_type": "experts are LoRA always; moe.use_dora and moe.use_rslora vary it",
+    "deepspeed fsdp": "training runs on one device",
 }
+WITHOUT = {name: text for names, text in _INSTEAD.items() for name in names.split()}
 """Names of elsewhere that have no key here, and what to do instead."""
+OLD_FLAGS: dict[str, tuple[str, str | None]] = {
+    "--bf16": ("model.dtype", "bfloat16"),
+    "--fp16": ("model.dtype", "float16"),
+    "--num_experts": ("moe.num_experts", None),
+    "--lora_r": ("moe.r", None),
+    "--lora_alpha": ("moe.lora_alpha", None),
+    "--lora_dropout": ("moe.lora_dropout", None),
+    "--balance_coefficient": ("moe.router_aux_loss_coef", None),
+    "--interleaved_sampling": ("data.interleaved_sampling", "true"),
+    "--num_epochs": ("train.epochs", None),
+    "--train_batch_size": ("train.batch_size", None),
+    "--gradient_accumulation_steps": ("train.gradient_accumulation_steps", None),
+    "--learning_rate": ("train.learning_rate", None),
+    "--cosine_restarts": ("train.lr_scheduler_type", "cosine_with_restarts"),
+    "--training_subset": ("train.training_subset", None),
+    "--eval_batch_size": ("eval.batch_size", None),
+    "--eval_subset": ("eval.eval_subset", None),
+}
+"""Options of earlier training scripts, which `train` takes: the key that each sets, and to what
+where it has no value of its own."""
 
 
-def all_keys() -> list[str]:
+def all_keys(cls: type = RunConfig, path: str = "") -> list[str]:
     """Every key of a config, sections included, as on the command line."""
-    return list(_keys(RunConfig, ""))
+    keys = []
+    for name, kind in field_types(cls).items():
+        keys.append(join(path, name))
+        if is_dataclass(kind):
+            keys += all_keys(kind, keys[-1])  # type: ignore[arg-type]
+    return keys
 
 
 def unknown_key(key: str, siblings: list[str]) -> str:
@@ -88,25 +95,14 @@ def unknown_key(key: str, siblings: list[str]) -> str:
     path, _, name = key.rpartition(".")
     name = name.replace("-", "_")
     here, known = [join(path, word) for word in siblings], all_keys()
-    same = [other for other in known if _last(other) == name]
+    same = [other for other in known if ends_with(other, name)]
     if not same and name in ELSEWHERE:
         return f"unknown key {key}; it is {ELSEWHERE[name]} here"
     if not same and name in WITHOUT:
         return f"unknown key {key}; {NO_CHOICE}: {WITHOUT[name]}"
     for group in (here, known):
         if not same:
-            near = closest(name, [_last(other) for other in group], cutoff=0.6)
-            same = [other for other in group if _last(other) == near][:1]
+            near = closest(name, [other.rpartition(".")[2] for other in group], cutoff=0.6)
+            same = [other for other in group if near and ends_with(other, near)][:1]
     hint = f"did you mean {' or '.join(same)}?" if same else f"valid are {', '.join(here)}"
     return f"unknown key {key}; {hint}"
-
-
-def _keys(cls: type, path: str) -> Iterator[str]:
-    for name, hint in field_types(cls).items():
-        yield join(path, name)
-        if is_dataclass(hint):
-            yield from _keys(hint, join(path, name))  # type: ignore[arg-type]
-
-
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dylora.cli.config_file import COMMAND_LINE, load_run_config, split_overrides
+from dylora.cli.config_file import COMMAND_LINE, load_run_config
 from dylora.fields import option
 from dylora.run_config import Precision
 
@@ -13,7 +13,7 @@ from dylora.run_config import Precision
 class ImportOptions:
     """Make PEFT LoRA adapters the experts of one mixture."""
 
-    adapters: list[str] = option(metavar="DIR", nargs="+")
+    adapters: list[str] = option(metavar="DIR", many=True)
     """Folders of PEFT LoRA adapters, or of checkpoints that hold some."""
     out: str = option(metavar="DIR")
     """Folder of the new mixture."""
@@ -34,12 +34,11 @@ class ImportOptions:
 
 
 def run(options: ImportOptions, overrides: list[str]) -> None:
-    moe = None
-    for key, _ in split_overrides(overrides):
+    for key in [word.partition("=")[0] for word in overrides]:
         if not key.startswith("moe."):
             raise ValueError(f"{COMMAND_LINE}: --{key} is no setting of the mixture (--moe.KEY)")
-    if options.config is not None or overrides:
-        moe = load_run_config(options.config, overrides).moe
+    given = options.config is not None or overrides
+    moe = load_run_config(options.config, overrides).moe if given else None
     import torch
 
     from dylora.integrations.peft_import import load_peft_experts

@@ -24,7 +24,8 @@ def run(options: InfoOptions, overrides: list[str]) -> None:
         print(dump_run_config(load_run_config(options.config, overrides)), end="")
         return
     if overrides:
-        raise ValueError(f"{COMMAND_LINE}: {overrides[0]} changes a config, and there is none")
+        key = overrides[0].partition("=")[0]
+        raise ValueError(f"{COMMAND_LINE}: --{key} changes a config, and info shows a checkpoint")
     from dylora.evaluation.info import print_info
 
     assert options.checkpoint is not None

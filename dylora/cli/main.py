@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dylora.cli import benchmark, evaluate, export, generate, import_, info, train, validate
-from dylora.cli.options import config_help, option_parser, read_options, takes_config
-from dylora.fields import closest
+from dylora.cli.options import command_help, config_help, read_options, takes_config
+from dylora.fields import nearest
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError)
+USER_ERRORS = (ValueError, OSError)  # OSError: of files, folders and disks
+MAX_LINE = 1000  # characters of an error
 OPENING = """\
 usage: run.py COMMAND [OPTIONS]
 
@@ -74,16 +75,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(tokens: list[str]) -> int:
     if not tokens or tokens[0] in ("-h", "--help"):
-        print(_overview(), end="", file=sys.stdout if tokens else sys.stderr)
+        rows = [f"  {name:10} {one.options.__doc__}\n" for name, one in COMMANDS.items()]
+        print(OPENING, *rows, CLOSING, sep="", end="", file=sys.stdout if tokens else sys.stderr)
         return 0 if tokens else 2
     name = tokens[0]
     if name not in COMMANDS:
-        near = closest(name, COMMANDS)
-        hint = f"did you mean {near}?" if near else f"valid are {', '.join(COMMANDS)}"
-        raise ValueError(f"unknown command {name}; {hint}")
+        raise ValueError(f"unknown command {name}{nearest(name, list(COMMANDS))}")
     command = COMMANDS[name]
     if "-h" in tokens or "--help" in tokens:
-        print(option_parser(command.options, name).format_help())
+        print(command_help(command.options, name))
         if takes_config(command.options):
             print(config_help())
         return 0
@@ -91,14 +91,10 @@ def _dispatch(tokens: list[str]) -> int:
     return 0
 
 
-def _overview() -> str:
-    """The commands, each with what it does."""
-    lines = [f"  {name:10} {command.options.__doc__}\n" for name, command in COMMANDS.items()]
-    return OPENING + "".join(lines) + CLOSING
-
-
 def _one_line(error: Exception) -> str:
-    """The message without line breaks."""
+    """The message without line breaks; of a long one the beginning and the end, the remedy."""
+    text = str(error)
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+        text = f"{error.filename}: {error.strerror}"
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - 300]} … {text[-296:]}"

@@ -1,22 +1,28 @@
 """Options of commands: each is a field of a dataclass, whose type and docstring are its help."""
 
-import argparse
+import json
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
-from dylora.cli.config_file import COMMAND_LINE, parse_text, split_overrides
+from dylora.cli.config_file import COMMAND_LINE, parse_text
 from dylora.cli.hints import unknown_key
+from dylora.config import RoutingMode
 from dylora.fields import (
     FieldError,
     build,
+    check_fields,
     closest,
     default_of,
     describe_type,
     field_docs,
     field_types,
+    nearest,
     option,
 )
 from dylora.run_config import RunConfig, SourceConfig
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: "true|false", Literal: "WORD"}
 METAVARS |= {list: "A,B,...", tuple: "A,B,...", dict: "KEY=VALUE,..."}
+INDENT = " " * 24  # of an option's meaning in the help
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,75 +62,90 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoutingOptions:
+    """How a checkpoint routes, where that shall be another way than in training."""
+
+    top_k_experts: int | None = option(None, least=1, flag="routing.top_k_experts")
+    """Mature experts that a token keeps, instead of the checkpoint's number."""
+    router_temperature: float | None = option(None, above=0, flag="routing.router_temperature")
+    """Divides the routers' logits, instead of the checkpoint's temperature."""
+    routing_mode: RoutingMode | None = option(None, flag="routing.routing_mode")
+    """Force dense or sparse mixing, or follow the experts' maturity."""
+    routing_experts: list[int] | None = option(None, least=0, flag="routing.experts")
+    """Mix these experts alone, by number."""
+    routing_weights: list[float] | None = option(None, least=0, flag="routing.weights")
+    """Constant gates, one an expert, instead of the routers' decisions."""
+
+    def routing(self) -> dict[str, Any]:
+        """What is given, as `change_routing` takes it. Raises ValueError for a contradiction."""
+        given = {
+            "top_k": self.top_k_experts,
+            "temperature": self.router_temperature,
+            "mode": self.routing_mode,
+            "experts": self.routing_experts,
+            "weights": self.routing_weights,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if "weights" in given and len(given) > 1:
+            raise ValueError("--routing.weights are all of the routing: give them alone")
+        return given
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseOptions:
     base: str | None = None
     """Base model to use instead of the checkpoint's own."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with a wrong word as a ValueError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def read_options(cls: type[T], tokens: Sequence[str]) -> tuple[T, list[str]]:
-    """A command's options, and the overrides of config fields between them.
+    """A command's options, and the overrides of config fields between them, as KEY=VALUE.
 
     Raises ValueError in one line for whatever is wrong with either.
     """
-    own, overrides = _split(cls, tokens)
-    given = vars(option_parser(cls).parse_args(own))
+    given, overrides = _split(cls, list(tokens))
     try:
-        return build(cls, given, parse=parse_text), overrides
+        options = build(cls, given, parse=parse_text)
+        check_fields(options)
     except FieldError as error:
         name = re.split(r"\W", error.key)[0]  # also of an item of a list
         item = next(item for item in fields(cls) if item.name == name)  # type: ignore[arg-type]
         form = item.metadata.get("metavar")
         hint = f" ({form})" if form and "must be" in error.problem else ""
         raise ValueError(flag_of(item) + error.problem + hint) from None
+    return options, overrides
 
 
-def option_parser(cls: type, name: str = "") -> Parser:
-    """What reads a command's own words, and explains them."""
+def command_help(cls: type, name: str) -> str:
+    """A command's usage, and every option with its meaning."""
     required = [item for item in fields(cls) if default_of(item) is MISSING]
-    words = [f"{flag_of(item)} {_value_words(cls, item)['metavar']}" for item in required]
+    words = [f"{flag_of(item)} {_metavar(cls, item)}" for item in required]
     words += ["[--section.key VALUE ...]"] if takes_config(cls) else []
-    parser = Parser(
-        usage=" ".join(["run.py", name, *words, "[OPTIONS]"]),
-        description=cls.__doc__,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("options")
+    usage = " ".join(["usage: run.py", name, *words, "[OPTIONS]"])
+    rows = []
     for item in fields(cls):
-        kept: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS}
-        if field_types(cls)[item.name] is bool:
-            meaning = field_docs(cls)[item.name].replace("%", "%%")
-            group.add_argument(flag_of(item), action="store_true", help=meaning, **kept)
-        else:
-            kept |= _value_words(cls, item)
-            group.add_argument(flag_of(item), help=_help(cls, item), **kept)
-    return parser
+        is_flag = field_types(cls)[item.name] is bool
+        meaning = field_docs(cls)[item.name] if is_flag else _meaning(cls, item)
+        rows.append(_row(flag_of(item), "" if is_flag else _metavar(cls, item), meaning))
+    return "\n".join([usage, "", cls.__doc__ or "", "", "options:", *rows, ""])
 
 
 def config_help() -> str:
     """Every field of a config with its type, default and meaning."""
-    parser = Parser(usage=argparse.SUPPRESS, add_help=False)
-    sections = {"": RunConfig}
+    sections: dict[str, Any] = {"": RunConfig}
     for name, kind in field_types(RunConfig).items():
         if is_dataclass(kind):
-            sections[name] = kind  # type: ignore[assignment]
+            sections[name] = kind
         if name == "data":
-            sections["data.sources.N"] = SourceConfig  # type: ignore[assignment]
+            sections["data.sources.N"] = SourceConfig
+    lines = []
     for path, cls in sections.items():
-        title = (cls.__doc__ or "").partition("\n")[0].rstrip(".:")
-        group = parser.add_argument_group(title)
+        lines.append((cls.__doc__ or "").partition("\n")[0].rstrip(".:") + ":")
         for item in fields(cls):
             if not is_dataclass(field_types(cls)[item.name]):
                 key = f"--{path}.{item.name}" if path else f"--{item.name}"
-                group.add_argument(key, help=_help(cls, item), **_value_words(cls, item))
-    return parser.format_help()
+                lines.append(_row(key, _metavar(cls, item), _meaning(cls, item)))
+        lines.append("")
+    return "\n".join(lines)
 
 
 def flag_of(item: "Field[Any]") -> str:
@@ -136,49 +158,85 @@ def takes_config(cls: type) -> bool:
     return "config" in field_types(cls)
 
 
-def _split(cls: type, tokens: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command's own options, and the overrides of config fields, wherever they stand."""
-    known = {flag_of(item) for item in fields(cls)}
-    sections = set(field_types(RunConfig))
-    own: list[str] = []
-    overrides: list[str] = []
-    queue = list(tokens)
-    while queue:
-        token = queue.pop(0)
-        written, equals, text = token.partition("=")
+def _split(cls: type, tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The command's own options by their fields' names, and the overrides of config fields."""
+    known = {flag_of(item): item for item in fields(cls)}
+    own: dict[str, Any] = {}
+    overrides = []
+    for written, values in _group(tokens):
         name = written.replace("-", "_").replace("__", "--", 1)
-        if not token.startswith("--") or name in known:
-            own.append(f"{name}{equals}{text}" if token.startswith("--") else token)
-            continue
-        key = written.removeprefix("--")
-        near = closest(name, known, cutoff=0.8)
-        if not takes_config(cls) or (near and name[2:].split(".")[0] not in sections):
-            hint = f"did you mean {near}?" if near else f"valid are {', '.join(sorted(known))}"
-            raise ValueError(f"{COMMAND_LINE}: unknown option {written}; {hint}")
-        if name[2:].split(".")[0].split("[")[0] not in sections:
-            raise ValueError(f"{COMMAND_LINE}: {unknown_key(key, list(field_types(RunConfig)))}")
-        overrides.append(token)
-        if not equals and queue and not queue[0].startswith("--"):
-            overrides.append(queue.pop(0))
-    split_overrides(overrides)
+        if name in (old_flags := getattr(cls, "OLD_FLAGS", {})):
+            key, fixed = old_flags[name]
+            values = values if fixed is None else [fixed, *values]
+            print(f"note: {name} sets {key} to {' '.join(values)}", file=sys.stderr)
+            name = written = f"--{key}"
+        if name.startswith("--moe.") and issubclass(cls, RoutingOptions):
+            name = name.replace("moe", "routing", 1)
+        if name not in known:
+            _require_field(cls, written, name, list(known))
+        item = known.get(name)
+        is_flag = item is not None and field_types(cls)[item.name] is bool
+        many = item is not None and "many" in item.metadata
+        if not values and not is_flag:
+            raise ValueError(f"{COMMAND_LINE}: {written} needs a value: {written} VALUE")
+        if len(values) > (0 if is_flag else 1) and not many:
+            raise ValueError(f"{COMMAND_LINE}: {values[-1]} belongs to no option")
+        if item is None:
+            overrides.append(f"{written.removeprefix('--')}={values[0]}")
+        else:
+            own[item.name] = is_flag or (values if many else values[0])
     return own, overrides
 
 
-def _value_words(cls: type, item: "Field[Any]") -> dict[str, Any]:
-    """How argparse shows and takes the value of an option."""
+def _group(tokens: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Every option with the values that are given to it."""
+    groups: list[tuple[str, list[str]]] = []
+    for token in tokens:
+        if token.startswith("--"):
+            written, equals, text = token.partition("=")
+            groups.append((written, [text] if equals else []))
+        elif groups:
+            groups[-1][1].append(token)
+        else:
+            raise ValueError(f"{COMMAND_LINE}: {token} belongs to no option")
+    return groups
+
+
+def _require_field(cls: type, written: str, name: str, known: list[str]) -> None:
+    """Raises ValueError unless what is no option of the command may be a field of a config."""
+    section = re.split(r"[.\[]", name[2:])[0]
+    if section == "routing" and written.startswith("--moe"):
+        able = "can be changed: " + ", ".join(flag for flag in known if "--routing." in flag)
+        raise ValueError(f"{COMMAND_LINE}: the checkpoint decides {written}; {able}")
+    if section == "routing" and not issubclass(cls, RoutingOptions):
+        where = "evaluate, benchmark and generate; a config has the section moe"
+        raise ValueError(f"{COMMAND_LINE}: {written} is an option of {where}")
+    sections = field_types(RunConfig)
+    near = section == "routing" or closest(name, known, cutoff=0.8)
+    if not takes_config(cls) or (near and section not in sections):
+        raise ValueError(f"{COMMAND_LINE}: unknown option {written}{nearest(name, known)}")
+    if section not in sections:
+        raise ValueError(f"{COMMAND_LINE}: {unknown_key(written[2:], list(sections))}")
+
+
+def _metavar(cls: type, item: "Field[Any]") -> str:
+    """The word that stands for an option's value in the help."""
     kind = field_types(cls)[item.name]
     parts = [part for part in get_args(kind) if part is not NoneType]
     kind = kind if get_origin(kind) in METAVARS else parts[0] if parts else kind
-    words = {"metavar": item.metadata.get("metavar", METAVARS.get(get_origin(kind) or kind))}
-    return words | ({"nargs": item.metadata["nargs"]} if "nargs" in item.metadata else {})
+    return item.metadata.get("metavar", METAVARS.get(get_origin(kind) or kind))
 
 
-def _help(cls: type, item: "Field[Any]") -> str:
+def _meaning(cls: type, item: "Field[Any]") -> str:
     """Meaning, type and default, the default as YAML writes it."""
     default = default_of(item)
-    words = {None: "null", True: "true", False: "false"}
-    shown = words[default] if default is None or isinstance(default, bool) else default
-    shown = list(default) if isinstance(default, tuple) else shown
+    shown = default if default is MISSING or isinstance(default, str) else json.dumps(default)
     told = "required" if default is MISSING else f"default: {shown}"
-    text = f"{field_docs(cls)[item.name]} ({describe_type(field_types(cls)[item.name])}; {told})"
-    return text.replace("%", "%%")
+    return f"{field_docs(cls)[item.name]} ({describe_type(field_types(cls)[item.name])}; {told})"
+
+
+def _row(flag: str, value: str, meaning: str) -> str:
+    """An option of the help: its form, and its meaning below."""
+    width = max(shutil.get_terminal_size().columns - 2, 60)
+    lines = textwrap.wrap(meaning, width - len(INDENT), break_on_hyphens=False)
+    return "\n".join([f"  {flag} {value}".rstrip(), *(INDENT + line for line in lines)])

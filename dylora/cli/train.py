@@ -1,8 +1,10 @@
 """`run.py train`."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dylora.cli.config_file import load_run_config
+from dylora.cli.hints import OLD_FLAGS
 from dylora.cli.options import ConfigOptions
 from dylora.fields import option
 from dylora.run_config import dump_run_config
@@ -11,6 +13,8 @@ from dylora.run_config import dump_run_config
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(ConfigOptions):
     """Train the experts that a config describes."""
+
+    OLD_FLAGS: ClassVar = OLD_FLAGS
 
     print_config: bool = False
     """Print the resolved config and stop."""

@@ -1,5 +1,6 @@
 """From sources to token ids and labels, and their provenance."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from dylora.data.sources import SourceRows, read_source
 from dylora.data.splits import content_hash, seeded_generator
 from dylora.data.tokenize import SetReport, SplitReport, TokenizedSet, TokenizedSplit, tokenize_rows
 from dylora.run_config import DataConfig, SourceConfig
+
+MAX_LENGTH = 512  # tokens of an example, where data.max_length is not set
 
 
 class PreparedData(NamedTuple):
@@ -25,19 +28,20 @@ def load_data(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    training_subset: int | None = None,
+    training_subset: int | float | None = None,
     eval_subset: int | None = None,
 ) -> PreparedData:
     """Reads, splits and tokenises every source; the same config gives the same data.
 
-    `training_subset` and `eval_subset` take that many examples of each set, drawn with the seed; a
-    smaller subset is part of a larger one.
+    `training_subset` and `eval_subset` take that many examples of each set (a float: that share of
+    its rows), drawn with the seed; a smaller subset is part of a larger one.
     Raises ValueError where a source cannot be used or a split of it ends up without an example.
     """
     if not config.sources:
         raise ValueError("data.sources is empty; name a set, for example code_alpaca")
     data = PreparedData([], [], [], {})
     sources = []
+    config = config if config.max_length else replace(config, max_length=MAX_LENGTH)
     for source in config.sources:
         read = read_source(source, seed=config.seed, skill_validation_rows=eval_subset)
         train = _tokenize(read, "train", training_subset, source.name, tokenizer, config)
@@ -59,12 +63,14 @@ def load_data(
 def _tokenize(
     read: SourceRows,
     split: str,
-    subset: int | None,
+    subset: int | float | None,
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
 ) -> TokenizedSplit:
     indices = read.splits[split]
+    if isinstance(subset, float):
+        subset = max(1, round(subset * len(indices)))
     if subset is not None:
         generator = seeded_generator("subset", config.seed, name, split)
         indices = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
@@ -72,7 +78,7 @@ def _tokenize(
         TokenizedSet(name, split),
         read.rows.select(indices),
         tokenizer,
-        max_length=config.max_length,
+        max_length=config.max_length or MAX_LENGTH,
         truncation=config.over_long,
         wanted=subset,
     )

@@ -1,16 +1,10 @@
-"""What the evaluations share: evaluation mode, the base's positions, text of tokens in context."""
+"""What the evaluations share: evaluation mode, text of tokens in context."""
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.kernels.common import evaluation_mode as evaluation_mode
-
-
-def max_positions(base: PreTrainedModel) -> int | None:
-    """The longest sequence that the base takes; None where its config does not say."""
-    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
 
 
 def decode_after(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dylora.base_models import BaseSpec, choose_device
+from dylora.integrations.static_weights import site_weights
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import ModelConfig
 from dylora.storage.checkpoint import Checkpoint
@@ -32,11 +33,38 @@ def base_of(config: ModelConfig) -> BaseSpec:
 def load_checkpoint(
     checkpoint: str | Checkpoint, config: ModelConfig, routing: Mapping[str, Any] | None = None
 ) -> DyLoRA_MoE:
-    """The mixture in evaluation mode, its routing changed by the arguments of `set_routing`.
+    """The mixture in evaluation mode, its routing changed by the arguments of `change_routing`.
 
     Raises ValueError or FileNotFoundError for a base or a checkpoint that does not load.
     """
     model = DyLoRA_MoE.from_pretrained(Checkpoint.open(checkpoint, note), base_of(config)).eval()
-    if routing:
-        model.set_routing(**routing)
+    change_routing(model, **(routing or {}))
     return model
+
+
+def change_routing(
+    model: DyLoRA_MoE,
+    *,
+    experts: list[int] | None = None,
+    weights: list[float] | None = None,
+    **settings: Any,
+) -> None:
+    """Route in another way than in training, from the next pass on.
+
+    Args:
+        experts: the numbers of those that take part.
+        weights: constant gates, one an expert, instead of what the routers decide.
+        settings: as in `set_routing`.
+
+    Raises ValueError for what does not fit the mixture.
+    """
+    mixture = model.mixture
+    if settings:
+        model.set_routing(**settings)
+    if experts is not None:
+        model.experts.set_active_expert(*experts)
+    if weights is not None:
+        live = [row.state != "retired" for row in mixture.table]
+        weights_NE = site_weights(weights, len(mixture.blocks), live)
+        model.detach_router()
+        mixture.state.fixed_weights_E.copy_(weights_NE[0])

@@ -9,8 +9,15 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.base_models import choose_device, load_tokenizer, tokenizer_fingerprint
-from dylora.data.prepare import PreparedData, load_data
+from dylora.base_models import (
+    BaseSpec,
+    choose_device,
+    has_position_table,
+    load_tokenizer,
+    max_positions,
+    tokenizer_fingerprint,
+)
+from dylora.data.prepare import MAX_LENGTH, PreparedData, load_data
 from dylora.data.prompts import pad_token_id
 from dylora.data.sampler import InterleavedSampler
 from dylora.kernels.common import is_emulated
@@ -60,6 +67,9 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
             f"{folder} already holds checkpoints: give --resume_from_checkpoint latest, "
             f"another --name, or remove it"
         )
+    metrics = folder / "metrics.jsonl"
+    if metrics.is_dir():
+        raise ValueError(f"{metrics} is a folder: remove it, or give another --name")
     device = choose_device(config.model.device)
     tokenizer = load_tokenizer(config.model.base, config.model.revision)
     data = load_run_data(config, tokenizer)
@@ -148,11 +158,29 @@ def run_folder(config: RunConfig) -> Path:
 def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     """The sets of a run, cut to its subsets. Raises ValueError as `load_data` does."""
     return load_data(
-        config.data,
+        dataclasses.replace(config.data, max_length=max_length(config)),
         tokenizer,
-        training_subset=config.train.training_subset,
+        training_subset=config.train.subset,
         eval_subset=config.eval.eval_subset,
     )
+
+
+def max_length(config: RunConfig) -> int:
+    """Most tokens of an example: data.max_length, or what the base takes if that is less.
+
+    Raises ValueError where more is set than the base has positions.
+    """
+    base = BaseSpec.resolve(config.model.base, config.model.revision).config()
+    asked, most = config.data.max_length, max_positions(base)
+    if most is None or most >= (asked or MAX_LENGTH):
+        return asked or MAX_LENGTH
+    if asked is None:
+        print(f"note: data.max_length is {most}, not {MAX_LENGTH}: the base takes no more tokens")
+        return most
+    if has_position_table(base):
+        raise ValueError(f"data.max_length is {asked}, but the base takes at most {most} tokens")
+    print(f"note: data.max_length is {asked}, and the base was made for {most} tokens")
+    return asked
 
 
 def record_settings(run: Run) -> None:
@@ -173,6 +201,9 @@ def log_summary(run: Run) -> None:
     """What is about to happen: data, experts, parameters, steps."""
     for report in run.data.reports:
         run.log.info(report.describe())
+    if (subset := run.config.train.subset) is not None:
+        kind = f"a share of {subset:.4g}" if isinstance(subset, float) else f"{subset} rows"
+        run.log.info(f"training_subset is {kind} of the training rows of each set")
     trainable, frozen = run.model.count_parameters()
     sites, table = len(run.model.site_names), run.model.experts.table
     ranks = sorted({row.rank for row in table})

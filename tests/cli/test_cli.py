@@ -29,35 +29,6 @@ SOURCES = "data: {sources: [{name: mbpp}, {name: skill/sql, rows: 5}]}\n"
 
 
 @pytest.fixture
-def config_file(tmp_path, monkeypatch):
-    """Writes configs/x.yaml, so that messages are the same everywhere."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DYLORA_TRACEBACK", raising=False)
-    (tmp_path / "configs").mkdir()
-
-    def write(text: str) -> str:
-        Path("configs/x.yaml").write_text(text, encoding="utf-8")
-        return "configs/x.yaml"
-
-    return write
-
-
-@pytest.fixture
-def refusal(capsys):
-    """Runs a command that must fail with exit code 2; its one line, without "error: "."""
-
-    def run(*argv: str) -> str:
-        assert main(list(argv)) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.count("\n") == 1, err
-        assert err.startswith("error: "), err
-        return err.removeprefix("error: ").rstrip("\n")
-
-    return run
-
-
-@pytest.fixture
 def fake_module(monkeypatch):
     """Puts a function in the place of a command's module; its calls are recorded."""
 
@@ -227,7 +198,7 @@ def test_a_name_of_transformers_peft_or_axolotl_is_translated(config_file, refus
     assert in_file.startswith(f"configs/x.yaml: unknown key {key}; {said}")
     in_section = refusal("train", "--config", config_file(f"log: {{{key}: 1}}\n"))
     assert in_section.startswith(f"configs/x.yaml: unknown key log.{key}; {said}")
-    flag = refusal("train", "--config", config_file("name: x\n"), f"--{key}", "1")
+    flag = refusal("evaluate", "--config", config_file("name: x\n"), f"--{key}", "1")
     assert flag.startswith(f"command line: unknown key {key}; {said}")
 
 
@@ -263,7 +234,7 @@ def test_a_setting_that_is_gone_is_read_over_in_files_of_older_runs(config_file)
     [
         ("--train.learning_rat 1", "unknown key train.learning_rat; did you mean train.learn"),
         ("--train.learning_rat=1", "unknown key train.learning_rat; did you mean train.learn"),
-        ("--learning_rate 1", "unknown key learning_rate; did you mean train.learning_rate?"),
+        ("--weight_decay 1", "unknown key weight_decay; did you mean train.weight_decay?"),
         ("--train.learning_rate fast", "train.learning_rate is 'fast', but must be a float"),
         ("--train.batch_size 0", "train.batch_size is 0, but must be at least 1"),
         ("--train.seed", "--train.seed needs a value"),
@@ -288,12 +259,12 @@ def test_a_wrong_override_is_one_line_that_blames_the_command_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("tarin", "unknown command tarin; did you mean train?"),
+        ("tarin", "unknown command tarin; did you mean 'train'?"),
         ("--config x.yaml train", "unknown command --config"),
         ("train", "--config is missing"),
-        ("train --config x.yaml stray", "unrecognized arguments: stray"),
+        ("train --config x.yaml stray", "command line: stray belongs to no option"),
         ("generate --checkpoint c", "--prompt is missing"),
-        ("generate --checkpoint c --prompt", "argument --prompt: expected one argument"),
+        ("generate --checkpoint c --prompt", "command line: --prompt needs a value"),
         ("generate --checkpoint c --prompt p --promt q", "command line: unknown option --promt"),
         ("generate --checkpoint c --prompt p --max_new_tokens q", "--max_new_tokens is 'q'"),
         ("generate --checkpoint c --prompt p --max_new_tokens 0", "--max_new_tokens is 0"),
@@ -437,12 +408,17 @@ def test_evaluate_gets_the_config_and_the_checkpoint(config_file, monkeypatch):
     assert calls == [(RunConfig(name="f"), "c", {})]
 
 
-@pytest.mark.parametrize("command", [["evaluate"], ["benchmark", "--tasks", "mbpp"]])
+ROUTED = {"evaluate": ["--config", "configs/x.yaml"], "generate": ["--prompt", "p"]}
+ROUTED |= {"benchmark": ["--config", "configs/x.yaml", "--tasks", "mbpp"]}
+
+
+@pytest.mark.parametrize("command", ROUTED)
 def test_a_setting_that_the_checkpoint_decides_is_refused_by_name(config_file, refusal, command):
-    words = [*command, "--config", config_file("name: f"), "--checkpoint", "c", "--moe.r", "4"]
+    config_file("name: f")
+    words = [command, *ROUTED[command], "--checkpoint", "c", "--moe.r", "4"]
     assert refusal(*words) == (
-        "command line: the checkpoint decides moe.r; can be changed: moe.top_k_experts, "
-        "moe.router_temperature, moe.routing_mode"
+        "command line: the checkpoint decides --moe.r; can be changed: --routing.top_k_experts, "
+        "--routing.router_temperature, --routing.routing_mode, --routing.experts, --routing.weights"
     )
 
 

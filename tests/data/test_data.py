@@ -178,6 +178,16 @@ def test_a_subset_is_drawn_with_the_seed_and_full_despite_dropped_rows(tmp_path,
     assert set(ten) != set(questions(1, 10))
 
 
+def test_a_share_of_the_rows_is_a_subset_too(tmp_path, tokenizer):
+    rows = [{"question": f"Question {n}?", "answer": str(n)} for n in range(100)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_for(file)
+    whole = len(load_data(config, tokenizer).train[0])
+    assert len(load_data(config, tokenizer, training_subset=0.1).train[0]) == round(whole / 10)
+    assert len(load_data(config, tokenizer, training_subset=1e-6).train[0]) == 1
+
+
 def test_a_subset_depends_on_the_seed_where_the_split_does_not(tmp_path, tokenizer):
     tasks = [
         {"task_id": i, "text": f"T{i}", "code": f"c{i}", "test_list": [f"assert {i}"]}

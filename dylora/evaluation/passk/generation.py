@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from dylora.base_models import max_positions
 from dylora.data.prompts import encode_prompts, pad_token_id
-from dylora.evaluation.common import decode_after, evaluation_mode, max_positions
+from dylora.evaluation.common import decode_after, evaluation_mode
 from dylora.evaluation.passk.problem import Problem
 from dylora.model import DyLoRA_MoE
 
@@ -90,7 +91,7 @@ def default_generation_config(base: PreTrainedModel) -> Iterator[None]:
 
 def _room(model: DyLoRA_MoE, problem: Problem, ids: Sequence[int], wanted: int) -> int:
     """Tokens that may follow a prompt."""
-    limit = max_positions(model.base)
+    limit = max_positions(model.base.config)
     if limit is None:
         return wanted
     if len(ids) >= limit:

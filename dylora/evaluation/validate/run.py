@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dylora.base_models import BaseSpec, choose_device, load_tokenizer
-from dylora.evaluation.common import max_positions
+from dylora.base_models import BaseSpec, choose_device, load_tokenizer, max_positions
 from dylora.evaluation.loading import note
 from dylora.evaluation.validate.checks import (
     Check,
@@ -113,7 +112,7 @@ def validate_checkpoint(
     opened = Checkpoint.open(checkpoint, note)
     spec = _base_of(opened, base, device, dtype)
     frozen, folder = spec.load(), opened.path
-    longest = max_positions(frozen)
+    longest = max_positions(frozen.config)
     if longest is not None and tokens > longest:
         raise ValueError(f"--tokens is {tokens}, but the base takes at most {longest}")
     ids, texts = sample_texts(frozen, spec.name, spec.revision, tokens)
