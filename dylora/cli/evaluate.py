@@ -35,13 +35,13 @@ def evaluate_checkpoint(
     from dylora.data.prompts import pad_token_id
     from dylora.evaluation.loading import base_of, load_checkpoint, note
     from dylora.storage.checkpoint import Checkpoint
-    from dylora.training.run import load_run_data
+    from dylora.training.run import fit_to_base, load_run_data
     from dylora.training.settings import data_difference
     from dylora.training.validation import overall_loss, validate
 
     opened = Checkpoint.open(checkpoint, note)
     tokenizer = opened.tokenizer(base_of(config.model))
-    data = load_run_data(config, tokenizer)
+    data = load_run_data(fit_to_base(config), tokenizer)
     model = load_checkpoint(opened, config.model, routing)
     trained_on = model.training_record.get("data", data.provenance)
     if data_difference(trained_on, data.provenance) is not None:

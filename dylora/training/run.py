@@ -71,6 +71,7 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     if metrics.is_dir():
         raise ValueError(f"{metrics} is a folder: remove it, or give another --name")
     device = choose_device(config.model.device)
+    config = fit_to_base(config)
     tokenizer = load_tokenizer(config.model.base, config.model.revision)
     data = load_run_data(config, tokenizer)
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps
@@ -158,29 +159,30 @@ def run_folder(config: RunConfig) -> Path:
 def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     """The sets of a run, cut to its subsets. Raises ValueError as `load_data` does."""
     return load_data(
-        dataclasses.replace(config.data, max_length=max_length(config)),
+        config.data,
         tokenizer,
         training_subset=config.train.subset,
         eval_subset=config.eval.eval_subset,
     )
 
 
-def max_length(config: RunConfig) -> int:
-    """Most tokens of an example: data.max_length, or what the base takes if that is less.
+def fit_to_base(config: RunConfig) -> RunConfig:
+    """With data.max_length as a number: 512 by default, or what the base takes if that is less.
 
     Raises ValueError where more is set than the base has positions.
     """
     base = BaseSpec.resolve(config.model.base, config.model.revision).config()
     asked, most = config.data.max_length, max_positions(base)
-    if most is None or most >= (asked or MAX_LENGTH):
-        return asked or MAX_LENGTH
-    if asked is None:
-        print(f"note: data.max_length is {most}, not {MAX_LENGTH}: the base takes no more tokens")
-        return most
-    if has_position_table(base):
-        raise ValueError(f"data.max_length is {asked}, but the base takes at most {most} tokens")
-    print(f"note: data.max_length is {asked}, and the base was made for {most} tokens")
-    return asked
+    length = asked or MAX_LENGTH
+    if most is not None and most < length:
+        if asked is None:
+            print(f"note: data.max_length is {most}, not {length}: the base takes no more tokens")
+            length = most
+        elif has_position_table(base):
+            raise ValueError(f"data.max_length is {asked}, but the base takes at most {most}")
+        else:
+            print(f"note: data.max_length is {asked}, and the base was made for {most} tokens")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=length))
 
 
 def record_settings(run: Run) -> None:

@@ -1,14 +1,12 @@
 """The length of an example against what the base takes, and the part of the rows that is used."""
 
-import dataclasses
-
 import pytest
 from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig
 
 from dylora.base_models import BaseSpec, max_positions
-from dylora.run_config import RunConfig
+from dylora.run_config import DataConfig, RunConfig
 from dylora.training.loop import train
-from dylora.training.run import max_length
+from dylora.training.run import fit_to_base
 
 
 @pytest.fixture
@@ -17,10 +15,8 @@ def asked(monkeypatch):
 
     def ask(base, length: int | None) -> int:
         monkeypatch.setattr(BaseSpec, "config", lambda self: base)
-        run = RunConfig()
-        return max_length(
-            dataclasses.replace(run, data=dataclasses.replace(run.data, max_length=length))
-        )
+        run = RunConfig(data=DataConfig(max_length=length))
+        return fit_to_base(run).data.max_length
 
     return ask
 
