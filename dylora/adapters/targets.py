@@ -1,5 +1,6 @@
 """Which projections of a base are adapted."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -70,23 +71,7 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
             f"found no projection to adapt in {type(base).__name__}; "
             f"set target_modules to some of {', '.join(names)}"
         )
-    if any(path.endswith(".kv_b_proj") for path in chosen):
-        raise ValueError(
-            "kv_b_proj expands the cached latents of all past tokens at every step, and their "
-            "gates are gone by then: leave it out of target_modules"
-        )
-    for path in chosen:
-        block = base.get_submodule(path.rpartition(".")[0])
-        if path.endswith(".out_proj") and hasattr(block, "cuda_kernels_forward"):
-            raise ValueError(
-                f"{path} is the output of a Mamba block, whose fused kernels read the weight past "
-                "the projection: leave it out of target_modules"
-            )
-    if getattr(base.config, "slow_but_exact", False) and base.config.pretraining_tp > 1:
-        raise ValueError(
-            "with slow_but_exact BLOOM reads weights past its projections, so their updates would "
-            "be lost: load the base with slow_but_exact=False"
-        )
+    _check_targets(base, chosen)
     return chosen
 
 
@@ -100,6 +85,35 @@ def _check_base(base: PreTrainedModel) -> None:
                 f"{path or 'the base'} is a layer of PEFT: give the model without its adapters "
                 "(unload() or merge_and_unload()), and import those (run.py import)"
             )
+
+
+def _check_targets(base: PreTrainedModel, chosen: list[str]) -> None:
+    """Raises ValueError for projections whose updates could not be right."""
+    if any(path.endswith(".kv_b_proj") for path in chosen):
+        raise ValueError(
+            "kv_b_proj expands the cached latents of all past tokens at every step, and their "
+            "gates are gone by then: leave it out of target_modules"
+        )
+    for path in chosen:
+        block = base.get_submodule(path.rpartition(".")[0])
+        if path.endswith(".out_proj") and hasattr(block, "conv1d") and _reads_weight(block):
+            raise ValueError(
+                f"{path} is the output of a Mamba block, whose fused kernels read the weight past "
+                "the projection: leave it out of target_modules"
+            )
+    if getattr(base.config, "slow_but_exact", False) and base.config.pretraining_tp > 1:
+        raise ValueError(
+            "with slow_but_exact BLOOM reads weights past its projections, so their updates would "
+            "be lost: load the base with slow_but_exact=False"
+        )
+
+
+def _reads_weight(block: nn.Module) -> bool:
+    """Whether a block's code takes the weight of out_proj, not its output."""
+    try:
+        return "self.out_proj.weight" in inspect.getsource(type(block))
+    except (OSError, TypeError):  # no source to read
+        return True
 
 
 def is_projection(module: nn.Module) -> bool:
