@@ -1,6 +1,6 @@
 """The experts of a live mixture: create, freeze, retire, merge, choose.
 
-Every call may come between any two steps of a run. The optimizer that `follow` was told of comes
+Every call may come between any two steps of a run. The optimizer that was attached comes
 along: a parameter that stays is the same object with the same moments, one that is cut out of a
 stack or joined to another takes exactly its rows of the moments with it, and afterwards every
 trainable parameter is in the optimizer exactly once.
@@ -9,7 +9,6 @@ Shape letters: D input width, O output width, E experts, R rank.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -90,14 +89,8 @@ class ExpertManager:
 
     def check_optimizer(self) -> None:
         """Raises ValueError unless every trainable parameter is in the optimizer exactly once."""
-        if self._optimizer is None:
-            return
-        groups = self._optimizer.param_groups
-        held = Counter(id(parameter) for group in groups for parameter in group["params"])
-        for name, parameter in self.mixture.own_parameters():
-            times = held[id(parameter)]
-            if times > 1 or (parameter.requires_grad and times == 0):
-                raise ValueError(f"the optimizer holds {name} {times} times, not once")
+        if self._optimizer is not None:
+            restack.check_optimizer(self._optimizer, self.mixture.own_parameters())
 
     # What changes the table
 
@@ -110,7 +103,7 @@ class ExpertManager:
         skill: str | None = None,
         share: float = INITIAL_SHARE,
     ) -> int:
-        """A newborn expert; returns its number. No other expert's parameters change.
+        """A new, immature expert; returns its number. No other expert's parameters change.
 
         Args:
             rank, alpha: the configuration's by default.
@@ -194,7 +187,7 @@ class ExpertManager:
         self._sync()
 
     def reset_maturity(self, expert: int) -> None:
-        """Make an expert newborn again: maturity, evidence and loss averages start afresh."""
+        """Make an expert immature again: maturity, evidence and loss averages start afresh."""
         self._require_live((expert,))
         self.mixture.set_maturity(maturity.reset(self.mixture.maturity, expert, self.progress))
         self._record(expert, "maturity reset")
@@ -283,8 +276,7 @@ class ExpertManager:
             raise ValueError(f"the table of experts cannot be parsed: {error}") from None
         if self.mixture.set_table(table):
             self._optimizer = None
-        self._set_trainable()
-        self._set_active()
+        self._apply_states()
 
     # Inner workings
 
@@ -307,10 +299,6 @@ class ExpertManager:
         self.table[expert].history.append({"event": event, "step": self.step})
 
     @without_autograd
-    def _set_active(self) -> None:
-        self.mixture.state.set_active([row.takes_part for row in self.table])
-
-    @without_autograd
     def _sync(self) -> None:
         """Make stacks, gradients, gates and optimizer agree with the table."""
         for adapter in self.mixture.adapters.values():
@@ -323,8 +311,7 @@ class ExpertManager:
         groups = number_stacks(self.table, self.mixture.adapters.values(), self._optimizer)
         for adapter in self.mixture.adapters.values():
             restack.repartition(self._optimizer, adapter, groups)
-        self._set_trainable()
-        self._set_active()
+        self._apply_states()
         self.check_optimizer()
 
     def _grow_routers(self, share: float) -> None:
@@ -333,8 +320,9 @@ class ExpertManager:
             for name, old in router.add_expert(share, self.mixture.state.active_E).items():
                 restack.extend_moments(self._optimizer, old, router.get_parameter(name))
 
-    def _set_trainable(self) -> None:
-        """Gradients for what is trained, and for what experts share while all of them are."""
+    def _apply_states(self) -> None:
+        """Gates for the experts that take part; gradients for what is trained, and for what experts
+        share while all of them are."""
         mixture = self.mixture
         free = all(self.table[expert].is_trained for expert in self.live)
         shared = [shift.shift for shift in mixture.biases.values()]
@@ -344,20 +332,14 @@ class ExpertManager:
             for stack in adapter.stacks:
                 trained = self.table[stack.first].is_trained
                 for name, parameter in stack.named_parameters():
-                    _set_requires_grad(parameter, trained and name not in adapter.fixed)
+                    restack.set_requires_grad(parameter, trained and name not in adapter.fixed)
         for parameter in shared:
-            _set_requires_grad(parameter, free)
+            restack.set_requires_grad(parameter, free)
         alone = sum(row.takes_part for row in self.table) == 1
         routers = [parameter for _, parameter in mixture.router_parameters()]
         if alone:  # those that somebody else has frozen stay so afterwards
             self._paused += [p for p in routers if p.requires_grad]
         for parameter in self._paused:
-            _set_requires_grad(parameter, not alone)
+            restack.set_requires_grad(parameter, not alone)
         self._paused = self._paused if alone else []
-
-
-def _set_requires_grad(parameter: nn.Parameter, trains: bool) -> None:
-    """Without a gradient, no optimizer touches a parameter: not by decay, not by momentum."""
-    parameter.requires_grad_(trains)
-    if not trains:
-        parameter.grad = None
+        mixture.state.set_active([row.takes_part for row in self.table])

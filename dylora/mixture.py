@@ -221,7 +221,7 @@ class Mixture:
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them.
 
-        Never reentrant, which would lose the routers' gradient; the recomputation sees the wishes
+        Never reentrant, which would lose the routers' gradient; the recomputation sees the inputs
         of its own pass, whatever ran since.
         """
         contexts = self.state.checkpoint_contexts
@@ -238,9 +238,9 @@ class Mixture:
         base.disable_input_require_grads()
 
     def detach_router(self) -> nn.ModuleDict:
-        """Take the routers off; until others are attached, sites mix uniformly or as they are told.
+        """Take the routers off; until others are attached, blocks mix uniformly or as told.
 
-        Returns them by their site's path, with `.` as `/`.
+        Returns them by their block's path, with `.` as `/`.
         """
         removed = {}
         for block in self.blocks:
@@ -251,9 +251,9 @@ class Mixture:
 
     @float32_defaults()
     def attach_router(self, routers: nn.ModuleDict | None = None) -> None:
-        """Put routers at the sites: those that `detach_router` gave, or fresh ones.
+        """Put routers at the blocks: those that `detach_router` gave, or fresh ones.
 
-        Raises ValueError when a site has one already or the names do not fit.
+        Raises ValueError when a block has one already or the names do not fit.
         """
         if any(True for _ in self.routers()):
             raise ValueError("routers are attached already: detach_router() first")
@@ -271,7 +271,7 @@ class Mixture:
         expected = {block.name.replace(".", "/") for block in needing}
         if set(routers) != expected:
             raise ValueError(
-                f"routers are for {sorted(routers)}, but the sites are {sorted(expected)}"
+                f"routers are for {sorted(routers)}, but the blocks are {sorted(expected)}"
             )
         for block in needing:
             router = routers[block.name.replace(".", "/")]

@@ -7,6 +7,8 @@ in the group that held it.
 Shape letters: D input width, O output width, E experts, R rank.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -125,6 +127,22 @@ def group_of(optimizer: Optimizer | None, parameter: nn.Parameter) -> dict[str, 
         if any(p is parameter for p in group["params"]):
             return group
     return None
+
+
+def check_optimizer(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raises ValueError unless each of these that is trained is in the optimizer exactly once."""
+    held = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    for name, parameter in named:
+        times = held[id(parameter)]
+        if times > 1 or (parameter.requires_grad and times == 0):
+            raise ValueError(f"the optimizer holds {name} {times} times, not once")
+
+
+def set_requires_grad(parameter: nn.Parameter, trains: bool) -> None:
+    """Without a gradient, no optimizer touches a parameter: not by decay, not by momentum."""
+    parameter.requires_grad_(trains)
+    if not trains:
+        parameter.grad = None
 
 
 def extend_moments(optimizer: Optimizer | None, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -44,7 +44,7 @@ class ExpertStack(nn.Module):
 
     @property
     def experts(self) -> range:
-        """Their places on the E axis of the gates."""
+        """Their numbers on the E axis of the gates."""
         return range(self.first, self.first + len(self.ranks))
 
     def own(self, gates: Tensor) -> Tensor:
