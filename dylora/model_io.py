@@ -22,9 +22,13 @@ from dylora.routing.maturity import ExpertMaturity
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.peft_config import adapter_config
 from dylora.storage.peft_format import MAGNITUDE, PeftAdapter, write_adapter
-from dylora.storage.schema import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
-
-FIXED = "fixed_weights"  # [E], of router_type fixed
+from dylora.storage.schema import (
+    ADAPTERS,
+    FIXED_WEIGHTS,
+    FORMAT_VERSION,
+    ROUTER_FILE,
+    SHIFTS_FILE,
+)
 
 
 def write_model(mixture: Mixture, folder: Path) -> None:
@@ -39,7 +43,7 @@ def write_model(mixture: Mixture, folder: Path) -> None:
             write_adapter(folder / ADAPTERS / row.name, expert_adapter(mixture, expert))
     tensors = {f"router.{name}": p.detach().cpu() for name, p in mixture.router_parameters()}
     tensors |= {f"maturity.{name}": v for name, v in mixture.maturity._asdict().items()}
-    tensors[FIXED] = mixture.state.fixed_weights_E.cpu()  # a merge adds two of them up
+    tensors[FIXED_WEIGHTS] = mixture.state.fixed_weights_E.cpu()  # a merge adds two of them up
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ROUTER_FILE)
     if shifts := bias_shifts(mixture):
         save_file({k: v.cpu().contiguous() for k, v in shifts.items()}, folder / SHIFTS_FILE)
@@ -74,7 +78,7 @@ def expert_adapter(mixture: Mixture, expert: int) -> PeftAdapter:
         r=row.rank,
         lora_alpha=row.alpha,
         target_modules=targets.shortest_targets(mixture.base, paths),
-        base_model=mixture.base_name,
+        base_model_name_or_path=mixture.base_name,
         revision=mixture.base_revision,
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
@@ -134,42 +138,27 @@ def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
                 adapter.load_expert(expert, files.tensors(path))
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from None
-    _load_shifts(mixture, folder / SHIFTS_FILE, checkpoint.bias_shifts())
+    if shifts := bias_shifts(mixture):
+        file, tensors = folder / SHIFTS_FILE, checkpoint.bias_shifts()
+        _check_same_keys(file, set(tensors), set(shifts))
+        _fill(file, tensors, shifts)
     _load_routers(mixture, folder / ROUTER_FILE, checkpoint.router_tensors())
 
 
-def _load_shifts(mixture: Mixture, file: Path, tensors: dict[str, Tensor]) -> None:
-    targets = bias_shifts(mixture)
-    if not targets:
-        return
-    _check_same_keys(file, set(tensors), set(targets))
-    for name, target in targets.items():
-        _copy(target, tensors[name], f"{file}: {name}")
-        if not target.isfinite().all():
-            raise ValueError(f"{file}: {name} holds values that are not finite")
-
-
 def _load_routers(mixture: Mixture, file: Path, tensors: dict[str, Tensor]) -> None:
-    routers = {f"router.{name}": p for name, p in mixture.router_parameters()}
-    maturity = {f"maturity.{name}": v for name, v in mixture.maturity._asdict().items()}
-    _check_same_keys(file, set(tensors), {*routers, *maturity, FIXED})
     weights_E = mixture.state.fixed_weights_E
-    _copy(weights_E, tensors[FIXED], f"{file}: {FIXED}")
-    if not bool((weights_E.isfinite() & (weights_E >= 0)).all()):
+    targets: dict[str, Tensor] = {f"router.{name}": p for name, p in mixture.router_parameters()}
+    maturity = {f"maturity.{name}": v for name, v in mixture.maturity._asdict().items()}
+    _check_same_keys(file, set(tensors), {*targets, *maturity, FIXED_WEIGHTS})
+    _fill(file, tensors, targets | {FIXED_WEIGHTS: weights_E})
+    if bool((weights_E < 0).any()):
         raise ValueError(
-            f"{file}: {FIXED} is {shown(weights_E.tolist())}, but must be finite and at least 0"
+            f"{file}: {FIXED_WEIGHTS} is {shown(weights_E.tolist())}, but must be at least 0"
         )
-    for name, parameter in routers.items():
-        _copy(parameter, tensors[name], f"{file}: {name}")
-        if not parameter.isfinite().all():
-            raise ValueError(f"{file}: {name} holds values that are not finite")
     state = {name.partition(".")[2]: tensors[name] for name in maturity}
-    for name, value in maturity.items():
-        if tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
-            raise ValueError(
-                f"{file}: {name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected "
-                f"{value.dtype} {list(value.shape)}"
-            )
+    for name, value in maturity.items():  # of that shape, as config.json was held against it
+        if tensors[name].dtype != value.dtype:
+            raise ValueError(f"{file}: {name} is {tensors[name].dtype}, expected {value.dtype}")
     bounds = {"maturity": 1.0, "born": 1.0} | dict.fromkeys(("evidence", "fast", "slow"), math.inf)
     for name, most in bounds.items():
         value = state[name]
@@ -188,7 +177,14 @@ def _check_same_keys(source: Path, found: set[str], expected: set[str]) -> None:
         raise ValueError(f"{source}: {name} fits nothing in this model")
 
 
-def _copy(target: Tensor, source: Tensor, what: str) -> None:
-    if target.shape != source.shape:
-        raise ValueError(f"{what} has shape {list(source.shape)}, expected {list(target.shape)}")
-    target.copy_(source)
+def _fill(file: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    """Raises ValueError for another shape and for values that are not finite."""
+    for name, target in targets.items():
+        found = tensors[name]
+        if found.shape != target.shape:
+            raise ValueError(
+                f"{file}: {name} has shape {list(found.shape)}, expected {list(target.shape)}"
+            )
+        if not found.isfinite().all():
+            raise ValueError(f"{file}: {name} holds values that are not finite")
+        target.copy_(found)

@@ -12,6 +12,7 @@ the leading direction of all those that read the router's own input, stacked: th
 Shape letters: C columns (the ranks of all projections), D input width, O output width, R rank.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,14 +46,12 @@ def set_prototypes(model: DyLoRA_MoE) -> list[str]:
         for expert in model.experts.live:
             factors = []
             for path in readers[site]:
-                stack, place = model.mixture.adapters[path].stack_of(expert)
-                own = model.mixture.adapters[path].expert_tensors(expert)
+                adapter = model.mixture.adapters[path]
+                stack, place = adapter.stack_of(expert)
+                own = adapter.expert_tensors(expert)
                 factors.append((own["lora_A"], own["lora_B"] * stack.scaling_E[place]))
             row = leading_direction(factors) if factors else None
-            if row is None:
-                router.outer.weight[expert] = 0
-            else:
-                router.outer.weight[expert] = row.to(router.outer.weight)
+            router.outer.weight[expert] = 0 if row is None else row.to(router.outer.weight)
     return [site for site, paths in readers.items() if not paths]
 
 
@@ -82,27 +81,21 @@ def readers_of_router_input(model: DyLoRA_MoE) -> dict[str, list[str]]:
     entered: dict[str, Tensor] = {}
     readers: dict[str, list[str]] = {site.name: [] for site in model.mixture.blocks}
 
-    def enter(site: str) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entered[site] = args[0] if args else kwargs["hidden_states"]
+    def enter(site: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered[site] = args[0] if args else kwargs["hidden_states"]
 
-        return hook
-
-    def read(site: str, path: str) -> Any:
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
-            x, given = args[0], entered[site]
-            same = x.data_ptr() == given.data_ptr() and x.numel() == given.numel()
-            if same and path not in readers[site]:
-                readers[site].append(path)
-
-        return hook
+    def read(site: str, path: str, module: Any, args: tuple[Any, ...]) -> None:
+        x, given = args[0], entered[site]
+        same = x.data_ptr() == given.data_ptr() and x.numel() == given.numel()
+        if same and path not in readers[site]:
+            readers[site].append(path)
 
     handles = []
-    for site in model.mixture.blocks:
-        block = model.base.get_submodule(site.name)
-        handles.append(block.register_forward_pre_hook(enter(site.name), with_kwargs=True))
+    for site in readers:
+        block, hook = model.base.get_submodule(site), partial(enter, site)
+        handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
     for path, adapter in model.mixture.adapters.items():
-        hook = read(adapter.block.name, path)
+        hook = partial(read, adapter.block.name, path)
         handles.append(model.base.get_submodule(path).register_forward_pre_hook(hook))
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     try:

@@ -26,8 +26,6 @@ SGLANG_PROJECTIONS = {
     *("gate_proj", "up_proj", "gate_up_proj", "down_proj", "in_proj", "in_proj_qkv", "in_proj_z"),
     *("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "embed_tokens", "lm_head"),
 }
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-_PREFIX = "base_model.model."
 
 
 class Incompatibility(NamedTuple):
@@ -47,92 +45,68 @@ def find_incompatibilities(
     """
     if config["peft_type"] != "LORA":
         return [Incompatibility(name, "refuses", config["peft_type"]) for name in READERS]
-    As = {
-        name.removesuffix(_A).removeprefix(_PREFIX): t for name, t in tensors.items() if _A in name
+    ranks = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(tensor)
+        for name, tensor in tensors.items()
+        if name.endswith(".lora_A.weight")
     }
-    ranks = {path: len(A) for path, A in As.items()}
-    others = [name for name in tensors if not name.endswith((_A, _B))]
+    beside = [n for n in tensors if not n.endswith((".lora_A.weight", ".lora_B.weight"))]
+    others = f"tensors besides lora_A, lora_B: {beside[0]}" if beside else None
+    r: int = config["r"]
+    alpha: float = config["lora_alpha"]
+    bias = config.get("bias", "none")
+    dora = "DoRA" if config.get("use_dora") else None
+    biased = f"trained biases (bias {bias})" if bias != "none" else None
+    saved = "modules_to_save" if config.get("modules_to_save") else None
+    conv = config.get("fan_in_fan_out")
+    unknown = {path.rpartition(".")[2] for path in ranks} - SGLANG_PROJECTIONS
+    rank = max([r, *ranks.values()])
+    allowed = next((value for value in VLLM_RANKS if value >= rank), None)
+    one_scale = alpha / (r**0.5 if config.get("use_rslora") else r)
+    vllm = (
+        *(("refuses", dora), ("refuses", biased), ("refuses", saved)),
+        ("refuses", None if dora or biased or saved else others),
+        ("refuses", "LoRA on GPT-2" if conv else None),
+        ("misreads", _other_scales("one scale for all", config, dict.fromkeys(ranks, one_scale))),
+        ("refuses", None if allowed else f"rank {rank}: at most {VLLM_RANKS[-1]}"),
+        ("needs", f"--max-lora-rank {allowed}" if allowed and rank > VLLM_DEFAULT_RANK else None),
+    )
+    sglang = (
+        ("refuses", dora),
+        ("refuses", "rank_pattern" if _varies(config.get("rank_pattern"), r) else None),
+        ("refuses", "alpha_pattern" if _varies(config.get("alpha_pattern"), alpha) else None),
+        ("misreads", biased and f"no {biased}"),
+        ("refuses", f"LoRA on {', '.join(sorted(unknown))}" if unknown else None),
+    )
+    if not any(what for _, what in sglang):
+        scales = dict.fromkeys(ranks, alpha / r)
+        sglang = (("misreads", _other_scales("alpha / r for all", config, scales)),)
+    scales = {path: alpha / own for path, own in ranks.items()}
+    transposed = "A and B of GPT-2's Conv1D are transposed like its weights" if conv else None
+    llama_cpp = (
+        *(("refuses", others), ("misreads", transposed)),
+        ("misreads", _other_scales("alpha / rank of the tensor", config, scales)),
+    )
     return [
-        *_vllm(dict(config), ranks, others),
-        *_sglang(dict(config), ranks),
-        *_llama_cpp(dict(config), ranks, others),
+        Incompatibility(reader, kind, what)
+        for reader, said in zip(READERS, (vllm, sglang, llama_cpp), strict=True)
+        for kind, what in said
+        if what
     ]
 
 
-def _vllm(
-    config: dict[str, Any], ranks: dict[str, int], others: list[str]
-) -> list[Incompatibility]:
-    found = []
-    if config.get("use_dora"):
-        found.append(Incompatibility("vLLM", "refuses", "DoRA"))
-    if config.get("bias", "none") != "none":
-        found.append(Incompatibility("vLLM", "refuses", f"trained biases (bias {config['bias']})"))
-    if config.get("modules_to_save"):
-        found.append(Incompatibility("vLLM", "refuses", "modules_to_save"))
-    if others and not found:
-        found.append(
-            Incompatibility("vLLM", "refuses", f"tensors besides lora_A, lora_B: {others[0]}")
-        )
-    if config.get("fan_in_fan_out"):
-        found.append(Incompatibility("vLLM", "refuses", "LoRA on GPT-2"))
-    r, alpha = config["r"], config["lora_alpha"]
-    scale = float(alpha / (r**0.5 if config.get("use_rslora") else r))
-    found += _other_scales("vLLM", "one scale for all", config, dict.fromkeys(ranks, scale))
-    rank = max([r, *ranks.values()])
-    if rank > VLLM_RANKS[-1]:
-        found.append(Incompatibility("vLLM", "refuses", f"rank {rank}: at most {VLLM_RANKS[-1]}"))
-    elif rank > VLLM_DEFAULT_RANK:
-        allowed = next(value for value in VLLM_RANKS if value >= rank)
-        found.append(Incompatibility("vLLM", "needs", f"--max-lora-rank {allowed}"))
-    return found
+def _varies(pattern: Mapping[str, float] | None, usual: float) -> bool:
+    return any(value != usual for value in (pattern or {}).values())
 
 
-def _sglang(config: dict[str, Any], ranks: dict[str, int]) -> list[Incompatibility]:
-    found = []
-    r, alpha = config["r"], config["lora_alpha"]
-    if config.get("use_dora"):
-        found.append(Incompatibility("SGLang", "refuses", "DoRA"))
-    for name, usual in (("rank_pattern", r), ("alpha_pattern", alpha)):
-        if any(value != usual for value in (config.get(name) or {}).values()):
-            found.append(Incompatibility("SGLang", "refuses", name))
-    if config.get("bias", "none") != "none":
-        found.append(
-            Incompatibility("SGLang", "misreads", f"no trained biases (bias {config['bias']})")
-        )
-    names = {path.rpartition(".")[2] for path in ranks} - SGLANG_PROJECTIONS
-    if names:
-        found.append(Incompatibility("SGLang", "refuses", f"LoRA on {', '.join(sorted(names))}"))
-    if not found:
-        scales = dict.fromkeys(ranks, float(alpha / r))
-        found += _other_scales("SGLang", "alpha / r for all", config, scales)
-    return found
-
-
-def _llama_cpp(
-    config: dict[str, Any], ranks: dict[str, int], others: list[str]
-) -> list[Incompatibility]:
-    found = []
-    if others:
-        what = f"tensors besides lora_A, lora_B: {others[0]}"
-        found.append(Incompatibility("llama.cpp", "refuses", what))
-    if config.get("fan_in_fan_out"):
-        what = "A and B of GPT-2's Conv1D are transposed like its weights"
-        found.append(Incompatibility("llama.cpp", "misreads", what))
-    scales = {path: config["lora_alpha"] / rank for path, rank in ranks.items()}
-    return found + _other_scales("llama.cpp", "alpha / rank of the tensor", config, scales)
-
-
-def _other_scales(
-    reader: str, rule: str, config: dict[str, Any], scales: Mapping[str, float]
-) -> list[Incompatibility]:
-    """A complaint where a reader's scales are not those of PEFT."""
+def _other_scales(rule: str, config: Mapping[str, Any], scales: Mapping[str, float]) -> str | None:
+    """Where a reader's scales, by `rule`, are not those of PEFT."""
     wrong = {
         path: scale / scaling_of(config, path)
         for path, scale in scales.items()
         if abs(scale / scaling_of(config, path) - 1) > 1e-6
     }
     if not wrong:
-        return []
+        return None
     path, factor = max(wrong.items(), key=lambda item: abs(item[1] - 1))
-    what = f"the scale ({rule}): {factor:.3g} times PEFT's at {path}, {len(wrong)} of {len(scales)}"
-    return [Incompatibility(reader, "misreads", what)]
+    return f"the scale ({rule}): {factor:.3g} times PEFT's at {path}, {len(wrong)} of {len(scales)}"

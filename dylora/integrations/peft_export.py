@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dylora.integrations.static_weights import (
@@ -31,7 +30,7 @@ from dylora.model_io import bias_shifts, expert_adapter
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import STAGING, check_place, write_folder
 from dylora.storage.peft_config import adapter_config, scaling_of
-from dylora.storage.peft_format import PeftAdapter, portable_form, write_adapter
+from dylora.storage.peft_format import PeftAdapter, of_rank, portable_form, write_adapter
 
 EXPORT_FILE = "dylora_export.json"  # what a mixture or a merged model was made of; ours alone
 
@@ -40,37 +39,33 @@ class _Source(NamedTuple):
     """What an export takes from, be it in memory or on the disk."""
 
     what: str  # for errors
-    folder: Path | None  # of a checkpoint
     live: list[bool]  # an expert each; False: retired
     sites: list[str]
     projections: list[str]
     adapter: Callable[[int], PeftAdapter]
     shifts: Callable[[], Mapping[str, Tensor]]  # see `Checkpoint.bias_shifts`
 
-    @property
-    def names(self) -> list[str]:
-        return [f"expert_{expert}" for expert, is_live in enumerate(self.live) if is_live]
-
-    def adapters(self, names: Sequence[str]) -> dict[str, PeftAdapter]:
-        return {name: self.adapter(int(name.removeprefix("expert_"))) for name in names}
+    def adapters(self, expert: str | int = "all") -> dict[str, PeftAdapter]:
+        """By name: all that are not retired, or one. Raises ValueError where it is not there."""
+        numbers = {f"expert_{n}": n for n, is_live in enumerate(self.live) if is_live}
+        if expert != "all":
+            name = f"expert_{expert}"
+            if name not in numbers:
+                raise ValueError(f"{self.what} has no {name}, only {', '.join(numbers)}")
+            numbers = {name: numbers[name]}
+        return {name: self.adapter(number) for name, number in numbers.items()}
 
 
 def _open(model: DyLoRA_MoE | Checkpoint | str | Path) -> _Source:
-    if not isinstance(model, DyLoRA_MoE):
-        checkpoint = Checkpoint.open(model)
-        sites, projections = (checkpoint.description[key] for key in ("sites", "projections"))
-        readers = (checkpoint.adapter, checkpoint.bias_shifts)
-        what = (str(checkpoint.path), checkpoint.path, checkpoint.live)
-        return _Source(*what, sites, projections, *readers)
-    return _Source(
-        what="the model",
-        folder=None,
-        live=[row.state != "retired" for row in model.experts.table],
-        sites=model.site_names,
-        projections=list(model.mixture.adapters),
-        adapter=lambda expert: expert_adapter(model.mixture, expert),
-        shifts=lambda: bias_shifts(model.mixture),
-    )
+    if isinstance(model, DyLoRA_MoE):
+        mixture = model.mixture
+        live = [row.state != "retired" for row in mixture.table]
+        readers = (partial(expert_adapter, mixture), partial(bias_shifts, mixture))
+        return _Source("the model", live, mixture.site_names, list(mixture.adapters), *readers)
+    checkpoint = Checkpoint.open(model)
+    sites, projections = (checkpoint.description[key] for key in ("sites", "projections"))
+    readers = (checkpoint.adapter, checkpoint.bias_shifts)
+    return _Source(str(checkpoint.path), checkpoint.live, sites, projections, *readers)
 
 
 def export_peft(
@@ -97,9 +92,8 @@ def export_peft(
     portable form, FileExistsError as `check_place`; nothing is written then.
     """
     source, folder = _open(model), Path(folder)
-    names = _chosen_names(source.names, expert, source.what)
+    adapters = source.adapters(expert)
     check_place(folder, overwrite=overwrite)
-    adapters = source.adapters(names)
     return _write_experts(folder, adapters, portable, base_name)
 
 
@@ -136,12 +130,12 @@ def export_mixture(
         raise ValueError("a mixture from a checkpoint's folder needs weights")
     else:
         weights_NE = site_weights(weights, len(source.sites), source.live)
-    if source.folder is not None:
-        record = {"checkpoint": str(source.folder), **record}
+        record = {"checkpoint": source.what, **record}
+    adapters = source.adapters()
     shares = by_projection(weights_NE, source.live, source.sites, source.projections)
-    adapter = joined_adapter(source.adapters(source.names), shares, source.shifts())
+    adapter = joined_adapter(adapters, shares, source.shifts())
     rows = dict(zip(source.sites, weights_NE.tolist(), strict=True))
-    record = {"kind": "mixture", "experts": source.names, "weights": rows, **record}
+    record = {"kind": "mixture", "experts": list(adapters), "weights": rows, **record}
 
     def write(files: Path) -> None:
         write_adapter(files, _named(adapter, base_name))
@@ -151,24 +145,18 @@ def export_mixture(
     return folder
 
 
-def _chosen_names(live: list[str], expert: str | int, source: object) -> list[str]:
-    """The names that `expert` (a number, or all) stands for, of those that are not retired."""
-    if expert == "all":
-        return live
-    name = f"expert_{expert}"
-    if name not in live:
-        raise ValueError(f"{source} has no {name}, only {', '.join(live)}")
-    return [name]
-
-
 def _write_experts(
     out: Path, adapters: Mapping[str, PeftAdapter], portable: bool, base_name: str | None
 ) -> list[Path]:
     """One folder an adapter in `out`, and nothing else; or what was there, where one fails."""
     if portable:
-        adapters = {name: _portable(name, adapter) for name, adapter in adapters.items()}
+        for name, adapter in adapters.items():
+            try:
+                adapters = {**adapters, name: portable_form(adapter)}
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         rank = max(adapter.config["r"] for adapter in adapters.values())  # one, as Arrow wants it
-        adapters = {name: _of_rank(adapter, rank) for name, adapter in adapters.items()}
+        adapters = {name: of_rank(adapter, rank) for name, adapter in adapters.items()}
     adapters = {name: _named(adapter, base_name) for name, adapter in adapters.items()}
     staging = out / STAGING
     try:
@@ -238,30 +226,12 @@ def joined_adapter(
         r=rank,
         lora_alpha=rank,
         target_modules=first.config["target_modules"],
-        base_model=first.config.get("base_model_name_or_path"),
+        base_model_name_or_path=first.config.get("base_model_name_or_path"),
         revision=first.config.get("revision"),
         bias=first.config.get("bias", "none"),
         fan_in_fan_out=first.config.get("fan_in_fan_out", False),
     )
-    return _of_rank(PeftAdapter(config, pairs, biases=biases), rank)
-
-
-def _of_rank(adapter: PeftAdapter, rank: int) -> PeftAdapter:
-    """An adapter of scale 1 with A and B filled up with zeros to a rank."""
-    weights = {
-        path: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A))))
-        for path, (A, B) in adapter.weights.items()
-    }
-    return adapter._replace(
-        config=adapter.config | {"r": rank, "lora_alpha": rank}, weights=weights
-    )
-
-
-def _portable(name: str, adapter: PeftAdapter) -> PeftAdapter:
-    try:
-        return portable_form(adapter)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    return of_rank(PeftAdapter(config, pairs, biases=biases), rank)
 
 
 def _named(adapter: PeftAdapter, base_name: str | None) -> PeftAdapter:

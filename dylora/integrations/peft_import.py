@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -29,18 +29,14 @@ from dylora.storage.peft_config import alpha_of
 from dylora.storage.peft_format import PeftAdapter
 
 RouterInit = Literal["learned", "arrow"]
+DEFAULTS = MoELoraConfig()
 # Settings that the adapters decide: they may be given only as they turn out.
 DECIDED = ("num_experts", "r", "lora_alpha", "expert_ranks", "expert_alphas", "target_modules")
 DECIDED += ("bias", "use_rslora", "use_dora")
 # Settings for which adapters made elsewhere leave no room.
-UNSET = (
-    "adapter_type",
-    "rank_pattern",
-    "alpha_pattern",
-    "exclude_modules",
-    "layers_to_transform",
-    "share_A",
-)
+UNSET = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "share_A")
+UNSET += ("adapter_type",)
+NEEDED_BY_ARROW = {"router_hidden_size": None, "router_scope": "site", "use_moe_routing": True}
 
 
 class Shape(NamedTuple):
@@ -68,62 +64,45 @@ def load_peft_experts(
         base: by name or as a model (which is changed in place); never taken from the adapters.
         adapters: folders, each with an adapter, or with several: a folder of adapters, a mixture
             of ours, or the layout of an older one (peft_adapters/ beside dylo_moe_state/).
-        config: routing, losses and maturity; what the adapters decide (ranks, alphas, projections,
-            the number of experts) is left at its default. One adapter needs use_moe_routing=False.
-        router_init: learned: fresh routers, near uniform. arrow: rows that find the expert which
-            would change a token most, so that it routes without any training; it brings
-            router_logits 'absolute' along (see dylora/integrations/arrow.py).
+        config: routing, losses and maturity; what the adapters decide is left at its default. One
+            adapter needs use_moe_routing=False.
+        router_init: learned: fresh routers, near uniform. arrow: see `set_prototypes`; it brings
+            router_logits 'absolute' along.
         freeze: the experts never change until `experts.unfreeze`; training then trains the routers.
         report: gets a line for everything that is left out or differs from what a file names.
         options: how a base given by name is loaded, as in `DyLoRA_MoE.from_base`.
 
-    The experts begin as newborn, so that routing is dense until training or routing_mode says
+    The experts begin immature, so that routing is dense until training or routing_mode says
     otherwise. Raises ValueError or FileNotFoundError, naming file and key, for adapters that are no
-    plain LoRA, that differ in use_dora, that do not fit the base, or that name a base when none is
-    given; a base that was given as a model is then as it was.
+    plain LoRA, differ in use_dora, do not fit the base, or name a base when none is given; a base
+    that was given as a model is then as it was.
     """
     found = [AdapterFolder.open(folder) for folder in adapters]
-    folders = [path for one in found for path in one.found.adapters]
-    for path in folders:
-        if folders.count(path) > 1:
-            raise ValueError(f"{path} is given twice: two equal experts stay equal")
-    earlier = [record for one in found if (record := one.training_record()) is not None]
     read = [adapter for one in found for adapter in one.adapters()]
-    for adapter in read:
-        if adapter.type != "LORA":
-            raise ValueError(f"{adapter.folder} is a {adapter.type}, and only LoRAs are imported")
-    _check_bases(base, read, report)
-    assert base is not None
+    _check_adapters(base, read, report)
     shapes, rslora = _shapes(read)
     config = config or MoELoraConfig(num_experts=max(2, len(read)))
     settings = _settings(read, shapes, rslora, config, router_init)
-    for line in [note for one in found for note in one.found.notes]:
-        report(line)
-
-    if isinstance(base, PreTrainedModel):
-        model, name = base, None
-    else:
+    model, name = base, None
+    if isinstance(base, str):
         spec = BaseSpec.resolve(base, revision, **options)
         model, name = spec.load(), spec.name
+    assert isinstance(model, PreTrainedModel)
     paths = _fitting_paths(model, read, report)
     settings = dataclasses.replace(settings, target_modules=shortest_targets(model, paths))
     mixture = DyLoRA_MoE(model, settings, base_name=name, base_revision=revision)
     try:
-        for expert, (adapter, shape) in enumerate(zip(read, shapes, strict=True)):
-            _fill(mixture, expert, adapter, shape)
+        _fill(mixture, read, shapes)
         if router_init == "arrow":
             for site in set_prototypes(mixture):
                 report(f"no adapted projection of {site} reads its router's input: it mixes evenly")
-        for one in found:
-            _take_router(mixture, one, len(found) == 1 and router_init == "learned", report)
+        _take_routers(mixture, found, router_init, report)
     except Exception:
         mixture.unload()
         raise
-    for row, adapter in zip(mixture.experts.table, read, strict=True):
-        row.skill = adapter.folder.name
-        row.history.append({"event": f"imported from {adapter.folder.name}", "step": 0})
     if freeze:
         mixture.experts.freeze(*range(len(read)))
+    earlier = [record for one in found if (record := one.training_record()) is not None]
     mixture.training_record = {"earlier": earlier} if earlier else {}
     return mixture
 
@@ -131,23 +110,25 @@ def load_peft_experts(
 # What the files say
 
 
-def _check_bases(
+def _check_adapters(
     base: str | PreTrainedModel | None, read: list[PeftAdapter], report: Callable[[str], Any]
 ) -> None:
-    """Nobody is sent to a base that only a file names."""
+    """Only LoRAs, none twice; and nobody is sent to a base that only a file names."""
+    folders = [adapter.folder for adapter in read]
     named: dict[str, str] = {}
     for adapter in read:
+        if folders.count(adapter.folder) > 1:
+            raise ValueError(f"{adapter.folder} is given twice: two equal experts stay equal")
+        if adapter.type != "LORA":
+            raise ValueError(f"{adapter.folder} is a {adapter.type}, and only LoRAs are imported")
         if adapter.base:
             named.setdefault(adapter.base, adapter.folder.name)
     shown = ", ".join(f"{other} ({name})" for other, name in named.items())
+    if base is None and len(named) > 1:
+        raise ValueError(f"the adapters name different bases: {shown}. Give one as the base")
     if base is None:
-        if len(named) > 1:
-            raise ValueError(f"the adapters name different bases: {shown}. Give one as the base")
-        if not named:
-            raise ValueError("the adapters name no base: give one")
-        raise ValueError(
-            f"give a base; the adapters were made for {next(iter(named))}, as they say"
-        )
+        made_for = f"give a base; the adapters were made for {next(iter(named), '')}, as they say"
+        raise ValueError(made_for if named else "the adapters name no base: give one")
     given = base if isinstance(base, str) else base.config.name_or_path
     if set(named) - {given}:
         report(f"the base is {given or 'a model without a name'}; the adapters name {shown}")
@@ -184,12 +165,12 @@ def _settings(
 
     Raises ValueError for a setting that the adapters decide otherwise, or cannot have.
     """
-    if router_init not in ("learned", "arrow"):
+    if router_init not in get_args(RouterInit):
         raise ValueError(
-            f"router_init is {router_init!r}{nearest(router_init, ['learned', 'arrow'])}"
+            f"router_init is {router_init!r}{nearest(router_init, [*get_args(RouterInit)])}"
         )
     dora = [bool(adapter.config.get("use_dora")) for adapter in read]
-    if any(dora) and not all(dora):
+    if len(set(dora)) > 1:
         with_it, without = read[dora.index(True)], read[dora.index(False)]
         raise ValueError(
             f"{with_it.folder} is a DoRA and {without.folder} is none: experts are all DoRA or none"
@@ -202,39 +183,39 @@ def _settings(
     if not config.use_moe_routing and len(read) > 1:
         raise ValueError(f"use_moe_routing is false, but there are {len(read)} adapters")
     ranks, alphas = [shape.rank for shape in shapes], [shape.alpha for shape in shapes]
-    largest = ranks.index(max(ranks))
-    biased = any(adapter.biases for adapter in read)
     decided = {
         "num_experts": len(read),
-        "r": ranks[largest],
-        "lora_alpha": alphas[largest],
+        "r": max(ranks),
+        "lora_alpha": alphas[ranks.index(max(ranks))],
         "expert_ranks": ranks if len(set(ranks)) > 1 else None,
         "expert_alphas": alphas if len(set(alphas)) > 1 else None,
-        "bias": "lora_only" if biased else "none",
+        "bias": "lora_only" if any(adapter.biases for adapter in read) else "none",
         "use_rslora": rslora,
-        "use_dora": all(dora),
+        "use_dora": dora[0],
     }
-    for item in dataclasses.fields(MoELoraConfig):
-        name, value = item.name, getattr(config, item.name)
-        default = item.default if item.default is not dataclasses.MISSING else {}
-        if name in UNSET and value != default:
-            raise ValueError(
-                f"{name} is {value!r}, but adapters made elsewhere leave no room for it"
-            )
-        if name in DECIDED and value not in (default, decided.get(name, default)):
-            raise ValueError(
-                f"{name} is {value!r}, but the adapters decide it"
-                + (f": {decided[name]!r}" if name in decided else "")
-            )
+    _check_given(config, decided)
     if router_init == "arrow":
-        needed = {"router_hidden_size": None, "router_scope": "site", "use_moe_routing": True}
-        for name, value in needed.items():
+        for name, value in NEEDED_BY_ARROW.items():
             if getattr(config, name) != value:
                 raise ValueError(f"router_init arrow needs {name} to be {value!r}")
         if config.router_type == "fixed":
             raise ValueError("router_init arrow needs a router_type other than 'fixed'")
         decided["router_logits"] = "absolute"
     return dataclasses.replace(config, **decided)
+
+
+def _check_given(config: MoELoraConfig, decided: dict[str, Any]) -> None:
+    """Raises ValueError for a setting of `config` that adapters made elsewhere do not have."""
+    for name in (*UNSET, *DECIDED):
+        value, default = getattr(config, name), getattr(DEFAULTS, name)
+        if value == default or (name in decided and value == decided[name]):
+            continue
+        why = (
+            "adapters made elsewhere leave no room for it"
+            if name in UNSET
+            else ("the adapters decide it" + (f": {decided[name]!r}" if name in decided else ""))
+        )
+        raise ValueError(f"{name} is {value!r}, but {why}")
 
 
 def _fitting_paths(
@@ -260,26 +241,23 @@ def _fitting_paths(
                     f"{adapter.folder}: {path} is from {A.shape[1]} to {B.shape[0]}, but the "
                     f"base's is from {inputs} to {outputs}: it was made for another base"
                 )
-        config = adapter.config
+        config, folder = adapter.config, adapter.folder
         if config.get("layers_to_transform") is not None:
             continue
         if isinstance(config.get("exclude_modules"), str):
-            report(f"{adapter.folder}: exclude_modules is a pattern, which is not run")
-            continue
-        if adapter.targets is None:
-            targets = config.get("target_modules")
+            report(f"{folder}: exclude_modules is a pattern, which is not run")
+        elif adapter.targets is None:
             report(
-                f"{adapter.folder}: target_modules is {targets!r}, which is not run; its "
-                f"{len(adapter.weights)} projections are those of its tensors"
+                f"{folder}: target_modules is {config.get('target_modules')!r}, which is not run; "
+                f"its {len(adapter.weights)} projections are those of its tensors"
             )
-            continue
-        for path in projections:
-            wanted = any(ends_with(path, name) for name in adapter.targets)
-            if wanted and not adapter.excludes(path) and path not in adapter.weights:
-                raise ValueError(
-                    f"{adapter.folder}: its target_modules name {path}, but it has no "
-                    "tensors for it"
-                )
+        else:
+            for path in projections:
+                wanted = any(ends_with(path, name) for name in adapter.targets)
+                if wanted and not adapter.excludes(path) and path not in adapter.weights:
+                    raise ValueError(
+                        f"{folder}: its target_modules name {path}, but it has no tensors for it"
+                    )
     adapted = {path for adapter in read for path in adapter.weights}
     return [path for path in projections if path in adapted]
 
@@ -288,63 +266,72 @@ def _fitting_paths(
 
 
 @torch.no_grad()
-def _fill(model: DyLoRA_MoE, expert: int, adapter: PeftAdapter, shape: Shape) -> None:
-    """Give an expert the values of an adapter; what the adapter lacks is 0."""
-    for path, stacked in model.mixture.adapters.items():
-        stack, place = stacked.stack_of(expert)
-        assert stack.lora_A is not None
-        stack.lora_A[place].zero_()
-        stack.lora_B[place].zero_()
-        if path not in adapter.weights:
-            continue  # with DoRA its magnitude is the base's own
-        A, B = adapter.weights[path]
-        ratio = adapter.scale(path) / shape.scale
-        stack.lora_A[place, : len(A)] = A.to(stack.lora_A)
-        stack.lora_B[place, : len(A)] = (B.T if ratio == 1 else B.T.double() * ratio).to(
-            stack.lora_B
-        )
-        if stack.lora_magnitude is not None:
-            stack.lora_magnitude[place] = adapter.magnitudes[path].to(stack.lora_magnitude)
-        if path in adapter.biases:
-            own: Any = model.base.get_submodule(path).bias
-            if stack.lora_bias is None or own is None:
-                raise ValueError(f"{adapter.folder}: {path} has a bias, but the base's has none")
-            shift = adapter.biases[path].to(stack.lora_bias) - own.to(stack.lora_bias)
-            stack.lora_bias[place] = shift
+def _fill(model: DyLoRA_MoE, read: list[PeftAdapter], shapes: list[Shape]) -> None:
+    """Give the experts the values of the adapters; what an adapter lacks is 0."""
+    for expert, (row, adapter) in enumerate(zip(model.experts.table, read, strict=True)):
+        row.skill = adapter.folder.name
+        row.history.append({"event": f"imported from {adapter.folder.name}", "step": 0})
+        for path, stacked in model.mixture.adapters.items():
+            stack, place = stacked.stack_of(expert)
+            assert stack.lora_A is not None
+            stack.lora_A[place] = stack.lora_B[place] = 0
+            if path not in adapter.weights:
+                continue  # with DoRA its magnitude is the base's own
+            A, B = adapter.weights[path]
+            ratio = adapter.scale(path) / shapes[expert].scale
+            stack.lora_A[place, : len(A)] = A
+            stack.lora_B[place, : len(A)] = B.T if ratio == 1 else B.T.double() * ratio
+            if stack.lora_magnitude is not None:
+                stack.lora_magnitude[place] = adapter.magnitudes[path]
+            if path in adapter.biases:
+                own: Any = model.base.get_submodule(path).bias
+                if stack.lora_bias is None or own is None:
+                    raise ValueError(
+                        f"{adapter.folder}: {path} has a bias, but the base's has none"
+                    )
+                bias = adapter.biases[path].to(stack.lora_bias)
+                stack.lora_bias[place] = bias - own.to(stack.lora_bias)
 
 
 @torch.no_grad()
-def _take_router(
-    model: DyLoRA_MoE, source: AdapterFolder, alone: bool, report: Callable[[str], Any]
+def _take_routers(
+    model: DyLoRA_MoE,
+    sources: list[AdapterFolder],
+    router_init: RouterInit,
+    report: Callable[[str], Any],
 ) -> None:
-    """Say what becomes of the router beside the adapters, and take it where it fits."""
-    found = source.found
-    if found.kind == "mixture":
-        report(
-            f"{found.adapters[0].parents[1]}: its experts are taken, its router is not; "
-            "from_pretrained reads it whole"
-        )
-    if not found.routers:
-        return
-    file, routers = found.routers[0], list(model.routers())
-    gate = source.gate()
-    if gate is None:
-        why = "it is no linear gate"
-    elif not alone:
-        why = "other adapters were given beside its own, or router_init is arrow"
-    elif len(routers) != 1:
-        why = "every block has a router of its own here (router_scope: shared has one)"
-    elif not isinstance(router := routers[0][1], DynamicHybridRouter) or router.inner is not None:
-        why = "the router here is not linear"
-    elif gate[0].shape != router.outer.weight.shape:
-        here = list(router.outer.weight.shape)
-        why = f"it is {list(gate[0].shape)}, and here it would be {here}"
-    else:
-        router.outer.weight.copy_(gate[0])
-        router.outer.bias.copy_(gate[1])
-        report(
-            f"the router {file} is taken, but it was trained on the base's last hidden states and "
-            "now reads those that enter the first block: train it before you trust it"
-        )
-        return
-    report(f"the router {file} is dropped and the experts are kept: {why}")
+    """Say what becomes of all that lies beside the adapters, and take a router where it fits."""
+    routers = list(model.routers())
+    for source in sources:
+        found = source.found
+        for note in found.notes:
+            report(note)
+        if found.kind == "mixture":
+            report(
+                f"{found.adapters[0].parents[1]}: its experts are taken, its router is not; "
+                "from_pretrained reads it whole"
+            )
+        if not found.routers:
+            continue
+        file, gate = found.routers[0], source.gate()
+        router = routers[0][1] if len(routers) == 1 else None
+        if gate is None:
+            why = "it is no linear gate"
+        elif len(sources) > 1 or router_init == "arrow":
+            why = "other adapters were given beside its own, or router_init is arrow"
+        elif router is None:
+            why = "every block has a router of its own here (router_scope: shared has one)"
+        elif not isinstance(router, DynamicHybridRouter) or router.inner is not None:
+            why = "the router here is not linear"
+        elif gate[0].shape != router.outer.weight.shape:
+            here = list(router.outer.weight.shape)
+            why = f"it is {list(gate[0].shape)}, and here it would be {here}"
+        else:
+            router.outer.weight.copy_(gate[0])
+            router.outer.bias.copy_(gate[1])
+            report(
+                f"the router {file} is taken, but it was trained on the base's last hidden states "
+                "and now reads those that enter the first block: train it before you trust it"
+            )
+            continue
+        report(f"the router {file} is dropped and the experts are kept: {why}")

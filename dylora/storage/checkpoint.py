@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 BEST_FILE = "best.json"  # of a run's folder: names the checkpoint of the lowest validation loss
 _NAME = re.compile(r"checkpoint-\d+")
-_GATE_NAMES = (("gate.weight", "gate.bias"), ("weight", "bias"))  # of an older mixture's router
 
 
 @dataclass(frozen=True)
@@ -94,23 +93,17 @@ class Checkpoint:
 
     @classmethod
     def _open_run(cls, run_folder: Path, report: Callable[[str], None]) -> "Checkpoint":
-        if (run_folder / BEST_FILE).exists():
-            name = read_json(run_folder / BEST_FILE).get("checkpoint")
+        file, best = run_folder / BEST_FILE, None
+        if file.exists():
+            name = read_json(file).get("checkpoint")
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"{run_folder / BEST_FILE}: checkpoint is {shown(name)}, but must be the name "
-                    "of a checkpoint"
+                    f"{file}: checkpoint is {shown(name)}, but must be the name of a checkpoint"
                 )
-            try:
-                verify(run_folder / name)
-            except (ValueError, OSError) as error:
-                report(f"skipped the best checkpoint: {error}")
-            else:
-                report(f"checkpoint: {run_folder / name}, the best of the run")
-                return cls.of_verified(run_folder / name)
-        found = cls.latest(run_folder, report)
-        report(f"checkpoint: {found.path}, the newest of the run")
-        return found
+            best = run_folder / name
+        folder = latest_checkpoint(run_folder, report, first=best)
+        report(f"checkpoint: {folder}, the {'best' if folder == best else 'newest'} of the run")
+        return cls.of_verified(folder)
 
     @property
     def file(self) -> Path:
@@ -246,18 +239,16 @@ class AdapterFolder:
         file = self.found.routers[0]
         state: Any = read_tensors(file) if file.suffix == ".safetensors" else read_pickled(file)
         state = state.get("gate_state_dict", state)
-        for weight_name, bias_name in _GATE_NAMES:
-            if isinstance(state, dict) and weight_name in state:
-                weight, bias = state[weight_name], state.get(bias_name)
-                if not isinstance(weight, Tensor) or weight.ndim != 2:
-                    return None
-                bias = weight.new_zeros(len(weight)) if bias is None else bias
-                if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
-                    return None
-                if not (weight.isfinite().all() and bias.isfinite().all()):
-                    raise ValueError(f"{file}: {weight_name} holds values that are not finite")
-                return weight, bias
-        return None
+        name = "gate." if "gate.weight" in state else ""
+        weight = state.get(f"{name}weight") if isinstance(state, dict) else None
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            return None
+        bias = state.get(f"{name}bias", weight.new_zeros(len(weight)))
+        if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+            return None
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise ValueError(f"{file}: {name}weight holds values that are not finite")
+        return weight, bias
 
 
 def _states(folder: Path) -> dict[str, tuple[int, int]]:

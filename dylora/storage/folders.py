@@ -119,12 +119,14 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def latest_checkpoint(run_folder: Path, report: Callable[[str], None]) -> Path:
-    """The newest checkpoint that verifies; says which newer ones it skipped and why.
+def latest_checkpoint(
+    run_folder: Path, report: Callable[[str], None], first: Path | None = None
+) -> Path:
+    """The newest checkpoint that verifies, or `first`; says which it skipped and why.
 
     Raises FileNotFoundError when there is none.
     """
-    for path in reversed(checkpoints(run_folder)):
+    for path in [*filter(None, [first]), *reversed(checkpoints(run_folder))]:
         try:
             verify(path)
         except (ValueError, OSError) as error:

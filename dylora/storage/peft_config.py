@@ -30,45 +30,40 @@ _KNOWN_OF_LORA = {
     *("lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
     *_MORE_THAN_LORA,
 }
+_WRITTEN = {  # an adapter of ours, but for what `adapter_config` is given
+    **dict.fromkeys(("layers_pattern", "layers_to_transform", "modules_to_save", "revision")),
+    "alpha_pattern": {},
+    "inference_mode": True,
+    "rank_pattern": {},
+    "task_type": "CAUSAL_LM",
+}
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base
 
 
-def adapter_config(
-    *,
-    r: int,
-    lora_alpha: float,
-    target_modules: list[str],
-    base_model: str | None,
-    revision: str | None = None,
-    rank_pattern: dict[str, int] | None = None,
-    alpha_pattern: dict[str, float] | None = None,
-    peft_type: str = "LORA",
-    **settings: Any,
-) -> dict[str, Any]:
+_SIZES: Any = (  # of r and alpha: their pattern, what a value must be, and that in words
+    (
+        "rank_pattern",
+        lambda value: is_whole_number(value, 1, LARGEST),
+        f"a whole number from 1 to {LARGEST:,}",
+    ),
+    (
+        "alpha_pattern",
+        lambda value: is_number(value, 0, MAX_ALPHA) and value > 0,
+        f"a number above 0 and at most {MAX_ALPHA:,.0f}",
+    ),
+)
+
+
+def adapter_config(peft_type: str = "LORA", **settings: Any) -> dict[str, Any]:
     """The content of adapter_config.json: every key that peft, vLLM or llama.cpp looks at.
 
-    settings: those of the type's own that are not as by default.
+    settings: r, lora_alpha, target_modules and what else is not as by default.
     """
-    whole = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha
     kind = PEFT_TYPES[peft_type]
-    assert settings.keys() <= kind.settings.keys()
-    return {
-        "alpha_pattern": alpha_pattern or {},
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": None,
-        "peft_type": peft_type,
-        "r": r,
-        "rank_pattern": rank_pattern or {},
-        "revision": revision,
-        "target_modules": sorted(target_modules),
-        "task_type": "CAUSAL_LM",
-        kind.alpha: whole,
-        **kind.settings,
-        **settings,
-    }
+    config = _WRITTEN | kind.settings | {"peft_type": peft_type} | settings
+    alpha = config.pop("lora_alpha")
+    config[kind.alpha] = int(alpha) if float(alpha).is_integer() else alpha
+    return config | {"target_modules": sorted(config["target_modules"])}
 
 
 def read_config(file: Path, *, stock: bool) -> dict[str, Any]:
@@ -82,12 +77,7 @@ def read_config(file: Path, *, stock: bool) -> dict[str, Any]:
     for key in ("r", kind.alpha, *(() if stock else ("target_modules",))):
         if key not in config:
             raise ValueError(f"{file}: {key!r} is missing, and its value cannot be guessed")
-    rank_rule = f"a whole number from 1 to {LARGEST:,}"
-    alpha_rule = f"a number above 0 and at most {MAX_ALPHA:,.0f}"
-    for key, pattern_key, is_right, rule in (
-        ("r", "rank_pattern", _is_rank, rank_rule),
-        (kind.alpha, "alpha_pattern", _is_alpha, alpha_rule),
-    ):
+    for key, (pattern_key, is_right, rule) in zip(("r", kind.alpha), _SIZES, strict=True):
         if not is_right(config[key]):
             raise ValueError(f"{file}: {key} is {shown(config[key])}, but must be {rule}")
         pattern = config.get(pattern_key) or {}
@@ -95,26 +85,23 @@ def read_config(file: Path, *, stock: bool) -> dict[str, Any]:
             raise ValueError(
                 f"{file}: {pattern_key} {shown(pattern)} does not map names to {rule} each"
             )
-        plain = map(_without_ends, pattern) if stock else pattern
-        _require_plain(file, pattern_key, list(plain))
+        _require_plain(file, pattern_key, list(map(_without_ends, pattern) if stock else pattern))
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         names = config.get(key)
-        if isinstance(names, str) and stock:
-            continue  # a pattern or a keyword of peft's, which is not run
-        if names is not None:
+        if names is not None and not (stock and isinstance(names, str)):  # it is not run
             _require_plain(file, key, names)
     for key in _FLAGS:
         if config.get(key) is not None and type(config[key]) is not bool:
             raise ValueError(f"{file}: {key} is {shown(config[key])}, but must be true or false")
-    biases = ("none", "lora_only", *(() if stock else ("all",)))
-    if (bias := config.get("bias", "none")) not in biases:
+    bias = config.get("bias", "none")
+    if bias not in ("none", "lora_only") and (stock or bias != "all"):
         reason = "changes biases that no gate could undo" if bias == "all" else "is not known"
         raise ValueError(f"{file}: bias {shown(bias)} {reason}")
-    for key in _MORE_THAN_LORA:
-        if config.get(key):
-            raise ValueError(f"{file}: {key} is not supported: it makes more of it than a LoRA")
+    more = [key for key in _MORE_THAN_LORA if config.get(key)]
     if config.get("kasa_config") is not None:  # peft acts on an empty one, too
-        raise ValueError(f"{file}: kasa_config is not supported: it makes more of it than a LoRA")
+        more.append("kasa_config")
+    for key in more:
+        raise ValueError(f"{file}: {key} is not supported: it makes more of it than a LoRA")
     init = config.get("init_lora_weights", True)
     if not any(init is known or init == known for known in _HARMLESS_INITS):
         raise ValueError(
@@ -172,14 +159,6 @@ def _first_match(pattern: Mapping[str, Any] | None, path: str, default: Any) -> 
         if path == plain or (not name.startswith("^") and ends_with(path, plain)):
             return value
     return default
-
-
-def _is_rank(value: Any) -> bool:
-    return is_whole_number(value, 1, LARGEST)
-
-
-def _is_alpha(value: Any) -> bool:
-    return is_number(value, 0, MAX_ALPHA) and value > 0
 
 
 def _require_plain(file: Path, key: str, names: Any) -> None:

@@ -73,7 +73,7 @@ class PeftAdapter(NamedTuple):
         return targets if isinstance(targets, list) else None
 
     def excludes(self, path: str) -> bool:
-        """Whether a name in exclude_modules leaves a module out; a pattern is not run."""
+        """Whether a name in exclude_modules leaves a module out."""
         names = self.config.get("exclude_modules")
         return isinstance(names, list) and any(ends_with(path, name) for name in names)
 
@@ -122,7 +122,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
     config = read_config(folder / CONFIG_FILE, stock=False)
     file = folder / WEIGHTS_FILE
     _sort_tensors(file, config, read_headers(file), stock=False)  # before anything is allocated
-    return _read(folder, file, config, read_tensors(file), stock=False)
+    return _sort_adapter(file, config, read_tensors(file), stock=False)
 
 
 def read_stock_adapter(folder: Path) -> PeftAdapter:
@@ -142,18 +142,18 @@ def read_stock_adapter(folder: Path) -> PeftAdapter:
         tensors = read_tensors(file)
     else:
         file, tensors = old, read_pickled(old)
-    adapter = _read(folder, file, config, tensors, stock=True)
+    adapter = _sort_adapter(file, config, tensors, stock=True)
     _check_targets(file, adapter)
     return adapter
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """r, D and O of every projection of an adapter, from its headers alone. Raises as
-    `read_adapter` for all but the values."""
+def read_ranks(folder: Path) -> dict[str, int]:
+    """The rank of every projection of an adapter, from its headers alone. Raises as `read_adapter`
+    for all but the values."""
     file, config = folder / WEIGHTS_FILE, read_config(folder / CONFIG_FILE, stock=False)
     found = _sort_tensors(file, config, read_headers(file), stock=False)
     kind = PEFT_TYPES[config["peft_type"]]
-    return {path: _sizes(kind, matrices) for path, matrices in found.halves.items()}
+    return {path: _sizes(kind, matrices)[0] for path, matrices in found.halves.items()}
 
 
 # Its two files
@@ -167,14 +167,14 @@ class _Sorted(NamedTuple):
     biases: dict[str, Any]
 
 
-def _read(
-    folder: Path, file: Path, config: dict[str, Any], tensors: Mapping[str, Any], *, stock: bool
+def _sort_adapter(
+    file: Path, config: dict[str, Any], tensors: Mapping[str, Any], *, stock: bool
 ) -> PeftAdapter:
     plain = {key: _to_float32(file, key, tensor) for key, tensor in tensors.items()}
     found = _sort_tensors(file, config, plain, stock=stock)
     names = PEFT_TYPES[config["peft_type"]].matrices
     weights = {path: tuple(own[name] for name in names) for path, own in found.halves.items()}
-    return PeftAdapter(config, weights, found.magnitudes, found.biases, folder)
+    return PeftAdapter(config, weights, found.magnitudes, found.biases, file.parent)
 
 
 def _sort_tensors(
@@ -290,10 +290,8 @@ def _check_targets(file: Path, adapter: PeftAdapter) -> None:
 def portable_form(adapter: PeftAdapter) -> PeftAdapter:
     """The form every reader agrees on: scale inside B, lora_alpha == r, one rank, no rslora.
 
-    Smaller ranks are filled up with zeros. Raises ValueError for DoRA and for trained biases, which
-    vLLM and llama.cpp refuse.
+    Raises ValueError for DoRA and for trained biases, which vLLM and llama.cpp refuse.
     """
-    config = adapter.config
     if adapter.type != "LORA":
         raise ValueError(
             f"a {adapter.type} expert has no portable form: vLLM and llama.cpp read plain LoRA"
@@ -302,11 +300,18 @@ def portable_form(adapter: PeftAdapter) -> PeftAdapter:
         raise ValueError("a DoRA expert has no portable form: vLLM and llama.cpp read plain LoRA")
     if adapter.biases:
         raise ValueError("an expert with trained biases has no portable form: export it as it is")
-    widest = max(len(A) for A, _ in adapter.weights.values())
-    weights = {}
-    for path, (A, B) in adapter.weights.items():
-        missing = widest - len(A)
-        scaled = B * scaling_of(config, path)
-        weights[path] = (F.pad(A, (0, 0, 0, missing)), F.pad(scaled, (0, missing)))
-    changes = {"r": widest, "lora_alpha": widest, "use_rslora": False}
-    return PeftAdapter(config | changes | {"rank_pattern": {}, "alpha_pattern": {}}, weights)
+    changes = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    weights = {p: (A, B * scaling_of(adapter.config, p)) for p, (A, B) in adapter.weights.items()}
+    rank = max(len(A) for A, _ in weights.values())
+    return of_rank(PeftAdapter(adapter.config | changes, weights), rank)
+
+
+def of_rank(adapter: PeftAdapter, rank: int) -> PeftAdapter:
+    """An adapter whose B has the scale inside, with A and B filled up with zeros to a rank."""
+    weights = {
+        path: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A))))
+        for path, (A, B) in adapter.weights.items()
+    }
+    return adapter._replace(
+        config=adapter.config | {"r": rank, "lora_alpha": rank}, weights=weights
+    )

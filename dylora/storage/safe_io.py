@@ -7,14 +7,22 @@ it, a file that claims to be larger than memory, or JSON that two readers unders
 import json
 import os
 import stat
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from dylora.fields import shown
 
 MAX_JSON = 8 << 20  # bytes, read in 2 s at the worst; a row of the table of experts has 300
 MAX_DEPTH = 64  # of lists and mappings in one another
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def open_regular(file: Path, limit: int | None = None) -> BinaryIO:
@@ -96,12 +104,11 @@ def read_json(file: Path, *, infinite: bool = False) -> dict[str, Any]:
     return content
 
 
+Checks = Mapping[str, Callable[[Any], bool]]
+
+
 def require_keys(
-    file: Path,
-    where: str,
-    found: Any,
-    checks: Mapping[str, Callable[[Any], bool]],
-    optional: Collection[str] = (),
+    file: Path, where: str, found: Any, checks: Checks, optional: Checks = MappingProxyType({})
 ) -> None:
     """Raises ValueError unless `found` has exactly these keys, each with a value of its kind.
 
@@ -111,10 +118,10 @@ def require_keys(
         raise ValueError(f"{file}: {where.rstrip('.')} is {shown(found)}, not an object")
     for key in checks.keys() - found.keys():
         raise ValueError(f"{file}: {where}{key} is missing")
-    for key in found.keys() - checks.keys() - set(optional):
+    for key in found.keys() - checks.keys() - optional.keys():
         raise ValueError(f"{file}: {where}{shown(key)} is not known to this version")
-    for key, is_right in checks.items():
-        if not is_right(found[key]):
+    for key, is_right in {**checks, **optional}.items():
+        if key in found and not is_right(found[key]):
             raise ValueError(f"{file}: {where}{key} is {shown(found[key])}, which is invalid")
 
 
@@ -152,13 +159,5 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _require_regular(file: Path, mode: int) -> None:
-    kinds = {
-        stat.S_ISDIR: "a folder",
-        stat.S_ISFIFO: "a pipe",
-        stat.S_ISCHR: "a device",
-        stat.S_ISBLK: "a device",
-        stat.S_ISSOCK: "a socket",
-    }
-    for is_kind, name in kinds.items():
-        if is_kind(mode):
-            raise ValueError(f"{file} is {name}, not a file")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{file} is {_KINDS[stat.S_IFMT(mode)]}, not a file")

@@ -5,23 +5,26 @@ routers) is held against the headers of the folder's own files. A mixture that i
 checked description is therefore as large as its files, or as its base demands.
 """
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any, get_args
 
 from dylora.config import LARGEST, MAX_ALPHA, MoELoraConfig, Quantization, matching
 from dylora.fields import is_name, is_number, is_whole_number, shown
-from dylora.storage.peft_format import read_shapes
+from dylora.routing.maturity import ExpertMaturity
+from dylora.routing.router import Shape, router_class
+from dylora.storage.peft_format import read_ranks
 from dylora.storage.safe_io import require_keys
-from dylora.storage.tensors import Header, read_headers
+from dylora.storage.tensors import read_headers
 
 ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
 # The shifts of trained biases as they are: an adapter holds base + shift, which rounds.
 SHIFTS_FILE = "bias_shifts.safetensors"
 FORMAT_VERSION = 2  # of a mixture's config.json
 MAX_FILLING = 64  # a stack is as wide as its widest expert: so many times what its files hold
+FIXED_WEIGHTS = "fixed_weights"  # [E] in the routers' file, of router_type fixed
 STATES = ("active", "frozen", "retired")
-_MATURITY = ("maturity", "evidence", "fast", "slow", "born")
 
 
 def check_description(folder: Path, description: dict[str, Any]) -> None:
@@ -32,16 +35,17 @@ def check_description(folder: Path, description: dict[str, Any]) -> None:
         raise ValueError(
             f"{file} has format_version {shown(version)}; this version reads {FORMAT_VERSION}"
         )
+    require_keys(file, "", description, _KEYS, {"base_fingerprint": lambda value: True})
     if "base_fingerprint" in description:
         require_keys(file, "base_fingerprint.", description["base_fingerprint"], _FINGERPRINT)
-    require_keys(file, "", description, _KEYS, optional=("base_fingerprint",))
     config = read_config(file, description["moe"])
     _check_table(file, description["experts"], config)
     _check_training(file, description["training"])
     _check_routers(folder / ROUTER_FILE, description, config)
     for record in description["experts"]:
         if record["state"] != "retired":
-            _check_adapter(folder / ADAPTERS / record["name"], record, description, config)
+            source = folder / ADAPTERS / record["name"]
+            _check_adapter(source, record["rank"], description["projections"], config)
 
 
 # Its parts
@@ -79,6 +83,12 @@ _FINGERPRINT = {  # an optional key: checkpoints had none before
     "dtype": is_name,
     **dict.fromkeys(("embedding", "projections", "rotary", "tokenizer"), _is_text),
 }
+_SOURCE = {  # what is read of a data set
+    "name": is_name,
+    "split_scheme": _is_text,
+    "training_rows": is_whole_number,
+    "task_ids": lambda value: isinstance(value, list) and all(map(is_whole_number, value)),
+}
 RECORD = {  # a row of the table of experts
     "name": is_name,
     "rank": lambda value: is_whole_number(value, 1, LARGEST),
@@ -104,123 +114,102 @@ def read_config(file: Path, values: dict[str, Any]) -> MoELoraConfig:
 
 
 def _check_table(file: Path, records: list[Any], config: MoELoraConfig) -> None:
-    previous = None
-    stacks: list[list[int]] = []  # ranks of those that lie in one tensor
     for index, record in enumerate(records):
-        where = f"experts[{index}]."
-        require_keys(file, where, record, RECORD)
-        if record["name"] != f"expert_{index}":
-            raise ValueError(
-                f"{file}: {where}name is {shown(record['name'])}, but must be expert_{index}"
-            )
-        if record["state"] == "retired":
-            if record["takes_part"]:
-                raise ValueError(f"{file}: {where}takes_part is true, but the expert is retired")
-            previous = None
-            continue
-        if config.share_A and record["rank"] != config.r:
-            raise ValueError(
-                f"{file}: {where}rank is {record['rank']}, but with share_A it is r ({config.r})"
-            )
-        trained = record["state"] == "active" and record["takes_part"]
-        if previous == (record["stack"], not trained):
-            raise ValueError(
-                f"{file}: {where}stack is {record['stack']} as of the expert before, but only one "
-                "of them is trained"
-            )
-        if previous != (record["stack"], trained):
-            stacks.append([])
-        stacks[-1].append(record["rank"])
-        previous = (record["stack"], trained)
-    filled = sum(len(ranks) * max(ranks) for ranks in stacks)
-    if filled > MAX_FILLING * sum(map(sum, stacks)):
-        raise ValueError(
-            f"{file}: experts: one stack holds ranks so different that it would take more than "
-            f"{MAX_FILLING} times their memory"
-        )
-    if not any(record["takes_part"] for record in records):
-        raise ValueError(f"{file}: experts: none of them takes part")
-    if config.expert_count > len(records):
-        raise ValueError(
-            f"{file}: moe.num_experts is {config.num_experts}, but experts lists {len(records)}"
-        )
-    if not config.use_moe_routing and len(records) != 1:
-        raise ValueError(f"{file}: experts lists {len(records)}, but nothing routes between them")
+        require_keys(file, f"experts[{index}].", record, RECORD)
+        name, rank, retired = record["name"], record["rank"], record["state"] == "retired"
+        before = records[index - 1] if index else {"state": "retired"}
+        split = not retired and before["state"] != "retired" and before["stack"] == record["stack"]
+        refused = {
+            f"name is {shown(name)}, but must be expert_{index}": name != f"expert_{index}",
+            "takes_part is true, but the expert is retired": retired and record["takes_part"],
+            f"rank is {rank}, but with share_A it is r ({config.r})": (
+                not retired and config.share_A and rank != config.r
+            ),
+            f"stack is {record['stack']} as of the expert before, but only one of them is "
+            "trained": split and _is_trained(before) != _is_trained(record),
+        }
+        _refuse(file, f"experts[{index}].", refused)
+    live = [record for record in records if record["state"] != "retired"]
+    stacks = itertools.groupby(live, lambda record: record["stack"])
+    ranks = [[record["rank"] for record in stack] for _, stack in stacks]
+    filled, count = sum(len(stack) * max(stack) for stack in ranks), len(records)
+    refused = {
+        "experts: one stack holds ranks so different that it would take more than "
+        f"{MAX_FILLING} times their memory": filled > MAX_FILLING * sum(map(sum, ranks)),
+        "experts: none of them takes part": not any(record["takes_part"] for record in live),
+        f"moe.num_experts is {config.num_experts}, but experts lists {count}": (
+            config.expert_count > count
+        ),
+        f"experts lists {count}, but nothing routes between them": (
+            not config.use_moe_routing and count != 1
+        ),
+    }
+    _refuse(file, "", refused)
+
+
+def _is_trained(record: dict[str, Any]) -> bool:
+    return record["state"] == "active" and record["takes_part"]
+
+
+def _refuse(file: Path, where: str, refused: dict[str, bool]) -> None:
+    """Raises ValueError with the first of the texts that is true."""
+    for text, is_so in refused.items():
+        if is_so:
+            raise ValueError(f"{file}: {where}{text}")
 
 
 def _check_training(file: Path, training: dict[str, Any]) -> None:
     """What is read of it: numbers, and the data it was trained on."""
-    for key in ("step", "targets", "seed"):
-        if not is_whole_number(training.get(key, 0)):
-            raise ValueError(f"{file}: training.{key} is {shown(training[key])}, no whole number")
+    numbers = {key: training.get(key, 0) for key in ("step", "targets", "seed")}
+    require_keys(file, "training.", numbers, dict.fromkeys(numbers, is_whole_number))
     data = training.get("data", {})
     sources = data.get("sources", []) if isinstance(data, dict) else None
     if not isinstance(sources, list):
         raise ValueError(f"{file}: training.data is no object with a list of sources")
     for index, source in enumerate(sources):
-        where = f"training.data.sources[{index}]"
-        if not (
-            isinstance(source, dict)
-            and is_name(source.get("name"))
-            and _is_text(source.get("split_scheme"))
-            and is_whole_number(source.get("training_rows", 0))
-        ):
-            raise ValueError(
-                f"{file}: {where} is {shown(source)}, but must have a name; split_scheme is a text "
-                "and training_rows a number"
-            )
-        tasks = source.get("task_ids", [])
-        if not (isinstance(tasks, list) and all(map(is_whole_number, tasks))):
-            raise ValueError(f"{file}: {where}.task_ids is {shown(tasks)}, which is invalid")
+        read = source
+        if isinstance(source, dict):
+            read = {key: source[key] for key in _SOURCE.keys() & source.keys()}
+        where = f"training.data.sources[{index}]."
+        require_keys(file, where, read, {"name": is_name}, _SOURCE)
 
 
 # Against the headers of the other files
 
 
 def _check_routers(file: Path, description: dict[str, Any], config: MoELoraConfig) -> None:
-    """Every router has a row an expert, and the hidden width that the configuration names."""
+    """Every router has the tensors of its kind for these experts; widths are the base's."""
+    experts, sites = len(description["experts"]), description["sites"]
+    wanted: dict[str, Shape] = {f"maturity.{part}": [experts] for part in ExpertMaturity._fields}
+    wanted[FIXED_WEIGHTS] = [experts]
+    if config.is_learned:
+        spec = router_class(config).state_spec(config, experts)
+        for site in sites[:1] if config.router_scope == "shared" else sites:
+            wanted |= {f"router.{site}.{name}": shape for name, shape in spec.items()}
     headers = read_headers(file)
-    experts = len(description["experts"])
-    for name in (*(f"maturity.{part}" for part in _MATURITY), "fixed_weights"):
-        _require_shape(file, headers, name, [experts])
-    hidden, sites = config.router_hidden_size, description["sites"]
-    if not config.use_moe_routing or config.router_type == "fixed":
-        sites = []
-    elif config.router_scope == "shared":
-        sites = sites[:1]
-    for site in sites:
-        _require_shape(file, headers, f"router.{site}.outer.weight", [experts, hidden])
-        _require_shape(file, headers, f"router.{site}.outer.bias", [experts])
-        if hidden is not None:
-            _require_shape(file, headers, f"router.{site}.inner.weight", [hidden, None])
-            _require_shape(file, headers, f"router.{site}.inner.bias", [hidden])
-
-
-def _require_shape(
-    file: Path, headers: dict[str, Header], name: str, wanted: list[int | None]
-) -> None:
-    if name not in headers:
-        raise ValueError(f"{file}: {name} is missing")
-    found = headers[name].shape
-    if len(found) != len(wanted) or any(
-        w is not None and w != f for w, f in zip(wanted, found, strict=True)
-    ):
-        shape = [size or "any" for size in wanted]
-        raise ValueError(f"{file}: {name} has shape {list(found)}, but config.json means {shape}")
-
-
-def _check_adapter(
-    source: Path, record: dict[str, Any], description: dict[str, Any], config: MoELoraConfig
-) -> None:
-    """An expert has exactly the projections that are listed, of the rank that is."""
-    shapes = read_shapes(source)
-    for path in description["projections"]:
-        if path not in shapes:
-            raise ValueError(f"{source}: {path} is missing")
-        rank = matching(config.rank_pattern, path, record["rank"])
-        if shapes[path][0] != rank:
+    for name, sizes in wanted.items():
+        if name not in headers:
+            raise ValueError(f"{file}: {name} is missing")
+        found = headers[name].shape
+        if len(found) != len(sizes) or any(
+            size not in (None, other) for size, other in zip(sizes, found, strict=True)
+        ):
+            shape = [size or "any" for size in sizes]
             raise ValueError(
-                f"{source}: {path} has rank {shapes[path][0]}, but config.json means {rank}"
+                f"{file}: {name} has shape {list(found)}, but config.json means {shape}"
             )
-    for path in shapes.keys() - set(description["projections"]):
+
+
+def _check_adapter(source: Path, rank: int, paths: list[str], config: MoELoraConfig) -> None:
+    """An expert has exactly the projections that are listed, of the rank that is."""
+    ranks = read_ranks(source)
+    for path in paths:
+        if path not in ranks:
+            raise ValueError(f"{source}: {path} is missing")
+        expected = matching(config.rank_pattern, path, rank)
+        if ranks[path] != expected:
+            raise ValueError(
+                f"{source}: {path} has rank {ranks[path]}, but config.json means {expected}"
+            )
+    for path in ranks.keys() - set(paths):
         raise ValueError(f"{source}: {path} is none of the projections in config.json")

@@ -6,26 +6,27 @@ been found to name nothing but tensors.
 """
 
 import io
-import math
 import pickle
 import pickletools
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dylora.fields import is_whole_number, shown
+from dylora.fields import shown
 from dylora.storage.safe_io import MAX_DEPTH, check_link, open_regular, parse_json
 
 MAX_FILE = 32 << 30  # bytes of one file of tensors
 MAX_HEADER = 16 << 20  # bytes that name 100,000 tensors
 MAX_PICKLE = 32 << 20  # and as many moments; of an archive's table of contents likewise
-_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_TYPES = ("F16", "BF16", "F32", "F64")
 _NAMED = {  # what the pickles of `training/resume.py` name, and those of adapters in older files
     *("collections OrderedDict", "torch._utils _rebuild_tensor_v2"),
     *("torch FloatStorage", "torch DoubleStorage", "torch LongStorage", "torch ByteStorage"),
@@ -65,37 +66,21 @@ def read_headers(file: Path) -> dict[str, Header]:
         content = parse_json(stream.read(length), f"{file}: the header")
     if not isinstance(content, dict):
         raise ValueError(f"{file}: the header is not a JSON object")
-    content.pop("__metadata__", None)
-    headers, begins = {}, {}
     for name, entry in content.items():
-        if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
+        known = {"dtype", "shape", "data_offsets"}
+        if name != "__metadata__" and not (isinstance(entry, dict) and entry.keys() == known):
             raise ValueError(f"{file}: {shown(name)} has not dtype, shape and data_offsets alone")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in _BYTES:
+    try:
+        with safe_open(file, "pt") as opened:
+            slices = {n: opened.get_slice(n) for n in content if n != "__metadata__"}
+            headers = {n: Header(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except (SafetensorError, OSError, MemoryError) as error:
+        raise _unreadable(file, error) from error
+    for name, header in headers.items():
+        if header.dtype not in _TYPES:
             raise ValueError(
-                f"{file}: {shown(name)} is of type {shown(dtype)}, not of {', '.join(_BYTES)}"
+                f"{file}: {shown(name)} is of type {header.dtype}, not of {', '.join(_TYPES)}"
             )
-        for numbers in (shape, offsets):
-            if not (isinstance(numbers, list) and all(map(is_whole_number, numbers))):
-                raise ValueError(f"{file}: {shown(name)} has {shown(numbers)}, no list of sizes")
-        if len(shape) > 8 or len(offsets) != 2:
-            raise ValueError(f"{file}: {shown(name)} has a shape or offsets of a wrong length")
-        if offsets[1] - offsets[0] != math.prod(shape) * _BYTES[dtype]:
-            raise ValueError(f"{file}: {shown(name)} has the shape {shown(shape)} in other bytes")
-        headers[name] = Header(dtype, tuple(shape))
-        begins[name] = offsets
-    place = 0
-    for name, (begin, end) in sorted(begins.items(), key=lambda item: item[1]):
-        if begin != place:
-            raise ValueError(
-                f"{file}: {shown(name)} begins at byte {begin}, but what lies before it ends at "
-                f"{place}"
-            )
-        place = end
-    if place != size - 8 - length:
-        raise ValueError(
-            f"{file}: the tensors have {place:,} bytes, the file {size - 8 - length:,} for them"
-        )
     return headers
 
 
@@ -105,7 +90,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    """The library's words, which may hold a name of the file's, in a form for one line."""
+    return ValueError(f"{file}: not a readable safetensors file ({shown(str(error))})")
 
 
 def read_state(file: Path) -> Any:
@@ -117,25 +107,16 @@ def read_state(file: Path) -> Any:
     FileNotFoundError when it is missing.
     """
     check_archive(file)
-    try:
+    with _reading(file):
         content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
         if _expanded_size(content) > MAX_EXPANSION * file.stat().st_size:
             raise ValueError(f"it unfolds to more than {MAX_EXPANSION} times its size")
-        return content
-    except _MALFORMED as error:
-        raise _unreadable(file, error) from error
+    return content
 
 
 def read_pickled(file: Path) -> dict[str, Any]:
-    """A dictionary that torch.save wrote, read within the bounds of `read_state`.
-
-    Raises ValueError for a file that holds more than dense tensors and plain values.
-    """
-    try:
-        content = read_state(file)
-    except ValueError as error:
-        reason = str(error.__cause__ or error).split("\n", 1)[0]
-        raise ValueError(f"{file}: not a file of plain tensors ({reason})") from error
+    """A dictionary that torch.save wrote. Raises as `read_state`, and for other content."""
+    content = read_state(file)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not tensors by name")
     return content
@@ -144,17 +125,18 @@ def read_pickled(file: Path) -> dict[str, Any]:
 def check_archive(file: Path) -> None:
     """All that can be said of a file of `read_state` before it is loaded. Raises likewise."""
     check_link(file, file.parent)
-    with open_regular(file, MAX_FILE) as stream:
-        try:
-            program = _pickle_of(stream)
-            _check_pickle(program)
-        except _MALFORMED as error:
-            raise _unreadable(file, error) from error
+    with open_regular(file, MAX_FILE) as stream, _reading(file):
+        _check_pickle(_pickle_of(stream))
 
 
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    reason = str(error).split("\n", 1)[0]
-    return ValueError(f"{file} is not a file of ours that can be read ({reason})")
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turns the many errors of broken files into one."""
+    try:
+        yield
+    except _MALFORMED as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"{file}: not a readable file of plain tensors ({reason})") from error
 
 
 def is_plain(value: Any, dtype: torch.dtype) -> bool:

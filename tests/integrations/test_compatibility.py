@@ -12,7 +12,12 @@ OUT = "base_model.model.model.layers.0.self_attn.o_proj"
 
 def said(extra=(), ranks=(4, 4), **settings):
     """The complaints about an adapter of q_proj and o_proj."""
-    defaults = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"], "base_model": "b"}
+    defaults = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "o_proj"],
+        "base_model_name_or_path": "b",
+    }
     tensors = {}
     for path, rank in zip((Q, OUT), ranks, strict=True):
         tensors[f"{path}.lora_A.weight"] = torch.ones(rank, 6)
@@ -77,7 +82,7 @@ def test_sglang_knows_some_projections_only():
     tensors = {
         f"base_model.model.h.0.attn.Wqkv.lora_{m}.weight": torch.ones(4, 4) for m in ("A", "B")
     }
-    config = adapter_config(r=4, lora_alpha=4, target_modules=["Wqkv"], base_model="b")
+    config = adapter_config(r=4, lora_alpha=4, target_modules=["Wqkv"], base_model_name_or_path="b")
     assert [tuple(c) for c in find_incompatibilities(config, tensors)] == [
         ("SGLang", "refuses", "LoRA on Wqkv")
     ]

@@ -226,7 +226,7 @@ def test_a_damaged_best_checkpoint_is_said_and_skipped(run_folder):
     (run_folder / "checkpoint-3" / "router.safetensors").write_bytes(b"")
     said: list[str] = []
     assert Checkpoint.open(run_folder, said.append).path.name == "checkpoint-20"
-    assert said[0].startswith("skipped the best checkpoint: ")
+    assert said[0].startswith(f"skipped {run_folder / 'checkpoint-3'}: ")
     assert "router.safetensors has changed" in said[0]
 
 

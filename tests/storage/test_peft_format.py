@@ -37,7 +37,7 @@ def adapter():
         return torch.randn(shape, generator=draw)
 
     config = adapter_config(
-        r=3, lora_alpha=5, target_modules=["q_proj", "k_proj"], base_model="some/base"
+        r=3, lora_alpha=5, target_modules=["q_proj", "k_proj"], base_model_name_or_path="some/base"
     )
     return PeftAdapter(config, {Q: (matrix(3, 8), matrix(6, 3)), K: (matrix(3, 8), matrix(4, 3))})
 
@@ -128,7 +128,9 @@ def test_configuration_keys_are_sorted(folder):
 
 def test_a_whole_alpha_is_written_as_an_integer():
     """peft declares lora_alpha an int, and so do vLLM and llama.cpp."""
-    config = adapter_config(r=4, lora_alpha=32.0, target_modules=["q_proj"], base_model=None)
+    config = adapter_config(
+        r=4, lora_alpha=32.0, target_modules=["q_proj"], base_model_name_or_path=None
+    )
     assert json.dumps(config["lora_alpha"]) == "32"
 
 

@@ -233,7 +233,7 @@ def test_a_constant_mixture_is_one_lora_of_the_summed_rank_in_peft(
         r=6,
         lora_alpha=6,
         target_modules=first["target_modules"],
-        base_model=None,
+        base_model_name_or_path=None,
         fan_in_fan_out=first["fan_in_fan_out"],
     )
     write_adapter(tmp_path / "joined", PeftAdapter(config, concat))

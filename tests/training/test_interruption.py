@@ -300,7 +300,7 @@ def test_a_state_file_that_is_no_plain_tensors_is_refused_and_not_run(make_confi
     (folder / file).write_bytes(content)
     (folder / "manifest.json").unlink()
     write_manifest(folder)
-    with pytest.raises(ValueError, match=rf"{file} is not a file of ours"):
+    with pytest.raises(ValueError, match=rf"{file}: not a readable file"):
         train(make_config(max_steps=2), str(folder))
     assert not Path("/tmp/dylora-was-here").exists()
 
