@@ -107,16 +107,14 @@ class Bounds(NamedTuple):
     most: float | None = None
 
     def hold(self, value: float) -> bool:
-        rules = (operator.gt, operator.ge, operator.lt, operator.le)
-        pairs = zip(rules, self, strict=True)
-        return all(bound is None or rule(value, bound) for rule, bound in pairs)
+        rules = zip((operator.gt, operator.ge, operator.lt, operator.le), self, strict=True)
+        return all(bound is None or rule(value, bound) for rule, bound in rules)
 
     def __str__(self) -> str:
         if self.least is not None and self.most is not None:
             return f"from {self.least} to {self.most}"
-        words = ("above", "at least", "below", "at most")
-        pairs = zip(words, self, strict=True)
-        return " and ".join(f"{word} {bound}" for word, bound in pairs if bound is not None)
+        words = zip(("above", "at least", "below", "at most"), self, strict=True)
+        return " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
 
 
 def option(
@@ -158,13 +156,12 @@ def check_fields(config: Any) -> None:
         leaves = leaves if isinstance(value, dict | list | tuple) else [value]
         numbers = [leaf for leaf in leaves if type(leaf) in (int, float)]
         require(all(map(math.isfinite, numbers)), item.name, value, "finite")
-        bounds = item.metadata.get("bounds")
-        if bounds is not None and not all(map(bounds.hold, numbers)):
-            each = "" if numbers == [value] else "numbers "
-            require(False, item.name, value, f"{each}{bounds}")
-        accept = item.metadata.get("accept")
-        if accept is not None and value is not None and not accept(value):
-            require(False, item.name, value, item.metadata["rule"])
+        bounds, accept = item.metadata.get("bounds"), item.metadata.get("accept")
+        each = "" if numbers == [value] else "numbers "
+        held = bounds is None or all(map(bounds.hold, numbers))
+        require(held, item.name, value, f"{each}{bounds}")
+        held = accept is None or value is None or accept(value)
+        require(held, item.name, value, item.metadata.get("rule", ""))
 
 
 @functools.cache
@@ -302,14 +299,14 @@ def _convert_union(value: Any, annotation: Any, key: str, parse: Parse | None) -
     parts = get_args(annotation)
     if value is None and NoneType in parts:
         return None
-    failures = []
+    failure = _misfit(key, value, annotation)
     for part in parts:
         try:
             return convert(value, part, key, parse)
         except FieldError as error:
-            failures.append(error)
-    inner = [error for error in failures if error.key != key]
-    raise inner[0] if inner and len(parts) == 2 else _misfit(key, value, annotation)
+            if error.key != key and len(parts) == 2:  # of a part of the value, and null is no help
+                failure = error
+    raise failure
 
 
 def _convert_choice(value: Any, annotation: Any, key: str, parse: Parse | None) -> Any:

@@ -167,9 +167,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        freed = self.train_experts
-        alone = freed is None or self.init_from is not None
-        require(alone, "train_experts", freed, "unset without init_from")
+        alone = self.train_experts is None or self.init_from is not None
+        require(alone, "train_experts", self.train_experts, "unset without init_from")
 
     @property
     def subset(self) -> int | float | None:
@@ -212,13 +211,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        wanted = self.benchmark_strategy != "none"
-        require(
-            bool(self.benchmark_tasks) or not wanted,
-            "benchmark_tasks",
-            self.benchmark_tasks,
-            "the names of suites, since benchmark_strategy asks for them",
-        )
+        named = self.benchmark_strategy == "none" or bool(self.benchmark_tasks)
+        rule = "the names of suites, since benchmark_strategy asks for them"
+        require(named, "benchmark_tasks", self.benchmark_tasks, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     """
     file_tree = given = {} if path is None else _read_yaml(Path(path))
     for key, text in split_overrides(overrides):
-        given = _overridden(given, RunConfig, _key_parts(key), text, "")
+        given = _overridden(given, RunConfig, _key_parts(key), text)
     tree, checkpoint = _over_checkpoint(given)
 
     def origin(key: str) -> str:
@@ -68,8 +68,7 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
 
 def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str]]:
     """Key and text of `key=value`, `--key=value` and `--key`, `value`."""
-    pairs = []
-    queue = list(tokens)
+    pairs, queue = [], list(tokens)
     while queue:
         key, equals, text = queue.pop(0).partition("=")
         if not equals:
@@ -89,10 +88,7 @@ def parse_text(text: str) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys.
-
-    In YAML 1.1 1e-4 is a string for want of a dot; `_typed` reads it as the number it means.
-    """
+    """SafeLoader that refuses duplicate keys, and aliases that stand for too much."""
 
     def get_single_node(self) -> yaml.Node | None:
         """The tree, refused while it is still small: ten lines of aliases can stand for 10^9."""
@@ -154,11 +150,9 @@ def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
             raise yaml.MarkedYAMLError(None, None, "an alias of itself", node.start_mark)
         return known[id(node)]
     known[id(node)] = 0  # under way
-    parts: list[yaml.Node] = []
+    parts = [] if isinstance(node, yaml.ScalarNode) else node.value
     if isinstance(node, yaml.MappingNode):
-        parts = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        parts = node.value
+        parts = [part for pair in parts for part in pair]
     count = 1 + sum(_count_nodes(part, known) for part in parts)
     if count > MAX_NODES:
         what = f"its aliases stand for more than {MAX_NODES:,} values"
@@ -193,16 +187,14 @@ def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]
         raise FileNotFoundError(f"{file} does not exist: train.init_from is {folder!r}") from None
     if not isinstance(description.get("moe"), dict):
         raise ValueError(f"{file} describes no mixture: train.init_from is {folder!r}")
-    names = {"base": "base_model_name_or_path", "revision": "base_revision"}
-    names |= {"quantization": "quantization"}
-    base = {name: description.get(key) for name, key in names.items()}
-    under = {"moe": description["moe"], "model": {k: v for k, v in base.items() if v is not None}}
-    own = tree.get("model")
+    name, own = description.get("base_model_name_or_path"), tree.get("model")
     given = own.get("base") if isinstance(own, dict) else None
-    if given not in (None, base["base"]):
-        under["model"].pop("revision", None)  # of another base
-    if given is None and isinstance(base["base"], str):
-        require_followable(base["base"], file)
+    base = {"base": name, "quantization": description.get("quantization")}
+    if given in (None, name):  # else the revision is of another base
+        base["revision"] = description.get("base_revision")
+    if given is None and isinstance(name, str):
+        require_followable(name, file)
+    under = {"moe": description["moe"], "model": {k: v for k, v in base.items() if v is not None}}
     for section, below in under.items():
         above = tree.get(section)
         if above is None or isinstance(above, dict):  # else its own error comes
@@ -213,7 +205,7 @@ def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]
 # Overriding
 
 
-def _overridden(value: Any, annotation: Any, parts: list[str], text: str, path: str) -> Any:
+def _overridden(value: Any, annotation: Any, parts: list[str], text: str, path: str = "") -> Any:
     """The raw `value` at `path`, with `text` where `parts` leads."""
     if not parts:
         if is_dataclass(annotation):

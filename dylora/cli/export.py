@@ -1,7 +1,6 @@
 """`run.py export`: experts, a frozen mixture of them, or the base with either inside."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-    from dylora.evaluation.static_mixture import Comparison
     from dylora.integrations.compatibility import Incompatibility
     from dylora.model import DyLoRA_MoE
     from dylora.storage.checkpoint import Checkpoint
@@ -104,12 +102,12 @@ def run(options: ExportOptions, overrides: list[str]) -> None:
     for folder in folders:
         print(folder)
     if options.form != "merged":
-        for line in [*reader_lines(folders), *base_lines(folders[0])]:
-            print(line)
+        _print_readers(folders)
 
 
-def reader_lines(folders: Sequence[Path]) -> list[str]:
-    """What each reader refuses, misreads or needs of these adapters."""
+def _print_readers(folders: list[Path]) -> None:
+    """What each reader refuses, misreads or needs of these adapters, and of the base's name."""
+    from dylora.base_models import EMBEDDED_BASES
     from dylora.integrations.compatibility import READERS, find_incompatibilities
     from dylora.storage.peft_config import CONFIG_FILE
     from dylora.storage.peft_format import WEIGHTS_FILE
@@ -117,37 +115,25 @@ def reader_lines(folders: Sequence[Path]) -> list[str]:
     from dylora.storage.tensors import read_tensors
 
     found: dict[Incompatibility, list[str]] = {}
+    settings: dict[str, Any] = {}
     for folder in folders:
-        said = find_incompatibilities(
-            read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
-        )
-        for complaint in said:
+        settings = read_json(folder / CONFIG_FILE)
+        for complaint in find_incompatibilities(settings, read_tensors(folder / WEIGHTS_FILE)):
             found.setdefault(complaint, []).append(folder.name)
-    lines = [
-        f"{reader} {kind} {what}" + (f" ({', '.join(names)})" if len(names) < len(folders) else "")
-        for (reader, kind, what), names in found.items()
-    ]
+    for (reader, kind, what), names in found.items():
+        print(reader, kind, what + (f" ({', '.join(names)})" if len(names) < len(folders) else ""))
     silent = [name for name in READERS if not any(complaint.reader == name for complaint in found)]
-    return [*lines, f"no complaint of {', '.join(silent)}"] if silent else lines
-
-
-def base_lines(folder: Path) -> list[str]:
-    """Where an adapter names a base that other readers could not find by that name."""
-    from dylora.base_models import EMBEDDED_BASES
-    from dylora.storage.peft_config import CONFIG_FILE
-    from dylora.storage.safe_io import read_json
-
-    name = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if silent:
+        print(f"no complaint of {', '.join(silent)}")
+    name = settings.get("base_model_name_or_path")
     if name is None:
-        return ["no base is named: give the base to the reader, or --base_name here"]
+        print("no base is named: give the base to the reader, or --base_name here")
     if name in EMBEDDED_BASES:
-        return [
+        print(
             f"peft does not know the base {name!r} by name: give it the model, as in "
             f"PeftModel.from_pretrained(dylora.base_models.load_base({name!r}), "
-            f"{str(folder)!r}), or "
-            f"export with --base_name {EMBEDDED_BASES[name]}"
-        ]
-    return []
+            f"{str(folders[0])!r}), or export with --base_name {EMBEDDED_BASES[name]}"
+        )
 
 
 def _export_mixture(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
@@ -158,9 +144,8 @@ def _export_mixture(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
         return export_mixture(checkpoint, options.out, *form)
     model, tokenizer = _load(checkpoint, options)
     weights_NE, record = _resolve_weights(model, tokenizer, options)
-    record["checkpoint"] = str(checkpoint.path)
     form = (weights_NE, options.base_name, options.overwrite)
-    return export_mixture(model, options.out, *form, **record)
+    return export_mixture(model, options.out, *form, checkpoint=str(checkpoint.path), **record)
 
 
 def _export_merged(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
@@ -172,14 +157,13 @@ def _export_merged(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
     model, tokenizer = _load(checkpoint, options)
     assert tokenizer is not None
     dtype, quantised = model.base.dtype, quantization_of(model.base) != "none"
-    record: dict[str, Any] = {"kind": "merged", "checkpoint": str(checkpoint.path)}
-    record["base"] = model.base_name
+    record = {"kind": "merged", "checkpoint": str(checkpoint.path), "base": model.base_name}
     if options.expert is not None:
         weights_NE = static_weights(model.mixture, int(options.expert))
         record["expert"] = int(options.expert)
     else:
         weights_NE, measured = _resolve_weights(model, tokenizer, options)
-        record |= {"weights": dict(zip(model.site_names, weights_NE.tolist(), strict=True))}
+        record["weights"] = dict(zip(model.site_names, weights_NE.tolist(), strict=True))
         record |= measured
     merged = model.merge_and_unload(weights=weights_NE, dequantize=options.dequantize)
     if quantised:
@@ -204,8 +188,8 @@ def _check(checkpoint: "Checkpoint", options: ExportOptions) -> None:
     if isinstance(options.weights, list):
         site_weights(options.weights, len(checkpoint.description["sites"]), checkpoint.live)
         if abs(sum(options.weights) - 1) > 1e-6:
-            total = f"{sum(options.weights):g}"
-            print(f"note: the weights add up to {total}, not 1, and are used as they are")
+            total = sum(options.weights)
+            print(f"note: the weights add up to {total:g}, not 1, and are used as they are")
     if options.weights is None and options.expert is None and checkpoint.config.is_learned:
         raise ValueError(TOKEN_DEPENDENT)
 
@@ -251,14 +235,9 @@ def _resolve_weights(
     else:
         weights_NE = static_weights(model.mixture, weights=options.weights)
     found = compare(model, weights_NE, text)
-    print(comparison_line(found))
-    return weights_NE, {"text": {"file": text.source, **found._asdict()}}
-
-
-def comparison_line(found: "Comparison") -> str:
-    """What freezing costs."""
-    return (
+    print(
         f"static against routed: KL {found.kl:.5f} nats a token, loss {found.static_loss:.4f} "
         f"against {found.routed_loss:.4f} ({found.static_loss - found.routed_loss:+.4f}), mean of "
         f"{found.tokens:,} predicted tokens"
     )
+    return weights_NE, {"text": {"file": text.source, **found._asdict()}}
