@@ -10,7 +10,7 @@ import random
 from typing import Any, get_args
 
 from dylora.fields import nearest
-from dylora.tasks import arithmetic, lists, records, regex, sql, strings
+from dylora.tasks import arithmetic, functions, records, regex, sql
 from dylora.tasks.answers import run_answer
 from dylora.tasks.checking import check_answers
 from dylora.tasks.task import Split, Task, is_held_out
@@ -18,8 +18,8 @@ from dylora.tasks.task import Split, Task, is_held_out
 __all__ = ["SKILLS", "Split", "Task", "check_answers", "generate_tasks"]
 
 _DRAFTS = {
-    "lists": lists.draft,
-    "strings": strings.draft,
+    "lists": functions.draft_lists,
+    "strings": functions.draft_strings,
     "sql": sql.draft,
     "regex": regex.draft,
     "json": records.draft,

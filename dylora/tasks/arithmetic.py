@@ -4,53 +4,23 @@ import random
 from typing import Any
 
 from dylora.tasks.answers import calculate
-from dylora.tasks.task import Draft, Forms, Literals, Split
+from dylora.tasks.task import FORMS, Draft, Literals, Split
 
-STARTS: Forms = {
-    "has": ("{a}", ("{name} has {a} {item}.", "There are {a} {item} at the shop of {name}.")),
-    "packs": (
-        "{a} * {b}",
-        ("{name} buys {a} packs of {b} {item}.", "{name} has {a} bags with {b} {item} in each."),
-    ),
-}
-EVENTS: Forms = {
-    "gain": (
-        "{x} + {c}",
-        ("Then {c} more arrive.", "A friend brings {c} more.", "{friend} adds {c} {item}."),
-    ),
-    "lose": (
-        "{x} - {c}",
-        ("Then {c} get lost.", "{name} gives {c} to {friend}.", "After that {c} break."),
-    ),
-    "grow": (
-        "({x}) * {c}",
-        ("Next year there are {c} times as many.", "The number becomes {c} times as large."),
-    ),
-}
-QUESTIONS: Forms = {
-    "total": ("{x}", ("How many {item} are there now?", "How many {item} is that in the end?")),
-    "cost": (
-        "({x}) * {e}",
-        ("Each costs {e} coins. What do all cost?", "Sold at {e} coins each, what do they bring?"),
-    ),
-    "share": (
-        "({x}) / {e}",
-        ("How many does each of {e} friends get?", "Split over {e} boxes, how many in each?"),
-    ),
-    "over": (
-        "({x}) % {e}",
-        ("Packed in bags of {e}, how many are left over?", "In rows of {e}, how many remain?"),
-    ),
-}
+_FORMS = FORMS["arithmetic"]
 
 
 def draft(rng: random.Random, split: Split) -> Draft:
     """Draws one problem, again until its value is a natural number; all numbers are literals."""
     while True:
         literals = Literals(rng, split)
-        start, question = rng.choice(list(STARTS)), rng.choice(list(QUESTIONS))
-        events = rng.sample(list(EVENTS), rng.choice((0, 1)) if start != "has" else 1)
-        steps = [STARTS[start], *(EVENTS[event] for event in events), QUESTIONS[question]]
+        start = rng.choice(list(_FORMS["starts"]))
+        question = rng.choice(list(_FORMS["questions"]))
+        events = rng.sample(list(_FORMS["events"]), rng.choice((0, 1)) if start != "has" else 1)
+        steps = [
+            _FORMS["starts"][start],
+            *(_FORMS["events"][event] for event in events),
+            _FORMS["questions"][question],
+        ]
         words = {
             "name": literals.draw_string("name"),
             "friend": literals.draw_string("name"),
@@ -58,13 +28,10 @@ def draft(rng: random.Random, split: Split) -> Draft:
         }
         expression, story, values = "", [], []
         for code, phrases in steps:
-            numbers = {
-                field: literals.draw_numbers(1, 20 if field == "e" and question == "share" else 99)[
-                    0
-                ]
-                for field in "abcde"
-                if f"{{{field}}}" in code
-            }
+            numbers = {}
+            for field in (one for one in "abcde" if f"{{{one}}}" in code):
+                high = 20 if field == "e" and question == "share" else 99
+                numbers[field] = literals.draw_numbers(1, high)[0]
             inner = code.replace("({x})", "{x}") if expression.isdigit() else code
             expression = inner.format(x=expression, **numbers)
             story.append(rng.choice(phrases).format(**words, **numbers))

@@ -3,37 +3,9 @@
 import random
 from typing import Any
 
-from dylora.tasks.task import COMPARISONS, Draft, Forms, Literals, Split
+from dylora.tasks.task import FORMS, Draft, Literals, Split
 
-NUMBER_TESTS: Forms = COMPARISONS | {
-    "equal": ("{{x}} == {n}", ("equal to {n}",)),
-}
-TEXT_TESTS: Forms = {
-    "is": ('{{x}} == "{word}"', ('equal to "{word}"',)),
-    "is_not": ('{{x}} != "{word}"', ('other than "{word}"', 'not equal to "{word}"')),
-    "starts": ('{{x}}.startswith("{s}")', ('starting with "{s}"',)),
-}
-CHANGES: Forms = {
-    "same": ("{{x}}", ("{{d}}",)),
-    "times": ("{{x}} * {n}", ("{{d}} times {n}", "{{d}} multiplied by {n}")),
-    "plus": ("{{x}} + {n}", ("{{d}} plus {n}", "{{d}} increased by {n}")),
-    "minus": ("{{x}} - {n}", ("{{d}} minus {n}", "{{d}} decreased by {n}")),
-}
-RECORD_FINALS: Forms = {
-    "text": ('[r["{text}"] {loop}]', ('the "{text}"', 'a list of the "{text}"')),
-    "number": ("[{change} {loop}]", ("the {changed}", "a list of the {changed}")),
-    "sum": ("sum({change} {loop})", ("the sum of the {changed}", "the total of the {changed}")),
-    "sorted": ('sorted(r["{text}"] {loop})', ('the sorted "{text}"',)),
-    "count": ("len([r {loop}])", ("the number", "the count")),
-}
-MAPPING_FINALS: Forms = {
-    "values": ("[{change} {loop}]", ("a list of {changed}",)),
-    "sum": ("sum({change} {loop})", ("the sum of {changed}", "the total of {changed}")),
-    "keys": ("[k {loop}]", ("the keys", "a list of the keys")),
-    "count": ("len([k {loop}])", ("the number of items", "the count of items")),
-}
-OPENINGS = ("Python: {d}.", "Give {d}.")
-RECORDS, MAPPINGS = ("rows", "records"), ("data", "mapping")
+_FORMS = FORMS["json"]
 
 
 def draft(rng: random.Random, split: Split) -> Draft:
@@ -45,9 +17,7 @@ def draft(rng: random.Random, split: Split) -> Draft:
     on_records = rng.random() < 0.6
     operations, tests = [], []
     for side in rng.choice((["number"], ["text"], ["number", "text"])):
-        pool = NUMBER_TESTS if side == "number" else TEXT_TESTS
-        kind = rng.choice(list(pool))
-        code, phrase = literals.fill(*pool[kind])
+        kind, code, phrase = literals.draw(_FORMS[f"{side}_tests"])
         subject = rng.choice((number, other)) if side == "number" else text
         if on_records:
             tests.append((code.format(x=f'r["{subject}"]'), f'"{subject}" {phrase}'))
@@ -57,11 +27,13 @@ def draft(rng: random.Random, split: Split) -> Draft:
         operations.append(kind)
     described = " and ".join(phrase for _, phrase in tests)
 
-    finals = RECORD_FINALS if on_records else MAPPING_FINALS
-    final = rng.choice(list(finals))
-    kind = rng.choice(list(CHANGES)) if "{change}" in finals[final][0] else "same"
-    change, changed = literals.fill(*CHANGES[kind])
-    operations += [kind, f"{'record' if on_records else 'mapping'}_{final}"]
+    form = "record" if on_records else "mapping"
+    results, changes = _FORMS[f"{form}_results"], _FORMS["changes"]
+    result = rng.choice(list(results))
+    whole, requests = results[result]
+    kind = rng.choice(list(changes)) if "{change}" in whole else "same"
+    change, changed = literals.fill(*changes[kind])
+    operations += [kind, f"{form}_{result}"]
     source = "for r in {rows}" if on_records else "for k, v in {rows}.items()"
     values = {
         "text": text,
@@ -69,17 +41,17 @@ def draft(rng: random.Random, split: Split) -> Draft:
         "change": change.format(x=f'r["{number}"]' if on_records else "v"),
         "changed": changed.format(d=f'"{number}"' if on_records else "the values"),
     }
-    variable = rng.choice(RECORDS if on_records else MAPPINGS)
+    variable = rng.choice(_FORMS[f"{form}s"])
 
     def render(conditions: list[str], variable: str) -> str:
         loop = source.format(rows=variable) + " if " * bool(conditions) + " and ".join(conditions)
-        return finals[final][0].format(loop=loop, **values)
+        return whole.format(loop=loop, **values)
 
     conditions = [code for code, _ in tests]
     simpler = [render([c for c in conditions if c != left], variable) for left in conditions]
-    wanted = rng.choice(finals[final][1]).format(**values)
+    wanted = rng.choice(requests).format(**values)
     where = f"of {variable} with" if on_records else f"in {variable} with"
-    instruction = rng.choice(OPENINGS).format(d=f"{wanted} {where} {described}")
+    instruction = rng.choice(_FORMS["openings"]).format(d=f"{wanted} {where} {described}")
 
     def make_check() -> dict[str, Any]:
         inputs = [

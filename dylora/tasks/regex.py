@@ -4,27 +4,9 @@ import random
 import re
 from typing import Any, NamedTuple
 
-from dylora.tasks.task import Draft, Forms, Literals, Split
+from dylora.tasks.task import FORMS, Draft, Literals, Split
 
-CLASSES = {
-    "digit": (r"\d", "digit", "0123456789"),
-    "lower": ("[a-z]", "lower-case letter", "abcdefghijklmnopqrstuvwxyz"),
-    "upper": ("[A-Z]", "capital letter", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
-    "vowel": ("[aeiou]", "vowel", "aeiou"),
-}
-"""Code, name and members."""
-REPEATS: Forms = {
-    "exactly": ("{{{n}}}", ("{n} {{one}}s", "exactly {n} {{one}}s")),
-    "range": ("{{{n},{m}}}", ("{n} to {m} {{one}}s", "between {n} and {m} {{one}}s")),
-    "some": ("+", ("one or more {{one}}s", "some {{one}}s")),
-}
-FIXED: Forms = {
-    "word": ("{word}", ('"{word}"', 'the word "{word}"')),
-}
-SEPARATOR_PHRASES = ('"{p}"', 'a "{p}"')
-OPENINGS = ("Match {d}.", "Pattern: {d}.")
-JOINTS = (", then ",)
-LONGEST = 60
+_FORMS = FORMS["regex"]
 
 
 class _Part(NamedTuple):
@@ -49,9 +31,8 @@ def draft(rng: random.Random, split: Split) -> Draft:
         if literals.strings or literals.numbers:
             break
     pattern = "".join(part.code for part in parts)
-    instruction = rng.choice(OPENINGS).format(
-        d=rng.choice(JOINTS).join(part.phrase for part in parts)
-    )
+    opening, joint = rng.choice(_FORMS["openings"]), rng.choice(_FORMS["joints"])
+    instruction = opening.format(d=joint.join(part.phrase for part in parts))
 
     def make_check() -> dict[str, Any]:
         return {"kind": "regex", "inputs": _texts(rng, parts)}
@@ -63,30 +44,25 @@ def draft(rng: random.Random, split: Split) -> Draft:
 
 
 def _class(literals: Literals) -> _Part:
-    kind, repeat = literals.rng.choice(list(CLASSES)), literals.rng.choice(list(REPEATS))
-    code, name, members = CLASSES[kind]
+    kind = literals.rng.choice(list(_FORMS["classes"]))
+    code, name, members = _FORMS["classes"][kind]
     before = len(literals.numbers)
-    times, phrase = literals.fill(*REPEATS[repeat], high=LONGEST)
+    repeat, times, phrase = literals.draw(_FORMS["repeats"])
     bounds = literals.numbers[before:]
-    lengths = {
-        0,
-        1,
-        2,
-        *(n + step for n in bounds for step in (-1, 0, 1)),
-        3 * max(bounds, default=1),
-    }
+    most = max(bounds, default=1)
+    lengths = {0, 1, 2, *(n + step for n in bounds for step in (-1, 0, 1)), 3 * most}
     samples = ["".join(literals.rng.choices(members, k=length)) for length in sorted(lengths)]
-    samples += [members[0] * max(bounds, default=1), members[-1] * max(bounds, default=1)]
+    samples += [members[0] * most, members[-1] * most]
     # Each class against the members of the others: [a-z] for [a-f], \w for \d.
     size = min(bounds, default=1)
-    samples += ["".join(literals.rng.choices(other, k=size)) for _, _, other in CLASSES.values()]
+    others = [other for _, _, other in _FORMS["classes"].values()]
+    samples += ["".join(literals.rng.choices(other, k=size)) for other in others]
     return _Part((kind, repeat), code + times, phrase.format(one=name), samples)
 
 
 def _fixed(literals: Literals) -> _Part:
-    kind = literals.rng.choice(list(FIXED))
     before = len(literals.strings)
-    code, phrase = literals.fill(*FIXED[kind])
+    kind, code, phrase = literals.draw(_FORMS["fixed"])
     samples = ["", "x", "7", "Q"]
     for text in literals.strings[before:]:
         samples += [text, text * 2, text[:-1], text.upper(), text + "s", text + text[-1]]
@@ -95,7 +71,7 @@ def _fixed(literals: Literals) -> _Part:
 
 def _separator(literals: Literals) -> _Part:
     text = literals.draw_string("separator")
-    phrase = literals.rng.choice(SEPARATOR_PHRASES).format(p=text)
+    phrase = literals.rng.choice(_FORMS["separator_phrases"]).format(p=text)
     samples = ["", text, text * 2, "_" if text != "_" else "-"]
     return _Part((), text, phrase, samples)  # it combines with everything: no operation
 

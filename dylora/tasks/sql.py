@@ -3,62 +3,26 @@
 import random
 from typing import Any
 
-from dylora.tasks.task import COMPARISONS, Draft, Forms, Literals, Split
+from dylora.tasks.task import FORMS, Draft, Literals, Split
 
-TABLES = {
-    "products": (("name", "category"), ("price", "stock")),
-    "staff": (("name", "team"), ("salary", "age")),
-    "films": (("title", "genre"), ("length", "votes")),
-}
+_FORMS = FORMS["sql"]
+_TABLES: dict[str, tuple[list[str], list[str]]] = _FORMS["tables"]
 """Text columns (the first is the row's name) and integer columns of each table."""
-NUMBER_TESTS: Forms = {
-    kind: (code, tuple(f"{{{{x}}}} {phrase}" for phrase in phrases))
-    for kind, (code, phrases) in COMPARISONS.items()
-} | {
-    "equals": ("{{x}} = {n}", ("{{x}} {n}", "{{x}} equal to {n}")),
-}
-TEXT_TESTS: Forms = {
-    "is": ("{{x}} = '{word}'", ("{{x}} '{word}'", "{{x}} equal to '{word}'")),
-    "is_not": ("{{x}} != '{word}'", ("{{x}} not '{word}'", "{{x}} other than '{word}'")),
-}
-SELECTIONS: Forms = {
-    "name": ("{name}", ("the {name}", "every {name}")),
-    "both": ("{name}, {number}", ("the {name} and {number}", "{name} and {number}")),
-    "all": ("*", ("all columns", "whole rows")),
-}
-AGGREGATES: Forms = {
-    "count": ("count(*)", ("the number of rows", "how many rows there are")),
-    "sum": ("sum({number})", ("the total {number}", "the sum of {number}")),
-    "max": ("max({number})", ("the largest {number}", "the maximum {number}")),
-    "average": ("avg({number})", ("the average {number}", "the mean {number}")),
-}
-ORDERS: Forms = {
-    "ascending": (" order by {{by}}", (", by {{by}}", ", lowest {{by}} first")),
-    "descending": (
-        " order by {{by}} desc",
-        (", by {{by}} descending", ", highest {{by}} first"),
-    ),
-}
-OPENINGS = (
-    "Given {schema}, select {d}.",
-    "From {schema} give {d}.",
-)
 
 
 def draft(rng: random.Random, split: Split) -> Draft:
     """Draws one task; its first condition has a literal, so no two splits can share it."""
     literals = Literals(rng, split)
-    table = rng.choice(list(TABLES))
-    (name, group), numbers = TABLES[table]
+    table = rng.choice(list(_TABLES))
+    (name, group), numbers = _TABLES[table]
     filtered, by = rng.sample(numbers, 2)  # two: the edges repeat, an order must not
     columns = {"name": name, "group": group, "number": rng.choice(numbers), "by": by}
 
     tests, operations = [], []
     sides = rng.choice((["number"], ["text"], ["number", "text"]))
     for side in sides:
-        pool, column = (NUMBER_TESTS, filtered) if side == "number" else (TEXT_TESTS, group)
-        kind = rng.choice(list(pool))
-        code, phrase = literals.fill(*pool[kind], high=999)
+        column = filtered if side == "number" else group
+        kind, code, phrase = literals.draw(_FORMS[f"{side}_tests"])
         tests.append((code.format(x=column), phrase.format(x=column)))
         operations.append(kind)
     condition = " and ".join(code for code, _ in tests)
@@ -68,17 +32,16 @@ def draft(rng: random.Random, split: Split) -> Draft:
     style = rng.choice(("rows", "ordered", "aggregate", "group"))
     tail, suffix = "", ""
     if style in ("rows", "ordered"):
-        kind = rng.choice(list(SELECTIONS))
-        what, requests = SELECTIONS[kind]
+        kind = rng.choice(list(_FORMS["selections"]))
+        what, requests = _FORMS["selections"][kind]
         operations.append(kind)
     else:
-        kind = rng.choice(list(AGGREGATES))
-        what, requests = AGGREGATES[kind]
+        kind = rng.choice(list(_FORMS["aggregates"]))
+        what, requests = _FORMS["aggregates"][kind]
         operations.append(f"{style}_{kind}")
     request = rng.choice(requests)
     if style == "ordered":
-        kind = rng.choice(list(ORDERS))
-        tail, suffix = (part.format(by=by) for part in literals.fill(*ORDERS[kind], high=6))
+        kind, tail, suffix = (part.format(by=by) for part in literals.draw(_FORMS["orders"]))
         operations.append(kind)
     elif style == "group":
         what, request = f"{{group}}, {what}", f"{request} of each {{group}}"
@@ -86,7 +49,7 @@ def draft(rng: random.Random, split: Split) -> Draft:
     what, request = what.format(**columns), request.format(**columns)
     schema = f"{table}({name}, {group}, {', '.join(numbers)})"
     query = f"select {what} from {table} where {condition}{tail}"
-    instruction = rng.choice(OPENINGS).format(
+    instruction = rng.choice(_FORMS["openings"]).format(
         schema=schema, d=f"{request} where {described}{suffix}"
     )
 
@@ -107,7 +70,7 @@ def _databases(
     In the full table each pair of edge and text stands twice; the integers of the other column are
     distinct, so that an order by it is unique.
     """
-    (name, group), columns = TABLES[table]
+    (name, group), columns = _TABLES[table]
 
     def rows(cells: list[tuple[str, int]]) -> list[list[str | int]]:
         spread = sorted({*edges, *range(1, 2 * len(cells) + 9)})

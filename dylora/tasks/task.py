@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "validation", "test"]
-Forms = dict[str, tuple[str, tuple[str, ...]]]
-"""Operations by kind: their code and the phrases that ask for it, for `Literals.fill`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +70,12 @@ def _cut(values: Sequence[Any]) -> dict[str, list[Any]]:
     return {split: sorted(pool) for split, pool in pools.items()}
 
 
-_WORDS: dict[str, list[str]] = json.loads(
-    (Path(__file__).parents[1] / "assets" / "tasks" / "words.json").read_text(encoding="utf-8")
-)
+_ASSETS = Path(__file__).parents[1] / "assets" / "tasks"
+_WORDS: dict[str, list[str]] = json.loads((_ASSETS / "words.json").read_text(encoding="utf-8"))
+FORMS: dict[str, dict[str, Any]] = json.loads((_ASSETS / "forms.json").read_text(encoding="utf-8"))
+"""The vocabulary of each skill. An operation is, by its kind, its code, the phrases that ask for it
+and, if not 99, the largest number in it."""
+
 _VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnprstvwxz"
 _CHUNKS = [v + c for v in _VOWELS for c in _CONSONANTS]
 _CHUNKS += [c + v for c in _CONSONANTS for v in _VOWELS]
@@ -89,14 +90,7 @@ POOLS: dict[str, dict[str, list[Any]]] = {
 }
 """The literals of each split, by what they are used for."""
 
-_FIELDS = {
-    "s": "chunk",
-    "c": "letter",
-    "d": "letter",
-    "word": "word",
-    "other": "word",
-    "p": "separator",
-}
+_FIELDS = {"s": "chunk", "c": "letter", "word": "word", "p": "separator"}
 
 
 class Literals:
@@ -123,6 +117,11 @@ class Literals:
         self.strings.append(self.rng.choice(fresh))
         return self.strings[-1]
 
+    def draw(self, operations: dict[str, list[Any]]) -> tuple[str, str, str]:
+        """One of the operations (see `FORMS`): its kind, its code and a phrase that asks for it."""
+        kind = self.rng.choice(list(operations))
+        return kind, *self.fill(*operations[kind])
+
     def fill(self, code: str, phrases: Sequence[str], high: int = 99) -> tuple[str, str]:
         """Code and one of its phrases with the same literals in both.
 
@@ -141,12 +140,3 @@ class Literals:
     def edges(self) -> list[int]:
         """The numbers drawn with their neighbours: where > and >= part."""
         return [n + step for n in self.numbers for step in (-1, 0, 1)]
-
-
-COMPARISONS: Forms = {
-    "above": ("{{x}} > {n}", ("greater than {n}", "above {n}")),
-    "below": ("{{x}} < {n}", ("less than {n}", "below {n}")),
-    "at_least": ("{{x}} >= {n}", ("at least {n}",)),
-    "at_most": ("{{x}} <= {n}", ("at most {n}",)),
-}
-"""Tests of a number {x}, in Python and SQL."""
