@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from dylora.sandbox import bubblewrap
-from dylora.sandbox.launcher.wire import Closed, decode, encode, read_frame, write_frame
+from dylora.sandbox.launcher.wire import (
+    MESSAGE_BYTES,
+    Closed,
+    decode,
+    encode,
+    read_frame,
+    write_frame,
+)
 
 Outcome = Literal["passed", "failed", "error", "timeout", "memory", "output limit", "violation"]
 Job = TypeVar("Job")
@@ -141,10 +148,7 @@ class Sandbox:
             setup: Python source that the tests' process runs first. Entry points replace what it
                 defines of the same name.
         """
-        job = {"kind": "tests", "source": source}
-        inside = {"setup": setup, "tests": tests, "entry_points": list(entry_points)}
-        result, _ = self._ask(job, inside)
-        return result
+        return self._ask(source, setup=setup, tests=tests, entry_points=list(entry_points))[0]
 
     def call(
         self, source: str, calls: Sequence[tuple[str, Sequence[Any]]]
@@ -160,23 +164,10 @@ class Sandbox:
             is not of a built-in type comes as an `Opaque`, which equals nothing.
         """
         sent = [[name, [encode(item, _refuse) for item in args]] for name, args in calls]
-        job = {"kind": "calls", "source": source, "calls": sent}
-        result, content = self._ask(job, None)
+        result, values = self._ask(source, calls=sent)
         if result.outcome != "passed":
             return result, []
-        try:
-            reply = json.loads(content)
-            if "error" in reply:
-                name, message = reply["error"]
-                outcome = "memory" if name == "MemoryError" else "error"
-                detail = _in_one_line(f"{name}: {message}")
-                return result._replace(outcome=outcome, detail=detail), []
-            values = [decode(item, lambda _: Opaque()) for item in reply["values"]]
-            if len(values) != len(calls):
-                raise ValueError
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return result._replace(outcome="error", detail="its reply is no value"), []
-        return result, values
+        return result, [decode(item, lambda _: Opaque()) for item in values]
 
     def close(self) -> None:
         """Ends the launcher and removes its folder."""
@@ -264,22 +255,25 @@ class Sandbox:
     def _write(self, content: Any) -> None:
         write_frame(cast(Any, self._process.stdin).fileno(), json.dumps(content).encode())
 
-    def _ask(self, job: dict[str, Any], inside: dict[str, Any] | None) -> tuple[Result, bytes]:
-        """Sends a job, then the tests, which the test runner alone reads; the launcher's reply."""
+    def _ask(
+        self, source: str, *, tests: str | None = None, calls: Sequence[Any] = (), **rest: Any
+    ) -> tuple[Result, list[Any]]:
+        """Sends a program, then its tests, which the test runner alone reads.
+
+        Returns what came of it, and the encoded values of the calls.
+        """
         watch = threading.Timer(self.limits.longest_seconds + _GRACE_S, self._kill)
         watch.start()
         try:
-            self._write(job)
-            if inside is not None:
-                self._write(inside)
-            reply = json.loads(read_frame(self._output))
-            content = read_frame(self._output)
+            self._write(source)
+            self._write({"tests": tests, "calls": calls, **rest})
+            reply = json.loads(read_frame(self._output, 2 * MESSAGE_BYTES))
         except Closed:
             raise RuntimeError("the sandbox's launcher died; no program can do that") from None
         finally:
             watch.cancel()
         reply["detail"] = _in_one_line(reply["detail"])
-        return Result(**{name: reply[name] for name in Result._fields}), content
+        return Result(**{name: reply[name] for name in Result._fields}), reply.get("values", [])
 
 
 class Opaque:

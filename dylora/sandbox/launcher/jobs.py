@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from .guard import NOBODY, Guard, die_with, give_up_root, limit
-from .program import answer_calls, serve_program
+from .program import serve_program
 from .testing import ENDED_EARLY, run_tests
 from .wire import MESSAGE_BYTES, Closed, read_frame, write_frame
 
@@ -60,31 +60,26 @@ class Launcher:
             if os.waitpid(runner, 0)[1]:
                 return
 
-    def _run(self, job: dict[str, Any]) -> None:
-        """Runs a job and writes its result."""
+    def _run(self, source: str) -> None:
+        """Runs a program with its tests and writes the result."""
         self._empty_folder()
         theirs, ours = socket.socketpair()
         output, output_end = os.pipe()
         verdict, verdict_end = os.pipe()
         children: list[int] = []
         try:
-            if job["kind"] == "tests":
-                child = self._fork(job, ours.fileno(), verdict_end, None)
-                children.append(child)
-                if os.read(verdict, 1) != b"r":  # ready: it has read the tests from stdin
-                    raise SystemExit("the test runner did not start")
-            children.append(self._fork(job, theirs.fileno(), None, output_end))
-            for one in (theirs, *([ours] if job["kind"] == "tests" else [])):
-                one.close()
+            children.append(self._fork(source, ours.fileno(), verdict_end, None))
+            if os.read(verdict, 1) != b"r":  # ready: it has read the tests from stdin
+                raise SystemExit("the test runner did not start")
+            children.append(self._fork(source, theirs.fileno(), None, output_end))
+            theirs.close()
+            ours.close()
             os.close(output_end)
             os.close(verdict_end)
-            if job["kind"] == "calls":
-                verdict = ours.detach()
-            result = self._watch(job, output, verdict, children)
+            result = self._watch(output, verdict, children)
         finally:
             ends = [self._end(child) for child in reversed(children)]
         self._empty_folder()
-        content = result.pop("content", b"")
         result["cpu_seconds"] = max(used for _, used in ends)
         signals = {signal_ for signal_, _ in ends}
         if signal.SIGSYS in signals:
@@ -94,9 +89,8 @@ class Launcher:
         ):
             result |= {"outcome": "timeout", "detail": "processor time"}
         write_frame(1, json.dumps(result).encode())
-        write_frame(1, content)
 
-    def _fork(self, job: dict[str, Any], channel: int, verdict: int | None, output: int | None):
+    def _fork(self, source: str, channel: int, verdict: int | None, output: int | None) -> int:
         """Starts the test runner (with `verdict`) or the program (with `output`).
 
         Returns its pid.
@@ -133,18 +127,14 @@ class Launcher:
                 os.close(0)
                 os.write(verdict, b"r")
                 write_frame(verdict, json.dumps(run_tests(tests, channel)).encode())
-            elif job["kind"] == "tests":
-                serve_program(job["source"], channel)
             else:
-                answer_calls(job["source"], job["calls"], channel)
+                serve_program(source, channel)
         except BaseException as error:  # the fork must not continue the runner's code
             with contextlib.suppress(BaseException):
                 os.write(2, repr(error).encode())
         os._exit(0)
 
-    def _watch(
-        self, job: dict[str, Any], output: int, verdict: int, children: list[int]
-    ) -> dict[str, Any]:
+    def _watch(self, output: int, verdict: int, children: list[int]) -> dict[str, Any]:
         """Waits for the verdict, for a limit or for the host's end; returns the result so far.
 
         The signal and the processor time, known once the processes have ended, may still change it.
@@ -174,21 +164,15 @@ class Launcher:
                     result = {"outcome": "output limit", "detail": "printed too much"}
                     break
             if events.get(verdict):
-                try:
-                    part = os.read(verdict, 2**16)
-                except ConnectionResetError:
-                    part = b""
+                part = os.read(verdict, 2**16)
                 reply += part
                 if len(reply) > MESSAGE_BYTES:
                     result = {"outcome": "output limit", "detail": "it returned too much"}
                     break
                 size = struct.unpack("<I", reply[:4])[0] if len(reply) >= 4 else None
                 if not part or (size is not None and len(reply) >= size + 4):
-                    whole = size is not None and len(reply) == size + 4
-                    if whole and job["kind"] == "tests":
+                    if size is not None and len(reply) == size + 4:
                         result = json.loads(reply[4:])
-                    elif whole:
-                        result = {"outcome": "passed", "detail": "", "content": reply[4:]}
                     break
             if not self._folder_is_small():
                 result = {"outcome": "output limit", "detail": "too much in files"}

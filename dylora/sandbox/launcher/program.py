@@ -3,7 +3,7 @@
 import json
 import sys
 import types
-from typing import Any, NoReturn
+from typing import Any
 
 from .wire import Closed, decode, describe_exception, encode, read_frame, write_frame
 
@@ -50,20 +50,3 @@ def serve_program(source: str, channel: int) -> None:
             request = json.loads(read_frame(channel))
         except Closed:
             return
-
-
-def answer_calls(source: str, calls: list[list[Any]], channel: int) -> None:
-    """Runs the program and the given calls, and writes all values in one frame."""
-    names: dict[str, Any] = {"__name__": "program"}
-    decoded = [[name, [decode(item, _no_handle) for item in args]] for name, args in calls]
-    try:
-        exec(compile(source, "program", "exec"), names)
-        values = [encode(names[name](*args), lambda _: -1) for name, args in decoded]
-        content = json.dumps({"values": values}).encode()
-    except BaseException as error:
-        content = json.dumps({"error": describe_exception(error)}).encode()
-    write_frame(channel, content)
-
-
-def _no_handle(_: int) -> NoReturn:
-    raise ValueError("arguments have built-in types")

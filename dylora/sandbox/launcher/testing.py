@@ -65,12 +65,14 @@ class Channel:
 
     def ask(self, do: str, of: str | int, args: Sequence[Any], named: dict[str, Any]) -> Any:
         """The program's value; raises its exceptions of built-in types here as well."""
-        request = {
-            "do": do,
-            "of": of,
-            "args": [encode(item, self._number) for item in args],
-            "named": {name: encode(item, self._number) for name, item in named.items()},
-        }
+        sent = [encode(item, number_of) for item in args]
+        return self.request(
+            do, of, sent, {name: encode(item, number_of) for name, item in named.items()}
+        )
+
+    def request(self, do: str, of: str | int, args: Sequence[Any], named: dict[str, Any]) -> Any:
+        """`ask` for arguments that are encoded already."""
+        request = {"do": do, "of": of, "args": args, "named": named}
         with contextlib.suppress(Closed):  # receive reports it
             write_frame(self.descriptor, json.dumps(request).encode())
         return self.receive()
@@ -105,18 +107,24 @@ class Channel:
         self.fault = ProgramFault(outcome, detail)
         raise self.fault from None
 
-    @staticmethod
-    def _number(value: Any) -> int:
-        if isinstance(value, Remote):
-            return object.__getattribute__(value, "_of")
-        raise TypeError(f"a {type(value).__name__} cannot be sent to the program")
+
+def number_of(value: Any) -> int:
+    """The handle of a value of no built-in type; raises TypeError for what is not the program's."""
+    if isinstance(value, Remote):
+        return object.__getattribute__(value, "_of")
+    raise TypeError(f"a {type(value).__name__} cannot be sent to the program")
 
 
-def run_tests(job: dict[str, Any], channel: int) -> dict[str, str]:
-    """Runs the tests on the program; returns outcome and detail."""
+def run_tests(job: dict[str, Any], channel: int) -> dict[str, Any]:
+    """Runs the tests or the calls of a job on the program: outcome, detail, values of the calls."""
     asked = Channel(channel)
+    outcome, detail, values = "passed", "", []
     try:
-        outcome, detail = _run_tests(job, asked)
+        asked.receive()  # the program has run to its end
+        if job["tests"] is not None:
+            _run_tests(job, asked)
+        for name, args in job["calls"]:
+            values.append(encode(asked.request("call", name, args, {}), number_of))
     except ProgramFault as fault:
         outcome, detail = fault.args
     except AssertionError as error:
@@ -127,12 +135,11 @@ def run_tests(job: dict[str, Any], channel: int) -> dict[str, str]:
         outcome, detail = "error", ": ".join(describe_exception(error))
     if asked.fault is not None:
         outcome, detail = asked.fault.args
-    return {"outcome": outcome, "detail": detail}
+    return {"outcome": outcome, "detail": detail, "values": values}
 
 
-def _run_tests(job: dict[str, Any], asked: Channel) -> tuple[str, str]:
+def _run_tests(job: dict[str, Any], asked: Channel) -> None:
     names: dict[str, Any] = {"__name__": "tests"}
-    asked.receive()  # the program has run to its end
     exec(compile(job["setup"], "setup", "exec"), names)
     code = compile(job["tests"], "tests", "exec")
     # MBPP's tests use modules that the reference imports; those of the program are not trusted.
@@ -140,4 +147,3 @@ def _run_tests(job: dict[str, Any], asked: Channel) -> tuple[str, str]:
         names[name] = importlib.import_module(name)
     names |= {name: Remote(asked.ask, name) for name in job["entry_points"]}
     exec(code, names)
-    return "passed", ""

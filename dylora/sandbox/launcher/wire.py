@@ -19,6 +19,7 @@ DETAIL_LENGTH = 300
 """Characters of an exception's message that are kept."""
 EQUAL_HASHES = 100
 """More keys of one hash are refused: building such a set or dictionary can take minutes."""
+_KINDS = {"l": list, "t": tuple, "s": set, "z": frozenset}
 
 
 class Closed(Exception):
@@ -76,11 +77,10 @@ def encode(value: Any, handle: Callable[[Any], int]) -> Any:
         return float.__float__(value)
     if isinstance(value, str):
         return str.__str__(value)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        for tag, kind in (("l", list), ("t", tuple), ("s", set), ("z", frozenset)):
-            if isinstance(value, kind):
-                items: Iterator[Any] = cast(Any, kind).__iter__(value)
-                return [tag, [encode(item, handle) for item in items]]
+    for tag, kind in _KINDS.items():
+        if isinstance(value, kind):
+            items: Iterator[Any] = cast(Any, kind).__iter__(value)
+            return [tag, [encode(item, handle) for item in items]]
     if isinstance(value, dict):
         pairs = dict.items(value)
         return ["d", [[encode(key, handle), encode(item, handle)] for key, item in pairs]]
@@ -114,19 +114,17 @@ def decode(content: Any, handle: Callable[[int], Any]) -> Any:
     if tag == "c":
         real, imaginary = map(float, inner)
         return complex(real, imaginary)
+    if tag in ("b", "B"):
+        return bytes.fromhex(inner) if tag == "b" else bytearray.fromhex(inner)
     if tag == "d":
         pairs = [(decode(key, handle), decode(item, handle)) for key, item in inner]
         _require_spread(key for key, _ in pairs)
         return dict(pairs)
-    for name, kind in (("b", bytes), ("B", bytearray)):
-        if tag == name:
-            return kind.fromhex(inner)
-    for name, kind in (("l", list), ("t", tuple), ("s", set), ("z", frozenset)):
-        if tag == name and type(inner) is list:
-            items = [decode(item, handle) for item in inner]
-            if tag in "sz":
-                _require_spread(items)
-            return kind(items)
+    if tag in ("l", "t", "s", "z") and type(inner) is list:
+        items = [decode(item, handle) for item in inner]
+        if tag in ("s", "z"):
+            _require_spread(items)
+        return _KINDS[tag](items)
     raise ValueError("not a value")
 
 
