@@ -31,8 +31,7 @@ def run(options: GenerateOptions, overrides: list[str]) -> None:
 
     from dylora.base_models import choose_device
     from dylora.data.prompts import encode_prompts, format_prompt, pad_token_id
-    from dylora.evaluation.common import decode_after
-    from dylora.evaluation.loading import change_routing, note
+    from dylora.evaluation.loading import change_routing, decode_after, note
     from dylora.model import DyLoRA_MoE
     from dylora.storage.checkpoint import Checkpoint
 

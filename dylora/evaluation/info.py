@@ -1,7 +1,6 @@
 """`run.py info`: what a folder is: a checkpoint, a PEFT adapter, or an export."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,56 +28,56 @@ def print_info(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint {folder} does not exist")
-    _teller_for(folder)(folder)
-
-
-def _teller_for(folder: Path) -> Callable[[Path], None]:
-    found = detect_format(folder)
+    found, wrong = detect_format(folder), {}
     if (folder / WEIGHTS_FILE).exists():
-        return _print_adapter
-    if (folder / EXPORT_FILE).exists():
-        return _print_merged
-    if found is not None and found.kind in ("adapter", "older mixture", "whole model"):
-        return partial(print_foreign, found=found)
-    if (folder / MANIFEST).exists() or (folder / ADAPTERS).exists():
-        return _print_checkpoint
-    if any(folder.glob(f"*/{CONFIG_FILE}")):
-        return _print_adapters
-    raise ValueError(f"{folder} is no checkpoint, no PEFT adapter and no export of ours")
-
-
-# A checkpoint
-
-
-def _print_checkpoint(folder: Path) -> None:
-    wrong = _find_damage(folder)
-    checkpoint = None if wrong else Checkpoint.of_verified(folder)
-    _print_integrity(folder, wrong)
-    if checkpoint is not None:
-        _print_description(folder, checkpoint.description)
-    elif _description_is_whole(folder, wrong):
-        _print_description(folder, read_json(folder / "config.json"))
+        tell = _print_adapter
+    elif (folder / EXPORT_FILE).exists():
+        tell = _print_merged
+    elif found is not None and found.kind in ("adapter", "older mixture", "whole model"):
+        print_foreign(folder, found)
+        return
+    elif (folder / MANIFEST).exists() or (folder / ADAPTERS).exists():
+        tell = _print_checkpoint
+    elif any(folder.glob(f"*/{CONFIG_FILE}")):
+        _print_adapters(folder)
+        return
     else:
-        _print_whole_adapters(folder / ADAPTERS, wrong)
-    _print_sizes(folder)
+        raise ValueError(f"{folder} is no checkpoint, no PEFT adapter and no export of ours")
+    size = f"{folder_bytes(folder) / 1e6:.1f} MB"
+    if tell is _print_adapter and not (folder / MANIFEST).exists():
+        print(f"{folder}: {size}, no {MANIFEST} to verify it by")
+    else:
+        wrong = _find_damage(folder)
+        state = f"DAMAGED, {size}" if wrong else f"whole, {size}, every file as written"
+        print(f"{folder}: {state}")
+    for name, what in wrong.items():
+        print(f"damaged     {what if name == MANIFEST else f'{name} {what}'}")
+    tell(folder, wrong)
     _raise_damage(folder, wrong)
 
 
-def _description_is_whole(folder: Path, wrong: Mapping[str, str]) -> bool:
-    """Whether config.json can be believed and is of the version that is read here."""
-    if wrong.keys() & {"config.json", MANIFEST}:
-        return False
-    return read_json(folder / "config.json").get("format_version") == FORMAT_VERSION
+def _print_checkpoint(folder: Path, wrong: Mapping[str, str]) -> None:
+    description = {}
+    if not wrong.keys() & {"config.json", MANIFEST}:
+        description = read_json(folder / "config.json")
+    if not wrong:
+        _print_description(folder, Checkpoint.of_verified(folder).description)
+    elif description.get("format_version") == FORMAT_VERSION:
+        _print_description(folder, description)
+    else:
+        damaged = {name.split("/")[1] for name in wrong if name.startswith(f"{ADAPTERS}/")}
+        _print_adapter_lines(folder / ADAPTERS, damaged)
+    _print_sizes(folder)
 
 
 def _print_description(folder: Path, description: Mapping[str, Any]) -> None:
     """What config.json says."""
     moe = MoELoraConfig().to_dict() | description["moe"]
     training, experts = description["training"], description["experts"]
-    revision = description["base_revision"] or "any revision"
     kind = description["quantization"]
     stored = "not quantised" if kind == "none" else f"quantised: {kind}"
-    print(f"base        {description['base_model_name_or_path']} ({revision}), {stored}")
+    base = {**description, "revision": description["base_revision"]}
+    print(f"base        {_base(base)}, {stored}")
     if moe["adapter_type"] != "lora":
         print(f"adapters    {moe['adapter_type']}")
     print(
@@ -119,26 +118,13 @@ def _print_sizes(folder: Path) -> None:
     )
 
 
-def _print_whole_adapters(folder: Path, wrong: Mapping[str, str]) -> None:
-    """The adapters of a checkpoint whose description is lost, as far as they are whole."""
-    for adapter in sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}")):
-        if any(name.startswith(f"{ADAPTERS}/{adapter.name}/") for name in wrong):
-            print(f"{adapter.name:11} damaged")
-        else:
-            _print_adapter_line(adapter)
-
-
 # Adapters and models made by export, or by PEFT itself
 
 
-def _print_adapter(folder: Path) -> None:
+def _print_adapter(folder: Path, wrong: Mapping[str, str]) -> None:
     """An adapter, be it an expert, a mixture or one of PEFT's own."""
-    if (folder / MANIFEST).exists():
-        wrong = _find_damage(folder)
-        _print_integrity(folder, wrong)
-        _raise_damage(folder, wrong)
-    else:
-        print(f"{folder}: {folder_bytes(folder) / 1e6:.1f} MB, no {MANIFEST} to verify it by")
+    if wrong:
+        return
     adapter = read_stock_adapter(folder)
     config, paths = adapter.config, list(adapter.weights)
     print(f"base        {_base(config)}")
@@ -160,35 +146,35 @@ def _print_adapter(folder: Path) -> None:
 def _print_adapters(folder: Path) -> None:
     """A folder of adapters, such as export writes."""
     wrong = {}
-    for adapter in sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}")):
-        own = _find_damage(adapter) if (adapter / MANIFEST).exists() else {}
-        wrong |= {f"{adapter.name}/{name}": what for name, what in own.items()}
-        if own:
-            print(f"{adapter.name:11} damaged")
-        else:
-            _print_adapter_line(adapter)
+    for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
+        if (path.parent / MANIFEST).exists():
+            damage = _find_damage(path.parent)
+            wrong |= {f"{path.parent.name}/{name}": what for name, what in damage.items()}
+    _print_adapter_lines(folder, {name.split("/")[0] for name in wrong})
     _raise_damage(folder, wrong)
 
 
-def _print_adapter_line(folder: Path) -> None:
-    config = read_json(folder / CONFIG_FILE)
-    alpha = config.get("lora_alpha", config.get("alpha"))
-    print(
-        f"{folder.name:11} {config.get('peft_type')}, rank {config.get('r')}, "
-        f"alpha {alpha}, {folder_bytes(folder) / 1e6:.2f} MB, "
-        f"base {_base(config)}"
-    )
+def _print_adapter_lines(folder: Path, damaged: set[str]) -> None:
+    """A line for each adapter in a folder; `damaged`: names of those that cannot be believed."""
+    for adapter in sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}")):
+        if adapter.name in damaged:
+            print(f"{adapter.name:11} damaged")
+            continue
+        config = read_json(adapter / CONFIG_FILE)
+        alpha = config.get("lora_alpha", config.get("alpha"))
+        print(
+            f"{adapter.name:11} {config.get('peft_type')}, rank {config.get('r')}, "
+            f"alpha {alpha}, {folder_bytes(adapter) / 1e6:.2f} MB, "
+            f"base {_base(config)}"
+        )
 
 
-def _print_merged(folder: Path) -> None:
+def _print_merged(folder: Path, wrong: Mapping[str, str]) -> None:
     """A model with an expert or a mixture in its weights."""
-    wrong = _find_damage(folder)
-    _print_integrity(folder, wrong)
     if not wrong.keys() & {EXPORT_FILE, MANIFEST}:
         record = read_json(folder / EXPORT_FILE)
         print(f"model       {record.get('base')} with experts in its weights")
         _print_record(record)
-    _raise_damage(folder, wrong)
 
 
 def _print_record(record: Mapping[str, Any]) -> None:
@@ -197,21 +183,18 @@ def _print_record(record: Mapping[str, Any]) -> None:
         print(f"made from   {record['checkpoint']}")
     if "expert" in record:
         print(f"expert      {record['expert']}")
-    rows = list(record.get("weights", {}).items())
-    if rows and all(row == rows[0][1] for _, row in rows):
-        print(f"weights     {_row(rows[0][1])}, at all {len(rows)} sites")
+    weights = record.get("weights", {})
+    rows = {site: " ".join(f"{one:.3f}" for one in row) for site, row in weights.items()}
+    if rows and all(row == next(iter(weights.values())) for row in weights.values()):
+        print(f"weights     {next(iter(rows.values()))}, at all {len(rows)} sites")
     else:
-        for site, row in rows:
-            print(f"weights     {_row(row)} at {site}")
+        for site, row in rows.items():
+            print(f"weights     {row} at {site}")
     if text := record.get("text"):
         print(
             f"routed      KL {text['kl']:.5f} nats a token on {text['file']}, loss "
             f"{text['static_loss']:.4f} against {text['routed_loss']:.4f}"
         )
-
-
-def _row(weights: list[float]) -> str:
-    return " ".join(f"{weight:.3f}" for weight in weights)
 
 
 def _base(config: Mapping[str, Any]) -> str:
@@ -220,25 +203,12 @@ def _base(config: Mapping[str, Any]) -> str:
     return told if told.isprintable() else repr(told)  # a stranger's could steer the terminal
 
 
-# Integrity
-
-
 def _find_damage(folder: Path) -> dict[str, str]:
     """File -> what is wrong with it, by the manifest; empty: the folder is whole."""
     try:
         return dict(integrity_errors(folder))
     except ValueError as error:  # no manifest, or none of use
         return {MANIFEST: str(error)}
-
-
-def _print_integrity(folder: Path, wrong: Mapping[str, str]) -> None:
-    size = f"{folder_bytes(folder) / 1e6:.1f} MB"
-    if not wrong:
-        print(f"{folder}: whole, {size}, every file as written")
-        return
-    print(f"{folder}: DAMAGED, {size}")
-    for name, what in wrong.items():
-        print(f"damaged     {what if name == MANIFEST else f'{name} {what}'}")
 
 
 def _raise_damage(folder: Path, wrong: Mapping[str, str]) -> None:

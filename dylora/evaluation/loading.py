@@ -1,10 +1,11 @@
-"""A checkpoint on its base, as a run's settings want it."""
+"""A checkpoint on its base, as a run's settings want it; the text of its tokens."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.base_models import BaseSpec, choose_device
 from dylora.integrations.static_weights import site_weights
@@ -33,7 +34,7 @@ def base_of(config: ModelConfig) -> BaseSpec:
 def load_checkpoint(
     checkpoint: str | Checkpoint, config: ModelConfig, routing: Mapping[str, Any] | None = None
 ) -> DyLoRA_MoE:
-    """The mixture in evaluation mode, its routing changed by the arguments of `change_routing`.
+    """The mixture in evaluation mode; routing: arguments of `change_routing`.
 
     Raises ValueError or FileNotFoundError for a base or a checkpoint that does not load.
     """
@@ -51,12 +52,8 @@ def change_routing(
 ) -> None:
     """Route in another way than in training, from the next pass on.
 
-    Args:
-        experts: the numbers of those that take part.
-        weights: constant gates, one an expert, instead of what the routers decide.
-        settings: as in `set_routing`.
-
-    Raises ValueError for what does not fit the mixture.
+    experts: the numbers of those that take part; weights: constant gates, one an expert; settings:
+    as in `set_routing`. Raises ValueError for what does not fit the mixture.
     """
     mixture = model.mixture
     if settings:
@@ -68,3 +65,18 @@ def change_routing(
         weights_NE = site_weights(weights, len(mixture.blocks), live)
         model.detach_router()
         mixture.state.fixed_weights_E.copy_(weights_NE[0])
+
+
+def decode_after(
+    tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ids: Sequence[int]
+) -> str:
+    """The text that ids add to that of the context before them.
+
+    Alone they can have another: tokenizers like Llama 2's drop the space that a text begins with.
+    """
+
+    def decode(tokens: Sequence[int]) -> str:
+        # Spaces before punctuation are part of a program.
+        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    return decode([*context, *ids])[len(decode(context)) :]

@@ -1,5 +1,6 @@
 """Plots of a run; matplotlib is imported only here, and only when a plot is drawn."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,13 @@ from torch import Tensor
 
 def plot_loss(metrics_file: Path, out: Path) -> None:
     """Training and validation loss (nats per target token) over steps, from metrics.jsonl."""
-    rows = read_rows(metrics_file)
-    figure, axes = _figure(7, 4)
-    for key, label, style in [
-        ("train/lm_loss", "training", {"color": "0.6"}),
-        ("val/loss", "validation, all sets", {"color": "black", "marker": "o", "markersize": 3}),
-    ]:
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+    rows, (figure, axes) = read_rows(metrics_file), _figure(7, 4)
+    _plot(axes, rows, "train/lm_loss", label="training", color="0.6")
+    style: dict[str, Any] = {"color": "black", "marker": "o", "markersize": 3}
+    _plot(axes, rows, "val/loss", label="validation, all sets", **style)
     prefix = "val/loss/"
     for key in sorted({key for row in rows for key in row if key.startswith(prefix)}):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*points, strict=True), label=key.removeprefix(prefix), linewidth=0.8)
+        _plot(axes, rows, key, label=key.removeprefix(prefix), linewidth=0.8)
     axes.set(xlabel="step", ylabel="loss (nats per target token)", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(out)
@@ -29,36 +24,30 @@ def plot_loss(metrics_file: Path, out: Path) -> None:
 
 def plot_maturity(metrics_file: Path, out: Path) -> None:
     """Maturity of each expert over steps."""
-    rows = read_rows(metrics_file)
-    rows = [row for row in rows if "expert/0/maturity" in row]
-    figure, axes = _figure(7, 3)
-    expert = 0
-    while rows and f"expert/{expert}/maturity" in rows[0]:
-        values = [row[f"expert/{expert}/maturity"] for row in rows]
-        axes.plot([row["step"] for row in rows], values, label=f"expert {expert}")
-        expert += 1
+    rows, (figure, axes) = read_rows(metrics_file), _figure(7, 3)
+    known = {key for row in rows for key in row}
+    for expert in itertools.takewhile(lambda e: f"expert/{e}/maturity" in known, itertools.count()):
+        _plot(axes, rows, f"expert/{expert}/maturity", label=f"expert {expert}")
     axes.set(xlabel="step", ylabel="maturity", ylim=(0, 1.05))
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(out)
 
 
-def plot_usage(usage_of: dict[str, Tensor], out: Path) -> None:
-    """One heatmap per set: expert × site, 1 = a balanced share.
+def _plot(axes: Any, rows: list[dict[str, Any]], key: str, **style: Any) -> None:
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
 
-    usage_of: name of a set -> shares of each site's gate mass [N, E].
-    """
+
+def plot_usage(usage_of: dict[str, Tensor], out: Path) -> None:
+    """One heatmap per set: expert × site, 1 = balanced; usage_of: shares of gates [N, E] by set."""
     from matplotlib import pyplot
 
     columns = min(3, len(usage_of))
     lines = -(-len(usage_of) // columns)
+    shape: Any = {"figsize": (3.2 * columns, 2.6 * lines), "squeeze": False}
     figure, grid = pyplot.subplots(
-        lines,
-        columns,
-        figsize=(3.2 * columns, 2.6 * lines),
-        squeeze=False,
-        layout="constrained",
-        sharex=True,
-        sharey=True,
+        lines, columns, **shape, layout="constrained", sharex=True, sharey=True
     )
     image: Any = None
     experts = next(iter(usage_of.values())).shape[1]

@@ -2,9 +2,7 @@
 
 import json
 import time
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import NamedTuple
 
 from dylora.evaluation.passk.skills import score_skills
 from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
@@ -28,14 +26,11 @@ class SetRow(NamedTuple):
 
 def report_run(run: Run) -> list[SetRow]:
     """Compare the trained mixture with its own base; print, plot, and write results.json."""
-    options: dict[str, Any] = {
-        "batch_size": run.config.eval.batch_size,
-        "pad_token_id": run.pad_token_id,
-    }
     sets, model = run.data.validation, run.model
-    trained = validate(model, sets, **options)
+    batch_size, pad = run.config.eval.batch_size, run.pad_token_id
+    trained = validate(model, sets, batch_size=batch_size, pad_token_id=pad)
     with model.disable_adapters():
-        base = validate(model, sets, **options)
+        base = validate(model, sets, batch_size=batch_size, pad_token_id=pad)
 
     count = run.config.eval.skill_answers
     skills = [s.name.removeprefix(SKILL_PREFIX) for s in sets if s.name.startswith(SKILL_PREFIX)]
@@ -50,8 +45,8 @@ def report_run(run: Run) -> list[SetRow]:
 
     rows = []
     for name, score in trained.items():
-        skill = name.removeprefix(SKILL_PREFIX)
-        leader = _leader(score.usage_NE)
+        skill, usage = name.removeprefix(SKILL_PREFIX), score.usage_NE
+        share_E = None if usage is None else usage.mean(0)
         rows.append(
             SetRow(
                 name,
@@ -59,7 +54,8 @@ def report_run(run: Run) -> list[SetRow]:
                 score.loss,
                 base_skills[skill].share if skill in base_skills else None,
                 trained_skills[skill].share if skill in trained_skills else None,
-                *(leader or (None, None)),
+                None if share_E is None else int(share_E.argmax()),
+                None if share_E is None else float(share_E.max()),
             )
         )
     run.log.info(format_table(rows, count))
@@ -99,28 +95,18 @@ def _draw_plots(run: Run, scores: dict[str, SetScore]) -> list[str]:
 def format_table(rows: list[SetRow], count: int) -> str:
     """The table as plain text; the columns of passed answers only where there are any."""
     with_answers = any(row.trained_passed is not None for row in rows)
-    header = f"{'set':20} {'base loss':>10} {'trained':>8}"
-    if with_answers:
-        header += f" {'base passes':>12} {'trained':>8}"
-    header += "   expert (share)"
+    passes = f" {'base passes':>12} {'trained':>8}" if with_answers else ""
+    header = f"{'set':20} {'base loss':>10} {'trained':>8}{passes}   expert (share)"
     lines = [header, "-" * len(header)]
     for row in rows:
         line = f"{row.name:20} {row.base_loss:10.3f} {row.trained_loss:8.3f}"
         if with_answers:
-            passed = [row.base_passed, row.trained_passed]
-            shown = ["-" if share is None else f"{share:.0%}" for share in passed]
-            line += f" {shown[0]:>12} {shown[1]:>8}"
-        if row.expert is not None:
-            line += f"   {row.expert} ({row.expert_share:.0%})"
-        lines.append(line)
+            passed = (row.base_passed, row.trained_passed)
+            first, second = ("-" if share is None else f"{share:.0%}" for share in passed)
+            line += f" {first:>12} {second:>8}"
+        lines.append(
+            line + ("" if row.expert is None else f"   {row.expert} ({row.expert_share:.0%})")
+        )
     if with_answers:
         lines.append(f"loss in nats per target token, on validation; {count} test answers a skill")
     return "\n".join(lines)
-
-
-def _leader(usage_NE: Tensor | None) -> tuple[int, float] | None:
-    """The expert with the largest share of the gate mass, averaged over sites."""
-    if usage_NE is None:
-        return None
-    share_E = usage_NE.mean(0)
-    return int(share_E.argmax()), float(share_E.max())

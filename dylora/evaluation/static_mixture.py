@@ -13,8 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.data.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
 from dylora.data.readers import read_records
-from dylora.evaluation.common import evaluation_mode
-from dylora.kernels.common import at_least_float32
+from dylora.kernels.common import at_least_float32, evaluation_mode
 from dylora.model import DyLoRA_MoE
 
 WINDOW = 512  # tokens of a piece of a longer text
@@ -31,7 +30,6 @@ class Sequences(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """All of them."""
         return sum(part.shape[1] for part in self.ids)
 
 
@@ -51,10 +49,8 @@ def read_text(
 
     .json, .jsonl and .parquet: rows with `text`, or with `instruction`, `output` and optionally
     `input`, which are put into the prompt template; their answers count, as in training. Any other
-    file is one text. A text longer than `window` is cut into pieces; each begins with the tokens
-    that the tokenizer puts before a text.
-
-    Raises ValueError or FileNotFoundError with file and line for what cannot be read.
+    file is one text. Longer texts are cut into pieces of `window` tokens, each with BOS. Raises
+    ValueError or FileNotFoundError for what cannot be read.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -71,8 +67,6 @@ def read_text(
                 found.ids.append(torch.tensor([piece]))
                 found.firsts.append(first)
                 left -= len(piece)
-            if left < 2:
-                break
         if left < 2:
             break
     if not any(f < ids.shape[1] for f, ids in zip(found.firsts, found.ids, strict=True)):
@@ -111,10 +105,7 @@ def _texts(
 
 
 def measured_weights(model: DyLoRA_MoE, text: Sequences) -> Tensor:
-    """The mean gates of every site over the tokens of a text, [N, E] in float64.
-
-    One row a site, as sites differ far more from one another than an average over them shows.
-    """
+    """The mean gates of every site over the tokens of a text, [N, E] in float64."""
     total_NE = torch.zeros(len(model.site_names), len(model.experts), dtype=torch.float64)
     with evaluation_mode(model):
         for ids in text.ids:

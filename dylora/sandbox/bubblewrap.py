@@ -1,8 +1,7 @@
 """The command prefix that starts the launcher in bubblewrap, for kernels without Landlock.
 
-Inside are a tree with Python's standard library and the system's shared libraries to read, four
-devices, and a file system in memory to write to; no /proc, no network, no other process. The
-launcher applies seccomp and the limits, as with Landlock.
+Inside are Python's standard library and the system's shared libraries to read, four devices, and a
+file system in memory to write to; no /proc, no network, no other process.
 """
 
 import os
@@ -11,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +30,7 @@ class CommandPrefix(NamedTuple):
 def build(*inside: str) -> CommandPrefix:
     """The prefix for a process that may also read the paths `inside`, under their own names.
 
-    Raises:
-        OSError: bubblewrap is not installed.
+    Raises OSError where bubblewrap is not installed.
     """
     program = shutil.which("bwrap")
     if program is None:
@@ -49,7 +46,9 @@ def build(*inside: str) -> CommandPrefix:
         options += [word for one in _CAPABILITIES for word in ("--cap-add", f"CAP_{one}")]
     else:
         options += ["--unshare-user"]
-    paths = _outermost((*LIBRARIES, prefix, library, os.path.realpath(sys.executable)))
+    paths = dict.fromkeys((*LIBRARIES, prefix, library, os.path.realpath(sys.executable)))
+    folders = {Path(path) for path in paths if not os.path.islink(path)}
+    paths = [path for path in paths if not folders & set(Path(path).parents)]
     # Parents that bubblewrap itself makes would have the child's mode, closed to the user nobody.
     above = {str(one) for path in (*paths, *inside) for one in Path(path).parents}
     options += [word for path in sorted(above - {"/"}) for word in ("--dir", path)]
@@ -58,12 +57,9 @@ def build(*inside: str) -> CommandPrefix:
             options += ["--symlink", os.readlink(path), path]
         elif os.path.exists(path):
             options += ["--ro-bind", path, path]
-    hidden = [
-        path
-        for parent in (library, "/usr/lib/python3")
-        for path in (os.path.join(parent, name) for name in INSTALLED)
-        if os.path.isdir(path)
-    ]
+    parents = (library, "/usr/lib/python3")
+    hidden = [os.path.join(parent, name) for parent in parents for name in INSTALLED]
+    hidden = [path for path in hidden if os.path.isdir(path)]
     options += [word for path in hidden for word in ("--tmpfs", path)]
     options += [word for path in inside for word in ("--ro-bind", path, path)]
     for device in ("/dev/null", *DEVICES):
@@ -71,16 +67,3 @@ def build(*inside: str) -> CommandPrefix:
     options += ["--tmpfs", folder, "--chdir", folder]
     options += [word for path in (*hidden, "/") for word in ("--remount-ro", path)]
     return CommandPrefix(name, [program, *options, "--"], folder)
-
-
-def _outermost(paths: Sequence[str]) -> list[str]:
-    """The paths that lie in no other."""
-    return [
-        path
-        for index, path in enumerate(paths)
-        if not any(
-            Path(path).is_relative_to(other) and (path != other or place < index)
-            for place, other in enumerate(paths)
-            if not os.path.islink(other)
-        )
-    ]

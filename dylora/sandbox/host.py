@@ -2,8 +2,7 @@
 
 `Sandbox` starts launcher/, which runs each program in a process that can compute and little
 else, and the tests in another one. No program sees a test or an expected value, and its exit code
-and output do not decide. Landlock keeps a program from files, or bubblewrap where the kernel has no
-Landlock. Where the machine has neither, `Sandbox` raises ValueError unless `unsafe` is set.
+and output do not decide.
 """
 
 import contextlib
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from dylora.sandbox import bubblewrap
@@ -50,23 +50,14 @@ _PROBES = (
 class Limits:
     """What one program may use. Each must be above 0."""
 
-    seconds: int = 5
-    """Processor time of the program, and of its tests: the same however busy the machine is.
-    A program that ignores the signal is killed a third, but at least 1 s, later."""
-    wall_seconds: float = 20.0
-    """Wall-clock time in which neither computes, for programs that sleep or wait."""
-    memory_mb: int = 512
-    """Address space, in MiB."""
-    output_kb: int = 64
-    """Printed text, in KiB."""
-    file_kb: int = 1024
-    """One file of its folder, in KiB."""
-    disk_kb: int = 8192
-    """All files of its folder, in KiB. Checked every 10 ms."""
-    files: int = 64
-    """Files in its folder."""
-    open_files: int = 32
-    """Open file descriptors."""
+    seconds: int = 5  # processor time of the program, and of its tests, however busy the machine is
+    wall_seconds: float = 20.0  # wall-clock time in which neither computes
+    memory_mb: int = 512  # address space, in MiB
+    output_kb: int = 64  # printed text, in KiB
+    file_kb: int = 1024  # one file of its folder, in KiB
+    disk_kb: int = 8192  # all files of its folder, in KiB; checked every 10 ms
+    files: int = 64  # in its folder
+    open_files: int = 32  # file descriptors
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -90,16 +81,11 @@ class Result(NamedTuple):
     cpu_seconds: float = 0.0  # processor time of the program or the tests, whichever took more
 
 
-class Sandbox:
+class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
     """A launcher, ready for one program after the other. Use it in one thread, and `close` it.
 
-    Args:
-        limits: What one program may use.
-        backend: One of `BACKENDS`; "auto" takes the first that works.
-        unsafe: Separate processes with resource limits only, on any machine.
-
-    Raises:
-        ValueError: The backend does not work on this machine, and `unsafe` is not set.
+    backend: one of `BACKENDS`; "auto" takes the first that works. unsafe: separate processes with
+    resource limits only, on any machine. Raises ValueError for a backend that does not work here.
     """
 
     def __init__(
@@ -141,27 +127,19 @@ class Sandbox:
     ) -> Result:
         """Runs a program and then its tests, which call it from another process.
 
-        Args:
-            source: Python source of the program; may print, may not rely on `__main__`.
-            tests: Python source; a failed `assert` fails the program.
-            entry_points: names of the program's that the tests use: functions or classes.
-            setup: Python source that the tests' process runs first. Entry points replace what it
-                defines of the same name.
+        All are Python source: the program may print, and may not rely on `__main__`; a failed
+        `assert` of the tests fails it; setup is run before the tests. entry_points: functions and
+        classes of the program, which replace what setup defines of the same name.
         """
         return self._ask(source, setup=setup, tests=tests, entry_points=list(entry_points))[0]
 
     def call(
         self, source: str, calls: Sequence[tuple[str, Sequence[Any]]]
     ) -> tuple[Result, list[Any]]:
-        """Runs a program, then calls its functions and returns their values for comparison.
+        """Runs a program, then calls its functions by name, with arguments of built-in types.
 
-        Args:
-            source: Python source of the program.
-            calls: names of functions with their arguments: values of built-in types.
-
-        Returns:
-            The result, and one value per call if it is "passed" (all calls returned). A value that
-            is not of a built-in type comes as an `Opaque`, which equals nothing.
+        Returns the result, and one value per call if it is "passed" (all calls returned). A value
+        that is not of a built-in type comes as an `Opaque`.
         """
         sent = [[name, [encode(item, _refuse) for item in args]] for name, args in calls]
         result, values = self._ask(source, calls=sent)
@@ -172,9 +150,6 @@ class Sandbox:
     def close(self) -> None:
         """Ends the launcher and removes its folder."""
         self._stack.close()
-
-    def __enter__(self) -> "Sandbox":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -258,10 +233,7 @@ class Sandbox:
     def _ask(
         self, source: str, *, tests: str | None = None, calls: Sequence[Any] = (), **rest: Any
     ) -> tuple[Result, list[Any]]:
-        """Sends a program, then its tests, which the test runner alone reads.
-
-        Returns what came of it, and the encoded values of the calls.
-        """
+        """Sends a program, then its tests, which the test runner alone reads; the calls' values."""
         watch = threading.Timer(self.limits.longest_seconds + _GRACE_S, self._kill)
         watch.start()
         try:
@@ -291,24 +263,22 @@ def run_all(
 ) -> Iterator[Output]:
     """`run(sandbox, job)` for every job, in the jobs' order, on `workers` sandboxes in parallel.
 
-    Raises:
-        ValueError: workers below 1, or no backend that works on this machine.
+    Raises ValueError for workers below 1, or no backend that works on this machine.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    local = threading.local()
+    free: SimpleQueue[Sandbox] = SimpleQueue()
+
+    def work(job: Job) -> Output:
+        sandbox = free.get()
+        try:
+            return run(sandbox, job)
+        finally:
+            free.put(sandbox)
+
     with contextlib.ExitStack() as stack:
-        sandboxes = [
-            stack.enter_context(Sandbox(limits, backend=backend, unsafe=unsafe))
-            for _ in range(workers)
-        ]
-        free = list(sandboxes)
-
-        def work(job: Job) -> Output:
-            if not hasattr(local, "sandbox"):
-                local.sandbox = free.pop()
-            return run(local.sandbox, job)
-
+        for _ in range(workers):
+            free.put(stack.enter_context(Sandbox(limits, backend=backend, unsafe=unsafe)))
         with ThreadPoolExecutor(workers) as pool:
             yield from pool.map(work, jobs)
 

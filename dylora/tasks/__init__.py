@@ -7,7 +7,7 @@ pairs of operations is combined in test only.
 """
 
 import random
-from typing import Any, get_args
+from typing import get_args
 
 from dylora.fields import nearest
 from dylora.tasks import arithmetic, functions, records, regex, sql
@@ -34,9 +34,7 @@ def generate_tasks(skill: str, split: Split, count: int, seed: int = 0) -> list[
     """Distinct tasks of a skill, no two with the same instruction or the same program.
 
     The same arguments give the same tasks on every machine, and fewer tasks are a prefix of more.
-
-    Raises:
-        ValueError: An unknown skill or split, or more tasks than there are.
+    Raises ValueError for an unknown skill or split, and for more tasks than there are.
     """
     if skill not in _DRAFTS:
         raise ValueError(f"unknown skill {skill!r}{nearest(skill, list(SKILLS))}")
@@ -57,18 +55,15 @@ def generate_tasks(skill: str, split: Split, count: int, seed: int = 0) -> list[
         if held_out or seen & {draft.program, draft.instruction}:
             continue
         check = draft.make_check()
-        check["expected"] = run_answer(check | {"source": draft.answer})
-        if len(check["inputs"]) > 1 and _is_constant(check["expected"]):
-            continue
-        if check["expected"] in [run_answer(check | {"source": text}) for text in draft.simpler]:
+        expected = check["expected"] = run_answer(check | {"source": draft.answer})
+        if len(check["inputs"]) > 1 and all(
+            one == check["expected"][0] for one in check["expected"]
+        ):
+            continue  # an answer that ignores its input would pass
+        if expected in [run_answer(check | {"source": text}) for text in draft.simpler]:
             continue
         misses = 0
         seen |= {draft.program, draft.instruction}
         instruction, answer = draft.instruction, draft.answer
         tasks.append(Task(skill=skill, instruction=instruction, answer=answer, check=check))
     return tasks
-
-
-def _is_constant(expected: list[Any]) -> bool:
-    """Whether an answer that ignores its input would pass."""
-    return all(value == expected[0] for value in expected)

@@ -1,7 +1,6 @@
 """Computes what an answer gives for each input of its task.
 
-The file uses the standard library alone, because checking.py also sends its text to the sandbox,
-where it runs model-written answers. In this process it runs reference answers only.
+The standard library alone: checking.py sends this text to the sandbox, for model-written answers.
 
 The `kind` of a job: function (source defines job["function"], called on each input), expression
 (evaluated with job["variable"] bound to each input), sql (run on each input, a table), regex
@@ -29,10 +28,7 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def calculate(source: str) -> int | float:
-    """The value of an expression of numbers, + - * / // % ** and parentheses.
-
-    Raises ValueError on anything else, SyntaxError on what is no expression.
-    """
+    """The value of numbers with + - * / // % ** and (); raises ValueError or SyntaxError."""
 
     def value(node: ast.expr) -> Any:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -52,7 +48,7 @@ def calculate(source: str) -> int | float:
 def run_query(source: str, databases: list[dict[str, Any]]) -> list[list[list[Any]]]:
     """The rows of one reading statement on each of several contents of a single table.
 
-    Raises a sqlite3 error when the source is no query, several statements, or writes.
+    Raises sqlite3.Error when the source is no query, several statements, or writes.
     """
     import sqlite3  # here: every answer is run in a new process, and few are queries
 

@@ -1,7 +1,7 @@
 """Word problems in two to four steps, answered by an expression whose value is checked."""
 
 import random
-from typing import Any
+from functools import partial
 
 from dylora.tasks.answers import calculate
 from dylora.tasks.task import FORMS, Draft, Literals, Split
@@ -21,11 +21,8 @@ def draft(rng: random.Random, split: Split) -> Draft:
             *(_FORMS["events"][event] for event in events),
             _FORMS["questions"][question],
         ]
-        words = {
-            "name": literals.draw_string("name"),
-            "friend": literals.draw_string("name"),
-            "item": literals.draw_string("item"),
-        }
+        pools = {"name": "name", "friend": "name", "item": "item"}
+        words = {field: literals.draw_string(pool) for field, pool in pools.items()}
         expression, story, values = "", [], []
         for code, phrases in steps:
             numbers = {}
@@ -42,10 +39,8 @@ def draft(rng: random.Random, split: Split) -> Draft:
             break
     instruction = " ".join(story)
 
-    def make_check() -> dict[str, Any]:
-        return {"kind": "arithmetic", "inputs": [None]}
-
     program = f"{start} {events} {expression}"
     operations = (start, *events, question)
     simpler = [] if question == "total" else [values[-2]]
+    make_check = partial(dict, kind="arithmetic", inputs=[None])
     return Draft(operations, program, instruction, expression, simpler, make_check)

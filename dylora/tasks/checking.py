@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from dylora.sandbox.host import Limits, Result, Sandbox, run_all
 from dylora.tasks.task import Task
 
 ANSWER_LIMITS = Limits(seconds=2, wall_seconds=10)
+_ANSWERS_SOURCE = Path(__file__).with_name("answers.py").read_text(encoding="utf-8")
 
 
 def check_answers(
@@ -23,12 +23,8 @@ def check_answers(
     """Runs each answer, stripped of surrounding white space, and compares what it gives.
 
     A machine on which no sandbox works runs them in separate processes with resource limits.
-
-    Returns:
-        Whether each answer is right, and what protected the machine.
-
-    Raises:
-        ValueError: The numbers of tasks and answers differ, or workers is below 1.
+    Returns whether each answer is right, and what protected the machine. Raises ValueError where
+    the numbers of tasks and answers differ, or workers is below 1.
     """
     if len(tasks) != len(answers):
         raise ValueError(f"{len(answers)} answers for {len(tasks)} tasks")
@@ -55,23 +51,17 @@ def check_answer(sandbox: Sandbox, check: dict[str, Any], answer: str) -> Result
     """
     job = {key: item for key, item in check.items() if key != "expected"}
     call = ("answer_values", [job | {"source": answer.strip()}])
-    result, values = sandbox.call(_answers_source(), [call])
+    result, values = sandbox.call(_ANSWERS_SOURCE, [call])
     if result.outcome == "passed" and not is_right(check, values[0]):
         return result._replace(outcome="failed", detail="not what was expected")
     return result
 
 
-@cache
-def _answers_source() -> str:
-    return Path(__file__).with_name("answers.py").read_text(encoding="utf-8")
-
-
 def is_right(check: dict[str, Any], values: Any) -> bool:
     """Whether an answer's values, one for each input of its check, are those expected.
 
-    Types count: True is not 1, 1.0 is not 1, a tuple is no list; floats may differ by rounding.
-    Only the values of arithmetic may be int or float alike, and the rows of a query without an
-    order may come in any.
+    Types count (True is not 1, a tuple is no list), but for arithmetic; floats may differ by
+    rounding; the rows of a query without an order may come in any.
     """
     expected = check["expected"]
     if not isinstance(values, list) or len(values) != len(expected):
@@ -80,8 +70,10 @@ def is_right(check: dict[str, Any], values: Any) -> bool:
         if check.get("compare") == "unordered":
             values = [_sorted(rows) for rows in values]
             expected = [_sorted(rows) for rows in expected]
-        same = _is_same_number if check["kind"] == "arithmetic" else _is_same
-        return all(map(same, values, expected))
+        if check["kind"] == "arithmetic":
+            values = [float(value) for value in values if type(value) in (int, float)]
+            expected = [float(value) for value in expected]
+        return _is_same(values, expected)
     except (TypeError, OverflowError):  # a set among rows, an integer beyond all floats
         return False
 
@@ -102,9 +94,3 @@ def _is_same(value: Any, expected: Any) -> bool:
     if isinstance(value, float):
         return math.isclose(value, expected, rel_tol=1e-9)
     return value == expected
-
-
-def _is_same_number(value: Any, expected: Any) -> bool:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        return False
-    return math.isclose(value, expected, rel_tol=1e-9)

@@ -2,6 +2,7 @@
 
 import random
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 from dylora.tasks.task import FORMS, Draft, Literals, Split
@@ -34,12 +35,10 @@ def draft(rng: random.Random, split: Split) -> Draft:
     opening, joint = rng.choice(_FORMS["openings"]), rng.choice(_FORMS["joints"])
     instruction = opening.format(d=joint.join(part.phrase for part in parts))
 
-    def make_check() -> dict[str, Any]:
-        return {"kind": "regex", "inputs": _texts(rng, parts)}
-
     operations = tuple(kind for part in parts for kind in part.operations)
     codes = [part.code for part in parts]
     simpler = ["".join(codes[:place] + codes[place + 1 :]) for place in range(len(codes))]
+    make_check = partial(_make_check, rng, parts)
     return Draft(operations, pattern, instruction, pattern, simpler, make_check)
 
 
@@ -76,8 +75,8 @@ def _separator(literals: Literals) -> _Part:
     return _Part((), text, phrase, samples)  # it combines with everything: no operation
 
 
-def _texts(rng: random.Random, parts: list[_Part]) -> list[str]:
-    """Texts that vary one part at a time among matching others, then all at once."""
+def _make_check(rng: random.Random, parts: list[_Part]) -> dict[str, Any]:
+    """The check on texts that vary one part at a time among matching others, then all at once."""
     good = [[s for s in part.samples if re.fullmatch(part.code, s)] for part in parts]
     texts = []
     for place, part in enumerate(parts):
@@ -87,4 +86,4 @@ def _texts(rng: random.Random, parts: list[_Part]) -> list[str]:
             texts.append("".join(pieces))
     texts += ["".join(rng.choice(choices) for choices in good) for _ in range(4)]
     texts += [texts[-1] + "\n", texts[-1] + "x", "x" + texts[-1]]
-    return list(dict.fromkeys(texts))
+    return {"kind": "regex", "inputs": list(dict.fromkeys(texts))}

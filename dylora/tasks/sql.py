@@ -65,10 +65,9 @@ def draft(rng: random.Random, split: Split) -> Draft:
 def _databases(
     rng: random.Random, table: str, filtered: str, edges: list[int], texts: list[str]
 ) -> list[dict[str, Any]]:
-    """Contents that tell near misses apart: each edge and text alone in a row, then all.
+    """Contents that tell near misses apart: each edge and text alone in a row, then all, twice.
 
-    In the full table each pair of edge and text stands twice; the integers of the other column are
-    distinct, so that an order by it is unique.
+    The integers of the other column are distinct, so that an order by it is unique.
     """
     (name, group), columns = _TABLES[table]
 

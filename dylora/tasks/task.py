@@ -2,8 +2,7 @@
 
 Every literal of an instruction or an answer (number, quoted string, name, item) is drawn from a
 pool that is cut once into train, validation and test, so two splits never share one. Structural
-constants (0 and 1, `[::-1]`, `[a-z]`), keywords, function and variable names and the SQL schema
-are vocabulary, not literals, and are shared.
+constants (0 and 1, `[::-1]`), names of functions and variables and the SQL schema are shared.
 """
 
 import bisect
@@ -24,9 +23,7 @@ class Task:
     """One example of a skill."""
 
     skill: str
-    """A name of `dylora.tasks.SKILLS`."""
     instruction: str
-    """The request in natural language."""
     answer: str
     """A reference that passes the check."""
     check: dict[str, Any]
@@ -79,10 +76,9 @@ and, if not 99, the largest number in it."""
 _VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnprstvwxz"
 _CHUNKS = [v + c for v in _VOWELS for c in _CONSONANTS]
 _CHUNKS += [c + v for c in _CONSONANTS for v in _VOWELS]
-LARGEST = 999
 
 POOLS: dict[str, dict[str, list[Any]]] = {
-    "integer": _cut(range(2, LARGEST + 1)),
+    "integer": _cut(range(2, 1000)),
     **{use: _cut(words) for use, words in _WORDS.items()},
     "chunk": _cut(_CHUNKS),
     "letter": _cut("eaiourstlnmdpbgkcfhvwjxyzq"),
@@ -112,7 +108,7 @@ class Literals:
         return drawn
 
     def draw_string(self, pool: str) -> str:
-        """A new string of that pool."""
+        """A new string of a pool."""
         fresh = [text for text in POOLS[pool][self.split] if text not in self.strings]
         self.strings.append(self.rng.choice(fresh))
         return self.strings[-1]
@@ -129,9 +125,8 @@ class Literals:
         Fields in double braces are left for later.
         """
         fields = [field for field in ("n", "m") if f"{{{field}}}" in code]
-        values: dict[str, Any] = dict(
-            zip(fields, self.draw_numbers(len(fields), high), strict=True)
-        )
+        numbers = self.draw_numbers(len(fields), high)
+        values: dict[str, Any] = dict(zip(fields, numbers, strict=True))
         for field, pool in _FIELDS.items():
             if f"{{{field}}}" in code:
                 values[field] = self.draw_string(pool)

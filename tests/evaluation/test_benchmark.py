@@ -60,13 +60,13 @@ def command(folder: Path, out: Path, *more: str) -> int:
 def by_heart(monkeypatch):
     """A model whose adapters know the answers to all tasks but one; its base knows none."""
 
-    def draw(model, tokenizer, batch, settings):
-        off = model.mixture.state.mine.disabled
-        for one in batch:
-            knows = not off and not one.problem.task_id.endswith("5")
-            yield one, one.problem.reference if knows else "def nothing(): pass"
+    def recite(model, tokenizer, problems, **settings):
+        known = [not one.task_id.endswith("5") for one in problems]
+        known = [False] * len(known) if model.mixture.state.mine.disabled else known
+        pairs = zip(problems, known, strict=True)
+        return [one.reference if knows else "def nothing(): pass" for one, knows in pairs]
 
-    monkeypatch.setattr(sampling, "_draw", draw)
+    monkeypatch.setattr(sampling, "generate", recite)
 
 
 def test_a_trained_task_is_left_out_and_the_rest_scored(folder: Path, tmp_path: Path, by_heart):

@@ -17,9 +17,9 @@ from datasets import Dataset
 
 from dylora.data import json_file
 from dylora.data.splits import text_hash
-from dylora.evaluation.passk.contamination import split_trained
 from dylora.evaluation.passk.evalplus import typed_input
 from dylora.evaluation.passk.problem import Problem, ProgramTests, answer_of
+from dylora.evaluation.passk.scoring import split_trained
 from dylora.evaluation.passk.suites import read_suite
 from dylora.sandbox.host import Limits, Sandbox, run_all
 from published import FOLDER, MBPP, needs_published_rows

@@ -1,8 +1,4 @@
-"""`run.py benchmark`: pass@k of a base and a checkpoint on suites of tasks, side by side.
-
-Everything is in one folder: a JSONL of samples for each suite and model, written as they come
-and continued after a kill, and results.json.
-"""
+"""`run.py benchmark`: pass@k of a base and a checkpoint on suites of tasks, side by side."""
 
 import importlib.metadata
 import json
@@ -16,11 +12,10 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.evaluation.loading import base_of, load_checkpoint, note
-from dylora.evaluation.passk.contamination import Selection, select_tasks
 from dylora.evaluation.passk.estimate import compare
 from dylora.evaluation.passk.options import BenchmarkOptions
 from dylora.evaluation.passk.published import published_lines, published_of
-from dylora.evaluation.passk.scoring import Score, score_model
+from dylora.evaluation.passk.scoring import Selection, score_model, select_tasks
 from dylora.evaluation.passk.skills import SKILL_SUITES
 from dylora.evaluation.passk.suites import Tasks, read_suite, takes_shots
 from dylora.model import DyLoRA_MoE
@@ -54,8 +49,7 @@ def read_tasks(options: BenchmarkOptions) -> dict[str, Tasks]:
 def find_backend(suites: Iterable[Tasks], options: BenchmarkOptions) -> str:
     """What will protect the machine, found before hours of generation.
 
-    Raises:
-        ValueError: A suite runs programs, and no sandbox works on this machine.
+    Raises ValueError where a suite runs programs and no sandbox works on this machine.
     """
     if not any(one.checker.runs_programs for tasks in suites for one in tasks.problems):
         return "nothing: no programs are run"
@@ -72,15 +66,10 @@ def benchmark_checkpoint(
 ) -> dict[str, Any]:
     """Generates, runs and counts; prints a table, writes and returns results.json.
 
-    A folder with samples of the same settings is continued: none is repeated, none lost. Greedy
-    texts can differ with `eval.batch_size` where two tokens are nearly as likely, because left
-    padding changes sums by rounding; docs/benchmark.md has how often.
-
-    Raises:
-        ValueError: Suites, files or settings that cannot be used, a folder of other settings, or no
-            sandbox that works on this machine.
-        FileNotFoundError: A checkpoint that does not exist.
-        FileExistsError: Another process writes into the folder.
+    `out` gets a JSONL of samples for each suite and model, written as they come; a folder with
+    samples of the same settings is continued. Raises ValueError for suites, files or settings that
+    cannot be used, a folder of other settings, or no sandbox that works on this machine;
+    FileNotFoundError for no checkpoint; FileExistsError where another process writes into `out`.
     """
     suites = read_tasks(options)
     backend = find_backend(suites.values(), options)
@@ -88,6 +77,8 @@ def benchmark_checkpoint(
     tokenizer = opened.tokenizer(base_of(config.model))
     model = load_checkpoint(opened, config.model, routing)
     settings = _settings(config, opened, options) | ({"routing": routing} if routing else {})
+    found = {name: [*importlib.metadata.distributions(name=name)] for name in LIBRARIES}
+    versions = {name: each[0].version if each else "not installed" for name, each in found.items()}
     with lock_folder(out, option="--out"):
         _claim(out, settings, {name: tasks.source._asdict() for name, tasks in suites.items()})
         results: dict[str, Any] = {
@@ -95,14 +86,14 @@ def benchmark_checkpoint(
             "options": asdict(options),
             "config": asdict(config),
             "sandbox": backend,
-            "libraries": _versions(),
+            "libraries": {"python": platform.python_version(), **versions},
             "suites": {},
         }
         print(f"programs run under {backend}")
         print(f"{'suite':17} {'model':10} {'tasks':>5} {'pass@k':>8} {'value':>7}  95 % interval")
         for name, tasks in suites.items():
-            include = options.include_trained
-            selection = select_tasks(name, tasks, model.training_record, include)
+            record, include = model.training_record, options.include_trained
+            selection = select_tasks(name, tasks, record, include)
             results["suites"][name] = _run_suite(
                 model, tokenizer, name, selection, options, config, out
             )
@@ -120,23 +111,25 @@ def _run_suite(
     config: RunConfig,
     out: Path,
 ) -> dict[str, Any]:
-    """Base, checkpoint and their difference on one suite: printed, and for results.json."""
+    """Base, checkpoint and their difference on one suite, printed and for results.json."""
     batch_size = config.eval.batch_size
-    sampling = options.sampling(selection.tasks, batch_size)
-    entry = selection.describe(sampling, options.include_trained)
+    sampling = options.sampling(selection.tasks.max_new_tokens, batch_size)
+    entry = selection.describe(sampling)
     passed = []
     for who in ("base", "checkpoint"):
         file = out / f"{name.replace('/', '.')}.{who}.jsonl"
         with model.disable_adapters() if who == "base" else nullcontext():
             found = score_model(model, tokenizer, selection, options, batch_size, file)
-        entry[who] = {
-            "pass@k": found.pass_at_k,
-            "outcomes": found.outcomes,
-            "passed": found.passed,
-            "samples_file": file.name,
-        }
+        scores = found._asdict()
+        entry[who] = {"pass@k": scores.pop("pass_at_k"), **scores, "samples_file": file.name}
         passed.append([found.passed[one.task_id] for one in selection.problems])
-        _print_score(name, who, len(selection.problems), found)
+        for k, interval in found.pass_at_k.items():
+            print(
+                f"{name:17} {who:10} {len(selection.problems):5} {'pass@' + k:>8} "
+                f"{interval['mean']:7.1%}  {interval['low']:.1%} to {interval['high']:.1%}"
+            )
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in found.outcomes.items())
+        print(f"{'':17} {who:10} {outcomes}")
         if who == "base" and name not in SKILL_SUITES:
             for line in published_lines(config.model.base, name):
                 print(f"{'':17} {line}")
@@ -152,35 +145,20 @@ def _run_suite(
     return entry
 
 
-def _print_score(name: str, who: str, tasks: int, found: Score) -> None:
-    for k, interval in found.pass_at_k.items():
-        print(
-            f"{name:17} {who:10} {tasks:5} {'pass@' + k:>8} {interval['mean']:7.1%}  "
-            f"{interval['low']:.1%} to {interval['high']:.1%}"
-        )
-    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in found.outcomes.items())
-    print(f"{'':17} {who:10} {outcomes}")
-
-
 def _settings(
     config: RunConfig, checkpoint: Checkpoint, options: BenchmarkOptions
 ) -> dict[str, Any]:
     """What the samples of a folder depend on."""
+    chosen = json.loads(json.dumps(asdict(options)))
+    of_the_base = ("base", "revision", "dtype", "quantization")
     read_later = ("workers", "sandbox", "unsafe", "tasks", "files", "limit", "k")
     return {
         "version": SAMPLE_VERSION,
-        "base": config.model.base,
-        "revision": config.model.revision,
-        "dtype": config.model.dtype,
-        "quantization": config.model.quantization,
+        **{key: getattr(config.model, key) for key in of_the_base},
         "checkpoint": str(checkpoint.path.resolve()),
         "checkpoint_sha256": checkpoint.identity,
         "batch_size": config.eval.batch_size,
-        **{
-            key: value
-            for key, value in json.loads(json.dumps(asdict(options))).items()
-            if key not in read_later
-        },
+        **{key: value for key, value in chosen.items() if key not in read_later},
     }
 
 
@@ -190,31 +168,19 @@ def _claim(out: Path, settings: dict[str, Any], sources: dict[str, Any]) -> None
     More suites may be added later.
     """
     file = out / "settings.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    known = before.get("sources", {})
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings.copy()
+    known = before.pop("sources", {})
     for name in sorted(known.keys() & sources.keys()):
         if known[name] != sources[name]:
             raise ValueError(
                 f"{out} holds samples of {name} from {known[name]}, not from {sources[name]}; "
                 "choose another --out"
             )
-    if before:
-        kept = {key: value for key, value in before.items() if key != "sources"}
-        for key in sorted(kept.keys() | settings.keys()):
-            if kept.get(key) != settings.get(key):
-                raise ValueError(
-                    f"{out} holds samples made with {key} = {kept.get(key)!r}, not "
-                    f"{settings.get(key)!r}; choose another --out"
-                )
+    for key in sorted(before.keys() | settings.keys()):
+        if before.get(key) != settings.get(key):
+            raise ValueError(
+                f"{out} holds samples made with {key} = {before.get(key)!r}, not "
+                f"{settings.get(key)!r}; choose another --out"
+            )
     content = settings | {"sources": known | sources}
     write_file(file, json.dumps(content, indent=2) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout
-            versions[name] = "not installed"
-    return versions

@@ -1,8 +1,7 @@
 """A benchmark between the steps of a run: eval/<task>/pass@1 in metrics.jsonl.
 
-It does not change the run: random state and the model's mode are restored, and nothing is counted
-meanwhile. Its samples are in the run's folder, benchmark/step-<n>/, so that an interrupted one is
-continued.
+Random state and the model's mode are restored. Its samples are in the run's folder,
+benchmark/step-<n>/, so that an interrupted one is continued.
 """
 
 import json
@@ -10,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dylora.evaluation.passk.benchmark import find_backend, read_tasks
-from dylora.evaluation.passk.contamination import Selection, select_tasks
 from dylora.evaluation.passk.options import BenchmarkOptions, expand_tasks
-from dylora.evaluation.passk.scoring import score_model
+from dylora.evaluation.passk.scoring import Selection, score_model, select_tasks
 from dylora.run_config import EvalConfig
 from dylora.storage.folders import quarantine, write_file
 from dylora.training.loop import Callback, is_out_of_patience
@@ -24,21 +22,15 @@ FOLDER = "benchmark"
 
 
 def options_of(config: EvalConfig) -> BenchmarkOptions:
-    """The benchmark that a run's settings describe: greedy, one answer per task.
-
-    Raises ValueError for a file of a suite that is not asked for.
-    """
+    """A run's benchmark, greedy; raises ValueError for a file of a suite not asked for."""
     tasks = expand_tasks(config.benchmark_tasks)
     for name in config.benchmark_files:
         if name not in tasks:
             raise ValueError(
                 f"eval.benchmark_files names {name!r}, which eval.benchmark_tasks does not"
             )
-    return BenchmarkOptions(
-        tasks=tasks,
-        files=dict(config.benchmark_files),
-        limit=config.benchmark_limit,
-    )
+    files = dict(config.benchmark_files)
+    return BenchmarkOptions(tasks=tasks, files=files, limit=config.benchmark_limit)
 
 
 class Benchmark(Callback):
@@ -73,9 +65,8 @@ class Benchmark(Callback):
 def check_benchmark(run: Run) -> None:
     """Read the tasks and start a sandbox before the first step, and log what will be run.
 
-    Folders in benchmark/ of steps after the run's own, from a run that went further, are renamed.
-
-    Raises ValueError for suites that cannot be used, and where no sandbox works.
+    Folders in benchmark/ of later steps, from a run that went further, are renamed. Raises
+    ValueError for suites that cannot be used, and where no sandbox works.
     """
     config = run.config.eval
     suites = _select(run)
@@ -94,9 +85,9 @@ def check_benchmark(run: Run) -> None:
 
 
 def benchmark_step(run: Run) -> None:
-    """Benchmark the mixture as it is now; a row of metrics.jsonl, and benchmark/step-<n>/.
+    """Benchmark the mixture as it is now, unless the step has its row of metrics.jsonl already.
 
-    Does nothing for a step that has its row. Raises Interrupted, samples kept, when a signal came.
+    Raises Interrupted, samples kept, when a signal came.
     """
     run.interruption.check()
     config, progress = run.config.eval, run.progress
@@ -113,8 +104,8 @@ def benchmark_step(run: Run) -> None:
             run.model, run.tokenizer, selection, options, config.batch_size, file, check
         )
         metrics[f"eval/{name}/pass@1"] = found.pass_at_k["1"]["mean"]
-        sampling = options.sampling(selection.tasks, config.batch_size)
-        results[name] = selection.describe(sampling, False) | found._asdict()
+        sampling = options.sampling(selection.tasks.max_new_tokens, config.batch_size)
+        results[name] = selection.describe(sampling) | found._asdict()
     content = {"step": progress.step, "options": asdict(options), "suites": results}
     write_file(folder / "results.json", json.dumps(content, indent=2) + "\n")
     run.log.write(progress.step, progress.targets, metrics)

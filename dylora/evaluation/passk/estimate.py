@@ -29,10 +29,8 @@ class Comparison(NamedTuple):
 def pass_at_k(samples: int, passed: int, k: int) -> float:
     """The chance that one of k programs passes, drawn from `samples` of which `passed` did.
 
-    1 − C(n−c, k) / C(n, k), without bias (Chen et al. 2021, arXiv:2107.03374).
-
-    Raises:
-        ValueError: k below 1 or above `samples`, or `passed` outside 0 … `samples`.
+    1 − C(n−c, k) / C(n, k), without bias (Chen et al. 2021, arXiv:2107.03374). Raises ValueError
+    for k below 1 or above `samples`, and for `passed` outside 0 … `samples`.
     """
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} needs at least {max(k, 1)} samples a task, and k from 1 up; "
@@ -45,11 +43,8 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def bootstrap(scores: Sequence[float], *, seed: int = 0) -> Interval:
     """The mean of the tasks' scores; the interval is the percentile bootstrap over tasks.
 
-    It says how the mean would vary with other tasks of the same kind, and is as wide as the set
-    is small; for scores that are all alike it has no width.
-
-    Raises:
-        ValueError: No scores.
+    It says how the mean would vary with other tasks of the same kind; for scores that are all alike
+    it has no width. Raises ValueError for no scores.
     """
     if len(scores) == 0:
         raise ValueError("no tasks were scored")
@@ -67,23 +62,19 @@ def compare(first: Sequence[int], second: Sequence[int]) -> Comparison:
     """Whether the second model passes more, from the passed samples of each task (equal n).
 
     The exact sign-flip test of Σ (second − first): were the models alike, each task's difference
-    might as well have the other sign. With one sample a task it is McNemar's exact test. All 2^T
-    cases are counted, by adding task after task, not sampled.
-
-    Raises:
-        ValueError: Not the same number of tasks, or none.
+    might as well have the other sign. With one sample a task it is McNemar's exact test. Raises
+    ValueError for unequal numbers of tasks, or none.
     """
     if len(first) != len(second) or len(first) == 0:
         raise ValueError(f"{len(first)} and {len(second)} tasks cannot be compared in pairs")
-    differences = [int(b) - int(a) for a, b in zip(first, second, strict=True)]
-    reach = sum(map(abs, differences))
-    # share[s + reach] of the sign patterns so far sum to s
+    differences = np.subtract(second, first).astype(int)
+    reach = int(np.abs(differences).sum())
+    # share[s + reach] of the 2^T sign patterns sum to s, counted by adding task after task
     share = np.zeros(2 * reach + 1)
     share[reach] = 1.0
-    for step in filter(None, map(abs, differences)):
+    for step in np.abs(differences[differences != 0]):
         share = (np.roll(share, step) + np.roll(share, -step)) / 2  # never reaches the ends
     sums = np.arange(-reach, reach + 1)
-    p_value = float(share[np.abs(sums) >= abs(sum(differences))].sum())
-    better = sum(step > 0 for step in differences)
-    worse = sum(step < 0 for step in differences)
+    p_value = float(share[np.abs(sums) >= abs(differences.sum())].sum())
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     return Comparison(better, worse, len(differences) - better - worse, min(p_value, 1.0))

@@ -1,27 +1,14 @@
 """HumanEval+ and MBPP+ (EvalPlus, arXiv:2305.01210), in both forms in which they are published.
 
-Each task has inputs and a reference program. The tests' process runs the reference to compute the
-expected values. The JSONL of EvalPlus' releases holds the inputs as `base_input` and `plus_input`;
-the sets of the hub hold them in a line of `test`, `inputs = […]`.
+The JSONL of EvalPlus' releases holds the inputs as `base_input` and `plus_input`; the sets of the
+hub hold them in a line of `test`, `inputs = […]`. The tests' process runs the reference on them.
 """
 
 import re
 from collections.abc import Callable
 from typing import Any
 
-from dylora.evaluation.passk.problem import Problem, ProgramTests, unix
-
-CONTINUATION_STOPS = (
-    *("\ndef ", "\nclass ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n@", "\n```", "\n\n\n\n"),
-    *("<|endoftext|>", "<file_sep>", "<|file_separator|>"),
-)
-"""A continuation of a function ends where unindented text begins (Chen et al. 2021, and more), and
-where a base begins another file: some tokenizers treat those marks as plain text."""
-DOCSTRING_STOPS = (
-    *('\n"""', "\nassert", "\nif __name__", "\ndef main(", "\nprint(", "\n```"),
-    *("<|endoftext|>", "<file_sep>", "<|file_separator|>"),
-)
-"""A program that follows its docstring may have several functions (EvalPlus ends it so, too)."""
+from dylora.evaluation.passk.problem import PROMPTS, Checker, Problem, ProgramTests, unix
 
 COMPARE = '''
 import copy, math
@@ -64,41 +51,29 @@ def _padded_distance(one, other):  # Mbpp/558 does not say how numbers of two le
 '''
 """Functions of the tests' process that compare values."""
 
-_SETS = (
-    "similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
-    "intersection_array", "find_dissimilar", "Diff",
-)  # fmt: skip
-_NOT_NONE = ("check_str", "text_match_three", "text_starta_endb")
-_VERDICTS = {
-    # Mbpp/2, 7, 111, 140, 232, 249, 579, 769
-    **dict.fromkeys(_SETS, "set(given) == set(expected)"),
-    **dict.fromkeys(_NOT_NONE, "_not_none(given) == _not_none(expected)"),
-    "are_equivalent": "True",  # Mbpp/164: the question is unclear; to return is enough
-    "sum_div": "given == expected or given == 0",  # Mbpp/295
-    "surface_Area": "_equal(given, expected, {atol}) "
-    "or abs(given - _upright_surface(*arguments)) <= {atol}",
-    "digit_distance_nums": "given == expected or given == _padded_distance(*arguments)",
-}
-"""MBPP+'s questions with several right answers, by entry point, as EvalPlus 0.3 judges them."""
-
 
 def humaneval_plus(task: dict[str, Any]) -> Problem:
     """A row of either form. Raises KeyError, TypeError or ValueError for any other row."""
-    prompt, name = unix(task["prompt"]), task["entry_point"]
-    answer = unix(task["canonical_solution"])
+    program, name = unix(task["prompt"] + task["canonical_solution"]), task["entry_point"]
     inputs, atol = _inputs(task, lambda rows: rows)
     # find_zero has many right answers: its own definition decides (HumanEval/32).
     verdict = f"_equal(given, expected, {atol!r})"
     if name == "find_zero":
         verdict = f"abs(_scope['poly'](*arguments, given)) <= {atol or 1e-4!r}"
+    return continued_function(task, _checker(name, program, inputs, verdict))
+
+
+def continued_function(task: dict[str, Any], checker: Checker) -> Problem:
+    """A task of HumanEval, whose prompt is the beginning of a function."""
+    prompt, answer = unix(task["prompt"]), unix(task["canonical_solution"])
     return Problem(
         task_id=task["task_id"],
         prompt=prompt,
         prefix=prompt,
-        stops=CONTINUATION_STOPS,
+        stops=tuple(PROMPTS["stops"]["continuation"]),
         reference=prompt + answer,
-        texts=(prompt, prompt + answer),
-        checker=_checker(name, prompt + answer, inputs, verdict),
+        texts=(prompt, prompt + answer),  # a body alone may occur in other programs
+        checker=checker,
     )
 
 
@@ -111,17 +86,22 @@ def mbpp_plus(task: dict[str, Any]) -> Problem:
         name, prompt = task["entry_point"], unix(task["prompt"])
         question = prompt.strip().strip("\"'")
     else:
-        name, question = _called(task["test"]), unix(task["prompt"])
+        called = re.search(r"(\w+)\(\*inp\)", task["test"])
+        if not called:
+            raise ValueError("its test calls no function")
+        name, question = called[1], unix(task["prompt"])
         prompt = f'"""\n{question}\n{unix(task["test_list"][0])}\n"""\n'
-    verdict = _VERDICTS.get(name, "_equal(given, expected, {atol})").format(atol=repr(atol))
+    verdict = (
+        PROMPTS["verdicts"].get(name, "_equal(given, expected, {atol})").format(atol=repr(atol))
+    )
     return Problem(
         task_id=f"Mbpp/{number}",
         prompt=prompt,
         prefix=prompt,
-        stops=DOCSTRING_STOPS,
+        stops=tuple(PROMPTS["stops"]["docstring"]),
         reference=prompt + reference,
         texts=(question, question.partition("\nassert ")[0], reference),
-        checker=_checker(name, reference, inputs, verdict),
+        checker=_checker(name, reference, inputs, verdict.format(atol=repr(atol))),
     )
 
 
@@ -146,14 +126,6 @@ def _inputs(task: dict[str, Any], typed: Callable[[list[Any]], list[Any]]) -> tu
     if not found or not tolerance:
         raise ValueError("its test has no line of inputs")
     return found[1], float(tolerance[1])
-
-
-def _called(test: str) -> str:
-    """The function that a test of the hub's form calls."""
-    found = re.search(r"(\w+)\(\*inp\)", test)
-    if not found:
-        raise ValueError("its test calls no function")
-    return found[1]
 
 
 # MBPP's functions take tuples, sets and complex numbers, for which JSON has lists and strings

@@ -3,19 +3,22 @@
 Shape letters: B batch, S sequence.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.base_models import max_positions
 from dylora.data.prompts import encode_prompts, pad_token_id
-from dylora.evaluation.common import decode_after, evaluation_mode
+from dylora.evaluation.loading import decode_after
 from dylora.evaluation.passk.problem import Problem
+from dylora.kernels.common import evaluation_mode
 from dylora.model import DyLoRA_MoE
 
 _CONTEXT = 8
@@ -36,20 +39,20 @@ def generate(
 
     A row ends at EOS, at any other special token, once its text holds one of its stops, after
     `max_new_tokens`, or at the base's last position; a text may reach beyond its stop by the rest
-    of a token. The base's own generation_config has no effect. The random state of the process is
-    the same afterwards.
-
-    Raises:
-        ValueError: A prompt that leaves the base no position for an answer.
+    of a token. The base's own generation_config has no effect, and the random state is restored.
+    Raises ValueError for a prompt that leaves the base no position for an answer.
     """
     prompts = encode_prompts(tokenizer, [problem.prompt for problem in problems])
-    room = [
-        _room(model, problem, ids, max_new_tokens)
-        for problem, ids in zip(problems, prompts, strict=True)
-    ]
+    limit, room = max_positions(model.base.config) or math.inf, []
+    for problem, row in zip(problems, prompts, strict=True):
+        if len(row) >= limit:
+            raise ValueError(
+                f"{problem.task_id} has {len(row)} tokens and {model.base_name} {limit} positions, "
+                "so nothing could follow; take another base, or --limit the tasks"
+            )
+        room.append(int(min(max_new_tokens, limit - len(row))))
     ids, mask = pad_left(prompts, pad_token_id(tokenizer))
-    device = model.device
-    cuda = [device] if device.type == "cuda" else []
+    cuda = [model.device] if model.device.type == "cuda" else []
     sampled: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0}
     ended: Any = StopCondition(tokenizer, problems, prompts, room, ids.shape[1])
     with (
@@ -59,8 +62,8 @@ def generate(
     ):
         torch.manual_seed(seed)
         output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=max(room),
             do_sample=temperature > 0,
             pad_token_id=pad_token_id(tokenizer),
@@ -79,8 +82,7 @@ def generate(
 def default_generation_config(base: PreTrainedModel) -> Iterator[None]:
     """Within this context the base has transformers' default generation_config.
 
-    A fresh one as an argument of generate is not enough: there transformers replaces what is not
-    set by the base's own penalties, suppressed tokens and the like.
+    As an argument of generate it is not enough: what it does not set comes from the base's own.
     """
     before, base.generation_config = base.generation_config, GenerationConfig()
     try:
@@ -89,24 +91,10 @@ def default_generation_config(base: PreTrainedModel) -> Iterator[None]:
         base.generation_config = before
 
 
-def _room(model: DyLoRA_MoE, problem: Problem, ids: Sequence[int], wanted: int) -> int:
-    """Tokens that may follow a prompt."""
-    limit = max_positions(model.base.config)
-    if limit is None:
-        return wanted
-    if len(ids) >= limit:
-        raise ValueError(
-            f"{problem.task_id} has {len(ids)} tokens and {model.base_name} {limit} positions, so "
-            "nothing could follow; take another base, or --limit the tasks"
-        )
-    return min(wanted, limit - len(ids))
-
-
 class StopCondition:
     """Tells transformers' generate which rows are done, after each token.
 
-    Only the last tokens are searched for stops, however long the text has become: a stop ends with
-    the newest token or was found before, and each of its characters takes a token at most.
+    Only the last tokens are searched for stops: each of a stop's characters takes one at most.
     """
 
     def __init__(
@@ -145,12 +133,13 @@ class StopCondition:
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Token lists -> ids and mask [B, S], padded in front, as generation needs it."""
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, length - len(row) :] = torch.tensor(row)
-        mask[index, length - len(row) :] = 1
+    ids, mask = (
+        pad_sequence(parts, batch_first=True, padding_value=value, padding_side="left")
+        for parts, value in (
+            ([torch.tensor(row) for row in rows], pad),
+            ([torch.ones(len(row), dtype=torch.long) for row in rows], 0),
+        )
+    )
     return ids, mask
 
 

@@ -2,14 +2,22 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from dylora.fields import check_fields, option, require
 from dylora.tasks import SKILLS
 
-if TYPE_CHECKING:
-    from dylora.evaluation.passk.sampling import Sampling
-    from dylora.evaluation.passk.suites import Tasks
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How answers are drawn."""
+
+    max_new_tokens: int
+    samples: int = 1  # of each task
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 8  # rows: tasks when greedy, samples of one task otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +72,11 @@ class BenchmarkOptions:
                 "--samples above 1 needs a --temperature: greedy samples are all equal"
             )
 
-    def sampling(self, tasks: "Tasks", batch_size: int) -> "Sampling":
-        """How the answers to a suite are drawn."""
-        from dylora.evaluation.passk.sampling import Sampling
-
-        return Sampling(
-            max_new_tokens=self.max_new_tokens or tasks.max_new_tokens,
-            samples=self.samples,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            batch_size=batch_size,
-        )
+    def sampling(self, default_tokens: int, batch_size: int) -> Sampling:
+        """How the answers to a suite are drawn; default_tokens: its own bound."""
+        shared = {key: getattr(self, key) for key in ("samples", "temperature", "top_p", "seed")}
+        most = self.max_new_tokens or default_tokens
+        return Sampling(max_new_tokens=most, batch_size=batch_size, **shared)
 
 
 def expand_tasks(names: Iterable[str]) -> tuple[str, ...]:

@@ -1,10 +1,24 @@
 """One task of a benchmark: its prompt, how a model's text becomes an answer, and its checker."""
 
+import json
 import re
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from dylora.sandbox.host import Result, Sandbox
+
+ASSETS = Path(__file__).parents[2] / "assets" / "benchmark"
+PROMPTS: dict[str, dict[str, Any]] = json.loads((ASSETS / "prompts.json").read_text("utf-8"))
+"""stops: where an answer ends, by the form of its prompt. Unindented text ends a continued function
+(Chen et al. 2021, and more); after a docstring, a program may have several functions, as EvalPlus
+has it. Some tokenizers treat marks like <|endoftext|> as plain text.
+
+shots: the form of MBPP's 3-shot prompt, from the README of the data (google-research/mbpp), with
+the tasks that Austin et al. (2021) show.
+
+verdicts: MBPP+'s questions with several right answers, by entry point, as EvalPlus 0.3 judges them.
+"""
 
 
 class Checker(Protocol):

@@ -3,39 +3,19 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.data.splits import derived_seed
 from dylora.evaluation.passk.generation import by_length, generate
+from dylora.evaluation.passk.options import Sampling
 from dylora.evaluation.passk.problem import Problem, answer_of
 from dylora.model import DyLoRA_MoE
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How answers are drawn."""
-
-    max_new_tokens: int
-    samples: int = 1
-    """Answers per task."""
-    temperature: float = 0.0
-    """0: greedy."""
-    top_p: float = 1.0
-    seed: int = 0
-    batch_size: int = 8
-    """Rows of a batch: tasks when greedy, samples of one task otherwise."""
-
-
-class Draw(NamedTuple):
-    """One answer to be drawn."""
-
-    problem: Problem
-    number: int  # of this task's samples, from 0
+Draw = tuple[Problem, int]
+"""An answer to be drawn: its task, and its number among the task's samples, from 0."""
 
 
 def sample_to_file(
@@ -48,22 +28,33 @@ def sample_to_file(
 ) -> dict[str, list[str]]:
     """Answers to each task: those of the file, and the missing ones, which are added to it.
 
-    A batch is the same whatever the file holds already, so a killed and continued sampling gives
-    the samples of an undisturbed one. An exception of `before_batch` ends it, with nothing lost.
+    A batch is the same whatever the file holds already, so a continued sampling gives the samples
+    of an undisturbed one. An exception of `before_batch` ends it, with nothing lost.
     """
     answers = read_samples(file)
     batches = list(_batches(tokenizer, problems, sampling))
     bar = tqdm(total=sum(map(len, batches)), desc=file.stem, disable=None)
     with bar, file.open("a", encoding="utf-8") as stream:
         for batch in batches:
-            kept = {one.problem.task_id: len(answers.get(one.problem.task_id, [])) for one in batch}
-            if any(draw.number >= kept[draw.problem.task_id] for draw in batch):
+            kept = {problem.task_id: len(answers.get(problem.task_id, [])) for problem, _ in batch}
+            if any(number >= kept[problem.task_id] for problem, number in batch):
                 before_batch()
-                for draw, solution in _draw(model, tokenizer, batch, sampling):
-                    if draw.number >= kept[draw.problem.task_id]:
-                        row = {"task_id": draw.problem.task_id, "solution": solution}
+                first, number = batch[0]
+                texts = generate(
+                    model,
+                    tokenizer,
+                    [problem for problem, _ in batch],
+                    max_new_tokens=sampling.max_new_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    seed=derived_seed("benchmark", sampling.seed, first.task_id, number),
+                )
+                for (problem, number), text in zip(batch, texts, strict=True):
+                    if number >= kept[problem.task_id]:
+                        solution = answer_of(problem, text)
+                        row = {"task_id": problem.task_id, "solution": solution}
                         stream.write(json.dumps(row) + "\n")
-                        answers.setdefault(draw.problem.task_id, []).append(solution)
+                        answers.setdefault(problem.task_id, []).append(solution)
                 stream.flush()
                 os.fsync(stream.fileno())
             bar.update(len(batch))
@@ -77,39 +68,17 @@ def _batches(
     size = sampling.batch_size
     if sampling.temperature == 0:
         for indices in by_length(tokenizer, problems, size):
-            yield [Draw(problems[index], 0) for index in indices]
+            yield [(problems[index], 0) for index in indices]
         return
     for problem in problems:
-        for begin in range(0, sampling.samples, size):
-            numbers = range(begin, min(begin + size, sampling.samples))
-            yield [Draw(problem, number) for number in numbers]
-
-
-def _draw(
-    model: DyLoRA_MoE,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[Draw],
-    sampling: Sampling,
-) -> Iterator[tuple[Draw, str]]:
-    first = batch[0]
-    texts = generate(
-        model,
-        tokenizer,
-        [draw.problem for draw in batch],
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=derived_seed("benchmark", sampling.seed, first.problem.task_id, first.number),
-    )
-    for draw, text in zip(batch, texts, strict=True):
-        yield draw, answer_of(draw.problem, text)
+        draws = [(problem, number) for number in range(sampling.samples)]
+        yield from (draws[begin : begin + size] for begin in range(0, len(draws), size))
 
 
 def read_samples(file: Path) -> dict[str, list[str]]:
     """Answers by task of a JSONL of samples; a last line that a kill cut off is removed from it.
 
-    Raises:
-        ValueError: Another line that is not a sample.
+    Raises ValueError for another line that is not a sample.
     """
     answers: dict[str, list[str]] = {}
     if not file.exists():

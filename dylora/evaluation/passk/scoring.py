@@ -1,19 +1,87 @@
-"""From answers to a score: every answer is checked, and the outcomes are counted."""
+"""Which tasks are put to a checkpoint, and the score of its answers.
+
+Tasks that a checkpoint was trained on are left out of its score by default.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.evaluation.passk.contamination import Selection
+from dylora.data.splits import text_hash
 from dylora.evaluation.passk.estimate import bootstrap, pass_at_k
-from dylora.evaluation.passk.options import BenchmarkOptions
+from dylora.evaluation.passk.options import BenchmarkOptions, Sampling
 from dylora.evaluation.passk.problem import Problem
 from dylora.evaluation.passk.sampling import sample_to_file
+from dylora.evaluation.passk.suites import Tasks
 from dylora.model import DyLoRA_MoE
 from dylora.sandbox.host import Limits, Result, Sandbox, run_all
+
+
+def training_sources(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The data sources of a training record and of those that it continues."""
+    earlier = [source for one in record.get("earlier", []) for source in training_sources(one)]
+    return [*record.get("data", {}).get("sources", []), *earlier]
+
+
+def split_trained(
+    problems: Sequence[Problem], record: dict[str, Any]
+) -> tuple[list[Problem], list[Problem]]:
+    """(Not trained on, trained on), as a checkpoint's training record says.
+
+    Tasks are recognised by MBPP's task ids (the sanitized and the + set share them) and by content:
+    a row whose question or answer equals the task's (`text_hashes`).
+    """
+    sources = training_sources(record)
+    ids = {f"Mbpp/{number}" for source in sources for number in source.get("task_ids", [])}
+    hashes = {one for source in sources for one in source.get("text_hashes", "").split()}
+    kept: list[Problem] = []
+    trained: list[Problem] = []
+    for problem in problems:
+        known = problem.task_id in ids or any(text_hash(text) in hashes for text in problem.texts)
+        (trained if known else kept).append(problem)
+    return kept, trained
+
+
+class Selection(NamedTuple):
+    """The tasks of a suite that are put to a checkpoint."""
+
+    tasks: Tasks
+    problems: list[Problem]  # to be scored
+    trained: list[Problem]  # the checkpoint was trained on these
+    include_trained: bool
+
+    def describe(self, sampling: Sampling) -> dict[str, Any]:
+        """What is asked of a model, for results.json."""
+        return {
+            "tasks": len(self.problems),
+            "source": self.tasks.source._asdict(),
+            "prompt": self.tasks.prompt,
+            "shots": self.tasks.shots,
+            "first_prompt": self.problems[0].prompt,
+            "stops": list(self.problems[0].stops),
+            "sampling": asdict(sampling),
+            "seconds_a_program": self.tasks.limits.seconds,
+            "trained_tasks": len(self.trained),
+            "trained_tasks_are": "scored" if self.include_trained else "left out",
+        }
+
+
+def select_tasks(name: str, tasks: Tasks, record: dict[str, Any], include: bool) -> Selection:
+    """Leaves out the tasks that a training record names, unless they are included.
+
+    Raises ValueError where none is left.
+    """
+    kept, trained = split_trained(tasks.problems, record)
+    if not kept and not include:
+        raise ValueError(
+            f"{name}: all {len(trained)} chosen tasks were trained on; choose others "
+            "(run.py benchmark --include-trained scores them nevertheless)"
+        )
+    return Selection(tasks, tasks.problems if include else kept, trained, include)
 
 
 class Score(NamedTuple):
@@ -36,13 +104,11 @@ def score_model(
     """Draws the samples that the file lacks, and checks all of them.
 
     before_each: called before each batch and each check; an exception of it ends the scoring.
-
-    Raises:
-        ValueError: A prompt too long for the base, or no sandbox works here and one is needed.
+    Raises ValueError for a prompt too long for the base, and where no sandbox works.
     """
-    problems, sampling = selection.problems, options.sampling(selection.tasks, batch_size)
-    answers = sample_to_file(model, tokenizer, problems, sampling, file, before_each)
-    return score(problems, answers, options, selection.tasks.limits, before_each)
+    sampling = options.sampling(selection.tasks.max_new_tokens, batch_size)
+    answers = sample_to_file(model, tokenizer, selection.problems, sampling, file, before_each)
+    return score(selection.problems, answers, options, selection.tasks.limits, before_each)
 
 
 def score(
@@ -52,10 +118,7 @@ def score(
     limits: Limits,
     before_each: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Checks every answer (of each task equally many) and counts.
-
-    limits: of a program over all its tests.
-    """
+    """Checks every answer (of each task equally many); limits: of a program over all its tests."""
     jobs = [(problem, answer) for problem in problems for answer in answers[problem.task_id]]
 
     def check(sandbox: Sandbox | None, job: tuple[Problem, str]) -> Result:
@@ -63,16 +126,8 @@ def score(
         return job[0].checker.check(job[1], sandbox)
 
     if any(problem.checker.runs_programs for problem in problems):
-        results = list(
-            run_all(
-                jobs,
-                check,
-                workers=options.workers,
-                limits=limits,
-                backend=options.sandbox,
-                unsafe=options.unsafe,
-            )
-        )
+        programs: Any = {"backend": options.sandbox, "unsafe": options.unsafe, "limits": limits}
+        results = list(run_all(jobs, check, workers=options.workers, **programs))
     else:
         results = [check(None, job) for job in jobs]
     passed = Counter({problem.task_id: 0 for problem in problems})

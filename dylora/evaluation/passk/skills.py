@@ -71,19 +71,13 @@ def score_skills(
     tokenizer: PreTrainedTokenizerBase,
     skills: Sequence[str],
     count: int,
-    *,
-    max_new_tokens: int = ANSWER_TOKENS,
-    batch_size: int = 64,
-    seed: int = 0,
 ) -> dict[str, SkillScore]:
     """Answer `count` test tasks of each skill greedily and check the answers (`check_answers`)."""
     scores = {}
     for skill in skills:
-        tasks = generate_tasks(skill, "test", count, seed)
+        tasks = generate_tasks(skill, "test", count)
         problems = [_problem(task, number) for number, task in enumerate(tasks)]
-        texts = generate_in_batches(
-            model, tokenizer, problems, batch_size, max_new_tokens=max_new_tokens
-        )
+        texts = generate_in_batches(model, tokenizer, problems, 64, max_new_tokens=ANSWER_TOKENS)
         answers = [answer_of(problem, text) for problem, text in zip(problems, texts, strict=True)]
         passed, backend = check_answers(tasks, answers)
         scores[skill] = SkillScore(sum(passed), len(tasks), answers, backend)

@@ -20,14 +20,13 @@ from dylora.evaluation.validate.reference import (
     largest,
     largest_gap,
     loop_logits,
-    masked_pass,
     relative_difference,
 )
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import Checkpoint
 
-# Where two experts tie, rounding may choose the other one, and the gates jump. That is not a fault
-# if it is rare, the probabilities agree, and the logits agree once both ways have equal gates.
+# Where two experts tie, rounding may choose the other one. That is no fault if it is rare, the
+# probabilities agree, and the logits agree once both ways have equal gates.
 TIED_SHARE = 0.05  # of all decisions, at most
 TIED_DISTANCE = 0.05  # of probabilities, and the least that counts as a jump of a gate
 
@@ -92,15 +91,11 @@ def check_decoding(model: DyLoRA_MoE, ids: Tensor, first: TokenOutputs, toleranc
 
     def step_by_step(gates_T: Tensor | None) -> TokenOutputs:
         gates = None if gates_T is None else gates_T.unflatten(0, ids.shape)  # [B, S, N, E]
+        parts = [None] * ids.shape[1] if gates is None else gates.split(1, 1)
         cache = DynamicCache(config=model.base.config)
         steps = []
-        for t in range(ids.shape[1]):
-            output = model(
-                ids[:, t : t + 1],
-                routing_weights=None if gates is None else gates[:, t : t + 1],
-                past_key_values=cache,
-                use_cache=True,
-            )
+        for ids_B1, part in zip(ids.split(1, 1), parts, strict=True):
+            output = model(ids_B1, routing_weights=part, past_key_values=cache, use_cache=True)
             routing = output.routing
             assert routing is not None
             steps.append((output.logits, routing.gates, routing.probabilities))
@@ -134,15 +129,10 @@ def check_padding(model: DyLoRA_MoE, ids: Tensor, tolerance: float) -> Check:
         right[row, :end], right_mask[row, :end] = ids[row, :end], 1
         left[row, length - end :], left_mask[row, length - end :] = ids[row, :end], 1
 
-    def in_front(gates_T: Tensor | None) -> TokenOutputs:
-        gates = None
-        if gates_T is not None:
-            gates = gates_T.new_zeros(*ids.shape, *gates_T.shape[1:])  # [B, S, N, E]
-            gates[left_mask.bool()] = gates_T
-        return masked_pass(model, left, left_mask, gates)
-
-    behind = masked_pass(model, right, right_mask)
-    worst, ties = compare_routed(behind, in_front, tolerance)
+    behind = full_pass(model, right, mask=right_mask)
+    worst, ties = compare_routed(
+        behind, lambda gates: full_pass(model, left, gates, left_mask), tolerance
+    )
     text = f"texts of {', '.join(map(str, ends))} tokens{ties}"
     return Check("left padding = right padding", text, worst, tolerance)
 
@@ -151,10 +141,9 @@ def check_batches(model: DyLoRA_MoE, ids: Tensor, first: TokenOutputs, tolerance
     """The logits of a text do not depend on the other texts of its batch."""
 
     def row_by_row(gates_T: Tensor | None) -> TokenOutputs:
-        gates = None if gates_T is None else gates_T.unflatten(0, ids.shape)
+        parts = [None] * len(ids) if gates_T is None else gates_T.chunk(len(ids))
         rows = [
-            full_pass(model, ids[row : row + 1], None if gates is None else gates[row : row + 1])
-            for row in range(len(ids))
+            full_pass(model, ids_1S, part) for ids_1S, part in zip(ids.split(1), parts, strict=True)
         ]
         return TokenOutputs(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
@@ -194,8 +183,8 @@ def check_finite(model: DyLoRA_MoE, first: TokenOutputs) -> Check:
 def check_manifest(checkpoint: Checkpoint) -> Check:
     """Loading verifies it; here it shows that the files are still the ones validated."""
     changed = checkpoint.changed()
-    said = f"{checkpoint.path / changed[0]} has changed since it was opened" if changed else ""
-    said = said or "files that are not as they were written"
+    said = "files that are not as they were written"
+    said = f"{checkpoint.path / changed[0]} has changed since it was opened" if changed else said
     return Check("manifest", said, float(bool(changed)), 0.0)
 
 

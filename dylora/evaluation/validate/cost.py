@@ -7,6 +7,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +38,8 @@ class Cost(NamedTuple):
 def measure_cost(model: DyLoRA_MoE, ids: Tensor) -> Cost:
     """One routed pass against a pass per expert whose logits are mixed, in alternating rounds.
 
-    The routing weights of the N passes are computed outside the measurement. Each of the passes
-    multiplies all experts, with a one-hot weight; one expert's matrices alone would take 7 %
-    less on the embedded base with six experts of rank 16.
+    The N passes get their routing weights. Each multiplies all experts, with a one-hot weight; one
+    expert's matrices alone would take 7 % less on the embedded base with six experts of rank 16.
     """
     weights_BSE = model.get_routing_weights(ids).mean(2)
     methods: list[Callable[[], Tensor]] = [
@@ -56,9 +56,7 @@ def measure_cost(model: DyLoRA_MoE, ids: Tensor) -> Cost:
 
 def one_hot(model: DyLoRA_MoE, expert: int, rows: int, device: torch.device) -> Tensor:
     """Routing weights [rows, E] that use one expert alone."""
-    weights = torch.zeros(rows, len(model.experts), device=device)
-    weights[:, expert] = 1
-    return weights
+    return torch.eye(len(model.experts), device=device)[[expert] * rows]
 
 
 def n_passes(model: DyLoRA_MoE, ids: Tensor, weights: Tensor) -> Tensor:
@@ -74,15 +72,11 @@ def n_passes(model: DyLoRA_MoE, ids: Tensor, weights: Tensor) -> Tensor:
     return mixed
 
 
-# Measuring
-
-
 class LivePeak(TorchDispatchMode):
     """Counts the bytes of all tensor storages that operations create, and their peak.
 
-    For the CPU, whose allocator records no peak: torch.profiler has the bytes of each operation
-    alone, and the process's peak includes the base and never falls. Memory that a kernel allocates
-    and frees inside is not counted here, but is by CUDA's own counter.
+    For the CPU, whose allocator records none. Memory that a kernel allocates and frees inside is
+    not counted here, but is by CUDA's own counter.
     """
 
     def __init__(self) -> None:
@@ -93,30 +87,23 @@ class LivePeak(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        given = {_storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         outcome = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(outcome):
-            if _is_tensor(leaf) and _storage_id(leaf) not in self.live.keys() | given:
-                self._add(leaf.untyped_storage())
+        for storage in _storages(outcome):
+            key = storage._cdata
+            if key not in self.live.keys() | given:
+                self.live[key] = storage.nbytes()
+                self.now += self.live[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._remove, key)
         return outcome
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self.live[key] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key)
 
     def _remove(self, key: int) -> None:
         self.now -= self.live.pop(key)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _storage_id(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int:
@@ -135,30 +122,27 @@ def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int:
 
 def seconds(run: Callable[[], Tensor], device: torch.device) -> float:
     """Wall time of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     begin = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - begin
-
-
-# Showing
 
 
 def describe_cost(cost: Cost) -> list[str]:
     """The lines of a report."""
+
+    def row(name: str, times: list[float], peak: int) -> str:
+        median = 1e3 * statistics.median(times)
+        return f"{name:10} {median:9.2f} ms   peak {peak / 1e6:.2f} MB"
+
     ratios = cost.ratios
     return [
         "",
-        f"one pass   {_cost(cost.one_pass_s, cost.one_pass_bytes)}",
-        f"{f'{cost.passes} passes':10} {_cost(cost.n_passes_s, cost.n_passes_bytes)}",
+        row("one pass", cost.one_pass_s, cost.one_pass_bytes),
+        row(f"{cost.passes} passes", cost.n_passes_s, cost.n_passes_bytes),
         f"ratio      {statistics.median(ratios):9.2f}      "
         f"({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds)",
         "",
     ]
-
-
-def _cost(times: list[float], peak: int) -> str:
-    return f"{1e3 * statistics.median(times):9.2f} ms   peak {peak / 1e6:.2f} MB"

@@ -4,7 +4,8 @@ Shape letters: B batch, S sequence, T real tokens of a batch in row order, N sit
 D input width, O output width, r rank, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ from dylora.model_io import expert_adapter
 from dylora.storage.peft_format import PeftAdapter
 
 SEED = 0
+Hook = Callable[[nn.Module, Any, Any], Tensor]
 
 
 class TokenOutputs(NamedTuple):
-    """The outputs of one way for every token that is not padding."""
+    """Outputs for every token that is not padding."""
 
     logits: Tensor  # [T, V] float32
     gates: Tensor  # [T, N, E]
@@ -34,20 +36,21 @@ def base_logits(base: PreTrainedModel, ids: Tensor) -> Tensor:
     return base(input_ids=ids, attention_mask=None, use_cache=False).logits
 
 
-def full_pass(model: DyLoRA_MoE, ids: Tensor, gates: Tensor | None = None) -> TokenOutputs:
-    """One pass over ids [B, S]; with gates [B, S, N, E] instead of the routers' own."""
-    return masked_pass(model, ids, None, gates)
-
-
-def masked_pass(
-    model: DyLoRA_MoE, ids: Tensor, mask: Tensor | None, gates: Tensor | None = None
+def full_pass(
+    model: DyLoRA_MoE, ids: Tensor, gates: Tensor | None = None, mask: Tensor | None = None
 ) -> TokenOutputs:
-    """One pass over ids [B, S]; the outputs of the tokens where mask [B, S] is 1."""
+    """One pass over ids [B, S]; the outputs of the tokens where mask [B, S] is 1, or of all.
+
+    gates [T, N, E] of those tokens replace the routers' own.
+    """
     options = {}
     if mask is not None and "position_ids" in signature(model.base.forward).parameters:
         options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-    output = model(ids, mask, routing_weights=gates, **options)
     real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    if gates is not None:
+        gates_T, gates = gates, gates.new_zeros(*ids.shape, *gates.shape[1:])  # [B, S, N, E]
+        gates[real] = gates_T
+    output = model(ids, mask, routing_weights=gates, **options)
     routing = output.routing
     assert routing is not None
     return TokenOutputs(
@@ -64,15 +67,14 @@ def loop_logits(
         with DoRA u_e(x) = c ∘ (s_e B_e A_e x) + (c - 1) ∘ W x,    c = magnitude / ‖W + s_e B_e A_e‖
         with trained biases u_e is larger by bias_e - bias
 
-    It shares no code with the adapters, which are disabled, and takes each expert's weights as its
-    files hold them. gates [B, S, N, E]; experts: those in the sum, by default all.
+    Shares no code with the adapters, which are disabled. gates [B, S, N, E]; experts: those in the
+    sum, by default all.
     """
     chosen = model.experts.live if experts is None else experts
     parts = {expert: expert_adapter(model.mixture, expert) for expert in chosen}
-    sites = model.site_names
 
-    def hook(path: str) -> Callable[..., Tensor]:
-        site = sites.index(path.rpartition(".")[0])
+    def hook(path: str) -> Hook:
+        site = model.site_names.index(path.rpartition(".")[0])
 
         def add_experts(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             x = args[0].float()  # [B, S, D]; float32, so that the reference adds no rounding
@@ -91,24 +93,25 @@ def loop_logits(
 
         return add_experts
 
-    handles = [
-        model.base.get_submodule(path).register_forward_hook(hook(path))
-        for path in model.mixture.adapters
-    ]
+    hooks = {path: hook(path) for path in model.mixture.adapters}
     common = next(iter(parts.values()))  # biases outside the projections are the same for all
-    for path in common.biases.keys() - common.weights.keys():
-        module = model.base.get_submodule(path)
-        shift = shift_of(common, path, module)
 
-        def add_shift(
-            module: nn.Module, args: Any, output: Tensor, shift: Tensor = shift
-        ) -> Tensor:
-            return output + shift.to(output.dtype)
+    def shift_hook(path: str) -> Hook:
+        shift = shift_of(common, path, model.base.get_submodule(path))
+        return lambda module, args, output: output + shift.to(output.dtype)
 
-        handles.append(module.register_forward_hook(add_shift))
+    hooks |= {path: shift_hook(path) for path in common.biases.keys() - common.weights.keys()}
+    with changed_outputs(model, hooks):
+        return model(ids).logits
+
+
+@contextmanager
+def changed_outputs(model: DyLoRA_MoE, hooks: Mapping[str, Hook]) -> Iterator[None]:
+    """Within this context the adapters are off and the hooks run behind the base's modules."""
+    handles = [model.base.get_submodule(p).register_forward_hook(h) for p, h in hooks.items()]
     try:
         with model.disable_adapters():
-            return model(ids).logits
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -121,10 +124,9 @@ def shift_of(adapter: PeftAdapter, path: str, module: nn.Module) -> Tensor:
 
 
 def rounding_noise(model: DyLoRA_MoE, ids: Tensor) -> float:
-    """How far the logits move when every adapted projection is rounded one unit up or down.
+    """How far the logits move, relative to the largest, when projections are rounded up or down.
 
-    Relative to the largest logit. Measured with the adapters off, because a faulty mixture must not
-    widen its own tolerance.
+    Measured with the adapters off, because a faulty mixture must not widen its own tolerance.
     """
     draw = torch.Generator().manual_seed(SEED)
 
@@ -132,19 +134,10 @@ def rounding_noise(model: DyLoRA_MoE, ids: Tensor) -> float:
         sign = 2 * torch.randint(2, output.shape, generator=draw).to(output.device) - 1
         return (output.float() * (1 + torch.finfo(output.dtype).eps * sign)).to(output.dtype)
 
-    paths = model.mixture.adapters
-    hooks = [model.base.get_submodule(p).register_forward_hook(add_rounding) for p in paths]
-    try:
-        with model.disable_adapters():
-            rounded = model(ids).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with changed_outputs(model, dict.fromkeys(model.mixture.adapters, add_rounding)):
+        rounded = model(ids).logits
     with model.disable_adapters():
         return relative_difference(rounded, model(ids).logits)
-
-
-# Differences
 
 
 def largest_gap(a: Tensor, b: Tensor) -> float:

@@ -40,10 +40,7 @@ class Guard:
     whose files cannot be removed or linked, so that their sizes can be summed. seccomp allows the
     system calls of a computing process and kills the process at those of `KILLED`. Without a
     `folder` there is no Landlock: bubblewrap contains the launcher as a whole, and seccomp alone
-    keeps files from being removed and linked.
-
-    Raises:
-        OSError: The kernel or the machine lacks the means.
+    keeps files from being removed and linked. Raises OSError where the kernel lacks the means.
     """
 
     def __init__(self, folder: str | None) -> None:

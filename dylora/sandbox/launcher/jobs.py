@@ -21,6 +21,12 @@ from .wire import MESSAGE_BYTES, Closed, read_frame, write_frame
 TICK_S = 0.01
 """How often the size of the folder is checked."""
 JOB_BYTES = 2**31
+COMMON_MODULES = (
+    *("array", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses", "datetime"),
+    *("decimal", "enum", "fractions", "functools", "hashlib", "heapq", "itertools", "math"),
+    *("operator", "random", "re", "statistics", "string", "textwrap", "typing"),
+)
+"""Those that programs often use, imported once for all forks."""
 
 
 class Launcher:
@@ -91,10 +97,7 @@ class Launcher:
         write_frame(1, json.dumps(result).encode())
 
     def _fork(self, source: str, channel: int, verdict: int | None, output: int | None) -> int:
-        """Starts the test runner (with `verdict`) or the program (with `output`).
-
-        Returns its pid.
-        """
+        """The pid of a new test runner (with `verdict`) or program (with `output`)."""
         parent = os.getpid()
         child = os.fork()
         if child:
@@ -135,10 +138,7 @@ class Launcher:
         os._exit(0)
 
     def _watch(self, output: int, verdict: int, children: list[int]) -> dict[str, Any]:
-        """Waits for the verdict, for a limit or for the host's end; returns the result so far.
-
-        The signal and the processor time, known once the processes have ended, may still change it.
-        """
+        """Waits for the verdict, for a limit or for the host's end; returns the result so far."""
         begin = time.monotonic()
         sleep = SleepLimit(self.limits["wall_seconds"], children)
         poll = select.poll()
@@ -199,10 +199,7 @@ class Launcher:
 
     @staticmethod
     def _end(child: int) -> tuple[int, float]:
-        """Kills a child with its process group (a protected program has no other process).
-
-        Returns the signal that ended it (0: none), and its processor time in seconds.
-        """
+        """Kills a child and its group; the signal that ended it (0: none) and its CPU seconds."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
@@ -214,8 +211,7 @@ class Launcher:
 class SleepLimit:
     """Sums the wall-clock time in which the processes of a job do not compute.
 
-    A busy machine delays a program that computes, so its wall-clock time says nothing of it. Where
-    processor time cannot be read (other systems than Linux), all time counts.
+    Where processor time cannot be read (other systems than Linux), all time counts.
     """
 
     def __init__(self, limit: float, children: list[int]) -> None:
@@ -241,16 +237,6 @@ class SleepLimit:
         return 0.0
 
 
-def _preload() -> None:
-    """Imports the modules that programs often use, once for all forks."""
-    for name in (
-        *("array", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses", "datetime"),
-        *("decimal", "enum", "fractions", "functools", "hashlib", "heapq", "itertools", "math"),
-        *("operator", "random", "re", "statistics", "string", "textwrap", "typing"),
-    ):
-        __import__(name)
-
-
 def main() -> None:
     """Reports what protects, then runs jobs until the host closes stdin."""
     host = os.getppid()
@@ -260,7 +246,8 @@ def main() -> None:
     except OSError as error:
         write_frame(1, json.dumps({"refused": error.strerror or str(error)}).encode())
         return
-    _preload()
+    for name in COMMON_MODULES:
+        __import__(name)
     with contextlib.suppress(Closed):
         write_frame(1, json.dumps({"backend": launcher.backend}).encode())
         launcher.serve()

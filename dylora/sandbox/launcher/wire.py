@@ -66,7 +66,7 @@ def write_frame(descriptor: int, content: bytes) -> None:
 def encode(value: Any, handle: Callable[[Any], int]) -> Any:
     """A value of built-in types for JSON; for other values, the number of a handle.
 
-    An instance of a subclass is encoded as its built-in type, and none of its methods is called.
+    A subclass's instance is encoded as its built-in type, and none of its methods is called.
     """
     if value is None or value is True or value is False:
         return value
