@@ -153,9 +153,9 @@ def test_the_cheaper_order_of_products_is_taken():
 
 def test_the_delta_weight_is_what_an_expert_adds():
     adapter, _ = random_adapter()
-    one_hot = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64).expand(D, -1)
+    one_hot = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64).expand(D, -1)
     columns = adapter(torch.eye(D, dtype=torch.float64), one_hot)  # [D, O]
-    torch.testing.assert_close(adapter.delta_weight(1), columns.T)
+    torch.testing.assert_close(adapter.delta_weight(2), columns.T)
 
 
 # On a base
