@@ -292,8 +292,8 @@ class Mixture:
 
     # Inner workings
 
-    def remove(self) -> PreTrainedModel:
-        """Take everything off: the base has its own modules, hooks and parameters again."""
+    def unload(self) -> PreTrainedModel:
+        """Take everything off and return the base as it was; this object is of no use after."""
         for handle in self._handles:
             handle.remove()
         inject.remove(self.base, self.blocks, self.adapters, self.biases)

@@ -19,14 +19,13 @@ from dylora.experts import ExpertManager
 from dylora.integrations import merge
 from dylora.integrations.static_weights import Weights
 from dylora.kernels import cross_entropy
-from dylora.kernels.cross_entropy import HeadFinder, capture_head_input, chunked_token_losses
+from dylora.kernels.cross_entropy import HeadFinder, capture_head_input
 from dylora.mixture import Mixture
 from dylora.model_io import load_model, write_model
 from dylora.outputs import DyLoRAOutput, collect_routing
 from dylora.routing import losses
-from dylora.routing.gating import RouterOutput, check_routing_weights
+from dylora.routing.gating import check_routing_weights
 from dylora.routing.losses import BatchTotals, Observation
-from dylora.routing.state import Request
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import check_place, write_folder
 
@@ -56,19 +55,14 @@ class DyLoRA_MoE(nn.Module):
         that the configuration begins with. See `from_base` and `from_pretrained`."""
         super().__init__()
         self.base = base
-        self.mixture = Mixture(
-            base,
-            config,
-            base_name=base_name,
-            base_revision=base_revision,
-            with_experts=records is None,
-        )
+        names = {"base_name": base_name, "base_revision": base_revision}
+        self.mixture = Mixture(base, config, **names, with_experts=records is None)
         self.training = base.training
         self._head = HeadFinder()
         try:
             self.experts = ExpertManager(self.mixture, records)
         except ValueError:  # a base that was given is as it was
-            self.mixture.remove()
+            self.mixture.unload()
             raise
 
     @classmethod
@@ -131,12 +125,10 @@ class DyLoRA_MoE(nn.Module):
         if labels is not None and not keep_logits:
             with self.disable_adapters():
                 head = self._head.find(self.base)
-        decisions: dict[int, RouterOutput] = {}
-        # Of the next pass, so after the one that finds a head.
-        state.mine.requested = Request(routing_weights, decisions)
         kwargs.setdefault("use_cache", False)
-        last: Any = self.base.get_output_embeddings()
-        with nullcontext() if head is None else capture_head_input(last) as seen:
+        linear: Any = self.base.get_output_embeddings()
+        capturing = nullcontext() if head is None else capture_head_input(linear)
+        with state.requesting(routing_weights) as decisions, capturing as seen:
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         routing = None
         if not state.mine.disabled:
@@ -144,16 +136,10 @@ class DyLoRA_MoE(nn.Module):
         if labels is None:
             return DyLoRAOutput(None, {}, output.logits, routing, None)
 
-        if head is None or seen is None or seen.hidden is None:
-            logits = output.logits
-            token_losses = cross_entropy.token_losses(logits, labels, label_smoothing)
-        else:
-            if target_positions is None:
-                target_positions = cross_entropy.target_positions(labels)
-            logits: Any = None
-            token_losses = chunked_token_losses(
-                head, last, seen.hidden, labels, target_positions, label_smoothing
-            )
+        hidden = None if head is None or seen is None else seen.hidden
+        logits, token_losses = cross_entropy.losses_of_pass(
+            output.logits, head, linear, hidden, labels, target_positions, label_smoothing
+        )
         # A router has nothing to learn while a single expert takes part.
         statistics = routing.statistics if routing and state.active_count > 1 else None
         loss, parts = losses.combined_loss(
@@ -236,7 +222,6 @@ class DyLoRA_MoE(nn.Module):
 
     def set_routing(
         self,
-        *,
         top_k: int | None = None,
         temperature: float | None = None,
         mode: RoutingMode | None = None,
@@ -248,11 +233,7 @@ class DyLoRA_MoE(nn.Module):
         """
         if not self.config.is_learned:
             raise ValueError("nothing is routed here: router_type is fixed, or it is a plain LoRA")
-        given = {
-            "top_k_experts": top_k,
-            "router_temperature": temperature,
-            "routing_mode": mode,
-        }
+        given = {"top_k_experts": top_k, "router_temperature": temperature, "routing_mode": mode}
         changes: Any = {name: value for name, value in given.items() if value is not None}
         self.mixture.set_config(replace(self.config, **changes))
 
@@ -265,9 +246,8 @@ class DyLoRA_MoE(nn.Module):
 
     @config.setter
     def config(self, value: Any) -> None:
-        raise AttributeError(
-            "config cannot be assigned: set_routing(top_k=…, temperature=…, mode=…) changes routing"
-        )
+        what = "set_routing(top_k=…, temperature=…, mode=…) changes routing"
+        raise AttributeError(f"config cannot be assigned: {what}")
 
     base_name = _of_mixture("base_name")  # by which a checkpoint names its base
     base_revision = _of_mixture("base_revision")
@@ -288,10 +268,7 @@ class DyLoRA_MoE(nn.Module):
     detach_router = _of_mixture("detach_router")
     attach_router = _of_mixture("attach_router")
     size_message = _of_mixture("size_message")
-
-    def unload(self) -> PreTrainedModel:
-        """Take everything off and return the base as it was; this object is of no use after."""
-        return self.mixture.remove()
+    unload = _of_mixture("unload")
 
     def merge_and_unload(
         self,
@@ -307,8 +284,8 @@ class DyLoRA_MoE(nn.Module):
                 nor an expert: the weights of router_type fixed.
             dequantize: make a quantised base whole, in float32 for the sum, then as it was loaded.
 
-        Like `unload`, this leaves nothing of use here. Raises ValueError, changing nothing, where
-        routing depends on the token and neither is given, and for a quantised base otherwise.
+        This object is of no use after. Raises ValueError, changing nothing, where routing depends
+        on the token and neither is given, and for a quantised base otherwise.
         """
         return merge.merge_and_unload(self.mixture, expert, weights, dequantize=dequantize)
 
@@ -353,13 +330,8 @@ class DyLoRA_MoE(nn.Module):
             given = isinstance(base, BaseSpec)
             spec = base if given else checkpoint.base_spec(base, **options)
             base, name, revision = spec.load(), spec.name, spec.revision
-        model = cls(
-            base,
-            checkpoint.config,
-            base_name=name,
-            base_revision=revision,
-            records=checkpoint.experts,
-        )
+        names = {"base_name": name, "base_revision": revision}
+        model = cls(base, checkpoint.config, **names, records=checkpoint.experts)
         try:
             load_model(model.experts, checkpoint)
             checkpoint.check_base(model.base_fingerprint)

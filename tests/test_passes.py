@@ -193,6 +193,20 @@ def test_a_pass_that_fails_ends_all_the_same(mixture, ids):
     assert torch.equal(model.base(input_ids=ids).logits, expected)
 
 
+def test_weights_of_a_pass_that_never_began_do_not_reach_the_next(mixture, ids):
+    model = mixture()
+    expected = model(ids).logits
+
+    def fail(module, args):
+        raise KeyError("broken")
+
+    handle = model.base.register_forward_pre_hook(fail, prepend=True)
+    with pytest.raises(KeyError, match="broken"):
+        model(ids, routing_weights=torch.eye(3)[[0, 0]])
+    handle.remove()
+    assert torch.equal(model.base(input_ids=ids).logits, expected)
+
+
 def test_data_parallel_is_refused_in_one_line(mixture, ids):
     model = mixture()
     replica = model.base._replicate_for_data_parallel()

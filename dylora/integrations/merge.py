@@ -38,7 +38,7 @@ def merge_and_unload(
     paths = list(mixture.adapters)
     _check_mergeable(mixture.base, paths, dequantize)
     adapters = {mixture.table[index].name: expert_adapter(mixture, index) for index in mixture.live}
-    base = mixture.remove()
+    base = mixture.unload()
     dtype = base.dtype
     replaced = _dequantized(base) if _is_quantised(base) else []
     merge_into(base, adapters, by_projection(weights_NE, live, mixture.site_names, paths))

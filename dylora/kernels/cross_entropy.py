@@ -158,6 +158,23 @@ def capture_head_input(linear: nn.Module) -> Iterator[HeadInput]:
         handle.remove()
 
 
+def losses_of_pass(
+    logits: Tensor,
+    head: Head | None,
+    linear: nn.Module,
+    hidden: Tensor | None,
+    labels: Tensor,
+    positions: Tensor | None,
+    label_smoothing: float,
+) -> tuple[Any, Tensor]:
+    """Logits [B, S, V] and token losses [B, S] of a pass; no logits where `hidden` [B, S, D] was
+    captured before the head, and losses are computed from it in chunks."""
+    if head is None or hidden is None:
+        return logits, token_losses(logits, labels, label_smoothing)
+    where = target_positions(labels) if positions is None else positions
+    return None, chunked_token_losses(head, linear, hidden, labels, where, label_smoothing)
+
+
 def chunked_token_losses(
     head: Head,
     linear: nn.Module,

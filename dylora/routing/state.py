@@ -9,7 +9,8 @@ Shape letters: B batch, S sequence, N blocks, E experts.
 
 import threading
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +116,16 @@ class RoutingState(nn.Module):
         self._decodings = weakref.WeakKeyDictionary()
 
     # Passes
+
+    @contextmanager
+    def requesting(self, routing_weights: Tensor | None) -> Iterator[dict[int, RouterOutput]]:
+        """The next pass within has these routing weights; its decisions come into what this
+        gives, by block."""
+        request = self.mine.requested = Request(routing_weights, {})
+        try:
+            yield request.decisions
+        finally:
+            self.mine.requested = None  # where it failed before it began
 
     def current(self) -> Pass | None:
         """The pass that this thread runs."""
