@@ -23,6 +23,19 @@ def test_every_file_it_names_exists():
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+DOCUMENTS = [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_a_document_names_exists(document):
+    text = document.read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[\w-]+/)+[\w-]+\.(?:py|yaml|md|sh))", text))
+    roots = [ROOT, ROOT / "dylora", ROOT / "dylora" / "evaluation", ROOT / "experiments"]
+    missing = [name for name in sorted(named) if not any((r / name).exists() for r in roots)]
+    missing = [name for name in missing if "NAME" not in name]
+    assert missing == []
+
+
 def test_every_command_it_shows_is_one():
     from dylora.cli.main import COMMANDS
 
