@@ -19,7 +19,7 @@ from dylora.experts import ExpertManager
 from dylora.integrations import merge
 from dylora.integrations.static_weights import Weights
 from dylora.kernels import cross_entropy
-from dylora.kernels.cross_entropy import HeadFinder, capture_head_input
+from dylora.kernels.cross_entropy import LogitTransformFinder, capture_head_input
 from dylora.mixture import Mixture
 from dylora.model_io import load_model, write_model
 from dylora.outputs import DyLoRAOutput, collect_routing
@@ -58,7 +58,7 @@ class DyLoRA_MoE(nn.Module):
         names = {"base_name": base_name, "base_revision": base_revision}
         self.mixture = Mixture(base, config, **names, with_experts=records is None)
         self.training = base.training
-        self._head = HeadFinder()
+        self._head = LogitTransformFinder()
         try:
             self.experts = ExpertManager(self.mixture, records)
         except ValueError:  # a base that was given is as it was

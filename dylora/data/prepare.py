@@ -9,7 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dylora.data.prompts import PROMPT_WITH_INPUT
 from dylora.data.sources import SourceRows, read_source
 from dylora.data.splits import content_hash, seeded_generator
-from dylora.data.tokenize import SetReport, SplitReport, TokenizedSet, TokenizedSplit, tokenize_rows
+from dylora.data.tokenize import SetReport, TokenizedSet, TokenizedSplit, tokenize_rows
 from dylora.run_config import DataConfig, SourceConfig
 
 MAX_LENGTH = 512  # tokens of an example, where data.max_length is not set
@@ -49,7 +49,7 @@ def load_data(
         data.train.append(train.examples)
         data.validation.append(validation.examples)
         splits = {"train": train.report, "validation": validation.report}
-        data.reports.append(_report(source.name, read, splits))
+        data.reports.append(SetReport(source.name, read.counts, splits))
         sources.append(_provenance(source, read, config.seed, train))
     data.provenance.update(
         prompt=PROMPT_WITH_INPUT,
@@ -88,18 +88,6 @@ def _tokenize(
             f"{tokenized.report.dropped} of them over-long at max_length {config.max_length}"
         )
     return tokenized
-
-
-def _report(name: str, read: SourceRows, splits: dict[str, SplitReport]) -> SetReport:
-    return SetReport(
-        name=name,
-        read=read.read,
-        empty=read.empty,
-        malformed=read.malformed,
-        duplicates=read.duplicates,
-        problems=read.problems,
-        splits=splits,
-    )
 
 
 def _provenance(

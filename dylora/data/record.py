@@ -14,6 +14,16 @@ class Record(NamedTuple):
     problem: str = ""  # why it could not even be parsed
 
 
+class RowCounts(NamedTuple):
+    """What became of the records of a source."""
+
+    read: int
+    empty: int  # without an instruction or without an answer
+    malformed: int  # unreadable, or with missing or non-text fields
+    duplicates: int  # equal to an earlier row in instruction, input and output
+    problems: tuple[str, ...]  # `file:line: why` of the first empty and malformed ones
+
+
 class BadRecord(Exception):
     """The record is no row; the text says why."""
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dylora.data.splits import seeded_generator
@@ -17,8 +18,8 @@ class InterleavedSampler:
     each set. Otherwise an epoch is one permutation of all examples together.
 
     With bucket_steps above 1 the examples of so many steps, a bucket, are sorted by their tokens
-    and dealt to those steps anew, so that a step holds rows of similar length and computes little
-    padding; the steps of a bucket come in a random order.
+    and shared out to those steps in that order, so that a step holds rows of similar length and
+    computes little padding; the steps of a bucket come in a random order.
     """
 
     def __init__(
@@ -33,9 +34,8 @@ class InterleavedSampler:
     ) -> None:
         """Raises ValueError where a set is empty.
 
-        lengths: examples of each set; bucket_steps: steps whose rows are sorted by length together;
-        rows_per_step: examples of an optimizer step, and tokens: those of every example, [length]
-        of each set, both needed for bucket_steps above 1 only.
+        lengths: examples of each set. For bucket_steps above 1 alone: rows_per_step, the examples
+        of an optimizer step, and tokens, those of every example, [length] of each set.
         """
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every set needs an example, but the lengths are {list(lengths)}")
@@ -116,8 +116,9 @@ class InterleavedSampler:
         parts = [order[:begin]]
         for rows in order[begin:end].split(self.bucket_steps * size):
             tokens = self._tokens[firsts[rows[:, 0]] + rows[:, 1]]
-            steps = rows[tokens.argsort(stable=True)].view(-1, size, 2)
-            parts.append(steps[torch.randperm(len(steps), generator=generator)].flatten(0, 1))
+            steps = rearrange(rows[tokens.argsort(stable=True)], "(s r) pair -> s r pair", r=size)
+            drawn = steps[torch.randperm(len(steps), generator=generator)]
+            parts.append(rearrange(drawn, "s r pair -> (s r) pair"))
         return torch.cat([*parts, order[end:]])
 
     def _drawn_order(self) -> Tensor:
@@ -135,7 +136,7 @@ class InterleavedSampler:
             groups, count, generator=seeded_generator("groups", self.seed, self.epoch)
         )
         sets = within.argsort(dim=1)
-        return torch.stack([sets, rows.gather(1, sets)], dim=2).flatten(0, 1)
+        return rearrange([sets, rows.gather(1, sets)], "pair g i -> (g i) pair")
 
     def _repeated(self, set_index: int, count: int) -> Tensor:
         """[count] rows of a set, a fresh permutation each time round."""

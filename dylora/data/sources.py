@@ -6,13 +6,12 @@ hub.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dylora.data.prompts import mbpp_instruction
 from dylora.data.readers import read_records
-from dylora.data.record import BadRecord, Record
+from dylora.data.record import BadRecord, Record, RowCounts
 from dylora.data.splits import (
     MBPP_PUBLISHED,
     MBPP_TASKS,
@@ -45,28 +44,14 @@ class Row(NamedTuple):
     id: str  # MBPP's task id, <split>/<n> of a skill, else the content's hash
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceRows:
+class SourceRows(NamedTuple):
     """What was read from one source."""
 
-    rows: "Dataset"
-    """Usable rows, columns as in Row."""
-    splits: dict[str, list[int]]
-    """Indices into rows of train and validation."""
-    path: str | None
-    """File or hub name; none: generated."""
-    split_scheme: SplitScheme | None
-    """The one that was used; none: generated splits."""
-    read: int
-    """Records in the source."""
-    empty: int
-    """Without an instruction or without an answer."""
-    malformed: int
-    """Unreadable, or with missing or non-text fields."""
-    duplicates: int
-    """Equal to an earlier row in instruction, input and output."""
-    problems: tuple[str, ...]
-    """`file:line: why` of the first MAX_PROBLEMS empty and malformed ones."""
+    rows: "Dataset"  # usable rows, columns as in Row
+    splits: dict[str, list[int]]  # indices into rows of train and validation
+    path: str | None  # file or hub name; None: generated
+    split_scheme: SplitScheme | None  # the one that was used; None: generated splits
+    counts: RowCounts
 
 
 def read_source(
@@ -85,9 +70,7 @@ def read_source(
     else:
         plan = _columns_plan(source, seed)
     rows, counts = _collect(plan.records, plan.to_row, source.name)
-    return SourceRows(
-        rows=rows, splits=plan.split(rows), path=plan.path, split_scheme=plan.scheme, **counts
-    )
+    return SourceRows(rows, plan.split(rows), plan.path, plan.scheme, counts)
 
 
 # The three kinds of source
@@ -182,8 +165,8 @@ def _reject(source: SourceConfig, *names: str) -> None:
 
 def _collect(
     records: Iterable[Record], to_row: Callable[[dict[str, Any]], Row], name: str
-) -> tuple["Dataset", dict[str, Any]]:
-    """Usable rows in their order, as Arrow columns, and the counts of SourceRows."""
+) -> tuple["Dataset", RowCounts]:
+    """Usable rows in their order, as Arrow columns, and what became of all."""
     from datasets import Dataset, concatenate_datasets
 
     read = empty = malformed = duplicates = 0
@@ -201,12 +184,8 @@ def _collect(
             malformed += 1
             problems += [f"{record.location}: {problem}"] * (len(problems) < MAX_PROBLEMS)
             continue
-        row = Row(
-            _unix(row.instruction).strip(),
-            _unix(row.input).strip(),
-            _unix(row.output).rstrip(),
-            row.id,
-        )
+        instruction, input_, output, id_ = (text.replace("\r\n", "\n") for text in row)
+        row = Row(instruction.strip(), input_.strip(), output.rstrip(), id_)
         if not row.instruction or not row.output:
             empty += 1
             what = "answer" if row.instruction else "instruction"
@@ -228,13 +207,7 @@ def _collect(
             f"source {name!r} has no usable row: {read} read, {malformed} malformed, {empty} empty"
             + "".join(f"\n  {problem}" for problem in problems[:3])
         )
-    counts = {
-        "read": read,
-        "empty": empty,
-        "malformed": malformed,
-        "duplicates": duplicates,
-        "problems": tuple(problems),
-    }
+    counts = RowCounts(read, empty, malformed, duplicates, tuple(problems))
     return concatenate_datasets(chunks), counts
 
 
@@ -276,10 +249,6 @@ def _text(fields: dict[str, Any], column: str) -> str:
     except UnicodeEncodeError:
         raise BadRecord(f"{column!r} holds half a surrogate pair, which is no text") from None
     return value
-
-
-def _unix(text: str) -> str:
-    return text.replace("\r\n", "\n")
 
 
 def _skill_records(skill: str, wanted: dict[str, int], seed: int) -> Iterator[Record]:

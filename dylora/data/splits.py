@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,24 +69,24 @@ def split_by_question(rows: "Dataset", seed: int) -> dict[str, list[int]]:
     hashes = [content_hash(seed, *pair) for pair in pairs]
     questions = sorted(set(hashes))
     held_out = set(questions[: max(1, round(len(questions) / 10))])
-    splits: dict[str, list[int]] = {"train": [], "validation": []}
-    for index, question in enumerate(hashes):
-        splits["validation" if question in held_out else "train"].append(index)
-    return splits
+    return _indices("validation" if question in held_out else "train" for question in hashes)
 
 
 def split_by_task(rows: "Dataset", task_ids: dict[str, list[int]]) -> dict[str, list[int]]:
-    ids = [int(id_) for id_ in rows["id"]]
-    splits: dict[str, list[int]] = {}
-    for split in ("train", "validation"):
-        wanted = set(task_ids[split])
-        splits[split] = [index for index, id_ in enumerate(ids) if id_ in wanted]
-    return splits
+    """Rows of MBPP, whose ids are those of its tasks; the other splits of it are left out."""
+    split_of = {str(task): split for split, tasks in task_ids.items() for task in tasks}
+    return _indices(split_of.get(id_, "") for id_ in rows["id"])
 
 
 def split_by_id(rows: "Dataset") -> dict[str, list[int]]:
     """Rows of a skill, whose ids begin with the name of the split."""
-    splits: dict[str, list[int]] = {"train": [], "validation": []}
-    for index, id_ in enumerate(rows["id"]):
-        splits[id_.partition("/")[0]].append(index)
-    return splits
+    return _indices(id_.partition("/")[0] for id_ in rows["id"])
+
+
+def _indices(splits: Iterable[str]) -> dict[str, list[int]]:
+    """The split of each row -> the rows of train and validation."""
+    found: dict[str, list[int]] = {"train": [], "validation": []}
+    for index, split in enumerate(splits):
+        if split in found:
+            found[split].append(index)
+    return found

@@ -5,7 +5,6 @@ A prompt is never trained on; an answer is, and the EOS that ends it.
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.data.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
+from dylora.data.record import RowCounts
 from dylora.data.splits import content_hash, text_hash
 
 if TYPE_CHECKING:
@@ -22,53 +22,39 @@ IGNORED = -100
 ENCODED_AT_ONCE = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitReport:
+class SplitReport(NamedTuple):
     """What became of one split of a set."""
 
-    rows: int
-    """Usable rows of the split."""
-    examined: int
-    """Rows turned into tokens; fewer than rows when a subset was full before."""
-    kept: int
-    """Examples, truncated ones included."""
-    truncated: int
-    """Over-long; the answer was cut and does not end in EOS."""
-    dropped: int
-    """Over-long, or with a prompt that leaves no room for an answer."""
-    tokens: int
-    """Of the examples, BOS and EOS included."""
-    target_tokens: int
-    """Those that are trained on: answers and EOS."""
+    rows: int  # usable rows of the split
+    examined: int  # rows turned into tokens; fewer than rows when a subset was full before
+    kept: int  # examples, truncated ones included
+    truncated: int  # over-long; the answer was cut and does not end in EOS
+    dropped: int  # over-long, or with a prompt that leaves no room for an answer
+    tokens: int  # of the examples, BOS and EOS included
+    target_tokens: int  # those that are trained on: answers and EOS
 
 
-@dataclass(frozen=True, kw_only=True)
-class SetReport:
+class SetReport(NamedTuple):
     """What became of one source."""
 
     name: str
-    read: int
-    empty: int
-    malformed: int
-    duplicates: int
-    problems: tuple[str, ...]
-    """`file:line: why` of the first empty and malformed rows."""
-    splits: dict[str, SplitReport]
-    """Of train and validation."""
+    counts: RowCounts
+    splits: dict[str, SplitReport]  # of train and validation
 
     def describe(self) -> str:
         """One line of counts, then a line for each problem."""
+        read, empty, malformed, duplicates, problems = self.counts
         parts = [
-            f"{self.name}: {self.read} rows read, {self.empty} empty, {self.malformed} malformed, "
-            f"{self.duplicates} duplicate"
+            f"{self.name}: {read} rows read, {empty} empty, {malformed} malformed, "
+            f"{duplicates} duplicate"
         ]
         parts += [
             f"{split} {report.kept} of {report.rows} ({report.truncated} truncated, "
             f"{report.dropped} dropped as over-long, {report.target_tokens} target tokens)"
             for split, report in self.splits.items()
         ]
-        lines = ["; ".join(parts), *(f"  {problem}" for problem in self.problems)]
-        hidden = self.empty + self.malformed - len(self.problems)
+        lines = ["; ".join(parts), *(f"  {problem}" for problem in problems)]
+        hidden = empty + malformed - len(problems)
         return "\n".join([*lines, f"  and {hidden} more"] if hidden else lines)
 
 

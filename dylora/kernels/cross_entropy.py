@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -29,7 +30,9 @@ def token_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     losses = F.cross_entropy(
-        at_least_float32(logits).flatten(0, 1),  # bf16 sums over a vocabulary lose small terms
+        rearrange(
+            at_least_float32(logits), "b s v -> (b s) v"
+        ),  # bf16 sums over a vocabulary lose small terms
         targets.flatten().to(logits.device),
         ignore_index=-100,
         reduction="none",
@@ -53,11 +56,8 @@ def count_targets(labels: Tensor) -> Tensor:
 CHUNK_NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
-class Head(NamedTuple):
-    """What a model makes of the output of its output embeddings: logits · factor / divisor, capped.
-
-    Numbers alone, so that a copy of the model or other embeddings keep their own.
-    """
+class LogitTransform(NamedTuple):
+    """Logits from what the output embeddings give: · factor / divisor, then capped."""
 
     factor: float = 1.0  # Cohere
     divisor: float = 1.0  # Granite
@@ -79,53 +79,46 @@ class HeadInput:
     hidden: Tensor | None = None  # [B, S, D]
 
 
-def is_trained(linear: nn.Module) -> bool:
-    """Whether something in these output embeddings wants a gradient, which chunks do not give."""
-    return any(parameter.requires_grad for parameter in linear.parameters())
-
-
 @torch.no_grad()
-def find_logit_transform(base: PreTrainedModel) -> Head | None:
+def find_logit_transform(base: PreTrainedModel) -> LogitTransform | None:
     """How this model makes logits of the hidden states that enter its output embeddings.
 
     Found by trying: the embeddings alone, with the soft cap of Gemma 2, and with the scales of
-    Cohere and Granite, against the logits of a tiny pass. None where none of them is it.
+    Cohere and Granite, against the logits of a tiny pass. None where none of them fits.
     """
     linear: Any = base.get_output_embeddings()
     if not hasattr(linear, "out_features"):
         return None
     config: Any = base.config.get_text_config()
-    heads = [Head()]
-    if cap := getattr(config, "final_logit_softcapping", None):
-        heads.append(Head(cap=cap))
-    if scale := getattr(config, "logit_scale", None):
-        heads.append(Head(factor=scale))
-    if divisor := getattr(config, "logits_scaling", None):
-        heads.append(Head(divisor=divisor))
+    candidates = [LogitTransform()]
+    names = {"cap": "final_logit_softcapping", "factor": "logit_scale", "divisor": "logits_scaling"}
+    for field, name in names.items():
+        if value := getattr(config, name, None):
+            candidates.append(LogitTransform(**{field: value}))
     ids = torch.tensor([[1, 2, 3]], device=next(base.parameters()).device)
     with capture_head_input(linear) as seen:
         logits = base(input_ids=ids, use_cache=False).logits
     if seen.hidden is None:
         return None
-    for head in heads:
-        tried = head.logits(linear, seen.hidden[:, -1:])
+    for transform in candidates:
+        tried = transform.logits(linear, seen.hidden[:, -1:])
         close = {"rtol": 1e-3, "atol": 1e-4, "equal_nan": True}
         if tried.shape == logits.shape and torch.allclose(tried, logits, **close):
-            return head
+            return transform
     return None
 
 
-class HeadFinder:
-    """Looks for a base's head, once."""
+class LogitTransformFinder:
+    """Looks for a base's transform, once."""
 
     def __init__(self) -> None:
-        self._found: tuple[Head | None] | None = None  # not looked for yet
+        self._found: tuple[LogitTransform | None] | None = None  # not looked for yet
 
-    def find(self, base: PreTrainedModel) -> Head | None:
+    def find(self, base: PreTrainedModel) -> LogitTransform | None:
         """None, with a warning, where logits have to be computed whole: the output embeddings are
-        trained, or no form of head is theirs."""
+        trained, which chunks give no gradient for, or no transform fits."""
         linear: Any = base.get_output_embeddings()
-        if linear is not None and is_trained(linear):
+        if linear is not None and any(p.requires_grad for p in linear.parameters()):
             warnings.warn(
                 "the output embeddings are trained, so logits are computed whole", stacklevel=3
             )
@@ -176,7 +169,7 @@ def losses_of_pass(
 
 
 def chunked_token_losses(
-    head: Head,
+    transform: LogitTransform,
     linear: nn.Module,
     hidden: Tensor,
     labels: Tensor,
@@ -186,13 +179,13 @@ def chunked_token_losses(
     """Cross-entropy of each position with the token that follows it, [B, S], 0 elsewhere; nats.
 
     linear: the frozen output embeddings; hidden [B, S, D], what enters them; labels [B, S];
-    positions [N] from losses.target_positions.
+    positions [N] from target_positions.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()[positions].to(hidden.device)
-    chosen = hidden.flatten(0, 1)[positions]
-    losses = _ChunkedCrossEntropy.apply(chosen, targets, head, linear, label_smoothing)
-    zeros = torch.zeros(labels.numel(), dtype=losses.dtype, device=hidden.device)  # type: ignore[union-attr]
-    return zeros.index_copy(0, positions, losses).view_as(labels)  # type: ignore[arg-type]
+    chosen = rearrange(hidden, "b s d -> (b s) d")[positions]
+    losses: Any = _ChunkedCrossEntropy.apply(chosen, targets, transform, linear, label_smoothing)
+    zeros = torch.zeros(labels.numel(), dtype=losses.dtype, device=hidden.device)
+    return zeros.index_copy(0, positions, losses).view_as(labels)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -207,7 +200,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         targets: Tensor,
-        head: Head,
+        transform: LogitTransform,
         linear: Any,
         label_smoothing: float,
     ) -> Tensor:
@@ -218,7 +211,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.set_grad_enabled(wanted):
             for begin in range(0, len(hidden), chunk):
                 part = hidden[begin : begin + chunk].detach().requires_grad_(wanted)
-                logits = at_least_float32(head.logits(linear, part))
+                logits = at_least_float32(transform.logits(linear, part))
                 own = F.cross_entropy(
                     logits,
                     targets[begin : begin + chunk],

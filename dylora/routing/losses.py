@@ -1,10 +1,10 @@
 """Losses and routing statistics: pure functions of tensors.
 
-Balance losses are taken per site and then averaged: pooled over sites, layers that have collapsed
+Balance losses are taken per block and then averaged: pooled over blocks, layers that have collapsed
 on different experts look balanced. They are linear in the probabilities P for given fractions f,
 so the loop can hold f of the whole accumulated batch fixed and split the batch as it likes.
 
-Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
+Shape letters: B batch, S sequence, N blocks, E experts, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import reduce
 from torch import Tensor
 
 from dylora.config import MoELoraConfig
@@ -56,12 +57,9 @@ def routing_statistics(
 ) -> RoutingStatistics:
     """Sums of [B, S, N, E] routing over the tokens where token_mask [B, S] is not 0.
 
-    top_k: K, at most the number of experts that take part.
+    top_k: K, at most the number of active experts.
     """
-    if token_mask is None:
-        mask = torch.ones(gates.shape[:2], device=gates.device, dtype=gates.dtype)
-    else:
-        mask = token_mask.to(gates)
+    mask = gates.new_ones(gates.shape[:2]) if token_mask is None else token_mask.to(gates)
     mask_BS1 = mask[..., None]
     ranked = top_k_indices(probabilities, top_k)
     nobody = torch.zeros_like(probabilities)
@@ -84,17 +82,11 @@ def routing_statistics(
 def balance_loss(
     probability_NE: Tensor, fractions_NE: Tensor, tokens: Tensor | float, experts: int | None = None
 ) -> Tensor:
-    """E · Σ_e f_e P_e per site, averaged over sites.
+    """E · Σ_e f_e P_e per block, averaged over blocks.
 
     With f from the top-k this is aux_loss (GShard, Lepikhin et al. 2020), with f from the argmax
-    switch (Switch Transformer, Fedus et al. 2021).
-
-    Args:
-        probability_NE: Σ p over the tokens; P = this / tokens.
-        fractions_NE: f, assignments to e over all assignments: `assignment_fractions`.
-        tokens: how many real tokens P is a mean over.
-        experts: E, how many take part; none: all.
-
+    switch (Switch Transformer, Fedus et al. 2021). P is Σ p over this many real tokens, f as in
+    `assignment_fractions`; experts: E, how many are active; none: all.
     Returns a scalar: 1 when uniform, E/K when collapsed onto K experts (E for switch).
     """
     mean_NE = probability_NE / tokens
@@ -107,15 +99,15 @@ def fractions_of(statistics: RoutingStatistics) -> Fractions:
 
 
 def assignment_fractions(assigned_NE: Tensor) -> Tensor:
-    """f_e = assignments to e over all assignments of the site, [N, E]; no gradient."""
+    """f_e = assignments to e over all assignments of the block, [N, E]; no gradient."""
     return assigned_NE / assigned_NE.sum(-1, keepdim=True).clamp_min(1)
 
 
 def carried_fractions(fractions_NE: Tensor, active_E: Tensor) -> Tensor:
-    """Fractions of an earlier step for the experts that take part now, [N, E] of now.
+    """Fractions of an earlier step for the experts that are active now, [N, E] of now.
 
     Experts that are new have none, those that are out give up theirs, and the rest is scaled to 1;
-    a site where nothing is left is taken as even.
+    a block where nothing is left is taken as even.
     """
     grown_NE = F.pad(fractions_NE, (0, active_E.shape[0] - fractions_NE.shape[1])) * active_E
     total_N1, even_E = grown_NE.sum(-1, keepdim=True), active_E / active_E.sum()
@@ -123,7 +115,7 @@ def carried_fractions(fractions_NE: Tensor, active_E: Tensor) -> Tensor:
 
 
 def z_loss(squared_logsumexp_N: Tensor, tokens: Tensor | float) -> Tensor:
-    """Mean over tokens and sites of logsumexp(logits)² (Zoph et al. 2022): keeps logits small."""
+    """Mean over tokens and blocks of logsumexp(logits)² (Zoph et al. 2022): keeps logits small."""
     return (squared_logsumexp_N / tokens).mean()
 
 
@@ -138,28 +130,12 @@ class BatchTotals(NamedTuple):
     fractions: Fractions | None = None  # f of the balance losses
 
 
-class RoutingTotals(NamedTuple):
-    """What a loss of the routers is made of."""
-
-    statistics: RoutingStatistics  # of this micro-batch
-    tokens: Tensor | float  # of the whole batch
-    fractions: Fractions
-    experts: int  # how many are active
-
-
 class RoutingLoss(NamedTuple):
     """A loss of the routers, and its coefficient in the loss that is trained with."""
 
-    value: Callable[[RoutingTotals], Tensor]
+    # (statistics of a micro-batch, tokens and fractions of the whole batch, active experts) -> loss
+    value: Callable[[RoutingStatistics, Tensor | float, Fractions, int], Tensor]
     coefficient: Callable[[MoELoraConfig], float | None]  # None: left out, its value reads 0
-
-
-def _balance(name: str) -> Callable[[RoutingTotals], Tensor]:
-    def value(now: RoutingTotals) -> Tensor:
-        mass_NE = now.statistics.probability_NE
-        return balance_loss(mass_NE, now.fractions[name], now.tokens, now.experts)
-
-    return value
 
 
 # What f counts: one row for each balance loss that has fractions of its own.
@@ -170,15 +146,15 @@ ASSIGNMENTS: dict[str, Callable[[RoutingStatistics], Tensor]] = {
 # One row a loss. A new one needs a row here (and in ASSIGNMENTS), and its coefficient in config.py.
 ROUTING_LOSSES: dict[str, RoutingLoss] = {
     "aux_loss": RoutingLoss(
-        _balance("aux_loss"),
+        lambda now, tokens, f, E: balance_loss(now.probability_NE, f["aux_loss"], tokens, E),
         lambda config: config.router_aux_loss_coef if "aux_loss" in config.balance_losses else None,
     ),
     "switch_loss": RoutingLoss(
-        _balance("switch"),
+        lambda now, tokens, f, E: balance_loss(now.probability_NE, f["switch"], tokens, E),
         lambda config: config.switch_loss_coef if "switch" in config.balance_losses else None,
     ),
     "z_loss": RoutingLoss(
-        lambda now: z_loss(now.statistics.squared_logsumexp_N, now.tokens),
+        lambda now, tokens, f, E: z_loss(now.squared_logsumexp_N, tokens),
         lambda config: config.z_loss_coef,
     ),
 }
@@ -202,18 +178,16 @@ def combined_loss(
     if target_tokens is None:
         target_tokens = count_targets(labels).clamp_min(1)  # nothing to learn: 0, not NaN
     loss = lm_loss = token_losses.sum() / target_tokens
-    losses, routed = {"lm_loss": lm_loss}, None
-    if statistics is not None:
-        tokens = statistics.tokens if totals.tokens is None else totals.tokens
-        fractions = totals.fractions or fractions_of(statistics)
-        routed = RoutingTotals(statistics, tokens, fractions, experts)
+    losses = {"lm_loss": lm_loss}
     for name, (value, coefficient) in ROUTING_LOSSES.items():
         factor = coefficient(config)
-        if routed is None or factor is None:
+        if statistics is None or factor is None:
             losses[name] = lm_loss.new_zeros(())
-        else:
-            losses[name] = value(routed)
-            loss = loss + factor * losses[name]
+            continue
+        tokens = statistics.tokens if totals.tokens is None else totals.tokens
+        fractions = totals.fractions or fractions_of(statistics)
+        losses[name] = value(statistics, tokens, fractions, experts)
+        loss = loss + factor * losses[name]
     return loss, losses
 
 
@@ -251,7 +225,7 @@ def observe_pass(
 ) -> Observation:
     """What one pass shows: gates [B, S, N, E], token_losses [B, S], labels [B, S]."""
     is_target = F.pad(labels[:, 1:] != -100, (0, 1)).to(gates.device)
-    gates_BSE = gates.detach().mean(2) * is_target[..., None]
+    gates_BSE = reduce(gates.detach(), "b s n e -> b s e", "mean") * is_target[..., None]
     gate_sum_E = gates_BSE.sum((0, 1))
     loss_sum_E = torch.einsum("bse,bs->e", gates_BSE, token_losses.to(gates_BSE))
     found = None if statistics is None else statistics.detach()

@@ -1,7 +1,7 @@
 """When is an expert mature? Pure functions of a small state, called once an optimizer step.
 
-Per expert: evidence n (gate mass received, in tokens) and the gate-weighted token loss l with a
-fast and a slow average, both of which move in proportion to the mass. With
+Per expert: evidence n (sum of its gates, in tokens) and the gate-weighted token loss l with a fast
+and a slow average, both of which move in proportion to that sum. With
     settled = sigmoid((ρ - (slow - fast) / slow) / s),  seen = 1 - exp(-n / τ)
 the modes are: manual (only `set` changes it), schedule (a ramp over the run), usage (seen),
 plateau (settled, once the slow average has had time to differ), hybrid (seen · plateau).
@@ -22,19 +22,16 @@ class ExpertMaturity(NamedTuple):
     """State of all experts, [E] each, float64 on the CPU; saved with the router."""
 
     maturity: Tensor  # m, in [0, 1]
-    evidence: Tensor  # n, gate mass so far, in tokens
+    evidence: Tensor  # n, sum of its gates so far, in tokens
     fast: Tensor  # fast average of the expert's loss in nats; NaN before its first token
     slow: Tensor  # slow average
     born: Tensor  # share of the run that was done when the expert began, or was reset
 
     @classmethod
     def create(cls, num_experts: int, born: float = 0.0) -> "ExpertMaturity":
-        """All newborn."""
-        zeros = torch.zeros(num_experts, dtype=torch.float64)
-        unseen = torch.full_like(zeros, math.nan)
-        return cls(
-            zeros, zeros.clone(), unseen, unseen.clone(), torch.full_like(zeros, min(born, 1.0))
-        )
+        """All immature."""
+        values = (0.0, 0.0, math.nan, math.nan, min(born, 1.0))
+        return cls(*(torch.full((num_experts,), value, dtype=torch.float64) for value in values))
 
 
 def observe(
@@ -49,14 +46,13 @@ def observe(
     """The state after one optimizer step.
 
     Args:
-        mass_E: gate mass over the step's target tokens, averaged over sites.
-        loss_mass_E: Σ_t g_te · loss_t over the same tokens.
+        gate_sum_E: of the step's target tokens, averaged over blocks.
+        loss_sum_E: Σ_t g_te · loss_t over the same tokens.
         progress: share of the run that is done, in [0, 1].
         tokens_per_expert: target tokens that the run gives an expert on average.
     """
     gate_sum_E, loss_sum_E = gate_sum_E.double().cpu(), loss_sum_E.double().cpu()
-    seen_now = gate_sum_E > 0
-    loss = torch.where(seen_now, loss_sum_E / gate_sum_E, state.fast)
+    loss = torch.where(gate_sum_E > 0, loss_sum_E / gate_sum_E, state.fast)
     evidence = state.evidence + gate_sum_E
 
     def move(average: Tensor, memory: float) -> Tensor:
@@ -65,37 +61,50 @@ def observe(
         return torch.where(average.isnan(), loss, moved)
 
     fast, slow = move(state.fast, config.maturity_fast), move(state.slow, config.maturity_slow)
+    if config.maturity_mode == "manual":
+        return ExpertMaturity(state.maturity, evidence, fast, slow, state.born)
+    usage = seen(evidence / tokens_per_expert, config)
+    # Both averages start at the same loss: they say nothing until the slow one could differ.
+    could_differ = state.evidence / tokens_per_expert > config.maturity_slow
+    plateau = settled(fast, slow, config) * could_differ
+    begin, end = config.maturity_schedule
     own_progress = (progress - state.born) / (1 - state.born).clamp_min(1e-12)
-    signals = Signals(
-        state.maturity,
-        evidence / tokens_per_expert,
-        state.evidence / tokens_per_expert,
-        fast,
-        slow,
-        own_progress,
-    )
-    target = _MODES[config.maturity_mode](signals, config)
+    target = {
+        "schedule": ((own_progress - begin) / (end - begin)).clamp(0, 1),
+        "usage": usage,
+        "plateau": plateau,
+        "hybrid": usage * plateau,
+    }[config.maturity_mode]
     maturity = torch.maximum(state.maturity, target.nan_to_num(0.0).clamp(0, 1))
     maturity = torch.where(
         maturity >= config.maturity_threshold, torch.ones_like(maturity), maturity
     )
-    if config.maturity_mode == "manual":
-        maturity = state.maturity
     return ExpertMaturity(maturity, evidence, fast, slow, state.born)
 
 
+def seen(evidence: Tensor, config: MoELoraConfig) -> Tensor:
+    """1 - exp(-n/τ), with n and τ as shares of the tokens the run gives an expert."""
+    return 1 - torch.exp(-evidence / config.maturity_tau)
+
+
+def settled(fast: Tensor, slow: Tensor, config: MoELoraConfig) -> Tensor:
+    """Near 1 when the loss improves by less than ρ of itself between the two averages."""
+    improvement = (slow - fast) / slow.clamp_min(1e-12)
+    return torch.sigmoid((config.maturity_rho - improvement) / config.maturity_s)
+
+
 def extended(state: ExpertMaturity, progress: float = 0.0) -> ExpertMaturity:
-    """The state with one more expert, newborn when `progress` of the run is done."""
-    newborn = ExpertMaturity.create(1, progress)
-    return ExpertMaturity(*(torch.cat([old, new]) for old, new in zip(state, newborn, strict=True)))
+    """The state with one more expert, which begins when `progress` of the run is done."""
+    fresh = ExpertMaturity.create(1, progress)
+    return ExpertMaturity(*(torch.cat([old, new]) for old, new in zip(state, fresh, strict=True)))
 
 
 def reset(state: ExpertMaturity, expert: int, progress: float = 0.0) -> ExpertMaturity:
-    """The state with one expert newborn again, when `progress` of the run is done."""
-    newborn = ExpertMaturity.create(len(state.maturity), progress)
+    """The state with one expert immature again, as one that begins at `progress` of the run."""
+    fresh = ExpertMaturity.create(len(state.maturity), progress)
     chosen = torch.arange(len(state.maturity)) == expert
     return ExpertMaturity(
-        *(torch.where(chosen, new, old) for new, old in zip(newborn, state, strict=True))
+        *(torch.where(chosen, new, old) for new, old in zip(fresh, state, strict=True))
     )
 
 
@@ -118,63 +127,3 @@ def merged(state: ExpertMaturity, i: int, j: int, shares: tuple[float, float]) -
     for name, value in values.items():
         changed[name][i] = value
     return ExpertMaturity(**changed)
-
-
-def seen(evidence: Tensor, config: MoELoraConfig) -> Tensor:
-    """1 - exp(-n/τ), with n and τ as shares of the tokens the run gives an expert."""
-    return 1 - torch.exp(-evidence / config.maturity_tau)
-
-
-def settled(fast: Tensor, slow: Tensor, config: MoELoraConfig) -> Tensor:
-    """Near 1 when the loss improves by less than ρ of itself between the two averages."""
-    improvement = (slow - fast) / slow.clamp_min(1e-12)
-    return torch.sigmoid((config.maturity_rho - improvement) / config.maturity_s)
-
-
-class Signals(NamedTuple):
-    """What the modes see, [E] each. Evidence is a share of the tokens the run gives an expert."""
-
-    maturity: Tensor
-    evidence: Tensor  # this step's included
-    evidence_before: Tensor  # without it
-    fast: Tensor
-    slow: Tensor
-    progress: Tensor  # share of the run since the expert was born that is done
-
-
-def manual(now: Signals, config: MoELoraConfig) -> Tensor:
-    """As it is: only the caller changes it."""
-    return now.maturity
-
-
-def schedule(now: Signals, config: MoELoraConfig) -> Tensor:
-    """A ramp between two shares of an expert's run."""
-    begin, end = config.maturity_schedule
-    return ((now.progress - begin) / (end - begin)).clamp(0, 1)
-
-
-def usage(now: Signals, config: MoELoraConfig) -> Tensor:
-    """How much an expert has seen."""
-    return seen(now.evidence, config)
-
-
-def plateau(now: Signals, config: MoELoraConfig) -> Tensor:
-    """Whether its loss has settled.
-
-    Both averages start at the same loss, so this waits until the slow one has had time to differ.
-    """
-    return settled(now.fast, now.slow, config) * (now.evidence_before > config.maturity_slow)
-
-
-def hybrid(now: Signals, config: MoELoraConfig) -> Tensor:
-    """Both: it has seen enough, and its loss has settled."""
-    return usage(now, config) * plateau(now, config)
-
-
-_MODES = {
-    "manual": manual,
-    "schedule": schedule,
-    "usage": usage,
-    "plateau": plateau,
-    "hybrid": hybrid,
-}

@@ -27,14 +27,13 @@ def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> torch.optim.AdamW
         eps=config.adam_epsilon,
         fused=True,
     )
-    optimizer.register_step_post_hook(note_the_change)
+    optimizer.register_step_post_hook(increment_versions)
     model.experts.attach_optimizer(optimizer)
     return optimizer
 
 
-def note_the_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """A fused step leaves the versions of what it changes as they were, by which packed matrices
-    and autograd know a change."""
+def increment_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A fused step does not raise the tensor versions by which autograd and caches see a write."""
     for group in optimizer.param_groups:
         torch.autograd.graph.increment_version(group["params"])
 
@@ -42,30 +41,23 @@ def note_the_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def parameter_groups(model: DyLoRA_MoE, config: TrainConfig) -> list[dict[str, Any]]:
     """The groups of `build_optimizer`; those without parameters are left out."""
     experts = expert_parameters(model)
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [p for p in experts.values() if p.ndim == 3],
-            "lr": config.learning_rate,
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "params": [p for p in experts.values() if p.ndim < 3],
-            "lr": config.learning_rate,
-            "weight_decay": 0.0,
-        },
-        {
-            "params": [parameter for _, parameter in model.router_parameters()],
-            "lr": config.router_learning_rate or config.learning_rate,
-            "weight_decay": 0.0,
-        },
-    ]
-    return [group for group in groups if group["params"]]
+    matrices = [p for p in experts.values() if p.ndim == 3]
+    others = [p for p in experts.values() if p.ndim < 3]
+    routers = [parameter for _, parameter in model.router_parameters()]
+    rate, router_rate = config.learning_rate, config.router_learning_rate
+    rows = (
+        (matrices, rate, config.weight_decay),
+        (others, rate, 0.0),
+        (routers, router_rate or rate, 0.0),
+    )
+    return [{"params": p, "lr": lr, "weight_decay": decay} for p, lr, decay in rows if p]
 
 
 def regroup(optimizer: torch.optim.Optimizer, model: DyLoRA_MoE, config: TrainConfig) -> None:
     """Let an optimizer hold the parameters of a model whose experts have changed, without moments.
 
-    For a run that resumes after a growth; a live one takes the optimizer along (`follow`).
+    For a run that resumes after its pool has changed; a live one keeps its moments
+    (`ExpertManager.attach_optimizer`).
     """
     groups = zip(optimizer.param_groups, parameter_groups(model, config), strict=True)
     for group, wanted in groups:
@@ -110,27 +102,25 @@ def load_state_by_name(
     for name in [*(parameters.keys() - saved.keys()), *(saved.keys() - parameters.keys())]:
         raise ValueError(f"the optimizer state does not fit: {shown(name)} is on one side only")
     for name, parameter in parameters.items():
-        moved, state = {}, saved[name]
-        if not isinstance(state, dict) or (state and set(state) != MOMENTS):
-            found = ", ".join(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
-            raise ValueError(
-                f"the optimizer state does not fit: {name} has {found}, not {', '.join(MOMENTS)}"
-            )
-        for key, value in state.items():
-            shape = torch.Size() if key == "step" else parameter.shape
-            if torch.is_tensor(value) and value.shape != shape:
-                raise ValueError(
-                    f"the optimizer state does not fit: {key} of {name} has the shape "
-                    f"{list(value.shape)}, not {list(shape)}"
-                )
-            least = -math.inf if key == "exp_avg" else 0
-            if not is_plain(value, torch.float32) or not bool(
-                (value.isfinite() & (value >= least)).all()
-            ):
-                raise ValueError(
-                    f"the optimizer state does not fit: {key} of {name} must be finite float32"
-                    + (" of at least 0" if least == 0 else "")
-                )
-            moved[key] = value.to(parameter.device, copy=True)
-        if moved:
-            optimizer.state[parameter] = moved
+        if problem := _moments_problem(saved[name], parameter):
+            raise ValueError(f"the optimizer state does not fit: {name} {problem}")
+        if saved[name]:
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device, copy=True) for key, value in saved[name].items()
+            }
+
+
+def _moments_problem(state: Any, parameter: nn.Parameter) -> str | None:
+    """What is wrong with the saved moments of a parameter; an empty entry is fine."""
+    if not isinstance(state, dict) or (state and set(state) != MOMENTS):
+        found = ", ".join(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
+        return f"has {found}, not {', '.join(MOMENTS)}"
+    for key, value in state.items():
+        shape = torch.Size() if key == "step" else parameter.shape
+        least = -math.inf if key == "exp_avg" else 0
+        if torch.is_tensor(value) and value.shape != shape:
+            return f"has {key} of the shape {list(value.shape)}, not {list(shape)}"
+        plain = is_plain(value, torch.float32)
+        if not plain or not bool((value.isfinite() & (value >= least)).all()):
+            return f"has {key}, which must be finite float32" + " of at least 0" * (least == 0)
+    return None

@@ -75,7 +75,14 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     tokenizer = load_tokenizer(config.model.base, config.model.revision)
     data = load_run_data(config, tokenizer)
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps
-    sampler = build_sampler(config, data, per_step)
+    sampler = InterleavedSampler(
+        [len(examples) for examples in data.train],
+        interleaved=config.data.interleaved_sampling,
+        seed=config.data.seed,
+        bucket_steps=config.data.bucket_steps,
+        rows_per_step=per_step,
+        tokens=[examples.all_lengths for examples in data.train],
+    )
     seed_everything(config.train.seed)
     model = build_model(config, data, tokenizer, device, fresh=fresh)
     steps = config.train.max_steps or max(1, round(config.train.epochs * len(sampler) / per_step))
@@ -97,18 +104,6 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
         log=RunLog(folder, config.log, config.name, dataclasses.asdict(config)),
         progress=Progress(),
         interruption=Interruption(),
-    )
-
-
-def build_sampler(config: RunConfig, data: PreparedData, per_step: int) -> InterleavedSampler:
-    """The order in which a run takes its rows."""
-    return InterleavedSampler(
-        [len(examples) for examples in data.train],
-        interleaved=config.data.interleaved_sampling,
-        seed=config.data.seed,
-        bucket_steps=config.data.bucket_steps,
-        rows_per_step=per_step,
-        tokens=[examples.all_lengths for examples in data.train],
     )
 
 

@@ -52,8 +52,9 @@ def run_step(run: Run) -> StepResult:
     batches, totals = next_batches(run)
     losses, seen = forward_backward(run, batches, totals)
     grad_norm = clip_gradients(run)
-    losses, grad_norm, seen = read(losses, grad_norm, seen)
-    nonfinite = find_nonfinite(losses, grad_norm)
+    losses, grad_norm, seen = to_numbers(losses, grad_norm, seen)
+    finite = {"loss": math.isfinite(losses["loss"]), "gradient": math.isfinite(grad_norm)}
+    nonfinite = next((name for name, is_finite in finite.items() if not is_finite), None)
     if nonfinite is None:
         run.scaler.step(run.optimizer)
         step = run.progress.step + 1
@@ -124,7 +125,7 @@ def clip_factor(grad_norm: float, limit: float) -> float:
     return min(1.0, limit / (grad_norm + 1e-6)) if limit else 1.0
 
 
-def read(
+def to_numbers(
     losses: dict[str, Tensor], grad_norm: Tensor, seen: Observation
 ) -> tuple[dict[str, float], float, Observation]:
     """The same as numbers, and the experts' sums on the CPU.
@@ -140,13 +141,6 @@ def read(
     *numbers, norm = values.tolist()
     seen = seen._replace(gate_sum_E=gate_sum_E, loss_sum_E=loss_sum_E)
     return dict(zip(losses, numbers, strict=True)), norm, seen
-
-
-def find_nonfinite(losses: dict[str, float], grad_norm: float) -> str | None:
-    """What is not finite: loss, gradient or nothing."""
-    if not math.isfinite(losses["loss"]):
-        return "loss"
-    return None if math.isfinite(grad_norm) else "gradient"
 
 
 def count(run: Run, result: StepResult) -> None:

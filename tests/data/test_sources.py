@@ -46,12 +46,17 @@ def texts(read, split: str) -> list[tuple[str, str, str]]:
 @needs_published_rows
 def test_code_alpaca_has_two_empty_answers_and_6550_rows():
     read = read_source(SourceConfig(name="code_alpaca", path=CODE_ALPACA))
-    assert (read.read, read.empty, read.malformed, read.duplicates) == (6552, 2, 0, 0)
+    assert (read.counts.read, read.counts.empty, read.counts.malformed, read.counts.duplicates) == (
+        6552,
+        2,
+        0,
+        0,
+    )
     assert {split: len(rows) for split, rows in read.splits.items()} == {
         "train": 5895,
         "validation": 655,
     }
-    place = read.problems[0].split(": ")[0]
+    place = read.counts.problems[0].split(": ")[0]
     file, line = place.rsplit(":", 1)
     following = Path(file).read_text().splitlines()[int(line) - 1 :]
     assert following[0] == "{"
@@ -68,7 +73,7 @@ def test_published_mbpp_split_has_374_90_500_10():
         "prompt": 10,
     }
     read = read_source(SourceConfig(name="mbpp", path=MBPP))
-    assert read.read == 974
+    assert read.counts.read == 974
     ids = read.rows["id"]
     assert [int(ids[i]) for i in read.splits["train"]] == list(range(601, 975))
     assert [int(ids[i]) for i in read.splits["validation"]] == list(range(511, 601))
@@ -128,7 +133,7 @@ def test_a_hub_set_is_read_from_its_train_split_alone(monkeypatch):
     tables = DatasetDict({name: Dataset.from_list(rows) for name, rows in tables.items()})
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: tables)
     read = read_source(own_source("someone/something"))
-    assert read.read == 20
+    assert read.counts.read == 20
     assert read.path == "someone/something"
 
 
@@ -169,12 +174,12 @@ def test_broken_lines_are_reported_with_file_and_line(tmp_path):
         lines.append(bad[number][0] if number in bad else b"" if number == 4 else next(rest))
     file.write_bytes(b"\n".join(lines))
     read = read_source(own_source(file))
-    assert len(read.problems) == len(bad)
-    for problem, (number, (_, why)) in zip(read.problems, bad.items(), strict=True):
+    assert len(read.counts.problems) == len(bad)
+    for problem, (number, (_, why)) in zip(read.counts.problems, bad.items(), strict=True):
         assert problem.startswith(f"{file}:{number}: ")
         assert why in problem
-    assert (read.malformed, read.empty) == (8, 2)
-    assert read.read == 14  # a blank line is no row
+    assert (read.counts.malformed, read.counts.empty) == (8, 2)
+    assert read.counts.read == 14  # a blank line is no row
     assert len(read.rows) == 4
 
 
@@ -185,7 +190,7 @@ def test_rows_of_an_array_are_reported_with_their_true_line(tmp_path):
         '{"question": "d", "answer": "e"}]\n'
     )
     read = read_source(own_source(file))
-    assert read.problems == (
+    assert read.counts.problems == (
         f"{file}:4: 'question' is of type int, not text",
         f"{file}:5: of type int, not an object",
     )
@@ -204,7 +209,7 @@ def test_a_byte_order_mark_is_no_problem(tmp_path):
         lines = json.dumps(rows_of(4)) if name == "rows.json" else ""
         lines = lines or "\n".join(json.dumps(row) for row in rows_of(4))
         (tmp_path / name).write_text(lines, encoding="utf-8-sig")
-        assert read_source(own_source(tmp_path / name)).malformed == 0
+        assert read_source(own_source(tmp_path / name)).counts.malformed == 0
 
 
 def test_parquet_rows_are_reported_with_their_row(tmp_path):
@@ -214,7 +219,7 @@ def test_parquet_rows_are_reported_with_their_row(tmp_path):
     rows = [*rows_of(3), {"question": None, "answer": "b"}, {"question": "c", "answer": " "}]
     Dataset.from_list(rows).to_parquet(str(file))
     read = read_source(own_source(file))
-    assert read.problems == (
+    assert read.counts.problems == (
         f"{file}:4: 'question' is of type NoneType, not text",
         f"{file}:5: the answer is empty",
     )
@@ -223,8 +228,8 @@ def test_parquet_rows_are_reported_with_their_row(tmp_path):
 def test_the_list_of_problems_is_short_and_the_count_is_true(tmp_path):
     file = write_lines(tmp_path / "rows.jsonl", [*rows_of(5), *["{"] * 100])
     read = read_source(own_source(file))
-    assert read.malformed == 100
-    assert len(read.problems) == MAX_PROBLEMS
+    assert read.counts.malformed == 100
+    assert len(read.counts.problems) == MAX_PROBLEMS
 
 
 def test_a_null_or_missing_input_is_an_empty_one(tmp_path):
@@ -233,7 +238,7 @@ def test_a_null_or_missing_input_is_an_empty_one(tmp_path):
         {"question": "r", "answer": "a", "more": "m"},
     ]
     read = read_source(own_source(write_lines(tmp_path / "r.jsonl", rows), input_column="more"))
-    assert read.malformed == 0
+    assert read.counts.malformed == 0
     assert read.rows["input"][5:] == ["", "m"]
 
 
@@ -244,7 +249,7 @@ def test_duplicates_count_once(tmp_path):
         *rows_of(2),
     ]
     read = read_source(own_source(write_lines(tmp_path / "rows.jsonl", rows)))
-    assert read.duplicates == 3
+    assert read.counts.duplicates == 3
     assert len(read.rows) == 10
 
 
@@ -385,5 +390,5 @@ def test_mbpp_rows_without_a_task_id_or_a_test_are_malformed(tmp_path):
     bad = [{"task_id": 975}, {"task_id": True}, {"task_id": "7"}, {"test_list": []}]
     file = write_lines(tmp_path / "mbpp.jsonl", [good, *({**good, **other} for other in bad)])
     read = read_source(SourceConfig(name="mbpp", path=str(file)))
-    assert read.malformed == 4
+    assert read.counts.malformed == 4
     assert len(read.rows) == 1

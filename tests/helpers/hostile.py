@@ -469,7 +469,7 @@ RUN = [
         "many steps",
         MOMENTS,
         in_state(..., "step", to=lambda t: torch.ones(3)),
-        "has the shape [3]",
+        "of the shape [3]",
     ),
     Case("sparse moments", MOMENTS, in_state(..., "exp_avg", to=lambda t: t.to_sparse()), "sparse"),
     Case("a storage that claims a gibibyte", MOMENTS, claims_more, "not a readable file"),

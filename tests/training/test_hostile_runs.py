@@ -145,7 +145,7 @@ def test_a_hostile_line_costs_itself_alone(rows):
     )
     found = read_source(source(file))
     assert found.rows["instruction"] == ["a"]
-    assert (found.read, found.malformed) == (6, 5)
-    assert [problem.partition(": ")[0] for problem in found.problems] == [
+    assert (found.counts.read, found.counts.malformed) == (6, 5)
+    assert [problem.partition(": ")[0] for problem in found.counts.problems] == [
         f"{file}:{line}" for line in (2, 3, 4, 5, 6)
     ]

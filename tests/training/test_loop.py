@@ -459,7 +459,7 @@ def test_a_step_asks_the_device_for_numbers_once(make_config, monkeypatch):
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
         watch(name)
     steps_of(run, 1)
-    assert asked == [("cpu", "read")]
+    assert asked == [("cpu", "to_numbers")]
 
 
 def grow(run) -> None:
