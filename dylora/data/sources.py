@@ -27,7 +27,12 @@ from dylora.run_config import SourceConfig, SplitScheme
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CODE_ALPACA = "sahil2801/CodeAlpaca-20k"
+CODE_ALPACA_SOURCE = {
+    "path": "sahil2801/CodeAlpaca-20k",
+    "instruction_column": "instruction",
+    "input_column": "input",
+    "output_column": "output",
+}
 MBPP = "google-research-datasets/mbpp"
 SKILL_ROWS = {"train": 2000, "validation": 200}
 COLUMNS = ("instruction_column", "input_column", "output_column")
@@ -118,31 +123,21 @@ def _mbpp_plan(source: SourceConfig, seed: int) -> _Plan:
 def _columns_plan(source: SourceConfig, seed: int) -> _Plan:
     _reject(source, "rows")
     scheme = _split_scheme(source, "90/10")
-    path, instruction, input_, output = _path_and_columns(source)
+    defaults = CODE_ALPACA_SOURCE if source.name == "code_alpaca" else {}
+    path, instruction, input_, output = (
+        getattr(source, name) or defaults.get(name) for name in ("path", *COLUMNS)
+    )
+    if path is None:
+        known = nearest(source.name, ["code_alpaca", "mbpp", "skill/<skill>"])
+        raise ValueError(f"source {source.name!r} is not built in and has no path{known}")
+    if instruction is None or output is None:
+        raise ValueError(
+            f"source {source.name!r}: name its columns with instruction_column and output_column"
+        )
     columns = [column for column in (instruction, input_, output) if column is not None]
     records = read_records(path, source.revision, columns=columns)
     to_row = partial(_columns_to_row, instruction=instruction, input_=input_, output=output)
     return _Plan(records, to_row, partial(split_by_question, seed=seed), path, scheme)
-
-
-def _path_and_columns(source: SourceConfig) -> tuple[str, str, str | None, str]:
-    if source.name == "code_alpaca":
-        return (
-            source.path or CODE_ALPACA,
-            source.instruction_column or "instruction",
-            source.input_column or "input",
-            source.output_column or "output",
-        )
-    if source.path is None:
-        builtin = ["code_alpaca", "mbpp", "skill/<skill>"]
-        raise ValueError(
-            f"source {source.name!r} is not built in and has no path{nearest(source.name, builtin)}"
-        )
-    if source.instruction_column is None or source.output_column is None:
-        raise ValueError(
-            f"source {source.name!r}: name its columns with instruction_column and output_column"
-        )
-    return source.path, source.instruction_column, source.input_column, source.output_column
 
 
 def _split_scheme(source: SourceConfig, *choices: SplitScheme) -> SplitScheme:

@@ -26,7 +26,6 @@ class SplitReport(NamedTuple):
     """What became of one split of a set."""
 
     rows: int  # usable rows of the split
-    examined: int  # rows turned into tokens; fewer than rows when a subset was full before
     kept: int  # examples, truncated ones included
     truncated: int  # over-long; the answer was cut and does not end in EOS
     dropped: int  # over-long, or with a prompt that leaves no room for an answer
@@ -131,7 +130,7 @@ def tokenize_rows(
     step = min(max(limit, 1), ENCODED_AT_ONCE)
     row_ids, hashes = [], []
     text_hashes: set[str] = set()
-    examined = truncated = dropped = target_tokens = 0
+    truncated = dropped = target_tokens = 0
     for start in range(0, len(rows), step):
         batch: dict[str, list[str]] = rows[start : start + step]
         texts = list(zip(batch["instruction"], batch["input"], batch["output"], strict=True))
@@ -140,7 +139,6 @@ def tokenize_rows(
         for prompt, answer, text, row_id in zip(prompts, answers, texts, batch["id"], strict=True):
             if len(examples) == limit:
                 break
-            examined += 1
             target = fit(len(prompt), [*answer, eos], max_length, truncation)
             if not target:
                 dropped += 1
@@ -154,15 +152,8 @@ def tokenize_rows(
             text_hashes |= {text_hash(question), text_hash(text[0]), text_hash(text[2])}
         if len(examples) == limit:
             break
-    report = SplitReport(
-        rows=len(rows),
-        examined=examined,
-        kept=len(examples),
-        truncated=truncated,
-        dropped=dropped,
-        tokens=examples.tokens,
-        target_tokens=target_tokens,
-    )
+    kept, tokens = len(examples), examples.tokens
+    report = SplitReport(len(rows), kept, truncated, dropped, tokens, target_tokens)
     return TokenizedSplit(examples, report, row_ids, hashes, text_hashes)
 
 

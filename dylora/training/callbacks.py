@@ -7,7 +7,6 @@ from dylora.training.metrics import (
     expert_metrics,
     find_collapses,
     routing_metrics,
-    summarize,
     train_metrics,
     window_row,
 )
@@ -64,7 +63,7 @@ class CollapseWarning(Callback):
     def after_step(self, run: Run, result: StepResult) -> None:
         if result.statistics is None or result.nonfinite or not run.config.moe.use_moe_routing:
             return
-        usage_NE, names = summarize(result.statistics).usage_NE, run.model.site_names
+        usage_NE, names = result.statistics.usage_NE.cpu(), run.model.site_names
         steps, counts = run.config.log.collapse_steps, run.progress.collapsed_steps
         for line in find_collapses(counts, usage_NE, active(run), names, steps):
             run.log.info(line)
@@ -80,7 +79,7 @@ def row_of_metrics(run: Run, result: StepResult) -> dict[str, float]:
     metrics["train/tokens_per_s"] = sum(row["tokens"] for row in window) / seconds
     metrics["train/step_time_s"] = seconds / len(window)
     if result.statistics is not None:
-        metrics |= routing_metrics(summarize(result.statistics), model.site_names, active(run))
+        metrics |= routing_metrics(result.statistics, model.site_names, active(run))
     metrics |= expert_metrics(model, result.gate_share_E, result.clip_factor)
     metrics["system/mem_gb"] = memory_gb()
     return metrics

@@ -4,7 +4,6 @@ Shape letters: N blocks, E experts.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,45 +16,31 @@ DEAD_BELOW = 0.01  # an expert with less of a block's gate sum counts as dead
 COLLAPSED_ABOVE = 0.8  # a block whose leading expert has more than this counts as collapsed
 
 
-class RoutingSummary(NamedTuple):
-    """Means over tokens, on the CPU."""
-
-    usage_NE: Tensor  # share of the gate sum
-    entropy_N: Tensor  # of the gates, in nats
-    active_N: Tensor  # experts with a non-zero gate
-    top1_share_N: Tensor  # largest share of the assignments
-
-
-def summarize(statistics: RoutingStatistics) -> RoutingSummary:
-    """Means from sums."""
-    assigned_N = statistics.assigned_NE.sum(-1).clamp_min(1)
-    tokens = statistics.tokens.clamp_min(1)
-    return RoutingSummary(
-        statistics.usage_NE.cpu(),
-        (statistics.entropy_N / tokens).cpu(),
-        (statistics.active_N / tokens).cpu(),
-        (statistics.assigned_NE.amax(-1) / assigned_N).cpu(),
-    )
-
-
 def routing_metrics(
-    summary: RoutingSummary, block_names: list[str], active: list[bool]
+    statistics: RoutingStatistics, block_names: list[str], active: list[bool]
 ) -> dict[str, float]:
-    """router/… for all blocks together, and for each; an expert that is not active is not dead."""
-    dead_N = (summary.usage_NE[:, torch.tensor(active)] < DEAD_BELOW).sum(-1)
-    max_usage_N = summary.usage_NE.amax(-1)
+    """router/… for all blocks together, and for each: means over tokens, entropy in nats.
+
+    top1_share is the largest share of a block's assignments; an expert that is not active is not
+    dead.
+    """
+    tokens = statistics.tokens.clamp_min(1)
+    assigned_N = statistics.assigned_NE.sum(-1).clamp_min(1)
+    usage_NE, entropy_N = statistics.usage_NE.cpu(), (statistics.entropy_N / tokens).cpu()
+    dead_N = (usage_NE[:, torch.tensor(active)] < DEAD_BELOW).sum(-1)
+    max_usage_N = usage_NE.amax(-1)
     metrics = {
-        "router/entropy": summary.entropy_N.mean().item(),
+        "router/entropy": entropy_N.mean().item(),
         "router/max_usage": max_usage_N.max().item(),
         "router/dead_experts": float(dead_N.sum()),
-        "router/top1_share": summary.top1_share_N.mean().item(),
-        "router/active_experts": summary.active_N.mean().item(),
+        "router/top1_share": (statistics.assigned_NE.amax(-1) / assigned_N).mean().item(),
+        "router/active_experts": (statistics.active_N / tokens).mean().item(),
     }
     for index, name in enumerate(block_names):
-        metrics[f"router/entropy/{name}"] = summary.entropy_N[index].item()
+        metrics[f"router/entropy/{name}"] = entropy_N[index].item()
         metrics[f"router/max_usage/{name}"] = max_usage_N[index].item()
         metrics[f"router/dead_experts/{name}"] = float(dead_N[index])
-        for expert, share in enumerate(summary.usage_NE[index].tolist()):
+        for expert, share in enumerate(usage_NE[index].tolist()):
             metrics[f"router/usage/{name}/{expert}"] = share
     return metrics
 

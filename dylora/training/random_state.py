@@ -16,18 +16,12 @@ def random_state() -> dict[str, Any]:
     """The state of every generator, in types that torch.load(weights_only=True) reads."""
     version, words, gauss = random.getstate()
     numpy_state: Any = numpy.random.get_state()
-    name, keys, position, has_gauss, cached = numpy_state
+    name, keys, *rest = numpy_state  # position, whether a number is kept, and that number
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": [version, list(words), gauss],
-        "numpy": [
-            str(name),
-            torch.from_numpy(keys.astype("int64")),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "numpy": [str(name), torch.from_numpy(keys.astype("int64")), *rest],
     }
 
 

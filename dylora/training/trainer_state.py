@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dylora.fields import MAX_INT, is_number, is_whole_number, shown
@@ -113,13 +114,9 @@ def _is_window_row(row: Any) -> bool:
 
 def _are_shares(rows: Any, height: int, width: int) -> bool:
     """Whether these are `height` rows of at most `width` shares: an expert may have come since."""
-    return (
-        isinstance(rows, list)
-        and len(rows) == height
-        and all(
-            isinstance(row, list)
-            and len(row) == len(rows[0]) <= width
-            and all(is_number(share, 0, 1 + 1e-4) for share in row)
-            for row in rows
-        )
-    )
+    try:
+        shares = torch.tensor(rows, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
+    fits = shares.ndim == 2 and len(shares) == height and shares.shape[1] <= width
+    return fits and bool(((shares >= 0) & (shares <= 1 + 1e-4)).all())

@@ -19,7 +19,7 @@ from dylora.training import loggers
 from dylora.training.environment import describe_repository
 from dylora.training.log import RunLog
 from dylora.training.loop import train
-from dylora.training.metrics import find_collapses, routing_metrics, summarize
+from dylora.training.metrics import find_collapses, routing_metrics
 from runs import STEPS, rows_of
 
 
@@ -31,7 +31,7 @@ def statistics(gate_NE: list[list[float]], tokens: float) -> RoutingStatistics:
 
 def test_an_expert_with_less_than_a_hundredth_of_a_site_is_dead_there():
     metrics = routing_metrics(
-        summarize(statistics([[0.995, 0.005], [0.5, 0.5]], 1.0)), ["first", "second"], [True, True]
+        statistics([[0.995, 0.005], [0.5, 0.5]], 1.0), ["first", "second"], [True, True]
     )
     assert metrics["router/dead_experts/first"] == 1
     assert metrics["router/dead_experts/second"] == 0
@@ -40,9 +40,9 @@ def test_an_expert_with_less_than_a_hundredth_of_a_site_is_dead_there():
 
 
 def test_an_expert_that_takes_no_part_is_not_dead():
-    summary = summarize(statistics([[0.5, 0.0, 0.5, 0.0]], 1.0))
-    assert routing_metrics(summary, ["site"], [True] * 4)["router/dead_experts"] == 2
-    metrics = routing_metrics(summary, ["site"], [True, False, True, True])
+    found = statistics([[0.5, 0.0, 0.5, 0.0]], 1.0)
+    assert routing_metrics(found, ["site"], [True] * 4)["router/dead_experts"] == 2
+    metrics = routing_metrics(found, ["site"], [True, False, True, True])
     assert metrics["router/dead_experts"] == 1
     assert metrics["router/dead_experts/site"] == 1
     assert metrics["router/usage/site/1"] == 0
