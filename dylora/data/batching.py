@@ -17,13 +17,10 @@ MOST_CUTS = 256  # places that are looked at; a step of more rows is cut at ever
 def split_by_length(lengths: Sequence[int], parts: int) -> list[int]:
     """Where to cut rows, sorted by length, into `parts` micro-batches: the end of each.
 
-    Padded to its longest row, each computes rows times that length. The cuts make the sum of it the
-    least, with no part above what cuts into equal numbers of rows come to at most. So many short
-    rows share a part, and few long ones, in the memory that equal parts would take.
-
-    len(lengths) is a multiple of `parts`. A dynamic programme over the parts: the best way to cut
-    the first e rows into p parts is the best to cut the first b into p - 1, and one part of the
-    rest.
+    A part costs its rows times its longest one. The sum is the least, with no part above what equal
+    numbers of rows come to at most: many short rows share a part, in the memory of equal parts.
+    len(lengths) is a multiple of `parts`. A dynamic programme: the best cut of the first e rows
+    into p parts is the best of the first b into p - 1, and one part of the rest.
     """
     rows = len(lengths) // parts
     strides = [n for n in range(1, rows + 1) if rows % n == 0]  # equal parts end at such places

@@ -64,7 +64,7 @@ def observe(
     if config.maturity_mode == "manual":
         return ExpertMaturity(state.maturity, evidence, fast, slow, state.born)
     usage = seen(evidence / tokens_per_expert, config)
-    # Both averages start at the same loss: they say nothing until the slow one could differ.
+    # Both averages start at the same loss: their difference means nothing at first.
     could_differ = state.evidence / tokens_per_expert > config.maturity_slow
     plateau = settled(fast, slow, config) * could_differ
     begin, end = config.maturity_schedule

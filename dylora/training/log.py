@@ -70,7 +70,7 @@ class RunLog:
                 total=steps, initial=step, disable=None, unit="step", dynamic_ncols=True
             )
         if self._mirror is not None:
-            self._tell(self._mirror.start())
+            self._check_mirror(self._mirror.start())
 
     def advance(self, loss: float, tokens_per_s: float) -> None:
         """One step is done."""
@@ -96,7 +96,7 @@ class RunLog:
                 with suppress(OSError):
                     os.truncate(self._file, size)
         if self._mirror is not None:
-            self._tell(self._mirror.trouble())
+            self._check_mirror(self._mirror.failure())
 
     def progress_line(self, step: int, metrics: dict[str, float]) -> None:
         """A plain line where there is no bar."""
@@ -124,11 +124,11 @@ class RunLog:
         if self._lost_rows:
             self.info(f"warning: metrics.jsonl lacks {self._lost_rows} rows that did not fit")
         if self._mirror is not None:
-            self._tell(self._mirror.finish())
+            self._check_mirror(self._mirror.finish())
 
-    def _tell(self, trouble: str | None) -> None:
-        if trouble is not None:
-            self.info(f"{trouble}; metrics.jsonl has everything")
+    def _check_mirror(self, failure: str | None) -> None:
+        if failure is not None:
+            self.info(f"{failure}; metrics.jsonl has everything")
             self._mirror = None
 
 

@@ -50,7 +50,7 @@ class WandbMirror:
             return f"wandb could not start ({error})"
         return None
 
-    def trouble(self) -> str | None:
+    def failure(self) -> str | None:
         """Why the process has ended, if it has."""
         if self._process is None or not self._process.poll():
             return None
@@ -76,4 +76,4 @@ class WandbMirror:
             process.wait()
             where = self._file.parent / "wandb"
             return f"wandb did not finish in {WANDB_SECONDS:g} s (`wandb sync` sends {where} later)"
-        return self.trouble()
+        return self.failure()

@@ -36,12 +36,7 @@ from dylora.training.optim import (
 from dylora.training.random_state import check_random_state, random_state, restore_random_state
 from dylora.training.run import Run
 from dylora.training.schedule import check_schedule, restore_schedule
-from dylora.training.settings import (
-    data_difference,
-    find_changes,
-    rates_of_checkpoint,
-    refusal,
-)
+from dylora.training.settings import data_difference, find_changes, rates_of_checkpoint
 from dylora.training.trainer_state import read_progress, require_same_form
 
 
@@ -58,7 +53,7 @@ def save(run: Run) -> Path:
     if progress.best_step is not None:
         best = run.folder / f"checkpoint-{progress.best_step}"
         pointer = {"checkpoint": best.name, "val_loss": progress.best_loss}
-        with _told(run, run.folder / BEST_FILE):
+        with _as_one_error(run, run.folder / BEST_FILE):
             write_file(run.folder / BEST_FILE, json.dumps(pointer) + "\n")
     if config.train.save_total_limit is not None:
         try:
@@ -111,7 +106,7 @@ def write_state(run: Run, folder: Path, moments: dict[str, Any]) -> None:
         state = dataclasses.asdict(progress) | {"steps": run.steps}
         (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
 
-    with _told(run, folder):
+    with _as_one_error(run, folder):
         write_folder(folder, write_files)
 
 
@@ -174,27 +169,17 @@ def resume(run: Run, source: str) -> None:
 
 
 def check_same_settings(run: Run, checkpoint: Checkpoint) -> None:
-    """Raises ValueError naming what differs from the run's and cannot change; says what is taken.
-
-    A checkpoint of an earlier version records no settings but the mixture's.
-    """
+    """Raises ValueError naming what differs and cannot change; says what is taken."""
     folder, description = checkpoint.path, checkpoint.description
-    ours = run.config.moe.to_dict()
-    for name, value in checkpoint.config.to_dict().items():
-        if ours.get(name) != value:
-            raise refusal(folder, f"moe.{name}", value, ours.get(name))
     kept = description["base_model_name_or_path"]
     if kept is None or BaseSpec.resolve(kept).name != run.model.base_name:
         raise ValueError(f"{folder} was trained on {kept}, this run has {run.model.base_name}")
     checkpoint.check_base(run.model.base_fingerprint)
-    if description["quantization"] != run.config.model.quantization:
-        given = run.config.model.quantization
-        raise refusal(folder, "model.quantization", description["quantization"], given)
-    taken = find_changes(folder, description["training"].get("settings"), run.config)
+    changes = find_changes(checkpoint, run.config)
     other = data_difference(description["training"].get("data", {}), run.data.provenance)
     if other is not None:
         raise ValueError(f"{folder} was trained on other data: {other}")
-    for line in taken:
+    for line in changes:
         run.log.info(line)
 
 
@@ -229,7 +214,7 @@ def _load(file: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _told(run: Run, what: Path) -> Iterator[None]:
+def _as_one_error(run: Run, what: Path) -> Iterator[None]:
     """Turns the many errors of a full or broken disk into one that says what is left.
 
     torch raises RuntimeError, safetensors its own.

@@ -202,11 +202,11 @@ def log_summary(run: Run) -> None:
         kind = f"a share of {subset:.4g}" if isinstance(subset, float) else f"{subset} rows"
         run.log.info(f"training_subset is {kind} of the training rows of each set")
     trainable, frozen = run.model.count_parameters()
-    sites, table = len(run.model.site_names), run.model.experts.table
+    blocks, table = len(run.model.site_names), run.model.experts.table
     ranks = sorted({row.rank for row in table})
     device = run.model.device
     run.log.info(
-        f"{len(table)} experts of rank {', '.join(map(str, ranks))} at {sites} sites: "
+        f"{len(table)} experts of rank {', '.join(map(str, ranks))} at {blocks} blocks: "
         f"{trainable:,} trainable parameters beside {frozen:,} frozen ones; "
         f"{run.steps - run.progress.step} steps on {device}"
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from dylora.fields import join, shown
@@ -30,28 +29,35 @@ def recorded_settings(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(sections))
 
 
-def refusal(folder: Path, name: str, theirs: Any, ours: Any) -> ValueError:
-    return ValueError(
-        f"{folder} was trained with {name} = {shown(theirs)}, this run has {shown(ours)}: set it "
-        "back, or begin another run from there with train.init_from"
-    )
+def find_changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+    """A line for each changed setting that is taken. Raises ValueError for one that is not.
 
-
-def find_changes(folder: Path, saved: Any, config: RunConfig) -> list[str]:
-    """A line for each changed setting that is taken. Raises ValueError for one that is not."""
-    if saved is None:
-        return [f"note: {folder} does not record the settings of its run: they are not compared"]
+    A checkpoint of an earlier version records the settings of its mixture alone.
+    """
+    folder, saved = checkpoint.path, checkpoint.description["training"].get("settings")
+    recorded = saved if isinstance(saved, dict) else {}
+    stored = {
+        "moe": checkpoint.config.to_dict(),
+        "model": {"quantization": checkpoint.description["quantization"]},
+    }
     lines = []
-    for section, ours in recorded_settings(config).items():
-        theirs = saved.get(section) if isinstance(saved, dict) else None
+    if saved is None:
+        lines = [f"note: {folder} does not record the settings of its run: they are not compared"]
+    for section, ours in (recorded_settings(config) | {"moe": config.moe.to_dict()}).items():
+        theirs = recorded.get(section, {})
         if not isinstance(theirs, dict):
             raise ValueError(f"{folder}: training.settings.{section} is {shown(theirs)}")
+        theirs = theirs | stored.get(section, {})
         for name, value in ours.items():
-            key, before = join(section, name), theirs.get(name, value)  # a newer setting
+            key, before = join(section, name), theirs.get(name, value)
             if value == before:
                 continue
-            if name not in TAKEN[section]:
-                raise refusal(folder, key, before, value)
+            if name not in TAKEN.get(section, ()):
+                raise ValueError(
+                    f"{folder} was trained with {key} = {shown(before)}, this run has "
+                    f"{shown(value)}: set it back, or begin another run from there with "
+                    "train.init_from"
+                )
             now = f"is {shown(value)} from here on, it was {shown(before)}"
             lines.append(f"note: {key} {'is written otherwise' if key == 'data.sources' else now}")
     return lines

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish: the loop saves at the next step boundary, then grants it."""
+"""SIGTERM and SIGINT end a run at the next step boundary, after a save."""
 
 import signal
 import threading

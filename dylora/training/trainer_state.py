@@ -44,10 +44,10 @@ class Progress:
     collapsed_steps: dict[str, int] = field(default_factory=dict)
 
 
-def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
+def read_progress(file: Path, blocks: int, experts: int) -> dict[str, Any]:
     """trainer_state.json: the fields of Progress, and `steps`.
 
-    Raises ValueError naming a field that is missing or cannot be what it is.
+    Raises ValueError naming a field that is missing or invalid.
     """
     state = read_json(file, infinite=True)  # before the first evaluation, the best loss is infinite
     state = {"window": [], "collapsed_steps": {}} | state  # checkpoints of before lack them
@@ -64,7 +64,7 @@ def read_progress(file: Path, sites: int, experts: int) -> dict[str, Any]:
             or (
                 isinstance(value, dict)
                 and value.keys() == set(ASSIGNMENTS)
-                and all(_are_shares(rows, sites, experts) for rows in value.values())
+                and all(_are_shares(rows, blocks, experts) for rows in value.values())
             )
         ),
         "sampler": lambda value: isinstance(value, dict),

@@ -20,7 +20,7 @@ class SetScore(NamedTuple):
 
     loss: float  # mean cross-entropy over its targets, in nats
     targets: int
-    usage_NE: Tensor | None  # share of each site's gate mass, on the CPU; None without routers
+    usage_NE: Tensor | None  # share of each block's gate sum, on the CPU; None without routers
 
     @property
     def perplexity(self) -> float:

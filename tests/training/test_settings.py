@@ -11,6 +11,7 @@ import torch
 
 from dylora.fields import field_types
 from dylora.run_config import TrainConfig
+from dylora.storage.checkpoint import Checkpoint
 from dylora.training.loop import train
 from dylora.training.optim import build_optimizer
 from dylora.training.resume import resume
@@ -34,10 +35,10 @@ def another(value: Any, annotation: Any) -> Any:
 
 @pytest.mark.parametrize("section", ["model", "data", "train"])
 def test_every_changed_setting_is_taken_and_said_or_refused_by_name(make_config, section):
-    from dylora.training.settings import find_changes, recorded_settings
+    from dylora.training.settings import find_changes
 
-    config = make_config()
-    saved = recorded_settings(config)
+    config = make_config(max_steps=1)
+    checkpoint = Checkpoint.open(train(config).folder / "checkpoint-1")
     names = [item.name for item in dataclasses.fields(getattr(config, section))]
     for name in names:
         settings = getattr(config, section)
@@ -46,7 +47,7 @@ def test_every_changed_setting_is_taken_and_said_or_refused_by_name(make_config,
         settings = dataclasses.replace(settings, **{name: other} | alone)
         changed = dataclasses.replace(config, **{section: settings})
         try:
-            [line] = find_changes(Path("here"), saved, changed)
+            [line] = find_changes(checkpoint, changed)
         except ValueError as error:
             line = str(error)
         assert f"{section}.{'init_from' if alone else name} " in line
