@@ -196,6 +196,9 @@ class EvalConfig:
     """Examples in a forward pass."""
     eval_subset: int | None = option(None, least=1)
     """Use only this many validation rows of each set."""
+    load_best_at_end: bool = False
+    """After the last step take back the weights with the lowest validation loss: results.json, the
+    table and the plots are theirs then, and the model that training gives back."""
     skill_answers: int = option(0, least=0)
     """Test answers of each embedded skill to generate and check before and after training."""
     benchmark_strategy: BenchmarkStrategy = "none"

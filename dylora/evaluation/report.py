@@ -60,7 +60,8 @@ def report_run(run: Run) -> list[SetRow]:
         )
     run.log.info(format_table(rows, count))
     results = {
-        "step": run.progress.step,
+        "step": run.model.training_record["step"],  # of the weights
+        "best_step": run.progress.best_step,
         "test_answers_per_skill": count,
         "sandbox": backend,
         "sets": [row._asdict() for row in rows],

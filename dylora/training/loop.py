@@ -8,7 +8,7 @@ from dylora.run_config import RunConfig
 from dylora.storage.folders import recover
 from dylora.storage.lock import lock_folder
 from dylora.training.callbacks import Callback, CollapseWarning, MetricsLog
-from dylora.training.resume import preflight_save, resume, save
+from dylora.training.resume import load_best, preflight_save, resume, save
 from dylora.training.run import Run, log_summary, prepare, record_settings, run_folder
 from dylora.training.schedule import FOLLOWS_VALIDATION
 from dylora.training.signals import Interrupted
@@ -55,6 +55,7 @@ def train(
         log_summary(run)
         with closing(run.log), run.interruption:
             run_steps(run, callbacks)
+            load_best(run)
             for callback in callbacks:
                 callback.on_end(run)
             if run.interruption.received is not None:  # just after the last save

@@ -110,6 +110,28 @@ def write_state(run: Run, folder: Path, moments: dict[str, Any]) -> None:
         write_folder(folder, write_files)
 
 
+def load_best(run: Run) -> None:
+    """After the last step: the weights of the best checkpoint where eval.load_best_at_end asks for
+    them; else a line that says that the last ones are not the best."""
+    best = run.progress.best_step
+    if best is None or best == run.progress.step:
+        return
+    name = f"checkpoint-{best}"
+    if not run.config.eval.load_best_at_end:
+        run.log.info(
+            f"note: the results are of the last weights, but those of {name} have the lowest "
+            "validation loss: eval.load_best_at_end takes them"
+        )
+        return
+    checkpoint = Checkpoint.open(run.folder / name)
+    if len(checkpoint.experts) != len(run.model.experts):
+        run.log.info(f"note: the pool has grown since {name}, so the last weights stay")
+        return
+    load_model(run.model.experts, checkpoint)
+    run.model.training_record = checkpoint.description["training"]
+    run.log.info(f"took back the weights of {name}")
+
+
 def last_good(run: Run) -> str:
     """A sentence that names the newest checkpoint that verifies."""
     for path in reversed(checkpoints(run.folder)):

@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers.trainer_utils import SchedulerType
 
+from dylora import DyLoRA_MoE
 from dylora.data.batching import collate
+from dylora.evaluation.report import report_run
 from dylora.kernels.cross_entropy import target_positions
 from dylora.run_config import DataConfig, Schedule
 from dylora.storage.checkpoint import Checkpoint
-from dylora.training.callbacks import row_of_metrics
+from dylora.training.callbacks import Callback, row_of_metrics
 from dylora.training.environment import seed_everything
 from dylora.training.loop import train
 from dylora.training.metrics import window_row
@@ -296,6 +298,43 @@ def test_the_best_checkpoint_outlives_its_age(make_config, monkeypatch):
     kept = sorted(path.name for path in run.folder.glob("checkpoint-*"))
     assert kept == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
     assert json.loads((run.folder / "best.json").read_text())["checkpoint"] == "checkpoint-2"
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_the_weights_of_the_results_are_named_and_may_be_the_best(
+    make_config, monkeypatch, capsys, best
+):
+    losses = iter([3.0, 1.0, 2.5, 2.4])
+    monkeypatch.setattr("dylora.training.loop.overall_loss", lambda scores: next(losses))
+    settings = {"eval_steps": 1, "early_stopping_patience": 2, "load_best_at_end": best}
+    run = train(make_config(**settings))
+    monkeypatch.undo()
+    report_run(run)
+    results = json.loads((run.folder / "results.json").read_text())
+    assert (results["step"], results["best_step"]) == (2 if best else 4, 2)
+    note = "the results are of the last weights, but those of checkpoint-2 have the lowest"
+    assert (note in capsys.readouterr().out) == (not best)
+    saved = DyLoRA_MoE.from_pretrained(run.folder / f"checkpoint-{results['step']}")
+    for (name, one), (_, other) in zip(
+        run.model.own_parameters(), saved.own_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_a_pool_that_has_grown_since_its_best_keeps_its_last_weights(
+    make_config, monkeypatch, capsys
+):
+    class Grows(Callback):
+        def after_step(self, run, result):
+            if run.progress.step == 2:
+                run.model.experts.create_expert(share=0.2)
+
+    losses = iter([1.0, 2.5, 2.4])
+    monkeypatch.setattr("dylora.training.loop.overall_loss", lambda scores: next(losses))
+    run = train(make_config(max_steps=3, eval_steps=1, load_best_at_end=True), callbacks=[Grows()])
+    assert len(run.model.experts) == 4
+    assert run.model.training_record["step"] == 3
+    assert "grown since checkpoint-1, so the last weights stay" in capsys.readouterr().out
 
 
 def test_a_line_of_metrics_has_every_promised_name(make_config):
