@@ -29,7 +29,8 @@ def another(value: Any, annotation: Any) -> Any:
     if type(value) in (int, float):
         return value * 0.5 + 0.25 if type(value) is float else value + 8
     if value is None:
-        return 7 if annotation == int | None else 0.5 if annotation == float | None else "other"
+        kinds = get_args(annotation)
+        return 7 if int in kinds else 0.5 if float in kinds else "other"
     return {str: "other", dict: {"num_cycles": 2}, list: []}[type(value)]
 
 
