@@ -153,7 +153,7 @@ def capture_head_input(linear: nn.Module) -> Iterator[HeadInput]:
 
 def losses_of_pass(
     logits: Tensor,
-    head: Head | None,
+    head: LogitTransform | None,
     linear: nn.Module,
     hidden: Tensor | None,
     labels: Tensor,
