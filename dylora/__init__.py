@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dylora.routing.losses import BatchTotals, Observation
     from dylora.routing.maturity import ExpertMaturity
     from dylora.routing.router import DynamicHybridRouter
+    from dylora.skills import NoveltyDetector, SkillLibrary
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "ExpertManager",
     "ExpertMaturity",
     "MoELoraConfig",
+    "NoveltyDetector",
     "Observation",
     "Routing",
+    "SkillLibrary",
     "export_checkpoint",
     "export_mixture",
     "export_peft",
@@ -50,8 +53,10 @@ _HOMES = {
     "ExpertManager": "dylora.experts",
     "ExpertMaturity": "dylora.routing.maturity",
     "MoELoraConfig": "dylora.config",
+    "NoveltyDetector": "dylora.skills",
     "Observation": "dylora.routing.losses",
     "Routing": "dylora.outputs",
+    "SkillLibrary": "dylora.skills",
     "export_checkpoint": "dylora.integrations.peft_export",
     "export_mixture": "dylora.integrations.peft_export",
     "export_peft": "dylora.integrations.peft_export",

@@ -58,6 +58,7 @@ class Mixture:
         self.maturity = ExpertMaturity.create(config.expert_count)
         self.fractions: Fractions | None = None  # f of the last observed step
         self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
+        self.skill_library: Any = None  # a SkillLibrary, kept beside the experts
         self.table: list[Expert] = []
         if with_experts:
             ranks = config.expert_ranks or [config.r] * config.expert_count

@@ -253,6 +253,7 @@ class DyLoRA_MoE(nn.Module):
     base_revision = _of_mixture("base_revision")
     base_fingerprint = _of_mixture("base_fingerprint")
     training_record = _of_mixture("training_record")  # what it was trained on
+    skill_library = _of_mixture("skill_library")  # None, or the SkillLibrary that was made for it
     maturity = _of_mixture("maturity")  # `set_maturity` changes it
     device = _of_mixture("device")
     site_names = _of_mixture("site_names")
@@ -295,8 +296,8 @@ class DyLoRA_MoE(nn.Module):
         """Write experts, routers and configuration; never a base weight.
 
         Layout: peft_adapters/expert_<i>/ in PEFT's format, router.safetensors, config.json,
-        manifest.json. With `overwrite` an earlier mixture in `folder` is replaced; a training
-        checkpoint never is. Raises FileExistsError if something else is in the way.
+        manifest.json, skill_library.safetensors if it has one. With `overwrite` an earlier mixture
+        in `folder` is replaced; a training checkpoint never. Raises FileExistsError otherwise.
         """
         check_place(Path(folder), overwrite=overwrite, over_mixture=True)
         write_folder(Path(folder), lambda temporary: write_model(self.mixture, temporary))
@@ -327,8 +328,7 @@ class DyLoRA_MoE(nn.Module):
         checkpoint = Checkpoint.open(folder, allow_other_base=allow_other_base)
         description, name, revision = checkpoint.description, None, None
         if not isinstance(base, PreTrainedModel):
-            given = isinstance(base, BaseSpec)
-            spec = base if given else checkpoint.base_spec(base, **options)
+            spec = base if isinstance(base, BaseSpec) else checkpoint.base_spec(base, **options)
             base, name, revision = spec.load(), spec.name, spec.revision
         names = {"base_name": name, "base_revision": revision}
         model = cls(base, checkpoint.config, **names, records=checkpoint.experts)

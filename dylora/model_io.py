@@ -19,6 +19,7 @@ from dylora.experts import ExpertManager
 from dylora.fields import shown
 from dylora.mixture import Mixture
 from dylora.routing.maturity import ExpertMaturity
+from dylora.skills import SkillLibrary
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.peft_config import adapter_config
 from dylora.storage.peft_format import MAGNITUDE, PeftAdapter, write_adapter
@@ -28,6 +29,7 @@ from dylora.storage.schema import (
     FORMAT_VERSION,
     ROUTER_FILE,
     SHIFTS_FILE,
+    SKILLS_FILE,
 )
 
 
@@ -47,6 +49,8 @@ def write_model(mixture: Mixture, folder: Path) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ROUTER_FILE)
     if shifts := bias_shifts(mixture):
         save_file({k: v.cpu().contiguous() for k, v in shifts.items()}, folder / SHIFTS_FILE)
+    if mixture.skill_library:
+        mixture.skill_library.save(folder / SKILLS_FILE)
     experts = [asdict(row) for row in mixture.table]
     for index, record in enumerate(experts):  # for the reader; router.safetensors is the truth
         record["maturity"] = round(float(mixture.maturity.maturity[index]), 6)
@@ -143,6 +147,9 @@ def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
         _check_same_keys(file, set(tensors), set(shifts))
         _fill(file, tensors, shifts)
     _load_routers(mixture, folder / ROUTER_FILE, checkpoint.router_tensors())
+    mixture.skill_library = None
+    if (folder / SKILLS_FILE).exists():
+        SkillLibrary.read(folder / SKILLS_FILE, mixture)
 
 
 def _load_routers(mixture: Mixture, file: Path, tensors: dict[str, Tensor]) -> None:

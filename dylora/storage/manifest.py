@@ -15,6 +15,7 @@ from dylora.storage.tensors import MAX_FILE, check_archive, read_headers
 MANIFEST = "manifest.json"
 LOADED = {  # names of all files that a loader reads
     *("config.json", "router.safetensors", "bias_shifts.safetensors"),
+    "skill_library.safetensors",
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     *("optimizer.pt", "scheduler.pt", "rng_state.pt", "trainer_state.json"),
 }

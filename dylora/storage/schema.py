@@ -21,6 +21,7 @@ from dylora.storage.tensors import read_headers
 ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
 # The shifts of trained biases as they are: an adapter holds base + shift, which rounds.
 SHIFTS_FILE = "bias_shifts.safetensors"
+SKILLS_FILE = "skill_library.safetensors"  # where the mixture has a skill library
 FORMAT_VERSION = 2  # of a mixture's config.json
 MAX_FILLING = 64  # a stack is as wide as its widest expert: so many times what its files hold
 FIXED_WEIGHTS = "fixed_weights"  # [E] in the routers' file, of router_type fixed

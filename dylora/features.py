@@ -1,0 +1,110 @@
+"""What the frozen base alone says of rows, as vectors: two means of states over tokens.
+
+Shape letters: B rows, S tokens, D hidden width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dylora.mixture import Mixture
+
+_ROWS_AT_ONCE = 16
+
+Row = Sequence[int] | Tensor | Mapping[str, Any]
+"""Token ids without padding, all of them a prompt; or a mapping with `input_ids` and, if there are,
+`labels` (the prompt ends at the first that is not -100) and `attention_mask` (0 on padding)."""
+
+
+class Features(NamedTuple):
+    """Of rows, float64 on the CPU. Padding and a leading BOS count in neither mean."""
+
+    whole: Tensor  # [B, D]: the mean of the last layer's states over prompt and answer
+    prompt: Tensor  # [B, D]: the mean of what enters the first routed block over the prompt
+
+
+@torch.no_grad()
+def embed(mixture: Mixture, rows: Sequence[Row]) -> Features:
+    """Features of rows, with the adapters off and the base in evaluation mode.
+
+    Not for while another thread runs the same model. Raises ValueError for a row that has no token
+    besides BOS in its prompt.
+    """
+    training = [module for module in mixture.base.modules() if module.training]
+    mine = mixture.state.mine
+    before, mine.disabled = mine.disabled, True
+    try:
+        for module in training:
+            module.training = False
+        return _embed(mixture, [split_row(row) for row in rows])
+    finally:
+        mine.disabled = before
+        for module in training:
+            module.training = True
+
+
+def split_row(row: Row) -> tuple[list[int], int]:
+    """Token ids of a row, padding left out, and how many of them are its prompt."""
+    parts = row if isinstance(row, Mapping) else {"input_ids": row}
+    ids = _flat(parts["input_ids"])
+    labels = _flat(parts.get("labels", [-100] * len(ids)))
+    mask = _flat(parts.get("attention_mask", [1] * len(ids)))
+    kept = [(i, label) for i, label, real in zip(ids, labels, mask, strict=True) if real]
+    prompt = next((place for place, (_, label) in enumerate(kept) if label != -100), len(kept))
+    return [i for i, _ in kept], prompt
+
+
+def _flat(values: Any) -> list[int]:
+    return values.flatten().tolist() if isinstance(values, Tensor) else list(values)
+
+
+def _embed(mixture: Mixture, rows: list[tuple[list[int], int]]) -> Features:
+    bos = mixture.base.config.get_text_config().bos_token_id
+    begins = [int(ids[:1] in ([bos], bos)) for ids, _ in rows]
+    for number, (begin, (_, prompt)) in enumerate(zip(begins, rows, strict=True)):
+        if prompt <= begin:
+            raise ValueError(f"row {number} has no token in its prompt")
+    width = mixture.base.config.get_text_config().hidden_size
+    features = Features(*torch.zeros(2, len(rows), width, dtype=torch.float64))
+    places = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+    for start in range(0, len(places), _ROWS_AT_ONCE):
+        chunk = places[start : start + _ROWS_AT_ONCE]
+        length = len(rows[chunk[-1]][0])
+        ids_BS = torch.zeros(len(chunk), length, dtype=torch.long)
+        mask_BS, whole_BS, prompt_BS = torch.zeros(3, len(chunk), length)
+        for place, index in enumerate(chunk):
+            (ids, prompt), begin = rows[index], begins[index]
+            ids_BS[place, : len(ids)] = torch.tensor(ids)
+            mask_BS[place, : len(ids)] = 1
+            whole_BS[place, begin : len(ids)] = 1
+            prompt_BS[place, begin:prompt] = 1
+        last, first = _states(mixture, ids_BS, mask_BS.long())
+        features.whole[chunk] = _means(last, whole_BS)
+        features.prompt[chunk] = _means(first, prompt_BS)
+    return features
+
+
+def _states(mixture: Mixture, ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The last layer's states and what enters the first routed block, [B, S, D] each."""
+    base, seen = mixture.base, []
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    first: Any = base.get_submodule(mixture.site_names[0])
+    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        decoder: Any = base.get_decoder()
+        ids_BS, mask_BS = ids_BS.to(base.device), mask_BS.to(base.device)
+        output = decoder(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
+    finally:
+        handle.remove()
+    return output.last_hidden_state, seen[0].reshape(*ids_BS.shape, -1)
+
+
+def _means(states_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+    """Over the tokens of the mask, [B, D] in float64 on the CPU."""
+    mask_BS = (mask_BS / mask_BS.sum(-1, keepdim=True)).to(states_BSD.device)
+    return torch.einsum("bsd,bs->bd", states_BSD.float(), mask_BS).cpu().double()
