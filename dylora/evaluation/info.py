@@ -48,6 +48,8 @@ def print_info(path: str) -> None:
         print(f"{folder}: {size}, no {MANIFEST} to verify it by")
     else:
         wrong = _find_damage(folder)
+        if tell is _print_checkpoint and not wrong:
+            Checkpoint.of_verified(folder)  # one that is refused is not called whole
         state = f"DAMAGED, {size}" if wrong else f"whole, {size}, every file as written"
         print(f"{folder}: {state}")
     for name, what in wrong.items():
