@@ -204,7 +204,6 @@ def test_distances_thresholds_and_far_rows_are_those_of_plain_numpy(model):
             total += (batch[:, j].mean() - w[:, j].mean()) ** 2 / pooled[j]
         expected = total / 16 / (1 / 20 + 1 / len(w))
         others = held_out[place].whole.numpy()
-        got = detector.judge(torch.from_numpy(batch))
         distances = detector.distances(torch.from_numpy(batch))
         np.testing.assert_allclose(distances[place], expected, rtol=1e-12)
         own = ((w - w.mean(0)) ** 2).sum(0) / (len(w) - 1)
@@ -219,7 +218,7 @@ def test_distances_thresholds_and_far_rows_are_those_of_plain_numpy(model):
         variance = (2 * spread**2 + 4 * shift * spread) / dimensions
         quantile = gamma_quantile(unit * (shift + spread), unit**2 * variance, 0.995)
         np.testing.assert_allclose(detector.thresholds(20)[place], 1.5 * quantile, rtol=1e-10)
-    assert got.far_share == far.mean()
+    assert detector.judge(torch.from_numpy(batch)).far_share == far.mean()
 
 
 def test_the_quantile_is_that_of_drawn_batches(model):
@@ -382,11 +381,18 @@ def test_a_mixture_without_a_library_or_with_an_empty_one_writes_none(mixture, l
     assert DyLoRA_MoE.from_pretrained(tmp_path / "m", base=llama()).skill_library is None
 
 
-def test_a_library_that_came_in_later_or_has_changed_is_refused(saved, llama, tmp_path):
+def test_a_library_that_has_changed_is_refused(saved, llama, tmp_path):
     file = harm_copy(saved, tmp_path) / FILE
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     with pytest.raises(ValueError, match=r"skill_library\.safetensors has changed"):
         DyLoRA_MoE.from_pretrained(file.parent, base=llama())
+
+
+def test_a_library_that_no_manifest_lists_is_refused(saved, mixture, llama, tmp_path):
+    mixture(fresh=True).save_pretrained(tmp_path / "m")
+    shutil.copy(saved / FILE, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"skill_library\.safetensors is not in manifest"):
+        DyLoRA_MoE.from_pretrained(tmp_path / "m", base=llama())
 
 
 def harm_copy(saved: Path, tmp_path: Path) -> Path:

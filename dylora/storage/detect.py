@@ -51,7 +51,8 @@ def detect_format(folder: Path) -> Found | None:
     states = [path for path in (root / STATE, root.parent / STATE) if path.is_dir()]
     if within:
         library = [path / "skill_library.pt" for path in states]
-        unread += [f"the skill library {path} is not read" for path in library if path.exists()]
+        why = "not read, as no threshold can be made of it: add the skills again from their rows"
+        unread += [f"the skill library {path} is {why}" for path in library if path.exists()]
         if states or routers:
             what = f"an older mixture of {len(within)} experts"
             return Found("older mixture", what, within, routers, unread)
