@@ -45,6 +45,12 @@ def embed(mixture: Mixture, rows: Sequence[Row]) -> Features:
             module.training = True
 
 
+def widths_of(mixture: Mixture) -> tuple[int, int]:
+    """D of `whole` and of `prompt`; they differ where OPT projects its layers' output down."""
+    embedding: Any = mixture.base.get_input_embeddings()
+    return embedding.weight.shape[-1], mixture.base.config.get_text_config().hidden_size
+
+
 def split_row(row: Row) -> tuple[list[int], int]:
     """Token ids of a row, padding left out, and how many of them are its prompt."""
     parts = row if isinstance(row, Mapping) else {"input_ids": row}
@@ -66,8 +72,8 @@ def _embed(mixture: Mixture, rows: list[tuple[list[int], int]]) -> Features:
     for number, (begin, (_, prompt)) in enumerate(zip(begins, rows, strict=True)):
         if prompt <= begin:
             raise ValueError(f"row {number} has no token in its prompt")
-    width = mixture.base.config.get_text_config().hidden_size
-    features = Features(*torch.zeros(2, len(rows), width, dtype=torch.float64))
+    widths = widths_of(mixture)
+    features = Features(*(torch.zeros(len(rows), w, dtype=torch.float64) for w in widths))
     places = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
     for start in range(0, len(places), _ROWS_AT_ONCE):
         chunk = places[start : start + _ROWS_AT_ONCE]
@@ -97,11 +103,15 @@ def _states(mixture: Mixture, ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, 
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         decoder: Any = base.get_decoder()
-        ids_BS, mask_BS = ids_BS.to(base.device), mask_BS.to(base.device)
-        output = decoder(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
+        inputs: Any = {"input_ids": ids_BS, "attention_mask": mask_BS}
+        inputs = {name: value.to(base.device) for name, value in inputs.items()}
+        if decoder is base:  # Llama 4
+            last = decoder(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        else:
+            last = decoder(**inputs, use_cache=False).last_hidden_state
     finally:
         handle.remove()
-    return output.last_hidden_state, seen[0].reshape(*ids_BS.shape, -1)
+    return last, seen[0].reshape(*ids_BS.shape, -1)
 
 
 def _means(states_BSD: Tensor, mask_BS: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dylora.features import Features, Row, embed, split_row
+from dylora.features import Features, Row, embed, split_row, widths_of
 from dylora.fields import is_name, nearest, shown
 from dylora.mixture import Mixture
 from dylora.storage import skill_file
@@ -94,7 +94,7 @@ class SkillLibrary:
         self.mixture = mixture
         self.skills: dict[str, Skill] = {}  # by name, in the order they came
         # Of the prompts around their skill's mean, over all skills [D, D].
-        self.prompt_scatter = torch.zeros(*[width_of(mixture)] * 2, dtype=torch.float64)
+        self.prompt_scatter = torch.zeros(*[widths_of(mixture)[1]] * 2, dtype=torch.float64)
         self._rule: tuple[Tensor, Tensor] | None = None
         mixture.skill_library = self
 
@@ -209,7 +209,7 @@ class SkillLibrary:
         Raises ValueError, naming the file, for anything else or where it does not fit the model.
         """
         mixture: Mixture = getattr(model, "mixture", model)
-        table, tensors = skill_file.read_skills(file, width_of(mixture), len(mixture.table))
+        table, tensors = skill_file.read_skills(file, widths_of(mixture), len(mixture.table))
         mixture.skill_library = None
         library = cls(mixture)
         for index, record in enumerate(table):
@@ -342,8 +342,3 @@ def gamma_quantile(mean: float, variance: float, quantile: float) -> float:
 
 def _floored(variance: Tensor) -> Tensor:
     return variance.clamp(min=float(variance.mean()) * _FLOOR)
-
-
-def width_of(mixture: Mixture) -> int:
-    """D of the base."""
-    return mixture.base.config.get_text_config().hidden_size

@@ -18,6 +18,7 @@ from dylora.data.prompts import encode_answers, encode_prompts, format_prompt
 from dylora.features import Features, embed
 from dylora.skills import FAR, LEAST_ROWS, SHRINKAGE, describe, gamma_quantile
 from dylora.tasks import SKILLS, generate_tasks
+from families import FAMILIES
 from published import CODE_ALPACA, needs_published_rows
 
 FILE = "skill_library.safetensors"
@@ -273,6 +274,17 @@ def test_a_row_is_the_mean_over_its_tokens_without_bos_and_padding(mixture):
     torch.testing.assert_close(
         embed(model.mixture, padded).whole[0].float(), found.whole[1].float()
     )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_every_family_are_the_same_alone_and_in_a_batch(name, random_base, mixture):
+    family = FAMILIES[name]
+    model = mixture(random_base(family.config_class, **family.sizes), fresh=True)
+    rows = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    found = embed(model.mixture, rows)
+    for number, row in enumerate(rows):
+        for together, alone in zip(found, embed(model.mixture, [row]), strict=True):
+            torch.testing.assert_close(together[number], alone[0], atol=1e-5, rtol=1e-4)
 
 
 def test_experts_training_mode_and_dropout_change_nothing_of_a_row(mixture, llama):

@@ -38,9 +38,10 @@ def write_skills(file: Path, table: list[dict[str, Any]], tensors: dict[str, Ten
 
 
 def read_skills(
-    file: Path, width: int, experts: int
+    file: Path, widths: tuple[int, int], experts: int
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """What `write_skills` wrote, for a base of this width and a mixture of so many experts.
+    """What `write_skills` wrote, for vectors of these widths (whole rows, prompts) and a mixture of
+    so many experts.
 
     Raises ValueError naming the file for anything else, before a tensor is read where its header
     shows it; FileNotFoundError when it is missing.
@@ -52,7 +53,9 @@ def read_skills(
         )
     headers = read_headers(file)
     table = _read_table(file, experts)
-    shapes = dict.fromkeys(VECTORS, (len(table), width)) | {SCATTER: (width, width)}
+    whole, prompt = widths
+    shapes = dict.fromkeys(VECTORS, (len(table), whole))
+    shapes |= {"prompt_sum": (len(table), prompt), SCATTER: (prompt, prompt)}
     for name in sorted(shapes.keys() - headers.keys()):
         raise ValueError(f"{file}: {name} is missing")
     for name, header in sorted(headers.items()):
