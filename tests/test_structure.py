@@ -272,3 +272,33 @@ def test_import_dylora_needs_torch_transformers_safetensors_and_einops_alone():
         [sys.executable, "-c", IMPORT_CORE], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def doubled_on_a_device(source: str) -> list[str]:
+    """What a module casts to float64, or makes in it, before it is on the CPU."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {key.arg: ast.unparse(key.value) for key in node.keywords}
+        of = node.func.value if isinstance(node.func, ast.Attribute) else None
+        doubled = of is not None and ast.unparse(node.func).endswith(".double")
+        if doubled and not ast.unparse(of).endswith(".cpu()"):
+            found.append(ast.unparse(node))
+        if given.get("dtype") == "torch.float64" and "device" in given:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_float64_is_of_the_cpu_alone_as_mps_has_none():
+    # What is read from a file, or made by `features`, is on the CPU already.
+    known = {"B.T.double()", "prompts.double()", "(rows.min(0).values > 1).double()"}
+    found = {
+        f"{path.relative_to(ROOT)}: {call}"
+        for path in PACKAGE.rglob("*.py")
+        for call in doubled_on_a_device(path.read_text(encoding="utf-8"))
+        if call not in known
+    }
+    assert found == set()
+    assert doubled_on_a_device("x.double().cpu()") == ["x.double()"]
+    assert doubled_on_a_device("zeros(3, dtype=torch.float64, device=d)") != []

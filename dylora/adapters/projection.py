@@ -144,9 +144,9 @@ class StackedLoRA(Adapter):
         own, scale = self.rank(rank), self.scaling(rank, alpha)
         Bs, As, biases = [], [], []
         for share, (stack, place) in zip(shares, pieces, strict=True):
-            Bs.append(share * float(stack.scaling_E[place]) * stack.lora_B[place].double())
+            Bs.append(share * float(stack.scaling_E[place]) * stack.lora_B[place].cpu().double())
             if self.shared_A is None:
-                As.append(stack.lora_A[place].double())
+                As.append(stack.lora_A[place].cpu().double())
             if stack.lora_bias is not None:
                 biases.append(share * stack.lora_bias[place])
         bias, like = (biases[0] + biases[1])[None] if biases else None, pieces[0][0].lora_B

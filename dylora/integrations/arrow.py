@@ -59,11 +59,12 @@ def leading_direction(factors: list[tuple[Tensor, Tensor]]) -> Tensor | None:
     """The unit vector v [D] that maximises Σ ‖B A v‖² over pairs of A [R, D] and B [O, R].
 
     None where all products are 0. By QR of the factors and the singular vectors of a [C, C]
-    matrix, in float64; no [O, D] is formed. Its largest entry is positive, so that it is unique.
+    matrix, in float64 on the CPU; no [O, D] is formed. Its largest entry is positive, so that it is
+    unique.
     """
-    A_CD = torch.cat([A.double() for A, _ in factors])
+    A_CD = torch.cat([A.cpu().double() for A, _ in factors])
     Q_DC, R_A = torch.linalg.qr(A_CD.T)  # A = R_Aᵀ Qᵀ
-    inner = torch.block_diag(*(torch.linalg.qr(B.double()).R for _, B in factors)) @ R_A.T
+    inner = torch.block_diag(*(torch.linalg.qr(B.cpu().double()).R for _, B in factors)) @ R_A.T
     _, sizes, V = torch.linalg.svd(inner, full_matrices=False)
     if sizes[0] == 0:
         return None

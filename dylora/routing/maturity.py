@@ -51,7 +51,7 @@ def observe(
         progress: share of the run that is done, in [0, 1].
         tokens_per_expert: target tokens that the run gives an expert on average.
     """
-    gate_sum_E, loss_sum_E = gate_sum_E.double().cpu(), loss_sum_E.double().cpu()
+    gate_sum_E, loss_sum_E = gate_sum_E.cpu().double(), loss_sum_E.cpu().double()
     loss = torch.where(gate_sum_E > 0, loss_sum_E / gate_sum_E, state.fast)
     evidence = state.evidence + gate_sum_E
 

@@ -57,7 +57,7 @@ def score_set(
 ) -> SetScore:
     """Score one set. Rows of similar length share a batch: less padding, the same result."""
     order = sorted(range(len(examples)), key=examples.length, reverse=True)
-    loss = torch.zeros((), dtype=torch.float64, device=model.device)
+    loss: list[Tensor] = []  # of each batch; summed on the CPU, as MPS has no float64
     targets = torch.zeros((), dtype=torch.long, device=model.device)
     statistics: RoutingStatistics | None = None
     for begin in range(0, len(order), batch_size):
@@ -65,14 +65,15 @@ def score_set(
         rows = [examples[index] for index in order[begin : begin + batch_size]]
         batch = to_device(collate(rows, pad_token_id), model.device)
         output = model(**batch, keep_logits=False)
-        loss += output.token_losses.double().sum()
+        loss.append(output.token_losses)
         targets += count_targets(batch["labels"])
         found = output.routing.statistics if output.routing else None
         if found is not None:
             statistics = found if statistics is None else statistics.plus(found)
     usage_NE = None if statistics is None else statistics.usage_NE.cpu()
     count = int(targets)
-    return SetScore(loss.item() / count if count else math.nan, count, usage_NE)
+    total = sum(float(losses.cpu().double().sum()) for losses in loss)
+    return SetScore(total / count if count else math.nan, count, usage_NE)
 
 
 def overall_loss(scores: dict[str, SetScore]) -> float:
