@@ -10,7 +10,7 @@ RESAMPLES = 10_000
 
 
 class Interval(NamedTuple):
-    """A mean over tasks with a 95 % interval, as shares."""
+    """A mean, over tasks or seeds, with its 95 % interval."""
 
     mean: float
     low: float
