@@ -17,6 +17,7 @@ RouterType = Literal["learned", "learned_with_maturity", "fixed", "threshold"]
 RouterScope = Literal["site", "shared"]
 RouterLogits = Literal["linear", "absolute"]
 RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
+GateScale = Literal["keep_size", "sum_to_one"]
 MaturityMode = Literal["manual", "schedule", "usage", "plateau", "hybrid"]
 BalanceLoss = Literal["aux_loss", "switch", "aux_loss+switch", "z_loss", "none"]
 AdapterType = Literal["lora", "loha"]
@@ -95,6 +96,10 @@ class MoELoraConfig:
     """Divides the logits before the softmax."""
     router_noise: float = option(0.0, least=0, routing=True)
     """Deviation of the normal noise that training adds to the logits (Shazeer et al. 2017)."""
+    gate_scale: GateScale = option("keep_size", routing=True)
+    """What a token's gates come to once it loses experts. keep_size: their squares sum to what
+    they did before, so that the update keeps its expected size; sum_to_one: with top-k of 2 or more
+    they sum to 1, which makes it grow (as Mixtral and Arrow mix)."""
     fixed_routing_weights: list[float] | None = option(None, least=0, routing=True)
     """Weights of router_type fixed, one an expert; none: uniform."""
     load_balance_loss_type: BalanceLoss = option("aux_loss", routing=True)
@@ -114,17 +119,19 @@ class MoELoraConfig:
     maturity_mode: MaturityMode = "hybrid"
     """What makes an expert mature: see dylora/routing/maturity.py."""
     maturity_tau: float = option(0.1, above=0)
-    """Evidence that counts as much (1 - 1/e), as a share of the tokens the run gives an expert."""
-    maturity_rho: float = 0.02
-    """Relative improvement of an expert's loss below which it counts as having settled."""
-    maturity_s: float = option(0.005, above=0)
+    """Evidence that counts as much (1 - 1/e), as a share of the tokens expected of an expert when
+    it began: an even share of what was left of the run."""
+    maturity_rho: float = 0.022
+    """Relative change of an expert's loss between its two averages, up or down and averaged over
+    time, below which it counts as having settled."""
+    maturity_s: float = option(0.002, above=0)
     """Width of that threshold."""
-    maturity_fast: float = option(0.02, above=0)
-    """Memory of the fast loss average, as a share of the tokens the run gives an expert."""
+    maturity_fast: float = option(0.05, above=0)
+    """Memory of the fast loss average, as a share of the tokens expected of an expert."""
     maturity_slow: float = option(0.1, above=0)
     """Memory of the slow loss average, likewise."""
-    maturity_threshold: float = option(0.9, above=0, most=1)
-    """Maturity at which an expert becomes fully mature and stays so; 1: only by itself."""
+    maturity_threshold: float = option(0.7, above=0, most=1)
+    """Maturity at which an expert becomes fully mature; 1: only by itself."""
     maturity_schedule: tuple[float, float] = option((0.2, 0.6), least=0)
     """Shares of the run between which mode schedule raises maturity from 0 to 1."""
 

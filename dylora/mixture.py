@@ -156,11 +156,13 @@ class Mixture:
         self.maturity = maturity
         self.state.set_maturity(maturity.maturity)
 
-    def observe(self, seen: Observation, progress: float, tokens_per_expert: float) -> None:
+    def observe(
+        self, seen: Observation, *, progress: float, run_tokens: float, rate: float = 1.0
+    ) -> None:
         """After an optimizer step: maturity, and the fractions of the balance losses.
 
-        progress: share of the run that is done; tokens_per_expert: targets that the run gives an
-        expert on average.
+        progress: share of the run, or of a stage of it, that is done; run_tokens: target tokens of
+        the whole of it; rate: the step's learning rate as a share of its peak.
         """
         self.set_maturity(
             maturity.observe(
@@ -168,8 +170,10 @@ class Mixture:
                 seen.gate_sum_E,
                 seen.loss_sum_E,
                 progress=progress,
-                tokens_per_expert=tokens_per_expert,
+                run_tokens=run_tokens,
+                active=self.state.active_count,
                 config=self.config,
+                rate=rate,
             )
         )
         if seen.statistics is not None:

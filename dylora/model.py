@@ -194,6 +194,7 @@ class DyLoRA_MoE(nn.Module):
         steps: int,
         step: int | None = None,
         target_tokens: float | None = None,
+        rate: float = 1.0,
     ) -> None:
         """After an optimizer step: update the experts' maturity, their counts of steps, and the
         fractions of the balance losses (`carried_fractions`).
@@ -204,6 +205,7 @@ class DyLoRA_MoE(nn.Module):
             steps: optimizer steps of the whole run.
             step: the number of this one, from 1; by default one more than in the last call.
             target_tokens: what the whole run trains on; by default `steps` times this step's.
+            rate: the step's learning rate as a share of its peak; a low one settles no loss.
 
         Raises ValueError for a step outside of the run.
         """
@@ -214,10 +216,8 @@ class DyLoRA_MoE(nn.Module):
             if labels is None:
                 raise ValueError("labels are missing: give those of the pass")
             output = output.observation(labels)
-        if target_tokens is None:
-            target_tokens = max(float(output.target_tokens), 1.0) * steps
-        active = self.mixture.state.active_count
-        self.mixture.observe(output, step / steps, target_tokens / active)
+        tokens = target_tokens or max(float(output.target_tokens), 1.0) * steps
+        self.mixture.observe(output, progress=step / steps, run_tokens=tokens, rate=rate)
         self.experts.count_step(step, step / steps)
 
     def set_routing(

@@ -18,7 +18,7 @@ from dylora.base_models import quantization_of
 from dylora.experts import ExpertManager
 from dylora.fields import shown
 from dylora.mixture import Mixture
-from dylora.routing.maturity import ExpertMaturity
+from dylora.routing.maturity import UNKNOWN_AT_FIRST, fields_in, from_fields
 from dylora.skills import SkillLibrary
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.peft_config import adapter_config
@@ -155,26 +155,26 @@ def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
 def _load_routers(mixture: Mixture, file: Path, tensors: dict[str, Tensor]) -> None:
     weights_E = mixture.state.fixed_weights_E
     targets: dict[str, Tensor] = {f"router.{name}": p for name, p in mixture.router_parameters()}
-    maturity = {f"maturity.{name}": v for name, v in mixture.maturity._asdict().items()}
+    fields = fields_in(tensors)
+    maturity = {f"maturity.{name}" for name in fields}
     _check_same_keys(file, set(tensors), {*targets, *maturity, FIXED_WEIGHTS})
     _fill(file, tensors, targets | {FIXED_WEIGHTS: weights_E})
     if bool((weights_E < 0).any()):
         raise ValueError(
             f"{file}: {FIXED_WEIGHTS} is {shown(weights_E.tolist())}, but must be at least 0"
         )
-    state = {name.partition(".")[2]: tensors[name] for name in maturity}
-    for name, value in maturity.items():  # of that shape, as config.json was held against it
-        if tensors[name].dtype != value.dtype:
-            raise ValueError(f"{file}: {name} is {tensors[name].dtype}, expected {value.dtype}")
-    bounds = {"maturity": 1.0, "born": 1.0} | dict.fromkeys(("evidence", "fast", "slow"), math.inf)
-    for name, most in bounds.items():
-        value = state[name]
-        unseen = value.isnan() if name in ("fast", "slow") else False  # before the first token
+    state = {name: tensors[f"maturity.{name}"] for name in fields}
+    shares = ("maturity", "born", "start_progress")
+    for name, value in state.items():  # of that shape, as config.json was held against it
+        if value.dtype != torch.float64:
+            raise ValueError(f"{file}: maturity.{name} is {value.dtype}, expected torch.float64")
+        most = 1.0 if name in shares else math.inf
+        unseen = value.isnan() if name in UNKNOWN_AT_FIRST else False
         if not bool((unseen | ((value >= 0) & (value <= most) & ~value.isinf())).all()):
             raise ValueError(
                 f"{file}: maturity.{name} is {shown(value.tolist())}, but must be in [0, {most:g}]"
             )
-    mixture.set_maturity(ExpertMaturity(**state))
+    mixture.set_maturity(from_fields(state))
 
 
 def _check_same_keys(source: Path, found: set[str], expected: set[str]) -> None:

@@ -270,7 +270,7 @@ def test_values_from_a_dictionary_are_checked_too():
 
 def test_a_threshold_that_a_settled_loss_never_reaches_is_refused():
     with pytest.raises(
-        ValueError, match=r"maturity_threshold is 0\.9, but must be at most sigmoid"
+        ValueError, match=r"maturity_threshold is 0\.7, but must be at most sigmoid"
     ):
-        MoELoraConfig(maturity_s=0.01)
-    MoELoraConfig(maturity_s=0.01, maturity_mode="usage")
+        MoELoraConfig(maturity_s=0.1)
+    MoELoraConfig(maturity_s=0.1, maturity_mode="usage")

@@ -432,7 +432,7 @@ def test_maturity_can_be_reset(mixture):
     model.experts.count_step(5, 0.25)
     model.experts.reset_maturity(0)
     assert model.maturity.maturity.tolist() == pytest.approx([0.0, 0.0, 0.6])
-    assert model.maturity.born.tolist() == [0.25, 0, 0]
+    assert model.maturity.start_progress.tolist() == [0.25, 0, 0]
     assert model.mixture.state.maturity_E.tolist() == pytest.approx([0.0, 0.0, 0.6])
 
 
@@ -542,7 +542,9 @@ def test_a_pool_with_a_history_comes_back_bit_for_bit(mixture, ids, tmp_path):
     model.experts.create_expert(alpha=9, skill="regex", share=0.1)
     model.experts.retire(1)
     train(model, optimizer, ids)
-    model.set_maturity(ExpertMaturity(*torch.rand(5, 5, dtype=torch.float64)))
+    model.set_maturity(
+        ExpertMaturity(*torch.rand(len(ExpertMaturity._fields), 5, dtype=torch.float64))
+    )
     model.save_pretrained(tmp_path / "saved")
     again = DyLoRA_MoE.from_pretrained(tmp_path / "saved", base=base).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)

@@ -1,7 +1,8 @@
 """From probabilities to gates: the maturity-aware top-k, expert dropout and capacity, and gates
 given by a caller.
 
-    g = maturity_gates(p, m): dense over immature experts, top-k over mature ones
+    g = maturity_gates(p, m): dense over immature experts, top-k over mature ones, of the size that
+        the configuration asks for
 
 Shape letters: B batch, S sequence, N blocks, E experts, T tokens, K top-k.
 A leading `...` stands for the token dimensions, [B, S] in every family we know.
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import torch
 from einops import repeat
 from torch import Tensor
+
+from dylora.config import GateScale
 
 
 class RouterOutput(NamedTuple):
@@ -32,21 +35,28 @@ class RouterOutput(NamedTuple):
         return RouterOutput(gates, probabilities, logits, self.mature)
 
 
-def maturity_gates(probabilities: Tensor, maturity: Tensor, top_k: int) -> Tensor:
+def maturity_gates(probabilities: Tensor, maturity: Tensor, top_k: int, scale: GateScale) -> Tensor:
     """The maturity-aware gate of DESIGN section 2.
 
-    top = TopK(p · m);  g_e = p_e · (1 - m_e · [e not in top]);  K >= 2: g / sum(g).
+    top = TopK(p · m);  g_e = p_e · (1 - m_e · [e not in top]), times |p| / |g| (keep_size) or, with
+    K >= 2, 1 / sum(g) (sum_to_one).
 
     Args:
         probabilities: [..., E], rows sum to 1.
         maturity: [E] in [0, 1]; 0 mixes densely, 1 keeps the expert only where it is chosen.
-        top_k: K. With K = 1 nothing is renormalised: a renormalised top-1 gate is the constant 1
-            and teaches its router nothing (Switch keeps the raw probability for this reason).
+        top_k: K. With K = 1 sum_to_one leaves the raw probability, as Switch does: a gate that is
+            divided by itself is the constant 1 and teaches its router nothing.
+        scale: keep_size: Σ g² stays what Σ p² was. The updates of different experts are nearly
+            orthogonal, so their mixture keeps its expected size when tokens lose some of them. The
+            factor is a constant to the gradient.
 
     Returns: gates [..., E].
     """
     chosen = top_k_mask(probabilities * maturity, top_k)
     gates = probabilities * (1 - maturity * (~chosen).to(probabilities.dtype))
+    if scale == "keep_size":
+        norms = [value.detach().norm(dim=-1, keepdim=True) for value in (probabilities, gates)]
+        return gates * (norms[0] / norms[1].clamp_min(torch.finfo(gates.dtype).tiny))
     return gates if top_k == 1 else gates / gates.sum(-1, keepdim=True)
 
 

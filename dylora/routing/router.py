@@ -155,7 +155,8 @@ class DynamicHybridRouter(Router):
             maturity = torch.ones_like(state.maturity_E)
         else:
             maturity = state.maturity_E
-        gates = maturity_gates(probabilities, maturity.to(probabilities), config.top_k_experts)
+        maturity, k = maturity.to(probabilities), config.top_k_experts
+        gates = maturity_gates(probabilities, maturity, k, config.gate_scale)
         if mode == "sparse" and self.training and config.expert_capacity_factor is not None:
             # Experts that take no part hold no tokens, so they count neither in K nor in E.
             top_k = min(config.top_k_experts, state.active_count)

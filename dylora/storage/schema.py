@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from dylora.config import LARGEST, MAX_ALPHA, MoELoraConfig, Quantization, matching
 from dylora.fields import is_name, is_number, is_whole_number, shown
-from dylora.routing.maturity import ExpertMaturity
+from dylora.routing.maturity import fields_in
 from dylora.routing.router import Shape, router_class
 from dylora.storage.peft_format import read_ranks
 from dylora.storage.safe_io import require_keys
@@ -105,7 +105,12 @@ RECORD = {  # a row of the table of experts
 
 
 def read_config(file: Path, values: dict[str, Any]) -> MoELoraConfig:
-    """`moe` of a config.json. Raises ValueError naming the field."""
+    """`moe` of a config.json. Raises ValueError naming the field.
+
+    What an earlier version did not write has the value that it meant then.
+    """
+    if values.get("use_moe_routing", True):
+        values = {"gate_scale": "sum_to_one"} | values
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that do nothing: the model's to give
@@ -181,13 +186,13 @@ def _check_training(file: Path, training: dict[str, Any]) -> None:
 def _check_routers(file: Path, description: dict[str, Any], config: MoELoraConfig) -> None:
     """Every router has the tensors of its kind for these experts; widths are the base's."""
     experts, sites = len(description["experts"]), description["sites"]
-    wanted: dict[str, Shape] = {f"maturity.{part}": [experts] for part in ExpertMaturity._fields}
+    headers = read_headers(file)
+    wanted: dict[str, Shape] = {f"maturity.{part}": [experts] for part in fields_in(headers)}
     wanted[FIXED_WEIGHTS] = [experts]
     if config.is_learned:
         spec = router_class(config).state_spec(config, experts)
         for site in sites[:1] if config.router_scope == "shared" else sites:
             wanted |= {f"router.{site}.{name}": shape for name, shape in spec.items()}
-    headers = read_headers(file)
     for name, sizes in wanted.items():
         if name not in headers:
             raise ValueError(f"{file}: {name} is missing")

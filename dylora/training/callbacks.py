@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dylora.routing.maturity import LATE
 from dylora.training.log import memory_gb
 from dylora.training.metrics import (
     expert_metrics,
@@ -67,6 +68,26 @@ class CollapseWarning(Callback):
         steps, counts = run.config.log.collapse_steps, run.progress.collapsed_steps
         for line in find_collapses(counts, usage_NE, active(run), names, steps):
             run.log.info(line)
+
+
+class LateMaturityWarning(Callback):
+    """Says so when experts mature when the run has little left to adapt to it."""
+
+    def __init__(self) -> None:
+        self.mature: set[int] | None = None  # after the last step that this process has done
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        values = run.model.maturity.maturity.tolist()
+        mature = {expert for expert, value in enumerate(values) if value == 1}
+        before, self.mature = self.mature, mature
+        new = [] if before is None else sorted(mature - before)
+        share = run.progress.step / run.steps
+        if new and share > LATE:
+            run.log.info(
+                f"warning: at {share:.0%} of the run these experts became mature, which leaves "
+                f"little to adapt in: {', '.join(map(str, new))}; a longer run, or "
+                "moe.maturity_mode schedule, lets them mature earlier"
+            )
 
 
 def row_of_metrics(run: Run, result: StepResult) -> dict[str, float]:

@@ -14,6 +14,7 @@ FREE_SETTINGS = {
     *("load_balance_loss_type", "expert_capacity_factor", "expert_dropout", "maturity_mode"),
     *("maturity_tau", "maturity_rho", "maturity_s", "maturity_fast", "maturity_slow"),
     *("maturity_threshold", "maturity_schedule", "init_lora_weights", "router_type"),
+    "gate_scale",
 }
 
 

@@ -7,7 +7,12 @@ from contextlib import closing, suppress
 from dylora.run_config import RunConfig
 from dylora.storage.folders import recover
 from dylora.storage.lock import lock_folder
-from dylora.training.callbacks import Callback, CollapseWarning, MetricsLog
+from dylora.training.callbacks import (
+    Callback,
+    CollapseWarning,
+    LateMaturityWarning,
+    MetricsLog,
+)
 from dylora.training.resume import load_best, preflight_save, resume, save
 from dylora.training.run import Run, log_summary, prepare, record_settings, run_folder
 from dylora.training.schedule import FOLLOWS_VALIDATION
@@ -66,7 +71,7 @@ def train(
 def run_steps(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     """All steps that are left, with what comes between them."""
     config, progress = run.config, run.progress
-    callbacks = [MetricsLog(), CollapseWarning(), *callbacks]
+    callbacks = [MetricsLog(), CollapseWarning(), LateMaturityWarning(), *callbacks]
     run.log.start(progress.step, run.steps)
     stopping = is_out_of_patience(run)
     if progress.evaluation_due or progress.benchmark_due:  # a signal left them to this process

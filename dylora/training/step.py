@@ -58,7 +58,9 @@ def run_step(run: Run) -> StepResult:
     if nonfinite is None:
         run.scaler.step(run.optimizer)
         step = run.progress.step + 1
-        run.model.observe(seen, step=step, steps=run.steps, target_tokens=run.target_tokens)
+        rate = float(run.scheduler.get_last_lr()[0]) / run.config.train.learning_rate
+        tokens = run.target_tokens
+        run.model.observe(seen, step=step, steps=run.steps, target_tokens=tokens, rate=rate)
         if run.config.train.lr_scheduler_type not in FOLLOWS_VALIDATION:
             run.scheduler.step()
     run.scaler.update()

@@ -359,7 +359,9 @@ CHECKPOINT = [
     Case("maturity above 1", ROUTER, fill("maturity.maturity", 1.5), "maturity.maturity", "model"),
     Case("evidence without end", ROUTER, fill("maturity.evidence", torch.inf), "evidence", "model"),
     Case("evidence below 0", ROUTER, fill("maturity.evidence", -1), "maturity.evidence", "model"),
-    Case("born after the end", ROUTER, fill("maturity.born", 7), "maturity.born", "model"),
+    Case(
+        "begun after the end", ROUTER, fill("maturity.start_progress", 7), "start_progress", "model"
+    ),
     Case("a weight below 0", ROUTER, fill("fixed_weights", -1), "fixed_weights", "model"),
     Case("routers that are a link", ROUTER, moved_out, "out of its folder"),
     Case("adapters behind a link", "peft_adapters", moved_out, "out of its folder"),

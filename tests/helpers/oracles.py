@@ -56,8 +56,11 @@ def top_k(scores: list[float], k: int) -> list[int]:
     return sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:k]
 
 
-def maturity_gate(probabilities_TE: Tensor, maturity_E: Tensor, k: int) -> Tensor:
-    """g_e = p_e · (1 - m_e · [e not in TopK(p·m)]), renormalised when K >= 2 -> [T, E]."""
+def maturity_gate(
+    probabilities_TE: Tensor, maturity_E: Tensor, k: int, scale: str = "keep_size"
+) -> Tensor:
+    """g_e = p_e · (1 - m_e · [e not in TopK(p·m)]) -> [T, E], as it is scaled: to the length of p
+    by a constant (keep_size), or by its sum when K >= 2 (sum_to_one)."""
     rows = []
     for p_E in probabilities_TE:
         chosen = top_k([(p * m).item() for p, m in zip(p_E, maturity_E, strict=True)], k)
@@ -65,7 +68,10 @@ def maturity_gate(probabilities_TE: Tensor, maturity_E: Tensor, k: int) -> Tenso
             p if expert in chosen else p * (1 - m)
             for expert, (p, m) in enumerate(zip(p_E, maturity_E, strict=True))
         ]
-        if k >= 2:
+        if scale == "keep_size":
+            lengths = [math.sqrt(sum(g.item() ** 2 for g in row)) for row in (p_E, gates)]
+            gates = [gate * (lengths[0] / lengths[1]) for gate in gates]
+        elif k >= 2:
             total = sum(gates)
             gates = [gate / total for gate in gates]
         rows.append(torch.stack(gates))

@@ -38,8 +38,10 @@ def mixture_on() -> Callable[..., DyLoRA_MoE]:
         with torch.no_grad():
             for _, parameter in [*model.expert_parameters(), *model.router_parameters()]:
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=draw))
-        state = torch.rand(5, model.config.expert_count, generator=draw, dtype=torch.float64)
-        model.set_maturity(ExpertMaturity(*state))
+        experts, fields = model.config.expert_count, len(ExpertMaturity._fields)
+        model.set_maturity(
+            ExpertMaturity(*torch.rand(fields, experts, generator=draw, dtype=torch.float64))
+        )
         return model
 
     return build

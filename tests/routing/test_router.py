@@ -19,6 +19,7 @@ from dylora.routing.gating import (
 from dylora.routing.state import Pass, RoutingState
 
 E = 4
+SCALES = KEEP, SUM = "keep_size", "sum_to_one"
 MATURITIES = {
     "newborn": [0.0, 0.0, 0.0, 0.0],
     "mature": [1.0, 1.0, 1.0, 1.0],
@@ -38,21 +39,23 @@ def as_maturity(values):
 # The gate
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 @pytest.mark.parametrize("maturity", MATURITIES.values(), ids=MATURITIES)
-def test_gate_equals_the_formula_token_by_token(maturity, top_k):
+def test_gate_equals_the_formula_token_by_token(maturity, top_k, scale):
     p, m = random_probabilities(), as_maturity(maturity)
-    expected = oracles.maturity_gate(p, m, top_k)
-    torch.testing.assert_close(maturity_gates(p, m, top_k), expected)
+    expected = oracles.maturity_gate(p, m, top_k, scale)
+    torch.testing.assert_close(maturity_gates(p, m, top_k, scale), expected)
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("maturity", MATURITIES.values(), ids=MATURITIES)
-def test_gate_has_the_gradient_of_the_formula(maturity, top_k):
+def test_gate_has_the_gradient_of_the_formula(maturity, top_k, scale):
     p, m = random_probabilities().requires_grad_(), as_maturity(maturity)
     weight = torch.randn(p.shape, dtype=p.dtype)
-    [ours] = torch.autograd.grad((maturity_gates(p, m, top_k) * weight).sum(), p)
-    formula = oracles.maturity_gate(p, m, top_k)
+    [ours] = torch.autograd.grad((maturity_gates(p, m, top_k, scale) * weight).sum(), p)
+    formula = oracles.maturity_gate(p, m, top_k, scale)
     [expected] = torch.autograd.grad((formula * weight).sum(), p)
     torch.testing.assert_close(ours, expected)
 
@@ -73,16 +76,35 @@ def test_exactly_k_experts_are_chosen(top_k):
     assert (top_k_mask(random_probabilities(), top_k).sum(-1) == top_k).all()
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_newborn_experts_are_mixed_densely(top_k):
-    p = random_probabilities()
-    torch.testing.assert_close(maturity_gates(p, as_maturity(MATURITIES["newborn"]), top_k), p)
+def test_newborn_experts_are_mixed_densely(top_k, scale):
+    p, m = random_probabilities(), as_maturity(MATURITIES["newborn"])
+    torch.testing.assert_close(maturity_gates(p, m, top_k, scale), p)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_an_update_of_orthogonal_experts_keeps_its_size_when_they_become_sparse(top_k):
+    p, updates = random_probabilities(experts=6), torch.linalg.qr(torch.randn(6, 6).double()).Q
+    dense, sparse = p @ updates, maturity_gates(p, torch.ones(6), top_k, "keep_size") @ updates
+    torch.testing.assert_close(sparse.norm(dim=-1), dense.norm(dim=-1))
+    grown = maturity_gates(p, torch.ones(6), top_k, "sum_to_one") @ updates
+    assert (grown.norm(dim=-1) > 1.1 * dense.norm(dim=-1)).any() or top_k == 1
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_gate_of_a_single_expert_is_exactly_1(top_k, scale):
+    """As in a plain LoRA, in every precision."""
+    for dtype in (torch.float32, torch.bfloat16):
+        one = torch.ones(5, 1, dtype=dtype)
+        assert torch.equal(maturity_gates(one, torch.ones(1, dtype=dtype), top_k, scale), one)
 
 
 @pytest.mark.parametrize("top_k", [2, 3])
 def test_mature_gate_is_the_softmax_over_the_k_chosen_logits(top_k):
     logits = torch.randn(20, E, dtype=torch.float64)
-    gates = maturity_gates(logits.softmax(-1), as_maturity(MATURITIES["mature"]), top_k)
+    gates = maturity_gates(logits.softmax(-1), as_maturity(MATURITIES["mature"]), top_k, SUM)
     for logits_E, gates_E in zip(logits, gates, strict=True):
         chosen = oracles.top_k(logits_E.tolist(), top_k)
         expected = torch.zeros(E, dtype=torch.float64)
@@ -92,14 +114,14 @@ def test_mature_gate_is_the_softmax_over_the_k_chosen_logits(top_k):
 
 def test_mature_top_1_gate_is_the_raw_probability():
     p = random_probabilities()
-    gates = maturity_gates(p, as_maturity(MATURITIES["mature"]), 1)
+    gates = maturity_gates(p, as_maturity(MATURITIES["mature"]), 1, SUM)
     assert torch.equal(gates.max(-1).values, p.max(-1).values)
     assert ((gates > 0).sum(-1) == 1).all()
 
 
 @pytest.mark.parametrize("maturity", MATURITIES.values(), ids=MATURITIES)
 def test_gates_sum_to_one_from_top_2_on(maturity):
-    sums = maturity_gates(random_probabilities(), as_maturity(maturity), 2).sum(-1)
+    sums = maturity_gates(random_probabilities(), as_maturity(maturity), 2, SUM).sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
@@ -107,7 +129,7 @@ def test_gates_sum_to_one_from_top_2_on(maturity):
 @pytest.mark.parametrize("newborn", range(E))
 def test_a_newborn_among_mature_experts_costs_one_extra_expert(newborn, top_k):
     maturity = [float(expert != newborn) for expert in range(E)]
-    gates = maturity_gates(random_probabilities(), as_maturity(maturity), top_k)
+    gates = maturity_gates(random_probabilities(), as_maturity(maturity), top_k, KEEP)
     assert ((gates > 0).sum(-1) == top_k + 1).all()
     assert (gates[:, newborn] > 0).all()
 
@@ -116,15 +138,16 @@ def test_a_newborn_among_mature_experts_costs_one_extra_expert(newborn, top_k):
 def test_gate_of_permuted_experts_is_the_permuted_gate(top_k):
     p, m = random_probabilities(), as_maturity(MATURITIES["mixed"])
     order = torch.tensor([3, 1, 0, 2])
-    permuted = maturity_gates(p[:, order], m[order], top_k)
-    torch.testing.assert_close(permuted, maturity_gates(p, m, top_k)[:, order])
+    permuted = maturity_gates(p[:, order], m[order], top_k, KEEP)
+    torch.testing.assert_close(permuted, maturity_gates(p, m, top_k, KEEP)[:, order])
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_gate_moves_continuously_as_all_experts_mature_together(top_k):
+def test_gate_moves_continuously_as_all_experts_mature_together(top_k, scale):
     p, steps = random_probabilities(), 400
     path = [
-        maturity_gates(p, torch.full((E,), step / steps, dtype=torch.float64), top_k)
+        maturity_gates(p, torch.full((E,), step / steps, dtype=torch.float64), top_k, scale)
         for step in range(steps + 1)
     ]
     largest_step = max(float((b - a).abs().max()) for a, b in pairwise(path))
@@ -132,11 +155,12 @@ def test_gate_moves_continuously_as_all_experts_mature_together(top_k):
     assert largest_step < 5 / steps
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_top_k_gate_teaches_the_router(top_k):
+def test_top_k_gate_teaches_the_router(top_k, scale):
     """A renormalised top-1 gate would be the constant 1 and have no gradient."""
     logits = torch.randn(6, E, dtype=torch.float64, requires_grad=True)
-    gates = maturity_gates(logits.softmax(-1), as_maturity(MATURITIES["mature"]), top_k)
+    gates = maturity_gates(logits.softmax(-1), as_maturity(MATURITIES["mature"]), top_k, scale)
     (gates * torch.randn(6, E, dtype=torch.float64)).sum().backward()
     assert logits.grad.abs().amax(-1).min() > 1e-3
 
@@ -209,7 +233,7 @@ def test_expert_dropout_leaves_the_expected_gate_of_equal_experts():
 def sparse_gates(batch=3, length=5, top_k=2):
     mature = as_maturity(MATURITIES["mature"])
     p = random_probabilities(batch * length)
-    return maturity_gates(p, mature, top_k).view(batch, length, E)
+    return maturity_gates(p, mature, top_k, SUM).view(batch, length, E)
 
 
 def ragged_mask():
@@ -352,8 +376,9 @@ def test_an_expert_that_takes_no_part_has_no_gate_in_any_mode(mode, training, ou
     assert not found.probabilities[..., out].any()
     assert not found.gates[..., out].any()
     torch.testing.assert_close(found.probabilities.sum(-1), torch.ones(5, 6))
-    if MODES[mode].get("top_k_experts", 2) > 1 and mode != "capacity":
-        torch.testing.assert_close(found.gates.sum(-1), torch.ones(5, 6))
+    if mode not in ("capacity", "dropout"):  # of the same length as the probabilities
+        lengths = [value.norm(dim=-1) for value in (found.gates, found.probabilities)]
+        torch.testing.assert_close(*lengths)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

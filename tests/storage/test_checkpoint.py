@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dylora import DyLoRA_MoE, MoELoraConfig
+from dylora import DyLoRA_MoE, ExpertMaturity, MoELoraConfig
 from dylora.storage import manifest
 from dylora.storage.folders import (
     checkpoints,
@@ -25,6 +25,7 @@ from dylora.storage.folders import (
 )
 from dylora.storage.manifest import MANIFEST, verify, write_manifest
 from dylora.storage.peft_config import CONFIG_FILE
+from harm import seal
 
 
 def write_text(text):
@@ -1008,3 +1009,39 @@ def test_a_mixture_without_its_routers_is_not_saved(tmp_path):
         model.save_pretrained(tmp_path / "mixture")
     model.attach_router(routers)
     model.save_pretrained(tmp_path / "mixture")
+
+
+def test_the_maturity_of_an_earlier_version_is_read(mixture, ids, tmp_path):
+    """Five fields, `born` among them; what it did not keep begins afresh."""
+    model = mixture()
+    model.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "router.safetensors"
+    tensors = load_file(file)
+    tensors["maturity.born"] = tensors.pop("maturity.start_progress")
+    for name in ("first", "change", "expected"):
+        del tensors[f"maturity.{name}"]
+    save_file(tensors, file)
+    seal(tmp_path / "a")
+    again = DyLoRA_MoE.from_pretrained(tmp_path / "a", base=copy.deepcopy(mixture().unload()))
+    fresh, old, new = ExpertMaturity.create(3), model.maturity, again.maturity
+    for name in ("maturity", "evidence", "fast", "slow", "start_progress"):
+        torch.testing.assert_close(getattr(new, name), getattr(old, name), equal_nan=True)
+    for name in ("first", "change", "expected"):
+        torch.testing.assert_close(getattr(new, name), getattr(fresh, name), equal_nan=True)
+    output = again.train()(ids, labels=ids)
+    again.observe(output, ids, steps=10)
+    assert again.maturity.expected.isfinite().all()
+
+
+def test_a_mixture_of_an_earlier_version_keeps_the_scale_of_its_gates(mixture, ids, tmp_path):
+    """Its config.json has no gate_scale: mature gates summed to 1."""
+    model = mixture(gate_scale="sum_to_one", maturity=[1.0] * 3)
+    model.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "config.json"
+    description = json.loads(file.read_text())
+    del description["moe"]["gate_scale"]
+    file.write_text(json.dumps(description))
+    seal(tmp_path / "a")
+    again = DyLoRA_MoE.from_pretrained(tmp_path / "a", base=copy.deepcopy(mixture().unload()))
+    assert again.config == model.config
+    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)

@@ -23,11 +23,12 @@ def step_by_hand(run: Run) -> float:
         output.loss.backward()
         loss += output.loss.item()
         seen = output.observation(batch["labels"]).plus(seen)
+    rate = run.optimizer.param_groups[0]["lr"] / run.config.train.learning_rate
     torch.nn.utils.clip_grad_norm_([p for _, p in model.own_parameters()], 1.0)
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.scheduler.step()
-    model.observe(seen, steps=run.steps, target_tokens=run.target_tokens)
+    model.observe(seen, steps=run.steps, target_tokens=run.target_tokens, rate=rate)
     return loss
 
 
@@ -45,7 +46,7 @@ def test_observing_by_hand_keeps_what_a_run_keeps(make_config):
 
 
 def test_observing_a_pass_takes_its_labels_and_the_length_of_the_run(mixture, ids):
-    model = mixture(maturity=[0.0] * 3, maturity_mode="schedule")
+    model = mixture(maturity=[0.0] * 3, maturity_mode="schedule", maturity_threshold=0.9)
     output = model(ids, labels=ids)
     model.observe(output, ids, steps=2)
     assert model.experts.progress == 0.5

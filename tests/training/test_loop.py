@@ -554,7 +554,7 @@ def test_a_run_whose_experts_change_resumes_bit_for_bit(make_config, dtype):
     assert moments[0].keys() == moments[1].keys()
     assert any("experts_0-0" in name and state for name, state in moments[1].items())
     assert parts.model.experts.state_dict() == whole.model.experts.state_dict()
-    assert torch.equal(parts.model.maturity.born, whole.model.maturity.born)
+    assert torch.equal(parts.model.maturity.start_progress, whole.model.maturity.start_progress)
 
 
 def test_a_frozen_expert_is_bit_identical_after_a_stop_and_a_growth(make_config):
@@ -587,7 +587,7 @@ def test_an_expert_created_after_a_resume_is_born_at_the_progress_of_the_run(mak
     run = prepare(config, fresh=False)
     resume(run, "latest")
     number = run.model.experts.create_expert()
-    assert float(run.model.maturity.born[number]) == 0.5
+    assert float(run.model.maturity.start_progress[number]) == 0.5
     assert run.model.experts[number].history == [{"event": "created", "step": 5}]
 
 

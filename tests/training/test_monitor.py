@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import dylora
+from dylora import DyLoRA_MoE
 from dylora.evaluation.report import report_run
 from dylora.routing.losses import RoutingStatistics
 from dylora.run_config import LogConfig
@@ -327,3 +329,29 @@ def test_without_matplotlib_the_results_are_there_all_the_same(make_config, monk
     assert json.loads((run.folder / "results.json").read_text())["step"] == 1
     assert "plots are left out" in capsys.readouterr().out
     assert not list(run.folder.glob("*.png"))
+
+
+@pytest.mark.parametrize(("tau", "warned"), [(0.5, True), (0.1, False)])
+def test_experts_that_mature_in_the_last_fifth_of_a_run_are_warned_of(
+    make_config, capsys, tau, warned
+):
+    """usage: an expert is mature when 1 - exp(-share / tau) is above 0.8, share being its own."""
+    moe = {"maturity_mode": "usage", "maturity_tau": tau, "maturity_threshold": 0.8}
+    run = train(make_config(moe=moe))
+    assert (run.model.maturity.maturity == 1).all()
+    found = "of the run these experts became mature" in capsys.readouterr().out
+    assert found == warned
+
+
+def test_a_run_tells_its_learning_rate_to_the_experts(make_config, monkeypatch):
+    rates = []
+    observe = DyLoRA_MoE.observe
+
+    def record(self, *args, rate=1.0, **kwargs):
+        rates.append(rate)
+        observe(self, *args, rate=rate, **kwargs)
+
+    monkeypatch.setattr(DyLoRA_MoE, "observe", record)
+    train(make_config(max_steps=4, warmup_steps=0, learning_rate=3e-3, lr_scheduler_type="cosine"))
+    expected = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates == pytest.approx(expected)
