@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from dylora.fields import build, check_fields, option, require
 
 RouterType = Literal["learned", "learned_with_maturity", "fixed", "threshold"]
-RouterScope = Literal["site", "shared"]
+RouterScope = Literal["site", "shared", "prompt", "running_mean"]
 RouterLogits = Literal["linear", "absolute"]
 RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 GateScale = Literal["keep_size", "sum_to_one"]
@@ -28,6 +28,10 @@ MAX_ALPHA = 1_000_000
 _MEANINGLESS = {
     "loha": ("bias", "use_rslora", "use_dora", "freeze_A", "share_A", "init_lora_weights"),
 }
+_OF_TRAINED_ROUTERS = (  # mean nothing for rules in closed form
+    *("router_type", "router_hidden_size", "router_logits", "router_temperature", "router_noise"),
+    "expert_dropout",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,9 @@ class MoELoraConfig:
     """False: a plain LoRA of one expert, without a router."""
     num_experts: int = option(4, least=1, most=LARGEST, routing=True)
     """Experts at the start."""
+    shared_experts: int = option(0, least=0, routing=True)
+    """So many of them, the first ones, have the gate 1 for every token, beside those that routers
+    choose (DeepSeekMoE, Dai et al. 2024)."""
     top_k_experts: int = option(2, least=1, routing=True)
     """Mature experts that a token keeps."""
     router_hidden_size: int | None = option(None, least=1, most=LARGEST, routing=True)
@@ -86,7 +93,9 @@ class MoELoraConfig:
     """learned: top-k from step 0; learned_with_maturity: dense to sparse; fixed: constant;
     threshold: the experts above a learned threshold of each token (AdaMoLE, Liu & Luo 2024)."""
     router_scope: RouterScope = option("site", routing=True)
-    """site: a router in every adapted block; shared: the first one serves all."""
+    """site: a router in every adapted block; shared: the first one serves all; prompt: one decision
+    a sequence, in closed form by the skill library, from its prompt; running_mean: likewise a
+    decision a token, from the text up to it."""
     router_logits: RouterLogits = option("linear", routing=True)
     """linear: w·x + b; absolute: |w·x| + b, which takes a row for what it is up to its sign, as the
     prototypes of Arrow need (Ostapenko et al. 2024)."""
@@ -149,8 +158,10 @@ class MoELoraConfig:
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         """What must hold of several fields: the one to name in an error, whether it does, what."""
         experts, routed = self.num_experts, self.use_moe_routing
-        yield "num_experts", not routed or experts >= 2, "at least 2 with routing"
-        most = experts if routed else max(experts, 2)
+        grows = self.routes_prompts  # with the skills of a stream, from one expert on
+        rule = "at least 2 with routing, unless router_scope is prompt or running_mean"
+        yield "num_experts", not routed or grows or experts >= 2, rule
+        most = experts if routed and not grows else max(experts, 2)
         yield "top_k_experts", self.top_k_experts <= most, f"from 1 to num_experts ({experts})"
         counts = {"expert_ranks": self.expert_count, "expert_alphas": self.expert_count}
         for name, count in {**counts, "fixed_routing_weights": experts}.items():
@@ -161,6 +172,15 @@ class MoELoraConfig:
         yield "routing_mode", follows, rule
         unset = self.router_type == "fixed" or self.fixed_routing_weights is None
         yield "fixed_routing_weights", unset, "unset unless router_type is fixed"
+        shared, fixed = self.shared_experts, self.router_type == "fixed"
+        fits = not shared or (routed and not fixed and shared < experts + grows)
+        rule = f"below num_experts ({experts}), and 0 unless a router chooses among the others"
+        yield "shared_experts", fits, rule
+        for name in _OF_TRAINED_ROUTERS if grows else ():
+            default = MoELoraConfig.__dataclass_fields__[name].default
+            default = "learned_with_maturity" if name == "router_type" else default
+            rule = f"{default!r} with router_scope {self.router_scope!r}, which trains no router"
+            yield name, getattr(self, name) == default, rule
         unset = self.router_z_loss_coef == MoELoraConfig.router_z_loss_coef
         rule = "unset with load_balance_loss_type z_loss, whose weight is router_aux_loss_coef"
         yield "router_z_loss_coef", unset or self.load_balance_loss_type != "z_loss", rule
@@ -209,12 +229,23 @@ class MoELoraConfig:
     def router_file(self) -> str | None:
         """The file of dylora/routing/ that has the router; none: router.py."""
         own = ("learned", "learned_with_maturity", "fixed")
-        return None if self.router_type in own else self.router_type
+        own_file = None if self.router_type in own else self.router_type
+        return "prompt" if self.routes_prompts else own_file
+
+    @property
+    def routes_prompts(self) -> bool:
+        """Whether the skill library routes, by prompts."""
+        return self.use_moe_routing and self.router_scope in ("prompt", "running_mean")
 
     @property
     def is_learned(self) -> bool:
-        """Whether routers are trained: not with constant weights, or without routing."""
+        """Whether there are routers: not with constant weights, or without routing."""
         return self.use_moe_routing and self.router_type != "fixed"
+
+    @property
+    def trains_routers(self) -> bool:
+        """Whether they have parameters, and losses of their own."""
+        return self.is_learned and not self.routes_prompts
 
     @property
     def z_loss_coef(self) -> float:

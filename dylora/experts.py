@@ -166,31 +166,33 @@ class ExpertManager:
             self.table[expert].state = "retired"
             self.table[expert].takes_part = False
             self._record(expert, "retired")
+            self.mixture.reassign_skills(expert, None)
         if any(self.table[index].takes_part for index in left):
             self._sync()
         else:
             self.activate_all_experts()  # the only one that took part is gone
 
-    def set_active_expert(self, *experts: int) -> None:
-        """Only these experts take part: they have all of the gate mass and are trained alone."""
-        if not experts:
-            raise ValueError("no expert is named, and one at least must take part")
+    def activate(self, *experts: int, shared: bool = True) -> None:
+        """Only these experts take part: one alone has all of the gate mass.
+
+        shared: the shared ones take part besides. Raises ValueError where nobody would.
+        """
         self._require_live(experts)
+        always = self.mixture.config.shared_experts if shared else 0
+        chosen = {*experts, *(expert for expert in self.live if expert < always)}
+        if not chosen:
+            raise ValueError("no expert is named, and one at least must take part")
         for index, row in enumerate(self.table):
-            row.takes_part = index in experts
+            row.takes_part = index in chosen
         self._sync()
+
+    set_active_expert = activate
 
     def activate_all_experts(self) -> None:
         """All experts but the retired ones take part again."""
         for row in self.table:
             row.takes_part = row.state != "retired"
         self._sync()
-
-    def reset_maturity(self, expert: int) -> None:
-        """Make an expert immature again: maturity, evidence and loss averages start afresh."""
-        self._require_live((expert,))
-        self.mixture.set_maturity(maturity.reset(self.mixture.maturity, expert, self.progress))
-        self._record(expert, "maturity reset")
 
     @without_autograd
     def merge(
@@ -223,6 +225,7 @@ class ExpertManager:
             restack.replace_stack(self._optimizer, adapter, adapter.stack_of(i)[0], merged)
         for _, router in self.mixture.routers():
             router.merge_experts(i, j, shares)
+        self.mixture.reassign_skills(j, i)
         state = self.mixture.state
         state.fixed_weights_E[i] += state.fixed_weights_E[j]
         state.fixed_weights_E[j] = 0
@@ -317,7 +320,7 @@ class ExpertManager:
     def _grow_routers(self, share: float) -> None:
         """Room for one more expert in every router, moments included."""
         for _, router in self.mixture.routers():
-            for name, old in router.add_expert(share, self.mixture.state.active_E).items():
+            for name, old in router.add_expert(share, self.mixture.state.routed_E).items():
                 restack.extend_moments(self._optimizer, old, router.get_parameter(name))
 
     def _apply_states(self) -> None:
@@ -335,7 +338,8 @@ class ExpertManager:
                     restack.set_requires_grad(parameter, trained and name not in adapter.fixed)
         for parameter in shared:
             restack.set_requires_grad(parameter, free)
-        alone = sum(row.takes_part for row in self.table) == 1
+        shared = mixture.config.shared_experts
+        alone = sum(row.takes_part for row in self.table[shared:]) <= 1
         routers = [parameter for _, parameter in mixture.router_parameters()]
         if alone:  # those that somebody else has frozen stay so afterwards
             self._paused += [p for p in routers if p.requires_grad]

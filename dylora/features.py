@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dylora.mixture import Mixture
+from dylora.routing.prompt_tokens import bos_ids
 
 _ROWS_AT_ONCE = 16
 
@@ -67,8 +68,8 @@ def _flat(values: Any) -> list[int]:
 
 
 def _embed(mixture: Mixture, rows: list[tuple[list[int], int]]) -> Features:
-    bos = mixture.base.config.get_text_config().bos_token_id
-    begins = [int(ids[:1] in ([bos], bos)) for ids, _ in rows]
+    bos = bos_ids(mixture.base.config)
+    begins = [int(bool(ids) and ids[0] in bos) for ids, _ in rows]
     for number, (begin, (_, prompt)) in enumerate(zip(begins, rows, strict=True)):
         if prompt <= begin:
             raise ValueError(f"row {number} has no token in its prompt")

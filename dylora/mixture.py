@@ -156,6 +156,11 @@ class Mixture:
         self.maturity = maturity
         self.state.set_maturity(maturity.maturity)
 
+    def reassign_skills(self, expert: int, to: int | None) -> None:
+        """The skills of an expert that is no more are another's, or nobody's."""
+        if self.skill_library:
+            self.skill_library.reassign(expert, to)
+
     def observe(
         self, seen: Observation, *, progress: float, run_tokens: float, rate: float = 1.0
     ) -> None:
@@ -186,7 +191,7 @@ class Mixture:
         Uniform before the first step, which exerts no pressure; an expert that is new since has
         none yet, one that is gone keeps none.
         """
-        active_E = self.state.active_E
+        active_E = self.state.routed_E
         if self.fractions is None:
             even_NE = (active_E / active_E.sum()).expand(len(self.site_names), -1)
             return dict.fromkeys(losses.ASSIGNMENTS, even_NE)

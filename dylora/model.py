@@ -128,7 +128,7 @@ class DyLoRA_MoE(nn.Module):
         kwargs.setdefault("use_cache", False)
         linear: Any = self.base.get_output_embeddings()
         capturing = nullcontext() if head is None else capture_head_input(linear)
-        with state.requesting(routing_weights) as decisions, capturing as seen:
+        with state.requesting(routing_weights, labels) as decisions, capturing as seen:
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         routing = None
         if not state.mine.disabled:
@@ -140,10 +140,11 @@ class DyLoRA_MoE(nn.Module):
         logits, token_losses = cross_entropy.losses_of_pass(
             output.logits, head, linear, hidden, labels, target_positions, label_smoothing
         )
-        # A router has nothing to learn while a single expert takes part.
-        statistics = routing.statistics if routing and state.active_count > 1 else None
+        # A router has nothing to learn while there is a single expert to choose.
+        learns = self.config.trains_routers and state.routed_count > 1
+        statistics = routing.statistics if routing and learns else None
         loss, parts = losses.combined_loss(
-            token_losses, labels, statistics, self.config, totals, state.active_count
+            token_losses, labels, statistics, self.config, totals, state.routed_count
         )
         return DyLoRAOutput(loss, parts, logits, routing, token_losses.detach())
 
@@ -151,9 +152,8 @@ class DyLoRA_MoE(nn.Module):
         """transformers' generate, KV cache included; routing_weights [B, E] hold for all tokens."""
         if routing_weights is not None:
             if routing_weights.ndim != 2:
-                raise ValueError(
-                    f"generate takes routing_weights of [B, E], got {list(routing_weights.shape)}"
-                )
+                shape = list(routing_weights.shape)
+                raise ValueError(f"generate takes routing_weights of [B, E], got {shape}")
             names = ("input_ids", "inputs", "inputs_embeds")
             given = [kwargs[name] for name in names if kwargs.get(name) is not None]
             self._check_routing_weights(routing_weights, next(iter([*args, *given]), None))

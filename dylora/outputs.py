@@ -105,6 +105,6 @@ def collect_routing(
         probabilities,
         logits,
         attention_mask,
-        top_k=min(mixture.config.top_k_experts, mixture.state.active_count),
+        top_k=min(mixture.config.top_k_experts, max(mixture.state.routed_count, 1)),
     )
     return Routing(gates, probabilities, logits, statistics)

@@ -14,23 +14,27 @@ Shape letters: B rows, S tokens, K skills, D hidden width.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dylora.features import Features, Row, embed, split_row, widths_of
+from dylora.features import Row, embed, split_row, widths_of
 from dylora.fields import is_name, nearest, shown
 from dylora.mixture import Mixture
+from dylora.routing.prompt import PromptRouter, PromptRule
+from dylora.skill_statistics import (
+    Skill,
+    describe,
+    floored,
+    gamma_quantile,
+    joined,
+    prompt_rule,
+)
 from dylora.storage import skill_file
 from dylora.storage.skill_file import LEAST_ROWS, RECORD, SCATTER, VECTORS
-
-FAR = 0.95  # a row is far beyond this share of every skill's held-out rows
-SHRINKAGE = 0.1  # of the prompts' covariance, towards the mean of its variances
-_FLOOR = 1e-6  # of a variance, as a share of the mean one: no coordinate may decide alone
 
 
 class Verdict(NamedTuple):
@@ -49,32 +53,8 @@ class Choice(NamedTuple):
 
     skill: str
     log_probabilities: dict[str, float]  # by skill, all of them equally likely beforehand
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skill:
-    """Sums over the rows of one skill, [D] in float64; `squares` are of what the mean leaves."""
-
-    name: str
-    expert: int | None  # the one that serves it
-    rows: int
-    held_out: int
-    dimensions: float  # (tr R)² / tr R², R the correlation of `whole`: over how many it spreads
-    far_level: float  # distance below which FAR of the held-out rows lie
-    whole_sum: Tensor
-    whole_squares: Tensor
-    held_out_sum: Tensor
-    held_out_squares: Tensor
-    prompt_sum: Tensor
-
-    @property
-    def variance(self) -> Tensor:
-        """Of `whole` within this skill, [D]."""
-        return _floored(self.whole_squares / (self.rows - 1))
-
-    def row_distances(self, whole: Tensor) -> Tensor:
-        """Mean squared distance of each row [B, D] in units of this skill's own spread, [B]."""
-        return ((whole - self.whole_sum / self.rows) ** 2 / self.variance).mean(-1)
+    distance: float  # from the skill that is nearest, in units of what is far from it
+    known: bool  # False: it is far from every skill, and routing by the prompt uses no expert
 
 
 class SkillLibrary:
@@ -95,8 +75,9 @@ class SkillLibrary:
         self.skills: dict[str, Skill] = {}  # by name, in the order they came
         # Of the prompts around their skill's mean, over all skills [D, D].
         self.prompt_scatter = torch.zeros(*[widths_of(mixture)[1]] * 2, dtype=torch.float64)
-        self._rule: tuple[Tensor, Tensor] | None = None
+        self._rule: PromptRule | None = None
         mixture.skill_library = self
+        self._follow()
 
     def __len__(self) -> int:
         return len(self.skills)
@@ -118,9 +99,47 @@ class SkillLibrary:
         if not is_name(name):
             raise ValueError(f"{shown(name)} is no name of a skill: give a short printable text")
         if name in self.skills:
-            raise ValueError(f"the library has a skill {shown(name)} already")
+            raise ValueError(f"the library has a skill {shown(name)} already: extend it")
         if expert is not None and (type(expert) is not int or expert not in self.mixture.live):
             raise ValueError(f"there is no expert {shown(expert)} to serve {shown(name)}")
+        skill, scatter = self._describe(name, rows, held_out, expert)
+        self.put(skill, scatter)
+        return skill
+
+    def put(self, skill: Skill, scatter_DD: Tensor) -> None:
+        """A skill and the scatter of its prompts, as `describe` gives them."""
+        self.skills[skill.name] = skill
+        self.prompt_scatter = self.prompt_scatter + scatter_DD
+        self._follow()
+
+    def extend(self, name: str, rows: Sequence[Row], held_out: Sequence[Row]) -> Skill:
+        """More rows of a known skill, as if they had come with the first. Raises as `add`."""
+        before = self._skill(name)
+        more, scatter = self._describe(name, rows, held_out, before.expert)
+        self.skills[name], between = joined(before, more)
+        self.prompt_scatter = self.prompt_scatter + scatter + between
+        self._follow()
+        return self.skills[name]
+
+    def remove(self, name: str) -> None:
+        """Forget a skill; the covariance that the others share stays. Raises ValueError for one
+        that is not known."""
+        self._skill(name)
+        degrees = self._degrees()
+        del self.skills[name]
+        self.prompt_scatter = self.prompt_scatter * (self._degrees() / degrees)
+        self._follow()
+
+    def reassign(self, expert: int, to: int | None) -> None:
+        """Let another expert, or none, serve the skills of an expert that is no more."""
+        for name, skill in self.skills.items():
+            if skill.expert == expert:
+                self.skills[name] = replace(skill, expert=to)
+        self._follow()
+
+    def _describe(
+        self, name: str, rows: Sequence[Row], held_out: Sequence[Row], expert: int | None
+    ) -> tuple[Skill, Tensor]:
         for what, given in (("rows", rows), ("held_out", held_out)):
             if len(given) < LEAST_ROWS:
                 raise ValueError(
@@ -133,20 +152,29 @@ class SkillLibrary:
                 f"{shared} held-out rows of {shown(name)} are among its other rows: a threshold "
                 "needs rows that nothing else is made of"
             )
-        features, others = embed(self.mixture, rows), embed(self.mixture, held_out)
-        skill, scatter = describe(name, expert, features, others.whole)
-        self.skills[name] = skill
-        self.prompt_scatter = self.prompt_scatter + scatter
-        self._rule = None
-        return skill
+        return describe(name, expert, embed(self.mixture, rows), embed(self.mixture, held_out))
 
-    def expert_of(self, name: str) -> int | None:
-        """The expert that serves a skill. Raises ValueError for one that is not known."""
+    def _degrees(self) -> int:
+        """Of freedom, of the covariance of prompts."""
+        return sum(skill.rows - 1 for skill in self.skills.values())
+
+    def _skill(self, name: str) -> Skill:
         if name not in self.skills:
             raise ValueError(
                 f"the library has no skill {shown(name)}{nearest(name, list(self.skills))}"
             )
-        return self.skills[name].expert
+        return self.skills[name]
+
+    def _follow(self) -> None:
+        """Let the router decide by what is known now."""
+        self._rule = prompt_rule(list(self.skills.values()), self.prompt_scatter) if self else None
+        for _, router in self.mixture.routers():
+            if isinstance(router, PromptRouter):
+                router.set_rule(self._rule)
+
+    def expert_of(self, name: str) -> int | None:
+        """The expert that serves a skill. Raises ValueError for one that is not known."""
+        return self._skill(name).expert
 
     def judge(self, rows: Sequence[Row]) -> Verdict:
         """Whether a batch shows a skill that is not known. Raises as `NoveltyDetector.judge`."""
@@ -161,30 +189,21 @@ class SkillLibrary:
         """
         self.require_skills()
         ids, length = split_row(prompt)
-        chances = self.log_probabilities(embed(self.mixture, [ids[:length]]).prompt)[0].tolist()
+        rule, asked = self.prompt_rule(), embed(self.mixture, [ids[:length]]).prompt
+        chances = rule.log_probabilities(asked)[0].tolist()
         by_name = dict(zip(self.skills, chances, strict=True))
-        return Choice(max(by_name, key=by_name.__getitem__), by_name)
+        distance = float(rule.distances(asked).min())
+        likeliest = max(by_name, key=by_name.__getitem__)
+        return Choice(likeliest, by_name, distance, distance <= 1)
 
     def log_probabilities(self, prompts: Tensor) -> Tensor:
         """Of every skill for every prompt, [B, K] in nats; prompts as `Features.prompt`, [B, D]."""
-        weight_DK, bias_K = self.prompt_rule()
-        return (prompts.double() @ weight_DK + bias_K).log_softmax(-1)
+        return self.prompt_rule().log_probabilities(prompts.double())
 
-    def prompt_rule(self) -> tuple[Tensor, Tensor]:
-        """Weight [D, K] and bias [K] of the linear discriminant: Σ⁻¹μ and -½ μᵀΣ⁻¹μ.
-
-        Raises ValueError while the library has no skills.
-        """
+    def prompt_rule(self) -> PromptRule:
+        """The rule by which prompts are routed. Raises ValueError without skills."""
         self.require_skills()
-        if self._rule is None:
-            rows = sum(skill.rows for skill in self.skills.values())
-            covariance = self.prompt_scatter / (rows - len(self))
-            width = len(covariance)
-            towards = covariance.trace() / width * torch.eye(width, dtype=torch.float64)
-            shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * towards
-            means = torch.stack([s.prompt_sum / s.rows for s in self.skills.values()])
-            weight = torch.cholesky_solve(means.T, torch.linalg.cholesky(shrunk))
-            self._rule = weight, -0.5 * (means.T * weight).sum(0)
+        assert self._rule is not None
         return self._rule
 
     def require_skills(self) -> None:
@@ -216,6 +235,7 @@ class SkillLibrary:
             vectors: dict[str, Any] = {name: tensors[name][index] for name in VECTORS}
             library.skills[record["name"]] = Skill(**record, **vectors)
         library.prompt_scatter = tensors[SCATTER]
+        library._follow()
         return library
 
 
@@ -241,7 +261,7 @@ class NoveltyDetector:
         """Of `whole` within skills, all of them pooled, [D]."""
         skills = self.library.skills.values()
         degrees = sum(skill.rows - 1 for skill in skills)
-        return _floored(torch.stack([skill.whole_squares for skill in skills]).sum(0) / degrees)
+        return floored(torch.stack([skill.whole_squares for skill in skills]).sum(0) / degrees)
 
     def distances(self, whole: Tensor) -> Tensor:
         """Of the mean of a batch [B, D] from each skill's, [K], without a unit: the squared
@@ -299,46 +319,3 @@ class NoveltyDetector:
             margin=float(margins[place]),
             far_share=float((rows.min(0).values > 1).double().mean()),
         )
-
-
-def describe(
-    name: str, expert: int | None, features: Features, held_out: Tensor
-) -> tuple[Skill, Tensor]:
-    """The sums over a skill's rows and its prompts' scatter [D, D]; held_out: `whole`, [B, D].
-
-    Raises ValueError for rows that are all alike, and for states that are not finite.
-    """
-    whole, prompt = features
-    left, left_held_out = whole - whole.mean(0), held_out - held_out.mean(0)
-    around = prompt - prompt.mean(0)
-    squares, others = (left**2).sum(0), (left_held_out**2).sum(0)
-    if not all(0 < float(part.square().sum()) < math.inf for part in (left, left_held_out, around)):
-        raise ValueError(f"the rows of {shown(name)} are all alike, or their states not finite")
-    unit = left / _floored(squares / (len(whole) - 1)).sqrt()
-    gram = unit @ unit.T
-    skill = Skill(
-        name=name,
-        expert=expert,
-        rows=len(whole),
-        held_out=len(held_out),
-        dimensions=float(gram.trace() ** 2 / (gram**2).sum()),
-        far_level=1.0,
-        whole_sum=whole.sum(0),
-        whole_squares=squares,
-        held_out_sum=held_out.sum(0),
-        held_out_squares=others,
-        prompt_sum=prompt.sum(0),
-    )
-    far_level = float(skill.row_distances(held_out).quantile(FAR))
-    scatter = around.T @ around
-    return replace(skill, far_level=far_level), (scatter + scatter.T) / 2
-
-
-def gamma_quantile(mean: float, variance: float, quantile: float) -> float:
-    """Of the gamma distribution with this mean and variance, by Wilson and Hilferty's cube root."""
-    ninth = variance / (9 * mean**2)
-    return mean * (1 - ninth + NormalDist().inv_cdf(quantile) * math.sqrt(ninth)) ** 3
-
-
-def _floored(variance: Tensor) -> Tensor:
-    return variance.clamp(min=float(variance.mean()) * _FLOOR)

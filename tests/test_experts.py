@@ -427,15 +427,6 @@ def test_all_experts_take_part_again(model, ids):
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-5)
 
 
-def test_maturity_can_be_reset(mixture):
-    model = mixture()
-    model.experts.count_step(5, 0.25)
-    model.experts.reset_maturity(0)
-    assert model.maturity.maturity.tolist() == pytest.approx([0.0, 0.0, 0.6])
-    assert model.maturity.start_progress.tolist() == [0.25, 0, 0]
-    assert model.mixture.state.maturity_E.tolist() == pytest.approx([0.0, 0.0, 0.6])
-
-
 # Merge
 
 

@@ -16,7 +16,8 @@ import harm
 from dylora import DyLoRA_MoE, MoELoraConfig, NoveltyDetector, SkillLibrary, load_tokenizer
 from dylora.data.prompts import encode_answers, encode_prompts, format_prompt
 from dylora.features import Features, embed
-from dylora.skills import FAR, LEAST_ROWS, SHRINKAGE, describe, gamma_quantile
+from dylora.skill_statistics import FAR, SHRINKAGE, describe, gamma_quantile
+from dylora.skills import LEAST_ROWS
 from dylora.tasks import SKILLS, generate_tasks
 from families import FAMILIES
 from published import CODE_ALPACA, needs_published_rows
@@ -67,8 +68,9 @@ def library_of(model, described, known) -> SkillLibrary:
     library = SkillLibrary(model)
     for name in known:
         train, calibrate, _ = described[name]
-        library.skills[name], scatter = describe(name, None, train, calibrate.whole)
-        library.prompt_scatter = library.prompt_scatter[: len(scatter), : len(scatter)] + scatter
+        skill, scatter = describe(name, None, train, calibrate)
+        library.prompt_scatter = library.prompt_scatter[: len(scatter), : len(scatter)]
+        library.put(skill, scatter)
     return library
 
 
@@ -116,7 +118,7 @@ def test_a_threshold_of_the_training_rows_alone_would_call_known_batches_new(mod
     over = 0
     for name, (train, _, judged) in described.items():
         library = library_of(model, described, [name])
-        skill, _ = describe(name, None, train, train.whole[::2])
+        skill, _ = describe(name, None, train, Features(*(part[::2] for part in train)))
         honest = NoveltyDetector(library, factor=1)
         naive = copy.copy(library)
         naive.skills = {name: skill}

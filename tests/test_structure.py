@@ -31,6 +31,7 @@ LAYERS = (
     ("mixture",),
     ("outputs",),
     ("experts", "features"),
+    ("skill_statistics",),
     ("skills",),
     ("integrations.static_weights", "model_io"),
     ("integrations.merge",),

@@ -74,7 +74,7 @@ class RoutedBlock:
             gates = gates.to(x.device, torch.promote_types(x.dtype, torch.float32))
             decision = RouterOutput(gates, gates, None)
         elif self.router is not None:
-            decision = self.router(x, pass_)
+            decision = self._route(self.router, x, pass_)
         elif self.shares_first and pass_.shared is not None:
             decision = pass_.shared.last(x.shape[1])
         else:
@@ -83,6 +83,24 @@ class RoutedBlock:
         if self.index == 0:
             pass_.shared = decision if self.router is not None else None
         return decision
+
+    def _route(self, router: Router, x: Tensor, pass_: Pass) -> RouterOutput:
+        """The router's decision, and the gate 1 for the experts that all tokens share."""
+        state = self.state
+        if not state.shared:
+            return router(x, pass_)
+        if state.routed_count:
+            decision = router(x, pass_)
+        else:  # the shared ones alone
+            nobody = torch.zeros(*x.shape[:-1], state.num_experts, device=x.device)
+            decision = RouterOutput(nobody, nobody, None)
+        ones = state.active_E[: state.shared].to(decision.gates)
+        always = ones.expand(*x.shape[:-1], -1)
+        gates = torch.cat([always, decision.gates[..., state.shared :]], -1)
+        mature = decision.mature
+        if mature is not None:
+            mature = [False] * state.shared + mature[state.shared :]
+        return decision._replace(gates=gates, mature=mature)
 
     def begin(self, pass_: Pass, decision: RouterOutput, dtype: torch.dtype) -> None:
         """Inputs of this precision are mixed by this decision until the block returns."""

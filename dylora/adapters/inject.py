@@ -17,6 +17,8 @@ from dylora.adapters.block import RoutedBlock
 from dylora.adapters.targets import device_of, find_targets, projection_sizes
 from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
+from dylora.routing.prompt import PromptedGenerate
+from dylora.routing.prompt_tokens import bos_ids
 from dylora.routing.router import Router, router_class
 from dylora.routing.state import RoutingState
 
@@ -52,13 +54,24 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
 
     base.requires_grad_(False)
     weights = config.fixed_routing_weights if config.use_moe_routing else None
-    state = RoutingState(config.expert_count, weights, device_of(base, targets[0]))
+    state = RoutingState(
+        config.expert_count,
+        weights,
+        device_of(base, targets[0]),
+        config.shared_experts,
+        by_prompt=config.routes_prompts,
+        bos=bos_ids(base.config),
+    )
     base.add_module(STATE_NAME, state)
+    if config.routes_prompts:
+        running = config.router_scope == "running_mean"
+        generate: Any = PromptedGenerate(base, state, running=running)
+        base.generate = generate
     handles = _add_pass_hooks(base, state)
     blocks, adapters, biases = [], {}, {}
     for index, (path, paths) in enumerate(paths_by_block.items()):
         block = RoutedBlock(path, index, state)
-        block.shares_first = config.router_scope == "shared" and index > 0 and config.is_learned
+        block.shares_first = config.router_scope != "site" and index > 0 and config.is_learned
         if config.is_learned and not block.shares_first:
             attach_router(base, block, new_router(base, config, paths[0]))
         module = base.get_submodule(path)
@@ -161,6 +174,7 @@ def remove(
     for block in blocks:
         attach_router(base, block, None)
     delattr(base, STATE_NAME)
+    vars(base).pop("generate", None)
 
 
 def attach_router(

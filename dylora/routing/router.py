@@ -41,15 +41,15 @@ class Router(nn.Module):
     def forward(self, x: Tensor, pass_: Pass) -> RouterOutput:
         """Hidden states [B, S, D] -> gates, probabilities and logits [B, S, E].
 
-        Experts that take no part (`pass_.state.active_E`) get the gate 0.
+        Experts that are not to be chosen (`pass_.state.routed_E`) get the gate 0.
         """
 
     @abstractmethod
     def add_expert(self, share: float, active_E: Tensor) -> dict[str, nn.Parameter]:
         """Room for one more expert whose probability stays below `share` for every hidden state.
 
-        active_E [E]: which of the others take part. Returns the parameters that were replaced, by
-        name; the optimizer's moments go over to those in their place.
+        active_E [E]: among which of the others it chooses. Returns the parameters that were
+        replaced, by name; the optimizer's moments go over to those in their place.
         """
 
     @abstractmethod
@@ -103,8 +103,8 @@ class DynamicHybridRouter(Router):
         logits = self.score(x)
         if self.training and self.config.router_noise:
             logits = logits + self.config.router_noise * torch.randn_like(logits)
-        if not pass_.state.all_active:
-            logits = logits.masked_fill(~pass_.state.active_E.to(logits.device), -math.inf)
+        if not pass_.state.all_routed:
+            logits = logits.masked_fill(~pass_.state.routed_E.to(logits.device), -math.inf)
         temperature = self.config.router_temperature
         scaled = logits if temperature == 1 else logits / temperature
         return logits, scaled.softmax(-1)
@@ -159,8 +159,8 @@ class DynamicHybridRouter(Router):
         gates = maturity_gates(probabilities, maturity, k, config.gate_scale)
         if mode == "sparse" and self.training and config.expert_capacity_factor is not None:
             # Experts that take no part hold no tokens, so they count neither in K nor in E.
-            top_k = min(config.top_k_experts, state.active_count)
-            factor, count = config.expert_capacity_factor, state.active_count
+            top_k = min(config.top_k_experts, state.routed_count)
+            factor, count = config.expert_capacity_factor, state.routed_count
             gates = cap_tokens(gates, top_k, factor, pass_.token_mask, count)
         return gates
 

@@ -1,4 +1,4 @@
-"""What the blocks of one model share: the state of its experts, and the pass under way.
+"""What the blocks of one model share: the state of its experts, and the passes under way.
 
 A `Pass` carries what its caller asked for and what its blocks decide. Hooks on the base and on its
 decoder make one when either is called and drop it when that returns. Each thread has its own, so
@@ -9,7 +9,7 @@ Shape letters: B batch, S sequence, N blocks, E experts.
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from dylora.routing.expert_state import ExpertState
 from dylora.routing.gating import RouterOutput
+from dylora.routing.prompt_tokens import prompt_mask
+
+HELD = "_dylora_held"  # attribute of a cache: what `Pass.held` is
+DECIDED = ("gates", "probabilities")  # of what is held: a sequence's decision
 
 
 class Pass:
@@ -33,6 +38,8 @@ class Pass:
         decisions: dict[int, RouterOutput] | None = None,
         shape: tuple[int, int] | None = None,
         kept: dict[str, Any] | None = None,
+        prompt_mask: Tensor | None = None,
+        held: dict[str, Any] | None = None,
         scope: str = "base",
     ):
         self.state = state
@@ -41,6 +48,10 @@ class Pass:
         self.token_mask = token_mask  # [B, S], 0 on padding
         self.shape = shape  # B and S of its inputs, where they are known
         self.kept = kept  # values that live as long as one decoding; None: nothing is kept
+        # Of routing by the prompt: which tokens are its own, [B, S], and what is held to be used
+        # for the tokens that follow in later passes.
+        self.prompt_mask = prompt_mask
+        self.held: dict[str, Any] = {} if held is None else held
         self.scope = scope  # whose hooks end it: of the base, its decoder, or a single block
         self.decisions = {} if decisions is None else decisions  # by the index of the block
         self.shared: RouterOutput | None = None  # the first block's decision
@@ -54,6 +65,8 @@ class Pass:
             routing_weights=self.routing_weights,
             token_mask=self.token_mask,
             shape=self.shape,
+            prompt_mask=self.prompt_mask,
+            held={name: value for name, value in self.held.items() if name in DECIDED},
             scope=scope,
         )
         again.shared = self.shared
@@ -63,8 +76,9 @@ class Pass:
 class Request(NamedTuple):
     """What the caller of the next pass wants of it."""
 
-    routing_weights: Tensor | None
-    decisions: dict[int, RouterOutput]  # filled by the blocks
+    routing_weights: Tensor | None = None
+    labels: Tensor | None = None  # [B, S], where the base is given none
+    decisions: dict[int, RouterOutput] | None = None  # filled by the blocks
 
 
 class _PerThread(threading.local):
@@ -74,34 +88,28 @@ class _PerThread(threading.local):
     requested: Request | None = None  # of the next pass
     held: Tensor | None = None  # routing weights of every pass until they are taken back
     disabled = False
+    generation: dict[str, Any] | None = None  # what one call of `generate` holds of its prompts
 
     def __reduce__(self) -> Any:
         return _PerThread, ()  # a copy of the model is in no pass
 
 
-class RoutingState(nn.Module):
-    """The experts' maturity, which of them take part, and the passes under way."""
-
-    maturity_E: Tensor
-    active_E: Tensor
-    fixed_weights_E: Tensor
+class RoutingState(ExpertState):
+    """The state of the experts, and the passes under way."""
 
     def __init__(
         self,
         num_experts: int,
         fixed_weights: list[float] | None = None,
         device: torch.device | None = None,
+        shared: int = 0,
+        *,
+        by_prompt: bool = False,
+        bos: Collection[int] = (),
     ):
-        super().__init__()
-        fixed = fixed_weights or [1 / num_experts] * num_experts
-        self.register_buffer("maturity_E", torch.zeros(num_experts, device=device))
-        self.register_buffer("active_E", torch.ones(num_experts, dtype=torch.bool, device=device))
-        self.register_buffer("fixed_weights_E", torch.tensor(fixed, device=device))
-        # Host copies of what the device holds, for decisions that must not wait for it.
-        self.active = [True] * num_experts
-        self.active_count = num_experts
-        self.mature = [False] * num_experts
-        self.all_immature = True
+        """by_prompt: tokens are routed by the prompt they belong to; bos: ids that begin a text."""
+        super().__init__(num_experts, fixed_weights, device, shared)
+        self.by_prompt, self.bos = by_prompt, tuple(bos)
         self.mine = _PerThread()
         self._traced: Pass | None = None  # of code that torch.compile traces, hooks included
         self._latest: Pass | None = None  # the inputs of the latest pass with gradient
@@ -115,15 +123,22 @@ class RoutingState(nn.Module):
         super().__setstate__(state)
         self._decodings = weakref.WeakKeyDictionary()
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget_kept()
+
     # Passes
 
     @contextmanager
-    def requesting(self, routing_weights: Tensor | None) -> Iterator[dict[int, RouterOutput]]:
-        """The next pass within has these routing weights; its decisions come into what this
-        gives, by block."""
-        request = self.mine.requested = Request(routing_weights, {})
+    def requesting(
+        self, routing_weights: Tensor | None, labels: Tensor | None = None
+    ) -> Iterator[dict[int, RouterOutput]]:
+        """The next pass within has these routing weights and labels; its decisions come into what
+        this gives, by block."""
+        decisions: dict[int, RouterOutput] = {}
+        self.mine.requested = Request(routing_weights, labels, decisions)
         try:
-            yield request.decisions
+            yield decisions
         finally:
             self.mine.requested = None  # where it failed before it began
 
@@ -155,16 +170,25 @@ class RoutingState(nn.Module):
         ids: Any = kwargs.get("input_ids")
         if ids is None:
             ids = args[0] if args else kwargs.get("inputs_embeds")
-        request, mine.requested = mine.requested or Request(None, {}), None
+        request, mine.requested = mine.requested or Request(), None
         weights = mine.held if request.routing_weights is None else request.routing_weights
+        token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        cache: Any = kwargs.get("past_key_values")
+        own, held = None, None
+        if self.by_prompt and ids is not None:
+            labels = kwargs.get("labels") if request.labels is None else request.labels
+            own = prompt_mask(ids, token_mask, labels, self.bos)
+            held = self._held(cache)
         pass_ = Pass(
             self,
             enabled=not mine.disabled,
             routing_weights=weights,
             decisions=request.decisions,
-            token_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+            token_mask=token_mask,
             shape=None if ids is None else (ids.shape[0], ids.shape[1]),
-            kept=self._kept(ids, kwargs.get("past_key_values")),
+            kept=self._kept(ids, cache),
+            prompt_mask=own,
+            held=held,
             scope=scope,
         )
         if torch.compiler.is_compiling():
@@ -174,16 +198,19 @@ class RoutingState(nn.Module):
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the base; called after an error as well."""
-        self._end("base")
+        self._end("base", output)
 
     def end_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the base's decoder; likewise."""
-        self._end("decoder")
+        self._end("decoder", output)
 
-    def _end(self, scope: str) -> None:
+    def _end(self, scope: str, output: Any) -> None:
         pass_ = self.current()
         if pass_ is None or pass_.scope != scope:
             return
+        cache = getattr(output, "past_key_values", None)
+        if pass_.held and isinstance(cache, Cache):
+            setattr(cache, HELD, pass_.held)  # copies of a cache take it along
         if torch.compiler.is_compiling():
             self._traced = None
         else:
@@ -239,65 +266,20 @@ class RoutingState(nn.Module):
             return None
         return self._decodings.setdefault(cache, {})
 
+    def _held(self, cache: Any) -> dict[str, Any] | None:
+        """What the passes before this one hold of its prompts: those of one `generate`, or of a
+        cache that is not empty."""
+        if self.mine.generation is not None:
+            return self.mine.generation
+        held = getattr(cache, HELD, None)
+        if held is None or torch.compiler.is_compiling() or int(cache.get_seq_length()) > 0:
+            return held
+        return None  # the cache was emptied for another text
+
     def forget_kept(self) -> None:
         """Make anew what decodings keep: parameters, experts or modes have changed."""
         if self._decodings:
             self._decodings.clear()
-
-    # The experts
-
-    @property
-    def num_experts(self) -> int:
-        """All experts that ever were: the width of every gate."""
-        return len(self.active)
-
-    @property
-    def all_active(self) -> bool:
-        """Whether every expert takes part."""
-        return self.active_count == len(self.active)
-
-    def set_active(self, active: list[bool]) -> None:
-        """Which experts take part; the others have probability 0."""
-        self.active_E = torch.tensor(active, device=self.active_E.device)
-        self._mirror_active(active)
-
-    def _mirror_active(self, active: list[bool]) -> None:
-        self.active = list(active)
-        self.active_count = sum(active)
-
-    def set_maturity(self, maturity_E: Tensor) -> None:
-        """What each expert's maturity is from here on; [E] on the CPU."""
-        self.maturity_E.copy_(maturity_E, non_blocking=True)
-        self._mirror_maturity(maturity_E.tolist())
-
-    def _mirror_maturity(self, values: list[float]) -> None:
-        self.mature = [value == 1 for value in values]
-        self.all_immature = not any(values)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Values loaded past `set_maturity` and `set_active` are mirrored as well."""
-        super()._load_from_state_dict(*args, **kwargs)
-        self._mirror_maturity(self.maturity_E.tolist())
-        self._mirror_active(self.active_E.tolist())
-        self.forget_kept()
-
-    def resize(self, maturity: list[float], fixed_weights: list[float]) -> None:
-        """Room for another number of experts, all of them taking part."""
-        device = self.maturity_E.device
-        self.maturity_E = torch.tensor(maturity, dtype=self.maturity_E.dtype, device=device)
-        self.fixed_weights_E = torch.tensor(fixed_weights, device=device).to(self.maturity_E)
-        self._mirror_maturity(maturity)
-        self.set_active([True] * len(maturity))
-
-    def fixed_gates(self) -> Tensor:
-        """The weights [E] of router_type fixed; what inactive experts had goes to the others."""
-        weights_E = self.fixed_weights_E
-        if self.all_active:
-            return weights_E
-        kept_E = weights_E * self.active_E
-        even_E = self.active_E.to(weights_E) / self.active_count
-        kept_E = torch.where(kept_E.sum() > 0, kept_E, even_E)
-        return kept_E * (weights_E.sum() / kept_E.sum())
 
 
 class _Recomputation:

@@ -37,7 +37,7 @@ class ThresholdRouter(DynamicHybridRouter):
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
             v, c = self.threshold.weight.to(x.dtype), self.threshold.bias.to(x.dtype)
-            threshold = F.linear(x, v, c).sigmoid() / pass_.state.active_count
+            threshold = F.linear(x, v, c).sigmoid() / pass_.state.routed_count
         gates = (probabilities - threshold).relu()
         gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
         if self.training and self.config.expert_dropout:

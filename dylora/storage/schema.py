@@ -191,7 +191,7 @@ def _check_routers(file: Path, description: dict[str, Any], config: MoELoraConfi
     wanted[FIXED_WEIGHTS] = [experts]
     if config.is_learned:
         spec = router_class(config).state_spec(config, experts)
-        for site in sites[:1] if config.router_scope == "shared" else sites:
+        for site in sites if config.router_scope == "site" else sites[:1]:
             wanted |= {f"router.{site}.{name}": shape for name, shape in spec.items()}
     for name, sizes in wanted.items():
         if name not in headers:

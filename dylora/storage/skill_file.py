@@ -19,7 +19,8 @@ from dylora.storage.safe_io import parse_json, require_keys
 from dylora.storage.tensors import Header, read_headers, read_tensors
 
 LEAST_ROWS = 16  # of a skill; below, neither a threshold nor similar skills can be told
-VECTORS = ("whole_sum", "whole_squares", "held_out_sum", "held_out_squares", "prompt_sum")  # [K, D]
+PROMPTS = ("prompt_sum", "prompt_squares")  # [K, D] each, as the others
+VECTORS = ("whole_sum", "whole_squares", "held_out_sum", "held_out_squares", *PROMPTS)
 SCATTER = "prompt_scatter"  # [D, D], over all skills
 _MOST_ROWS = 1 << 40
 RECORD = {  # of a skill in the table
@@ -29,6 +30,7 @@ RECORD = {  # of a skill in the table
     "held_out": lambda value: is_whole_number(value, LEAST_ROWS, _MOST_ROWS),
     "dimensions": lambda value: is_number(value, 0.999, LARGEST),
     "far_level": lambda value: is_number(value, 1e-30, 1e30),
+    "prompt_far_level": lambda value: is_number(value, 1e-30, 1e30),
 }
 
 
@@ -55,7 +57,7 @@ def read_skills(
     table = _read_table(file, experts)
     whole, prompt = widths
     shapes = dict.fromkeys(VECTORS, (len(table), whole))
-    shapes |= {"prompt_sum": (len(table), prompt), SCATTER: (prompt, prompt)}
+    shapes |= dict.fromkeys(PROMPTS, (len(table), prompt)) | {SCATTER: (prompt, prompt)}
     for name in sorted(shapes.keys() - headers.keys()):
         raise ValueError(f"{file}: {name} is missing")
     for name, header in sorted(headers.items()):
@@ -98,7 +100,7 @@ def _check_values(file: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if not bool((value.abs() <= 1e100).all()):  # NaN is not either
             raise ValueError(f"{file}: {name} holds values that are not finite, or above 1e100")
-    for name in ("whole_squares", "held_out_squares"):
+    for name in ("whole_squares", "held_out_squares", "prompt_squares"):
         if not bool((tensors[name] >= 0).all() and (tensors[name].sum(-1) > 0).all()):
             raise ValueError(f"{file}: {name} holds no sums of squares")
     scatter = tensors[SCATTER]

@@ -26,7 +26,7 @@ from torch import Tensor
 from dylora import DyLoRA_MoE, MoELoraConfig, NoveltyDetector, SkillLibrary, load_tokenizer
 from dylora.data.prompts import encode_answers, encode_prompts, format_prompt
 from dylora.features import Features, embed
-from dylora.skills import describe
+from dylora.skill_statistics import describe
 from dylora.tasks import SKILLS, generate_tasks
 
 LANGUAGES = {
@@ -101,9 +101,7 @@ class Pool:
         library = SkillLibrary(self.model)
         for name in known:
             part = Features(*(values[:rows] for values in self.train[name]))
-            skill, scatter = describe(name, None, part, self.calibrate[name].whole)
-            library.skills[name] = skill
-            library.prompt_scatter += scatter
+            library.put(*describe(name, None, part, self.calibrate[name]))
         return library
 
     def novelty(self, count: int, batch: int) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""Which tokens of a pass are the prompt's.
+
+Shape letters: B batch, S sequence, D hidden width.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def bos_ids(config: Any) -> tuple[int, ...]:
+    """The tokens that begin a text, of a transformers config."""
+    bos = config.get_text_config().bos_token_id
+    return () if bos is None else tuple(bos) if isinstance(bos, (list, tuple)) else (bos,)
+
+
+def prompt_mask(
+    ids: Tensor, token_mask: Tensor | None, labels: Tensor | None, bos: Collection[int]
+) -> Tensor:
+    """1 on the tokens of each prompt, else 0, [B, S] in float32.
+
+    Padding is not of it, nor a BOS that begins the text (of embeddings nobody knows which is one),
+    nor anything from the first label on. A row that would have none left is a prompt as a whole.
+
+    ids: [B, S], or embeddings [B, S, D]; token_mask [B, S] or longer, of a cache as well: 0 on
+    padding; labels [B, S], -100 where nothing is learned; bos: ids.
+    """
+    length = ids.shape[1]
+    if token_mask is None:
+        real = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+    else:
+        real = token_mask[:, -length:].to(ids.device) != 0
+    own = real
+    if ids.ndim == 2 and bos:
+        begins = real & (real.cumsum(-1) == 1)
+        is_bos = torch.zeros_like(real)
+        for token in bos:
+            is_bos = is_bos | (ids == token)
+        own = own & ~(begins & is_bos)
+    if labels is not None:
+        own = own & ((labels.to(ids.device) != -100).cumsum(-1) == 0)
+    return torch.where(own.any(-1, keepdim=True), own, real).float()
