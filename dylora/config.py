@@ -84,7 +84,7 @@ class MoELoraConfig:
     """Experts at the start."""
     shared_experts: int = option(0, least=0, routing=True)
     """So many of them, the first ones, have the gate 1 for every token, beside those that routers
-    choose (DeepSeekMoE, Dai et al. 2024)."""
+    choose (DeepSeekMoE)."""
     top_k_experts: int = option(2, least=1, routing=True)
     """Mature experts that a token keeps."""
     router_hidden_size: int | None = option(None, least=1, most=LARGEST, routing=True)

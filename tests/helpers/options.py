@@ -28,6 +28,7 @@ REFUSED: dict[str, Any] = {
     "alpha_pattern": {"q_proj": 0.0},
     "lora_dropout": 1.0,
     "num_experts": 1,
+    "shared_experts": -1,
     "top_k_experts": 5,
     "router_hidden_size": 0,
     "router_temperature": 0.0,
@@ -58,6 +59,8 @@ PAPERS = {
     "GShard": "Lepikhin et al. 2020, GShard, arXiv 2006.16668",
     "Switch": "Fedus et al. 2021, Switch Transformer, arXiv 2101.03961",
     "ST-MoE": "Zoph et al. 2022, ST-MoE, arXiv 2202.08906",
+    "DeepSeekMoE": "Dai et al. 2024, DeepSeekMoE, arXiv 2401.06066",
+    "LDA": "Fisher 1936, the use of multiple measurements in taxonomic problems",
     "Arrow": "Ostapenko et al. 2024, Arrow, arXiv 2405.11157",
 }
 SOURCES = {
@@ -72,6 +75,8 @@ SOURCES = {
     "share_A": ["HydraLoRA"],
     "init_lora_weights": ["LoRA"],
     "top_k_experts": ["sparse MoE"],
+    "shared_experts": ["DeepSeekMoE"],
+    "router_scope": ["LDA"],
     "router_logits": ["Arrow"],
     "router_noise": ["sparse MoE"],
     "load_balance_loss_type": ["GShard", "Switch"],
