@@ -30,7 +30,7 @@ _MEANINGLESS = {
 }
 _OF_TRAINED_ROUTERS = (  # mean nothing for rules in closed form
     *("router_type", "router_hidden_size", "router_logits", "router_temperature", "router_noise"),
-    "expert_dropout",
+    *("gate_scale", "expert_dropout"),
 )
 
 

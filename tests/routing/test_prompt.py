@@ -214,7 +214,8 @@ def test_a_shared_expert_has_the_gate_one_beside_the_routed_one(routed):
 
 @pytest.mark.parametrize("router_type", ["learned", "learned_with_maturity", "threshold"])
 def test_token_routers_choose_among_the_others_beside_a_shared_expert(mixture, router_type, ids):
-    model = mixture(num_experts=4, shared_experts=1, router_type=router_type)
+    settings = {"router_type": router_type, "gate_scale": "sum_to_one"}
+    model = mixture(num_experts=4, shared_experts=1, **settings)
     routing = model(ids).routing
     assert (routing.gates[..., 0] == 1).all()
     torch.testing.assert_close(routing.gates[..., 1:].sum(-1), torch.ones(2, 7, 2))
