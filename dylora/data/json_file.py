@@ -6,6 +6,7 @@ Our own parser: `datasets` gives up on a whole file for one bad line, and names 
 import gzip
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dylora.data.record import BadRecord, Record, require_columns
-from dylora.storage.safe_io import distinct, open_regular, read_bytes
+from dylora.storage.safe_io import distinct, expansion_bound, open_regular, read_bytes
 
 MAX_LINE = 16 << 20  # bytes of a line, longer ones are malformed
 MAX_ARRAY = 256 << 20  # bytes of a .json file that is one array: it is read whole
@@ -44,6 +45,10 @@ def read_json_file(file: Path, columns: list[str]) -> Iterator[Record]:
 def _open_lines(file: Path) -> Iterator[Callable[[int], bytes]]:
     """A function that reads the next line, at most so many bytes of it; b"" at the end."""
     with open_regular(file) as stream:
+        if os.fstat(stream.fileno()).st_size > expansion_bound(file):
+            raise ValueError(
+                f"{file} has holes: more than {expansion_bound(file):,} bytes of content"
+            )
         if file.suffix.lower() != ".gz":
             yield stream.readline
             return

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from dylora.fields import shown
 
 MAX_JSON = 8 << 20  # bytes, read in 2 s at the worst; a row of the table of experts has 300
+MAX_RATIO, FREE_EXPANSION = 1000, 64 << 20
 MAX_DEPTH = 64  # of lists and mappings in one another
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -57,6 +58,14 @@ def read_bytes(file: Path, limit: int) -> bytes:
     if len(content) > limit:  # it has grown, or lies about its size as those in /proc do
         raise ValueError(f"{file} has more than {limit:,} bytes")
     return content
+
+
+def expansion_bound(file: Path) -> int:
+    """Bytes that the content of a file may come to, for what it takes on the disk.
+
+    No text shrinks to a thousandth by itself; what does was made to, or has holes.
+    """
+    return MAX_RATIO * os.stat(file).st_blocks * 512 + FREE_EXPANSION
 
 
 def check_link(file: Path, folder: Path) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dylora.data.readers import read_records
 from dylora.data.sources import MAX_PROBLEMS, mbpp_split, read_source
 from dylora.run_config import SourceConfig
 from published import CODE_ALPACA, MBPP, needs_published_rows
@@ -13,7 +14,7 @@ from published import CODE_ALPACA, MBPP, needs_published_rows
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Parquet goes through the cache of `datasets`: not the user's."""
+    """Sets of the hub go through the cache of `datasets`: not the user's."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -223,6 +224,43 @@ def test_parquet_rows_are_reported_with_their_row(tmp_path):
         f"{file}:4: 'question' is of type NoneType, not text",
         f"{file}:5: the answer is empty",
     )
+
+
+def test_parquet_columns_of_lists_structs_and_repeated_texts_are_read_as_they_were_written(
+    tmp_path,
+):
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    rows = [
+        {
+            "question": f"question {row % 7}",
+            "answer": None if row % 5 == 0 else "é" * row,
+            "tests": ["a", f"{row}", None][: row % 4],
+            "more": {"name": str(row % 3), "number": row / 2, "flag": bool(row % 2)},
+            "number": row,
+        }
+        for row in range(3000)
+    ]
+    file = tmp_path / "rows.parquet"
+    write_table(pa.Table.from_pylist(rows), file, row_group_size=700)
+    columns = ["tests", "question", "more", "answer", "number"]
+    read = list(read_records(str(file), None, columns=columns))
+    assert [record.fields for record in read] == rows
+    assert [list(record.fields) for record in read] == [columns] * 3000
+    assert read[2999].location == f"{file}:3000"
+
+
+def test_a_text_of_more_than_a_line_may_have_costs_its_parquet_row_alone(tmp_path):
+    from datasets import Dataset
+
+    file = tmp_path / "rows.parquet"
+    vast = {"question": random.Random(0).randbytes(9 << 20).hex(), "answer": "b"}
+    rows = [*rows_of(2), vast, *rows_of(40)[2:], vast, vast, vast]
+    Dataset.from_list(rows).to_parquet(str(file))
+    read = read_source(own_source(file))
+    assert (read.counts.read, read.counts.malformed, len(read.rows)) == (44, 4, 40)
+    assert read.counts.problems[0] == f"{file}:3: longer than 16,777,216 bytes"
 
 
 def test_the_list_of_problems_is_short_and_the_count_is_true(tmp_path):

@@ -63,6 +63,24 @@ def twice(key: str, value: str) -> Callable[[Path], None]:
     return damage
 
 
+def parquet(text: str | None, times: int, rows: int | None = None) -> Callable[[Path], None]:
+    """Columns of some kilobytes that hold a text so many times, in as many rows or in lists."""
+
+    def damage(file: Path) -> None:
+        import pyarrow as pa
+        from pyarrow.parquet import write_table
+
+        texts = pa.array([text] if text else [], pa.string())
+        codes = pa.array([0] * times, pa.int32()) if text else pa.nulls(times, pa.int32())
+        column: Any = pa.DictionaryArray.from_arrays(codes, texts)
+        if rows:
+            column = pa.ListArray.from_arrays([0, times], column)
+        write_table(pa.table({"question": column, "answer": column}), file, compression="zstd")
+        assert file.stat().st_size < 2**20
+
+    return damage
+
+
 def sparse(size: int) -> Callable[[Path], None]:
     """A file that claims so many bytes and takes none on the disk."""
     return lambda file: os.truncate(file, size)

@@ -36,6 +36,7 @@ from harm import (
     link,
     moved_out,
     one_number,
+    parquet,
     pipe,
     saved,
     second_pickle,
@@ -556,7 +557,7 @@ ROW = b'{"question": "a", "answer": "b"}\n'
 DATA = [
     Case("a pipe", "rows.jsonl", pipe, "pipe"),
     Case("a device", "rows.jsonl", link("/dev/zero"), "device"),
-    Case("one line of a quarter gibibyte", "rows.jsonl", sparse(GIB // 4), "longer than"),
+    Case("forty gibibytes of holes", "rows.jsonl", sparse(40 * GIB), "has holes"),
     Case("machine code", "rows.jsonl", content(bytes(range(128, 256)) * 100), "not UTF-8"),
     Case("nested without end", "rows.jsonl", content(DEEP), "not JSON"),
     Case("a key twice", "rows.jsonl", content(ROW[:-2] + b', "answer": "c"}'), "stands twice"),
@@ -567,6 +568,10 @@ DATA = [
     Case("a vast array", "rows.json", lambda f: (f.write_bytes(b"["), os.truncate(f, GIB)), "may"),
     Case("no parquet", "rows.parquet", content(b"PAR1" + b"\xff" * 400 + b"PAR1"), "parquet"),
     Case("parquet in a pipe", "rows.parquet", pipe, "pipe"),
+    Case("a text for 5,000 rows", "rows.parquet", parquet("a" * 2**20, 5000), "expands to"),
+    Case("a text 5,000 times a row", "rows.parquet", parquet("a" * 2**20, 5000, 1), "expands to"),
+    Case("a text of zeros", "rows.parquet", parquet("0" * 2**27, 1), "expands to"),
+    Case("five million rows of nothing", "rows.parquet", parquet(None, 5 * 10**6), "expands to"),
 ]
 
 LAUGHS = "a0: &a0 [ha, ha]\n" + "".join(
