@@ -30,7 +30,9 @@ from dylora.sandbox.launcher.wire import (
     write_frame,
 )
 
-Outcome = Literal["passed", "failed", "error", "timeout", "memory", "output limit", "violation"]
+Outcome = Literal[
+    "passed", "failed", "error", "timeout", "memory", "output limit", "not supported", "violation"
+]
 Job = TypeVar("Job")
 Output = TypeVar("Output")
 
@@ -40,8 +42,9 @@ _LAUNCHER = Path(__file__).with_name("launcher")
 _GRACE_S = 20.0
 """A launcher that has not answered this long after a job's limit is killed."""
 _PROBES = (
-    ("open('/etc/passwd').read()", "error"),
-    ("import os; os.kill(os.getppid(), 0)", "violation"),
+    # where files are kept away they do not exist, or may not be opened
+    ("open('/etc/passwd').read()", ("error", "not supported")),
+    ("import os; os.kill(os.getppid(), 0)", ("violation",)),
 )
 """Programs, and the outcomes that only a working sandbox gives them."""
 
@@ -73,7 +76,8 @@ class Limits:
 class Result(NamedTuple):
     """How one program ended."""
 
-    # failed: an assertion of the tests; error: any other exception, or an early end
+    # failed: an assertion of the tests; error: any other exception, or an early end; not supported:
+    # an honest program may want it, this sandbox has it not; violation: a system call of attacks
     outcome: Outcome
     detail: str = ""  # one line for a reader
     output: str = ""  # what it printed, up to the limit
@@ -108,7 +112,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 self.backend = self._start(one)
                 for source, expected in () if unsafe else _PROBES:
                     result, _ = self.call(source, [])
-                    if result.outcome != expected:
+                    if result.outcome not in expected:
                         raise _Refused(f"the probe {source!r} ended as {result}")
                 return
             except _Refused as refusal:
@@ -145,7 +149,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         result, values = self._ask(source, calls=sent)
         if result.outcome != "passed":
             return result, []
-        return result, [decode(item, lambda _: Opaque()) for item in values]
+        return result, [decode(item, lambda *_: Opaque()) for item in values]
 
     def close(self) -> None:
         """Ends the launcher and removes its folder."""
@@ -283,7 +287,7 @@ def run_all(
             yield from pool.map(work, jobs)
 
 
-def _refuse(value: Any) -> int:
+def _refuse(value: Any) -> list[Any]:
     raise ValueError(f"a {type(value).__name__} cannot be sent to a program")
 
 

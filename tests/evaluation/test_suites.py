@@ -24,7 +24,13 @@ from dylora.evaluation.passk.suites import read_suite
 from dylora.sandbox.host import Limits, Sandbox, run_all
 from published import FOLDER, MBPP, needs_published_rows
 
-PUBLISHED_PLUS = {"humaneval+": "HumanEvalPlus.jsonl.gz", "mbpp+": "MbppPlus.jsonl.gz"}
+PUBLISHED = {  # file, tasks (MBPP+: of its releases 0.2 and 0.1)
+    "humaneval": ("HumanEval.jsonl.gz", (164,)),
+    "humaneval+": ("HumanEvalPlus.jsonl.gz", (164,)),
+    "mbpp": ("mbpp.jsonl", (974,)),
+    "mbpp_sanitized": ("sanitized-mbpp.json", (427,)),
+    "mbpp+": ("MbppPlus.jsonl.gz", (378, 399)),
+}
 
 HUMAN = {
     "task_id": "HumanEval/0",
@@ -264,6 +270,9 @@ SEARCH = plus_row(
         (SHARED, "def similar_elements(a, b):\n    return sorted(set(b) & set(a))", "passed"),
         (SHARED, "def similar_elements(a, b):\n    return set(a + ()) & set(b + ())", "passed"),
         (SHARED, "def similar_elements(a, b):\n    return a", "failed"),
+        (SHARED, "def similar_elements(a, b):\n    return filter(set(a).__contains__, b)", "passed"),
+        (SHARED, "def similar_elements(a, b):\n    return dict.fromkeys(set(a) & set(b)).keys()",
+         "passed"),
         (MEAN, "def mean(v):\n    return sum(x / len(v) for x in v)", "passed"),
         (MEAN, "def mean(v):\n    return sum(v) / len(v) + 1e-4", "failed"),
         (MEAN, "def mean(v):\n    return str(sum(v) / len(v))", "failed"),
@@ -349,17 +358,19 @@ def test_a_packed_file_that_expands_without_end_is_refused(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not all((FOLDER / name).exists() for name in PUBLISHED_PLUS.values()),
-    reason="EvalPlus' releases are not here (CONTRIBUTING.md)",
-)
-@pytest.mark.parametrize("suite", PUBLISHED_PLUS)
-def test_every_published_reference_of_a_plus_set_passes(suite: str):
-    tasks = read_suite(suite, str(FOLDER / PUBLISHED_PLUS[suite]))
-    jobs = [(problem, problem.reference) for problem in tasks.problems]
-    found = run_all(jobs, judge, workers=2, limits=tasks.limits)
+@pytest.mark.parametrize("suite", PUBLISHED)
+def test_every_published_reference_passes(suite: str):
+    """Within the limits that a benchmark has: MBPP+ takes 15 minutes."""
+    file, tasks = PUBLISHED[suite]
+    if not (FOLDER / file).exists():
+        pytest.skip(f"{file} is not here (CONTRIBUTING.md)")
+    split = "all" if suite in ("mbpp", "mbpp_sanitized") else "test"
+    read = read_suite(suite, str(FOLDER / file), split=split)
+    jobs = [(problem, problem.reference) for problem in read.problems]
+    found = run_all(jobs, judge, workers=2, limits=read.limits)
     failed = [job[0].task_id for job, one in zip(jobs, found, strict=True) if one != "passed"]
-    assert (len(jobs), failed) == ({"humaneval+": 164, "mbpp+": 378}[suite], [])
+    assert failed == []
+    assert len(jobs) in tasks
 
 
 @pytest.mark.parametrize(
@@ -449,15 +460,6 @@ def test_every_twentieth_reference_of_mbpp_passes_and_its_mutant_is_judged_as_in
     ]
     assert len(passed) < len(sample) / 8
     assert all(plain(*job) for job in passed)
-
-
-@pytest.mark.slow
-@needs_published_rows
-def test_all_974_references_of_mbpp_pass(mbpp: list[Problem]):
-    jobs = [(problem, problem.reference) for problem in mbpp]
-    found = list(run_all(jobs, judge, workers=1, limits=Limits(seconds=30, wall_seconds=90)))
-    failed = [job[0].task_id for job, one in zip(jobs, found, strict=True) if one != "passed"]
-    assert (len(found), failed) == (974, [])
 
 
 @pytest.mark.slow

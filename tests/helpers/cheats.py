@@ -42,7 +42,11 @@ CHEATS = [
            "class A:\n    __sub__ = __rsub__ = __abs__ = lambda s, *o: s\n"
            "    __lt__ = lambda s, o: True\ndef f(x): return A()",
            "error", tests="assert abs(f(2) - 4) < 1e-6"),
-    _cheat("is true", "class A: pass\ndef f(x): return A()", "error", tests="f(0)\nassert f(2)"),
+    _cheat("is true", "class A: pass\ndef f(x): return A()",
+           "not supported", tests="f(0)\nassert f(2)"),
+    _cheat("is a match in name", "class Match:\n    __bool__ = lambda s: True\n"
+           "Match.__module__ = 're'\ndef f(x): return Match()", "not supported",
+           tests="assert f(2)"),
     _cheat("holds everything",
            "class A:\n    __contains__ = lambda s, o: True\ndef f(x): return A()",
            "error", tests="assert 4 in f(2)"),
@@ -147,14 +151,34 @@ CHEATS = [
     _cheat("keys of one hash",
            "def f(x): return dict.fromkeys(k * (2**61 - 1) for k in range(1, 1000))", "error"),
     _cheat("the same object twice", "class A: pass\na = A()\ndef f(x): return a",
-           tests="assert f(1) == f(1)"),
+           "not supported", tests="assert f(1) == f(1)"),
     _cheat("a name of builtins that is no type of Python's",
            _REPLIES.format(reply="['y', '__loader__']"), "error", tests="f(0)\nassert f(2)"),
     _cheat("a list in itself", "def f(x):\n    x = []\n    x.append(x)\n    return x", "error"),
     _cheat("a list of a hundred thousand floors",
            "def f(x):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x", "error"),
-    _cheat("an endless generator", "def f(x):\n    while True: yield 4", "error",
+    _cheat("an endless generator", "def f(x):\n    while True: yield 4", "timeout", "memory",
            tests="assert list(f(2)) == [4]"),
+    _cheat("an iterator that ends the tests' map", "def f(x): return iter([])", "not supported",
+           tests="assert all(map(lambda x: next(f(x)) == 2 * x, [1, 2, 3]))"),
+    _cheat("an order where an exception is expected", "class A: pass\ndef f(x): return A()",
+           "not supported", tests="try: f(-1) < 0\nexcept TypeError: pass\nelse: assert False"),
+    _cheat("a number that no comparison survives",
+           "from decimal import Decimal\ndef f(x): return Decimal('sNaN')", "error"),
+    _cheat("claims a digest",
+           "import json, os, struct\nm = json.dumps({'digest': '0' * 64}).encode()\n"
+           "for d in range(3, 64):\n    try: os.write(d, (struct.pack('<I', len(m)) + m) * 9)\n"
+           "    except OSError: pass\ndef f(x): return 0", "output limit",
+           tests="assert f(2) == [4]"),
+    _cheat("calls a function that it was not given",
+           "import json, os, struct\n"
+           "m = json.dumps({'call': 0, 'args': [], 'named': {}}).encode()\n"
+           "for d in range(3, 64):\n    try: os.write(d, struct.pack('<I', len(m)) + m)\n"
+           "    except OSError: pass\ndef f(x): return 4", "error"),
+    _cheat("calls the tests' function without end", "def f(g):\n    while True: g()", "timeout",
+           tests="f(lambda: 4)\nassert False"),
+    _cheat("calls itself through the tests' function without end", "def f(g): return g()",
+           "error", "timeout", tests="def g(): return f(g)\nassert f(g) == 4"),
     _cheat("hooks the imports",
            "import sys, types\nclass H:\n    find_spec = classmethod(lambda *a: None)\n"
            "sys.meta_path[:] = [H]; sys.path_hooks.clear(); sys.path.clear()\n"

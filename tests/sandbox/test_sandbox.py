@@ -178,7 +178,8 @@ def test_a_value_of_a_class_of_the_programs_equals_nothing(box: Sandbox):
         ("import sys; sys.exit(0)", "error"),
         ("def f(): return 'x' * 10**7", "output limit"),
         ("def f(): return bytearray(10**9)", "memory"),
-        ("import socket; socket.socket()", "violation"),
+        ("import socket; socket.socket()", "not supported"),
+        ("import os; os.kill(1, 0)", "violation"),
         ("def f(): raise ValueError", "error"),
     ],
 )
@@ -208,6 +209,123 @@ def test_what_the_setup_defines_the_program_cannot_replace(box: Sandbox):
     tests = "def check(candidate): assert twice(candidate(1)) == 0 and twice(3) == 6\ncheck(f)"
     result = box.run_tests(source, tests, setup=setup, entry_points=["f"])
     assert result.outcome == "passed"
+
+
+HONEST = {
+    "asyncio": (
+        "import asyncio\nasync def g(x):\n    await asyncio.sleep(0.001)\n    return x\n"
+        "def f(x):\n    async def both(): return await asyncio.gather(g(x), g(1))\n"
+        "    return asyncio.run(both())",
+        "assert f(2) == [2, 1]",
+    ),
+    "uuid and platform": (
+        "import platform, uuid\n"
+        "def f(x): return str(uuid.uuid1()), str(uuid.uuid4()), platform.platform()",
+        "assert [len(one) for one in f(2)[:2]] == [36, 36]",
+    ),
+    "decimals": (
+        "from decimal import Decimal\ndef f(x): return x * 2",
+        "from decimal import Decimal\nassert f(Decimal('0.1')) == Decimal('0.20') != f(Decimal(1))",
+    ),
+    "fractions": (
+        "from fractions import Fraction\ndef f(x): return {Fraction(1, x): Fraction(x)}",
+        "from fractions import Fraction\nassert f(2) == {Fraction(2, 4): 2}\n"
+        "assert f(2**80) == {Fraction(1, 2**80): Fraction(2**80)}",
+    ),
+    "a match object": (
+        "import re\ndef f(x): return re.match('a', x)",
+        "assert f('a')\nassert not f('b')\nassert f('ab').group() == 'a'",
+    ),
+    "iterators": (
+        "def f(x): yield from range(x)\ndef g(x): return map(abs, x)\ndef h(x): return x.keys()",
+        "assert tuple(f(3)) == (0, 1, 2) and list(f(0)) == [] and sum(f(4)) == 6 and 2 in f(3)\n"
+        "assert sorted(g([-1, -2])) == [1, 2] and set(h({1: 2})) == {1} and len(h({1: 2})) == 1",
+    ),
+    "a sequence of the library's": (
+        "from collections import deque\ndef f(x): return deque(x)",
+        "found = f([1, 2])\nassert found[0] == 1 and len(found) == 2 and list(found) == [1, 2]\n"
+        "assert str(found) == 'deque([1, 2])'",
+    ),
+    "callbacks": (
+        "def f(xs, key): return sorted(xs, key=key)",
+        "seen = []\ndef key(x):\n    seen.append(x)\n    return -x\n"
+        "assert f([1, 3, 2], key) == [3, 2, 1] and seen == [1, 3, 2]\n"
+        "assert f(['aa', 'b'], key=len) == ['b', 'aa']",
+    ),
+    "a decorator": (
+        "def f(g):\n    def doubled(*args):\n        return 2 * g(*args)\n    return doubled\n"
+        "def g(h): return h",
+        "def add(a, b): return a + b\nassert f(add)(1, 2) == 6 and f(f(add))(1, 2) == 12\n"
+        "assert g(add) is add",
+    ),
+    "a callback's exception": (
+        "def f(g):\n    try: return g()\n    except KeyError: return 4",
+        "def g(): raise KeyError('no')\nassert f(g) == 4",
+    ),
+    "a type error that is expected": (
+        "def f(x): return x + ''",
+        "try: f(1)\nexcept TypeError: pass\nelse: assert False",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_program_passes_that_reads_like_an_attack(box: Sandbox, name: str):
+    source, tests = HONEST[name]
+    entry_points = [one for one in "fgh" if f"def {one}(" in source]
+    result = box.run_tests(source, tests, entry_points=entry_points)
+    assert result.outcome == "passed", result
+
+
+NOT_HERE = {
+    "a process": ("import subprocess\ndef f(x): return subprocess.run(['true'])", "f(1)"),
+    "a thread": ("import threading\ndef f(x): threading.Thread(target=abs).start()", "f(1)"),
+    "the network": (
+        "import urllib.request\ndef f(x): urllib.request.urlopen('http://127.0.0.1:9')",
+        "f(1)",
+    ),
+    "a file that goes": (
+        "import tempfile\ndef f(x):\n    with tempfile.TemporaryFile() as file: file.write(b'x')",
+        "f(1)",
+    ),
+    "a folder": ("import os\ndef f(x): os.mkdir('a')", "f(1)"),
+    "a file outside": ("def f(x): open('/etc/hostname', 'w')", "f(1)"),
+    "a package": ("import numpy\ndef f(x): return 4", "assert f(1) == 4"),
+    "a package of the tests'": ("def f(x): return 4", "import numpy\nassert f(1) == 4"),
+    "equality of objects": (
+        "from dataclasses import dataclass\n@dataclass\nclass f: x: int",
+        "assert f(1) == f(1)",
+    ),
+    "equality with an object of the library": (
+        "import datetime\ndef f(x): return datetime.date(2026, 1, x)",
+        "import datetime\nassert f(1) == datetime.date(2026, 1, 1)",
+    ),
+    "the truth of an object": ("class f:\n    def __init__(self, x): pass", "assert f(1)"),
+    "an object of the tests' class": ("def f(x): return 4", "class A: pass\nassert f(A()) == 4"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_what_a_program_may_want_and_is_not_here_is_told_as_such(box: Sandbox, name: str):
+    source, tests = NOT_HERE[name]
+    assert box.run_tests(source, tests, entry_points=["f"]).outcome == "not supported"
+
+
+def test_a_list_too_large_to_be_copied_equals_its_equal_alone(monkeypatch):
+    """Mbpp/255 gives 1.7 million tuples of 77 strings, more than a gigabyte as text."""
+    source = "def f(n): return [(i, 'x', 0.5) for i in range(n)]"
+    with Sandbox(Limits(seconds=30, memory_mb=2048)) as large:
+        for tests, outcome in (
+            ("assert f(n) == [(i, 'x', 0.5) for i in range(n)]", "passed"),
+            (
+                "assert f(n) == [(i, 'x', 0.5) for i in range(n - 1)] + [(n, 'x', 0.5)]",
+                "output limit",
+            ),
+            ("assert len(f(n)) == n", "output limit"),
+            ("assert f(n) == 4", "output limit"),
+        ):
+            result = large.run_tests(source, f"n = 2100000\n{tests}", entry_points=["f"])
+            assert result.outcome == outcome, (tests, result)
 
 
 def test_a_program_may_use_the_library_its_folder_and_print(places: list[Place]):

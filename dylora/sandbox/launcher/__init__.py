@@ -12,7 +12,8 @@ inherits holds a job, its output or its verdict.
 
 Tests reach the program through calls alone, so the program cannot read, replace or fake them: it
 gets arguments and returns values, those of built-in types by copy, others as handles that equal
-nothing. The test runner alone reads the tests, from stdin.
+nothing. It may call functions that it got as arguments. The test runner alone reads the tests, from
+stdin.
 
 Both children give up root, capabilities, files, system calls and resources before they run
 untrusted code, and cannot start a process.

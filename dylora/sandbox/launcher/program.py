@@ -1,52 +1,133 @@
 """The program's process: runs the program and answers calls to its functions."""
 
+import builtins
+import contextlib
+import errno
+import itertools
 import json
+import operator
+import re
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
-from .wire import Closed, decode, describe_exception, encode, read_frame, write_frame
+from .wire import (
+    VALUE_BYTES,
+    Closed,
+    decode,
+    describe_exception,
+    digest,
+    encode,
+    is_large,
+    read_frame,
+    write_frame,
+)
+
+_DO: dict[str, Callable[..., Any]] = {
+    "get": getattr,
+    "set": setattr,
+    "item": operator.getitem,
+    "len": len,
+    "iter": iter,
+    "next": lambda iterator: list(itertools.islice(iterator, 1)),  # empty at its end
+    "str": str,
+    "call": lambda target, *args, **named: target(*args, **named),
+}
 
 
 def serve_program(source: str, channel: int) -> None:
-    """Runs the program, reports that it ran, then answers calls until the channel is closed.
+    """Runs the program, reports that it ran, then answers requests until the channel is closed.
 
-    A request is {"do", "of", "args"}: call, get an attribute, set one; `of` is a name that the
-    program defines or the number of a handle. A reply is {"value"} or {"error": [type, message]}.
+    A request is {"do", "of", "args", "named"}: `do` is one of `_DO`, `of` a name that the program
+    defines or the number of a handle. A reply is {"value"}, {"digest"} of a large value, or
+    {"error": [type, message], "refused"}. While it works on a request the program may call a
+    function of the tests', {"call", "args", "named"}, whose {"value"} or {"error"} it is sent.
     """
-    module = types.ModuleType("program")
-    sys.modules["program"] = module
-    objects: list[Any] = []
+    program = _Program(channel)
+    with contextlib.suppress(Closed):
+        program.reply(lambda: exec(compile(source, "program", "exec"), program.module.__dict__))
+        program.receive()
 
-    def keep(value: Any) -> int:
-        objects.append(value)
-        return len(objects) - 1
 
-    def answer(request: dict[str, Any] | None) -> Any:
-        if request is None:
-            exec(compile(source, "program", "exec"), module.__dict__)
-            return None
-        of, do = request["of"], request["do"]
-        args = [decode(item, objects.__getitem__) for item in request["args"]]
-        named = {name: decode(item, objects.__getitem__) for name, item in request["named"].items()}
-        if of not in module.__dict__ and not isinstance(of, int):
-            raise NameError(f"the program defines no {of}")
-        target = objects[of] if isinstance(of, int) else module.__dict__[of]
-        if do == "get":
-            return getattr(target, *args)
-        if do == "set":
-            return setattr(target, *args)
-        return target(*args, **named)
+class _Program:
+    """The program's objects, and its end of the channel."""
 
-    request = None
-    while True:
+    def __init__(self, channel: int) -> None:
+        self.channel = channel
+        self.module = types.ModuleType("program")
+        sys.modules["program"] = self.module
+        self.objects: list[Any] = []
+
+    def receive(self) -> Any:
+        """Answers requests until a function of the tests' has returned; its value."""
+        while True:
+            message = json.loads(read_frame(self.channel, VALUE_BYTES))
+            if "do" in message:
+                self.reply(lambda message=message: self.answer(**message))
+            elif "value" in message:
+                return decode(message["value"], self.find)
+            else:
+                name, text = message["error"]
+                raise getattr(builtins, name)(text)
+
+    def reply(self, work: Callable[[], Any]) -> None:
+        """Writes what the work returns or raises."""
         try:
-            reply = {"value": encode(answer(request), keep)}
-            content = json.dumps(reply).encode()
+            value = work()
+            content = b""
+            if not is_large(value):
+                content = json.dumps({"value": encode(value, self.number)}).encode()
+            if not content or (len(content) > VALUE_BYTES and type(value) in (list, tuple)):
+                content = json.dumps({"digest": digest(value)}).encode()
         except BaseException as error:  # SystemExit too: leaving early must not pass
-            content = json.dumps({"error": describe_exception(error)}).encode()
-        write_frame(channel, content)
-        try:
-            request = json.loads(read_frame(channel))
-        except Closed:
-            return
+            described = {"error": describe_exception(error), "refused": _is_refusal(error)}
+            content = json.dumps(described).encode()
+        write_frame(self.channel, content)
+
+    def answer(self, do: str, of: Any, args: list[Any], named: dict[str, Any]) -> Any:
+        if not isinstance(of, int) and of not in self.module.__dict__:
+            raise NameError(f"the program defines no {of}")
+        target = self.objects[of] if isinstance(of, int) else self.module.__dict__[of]
+        given = [decode(item, self.find) for item in args]
+        return _DO[do](
+            target, *given, **{name: decode(item, self.find) for name, item in named.items()}
+        )
+
+    def number(self, value: Any) -> list[Any]:
+        if isinstance(value, _TestsFunction):
+            return ["f", value.number]
+        self.objects.append(value)
+        return ["m" if type(value) is re.Match else "h", len(self.objects) - 1]
+
+    def find(self, tag: str, number: int) -> Any:
+        return _TestsFunction(self, number) if tag == "f" else self.objects[number]
+
+
+class _TestsFunction:
+    """A function that the tests have passed to the program; it runs where they do."""
+
+    def __init__(self, program: _Program, number: int) -> None:
+        self.program, self.number = program, number
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        program = self.program
+        sent = [encode(item, program.number) for item in args]
+        also = {name: encode(item, program.number) for name, item in named.items()}
+        message = {"call": self.number, "args": sent, "named": also}
+        write_frame(program.channel, json.dumps(message).encode())
+        return program.receive()
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether an exception comes of what the sandbox does not have, as far as can be told."""
+    seen: BaseException | None = error
+    for _ in range(10):  # of a chain that may have no end
+        if seen is None:
+            break
+        if isinstance(seen, PermissionError) and seen.errno in (errno.EPERM, errno.EACCES):
+            return True
+        if isinstance(seen, ModuleNotFoundError) or seen.args == ("can't start new thread",):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

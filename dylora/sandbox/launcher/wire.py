@@ -5,21 +5,32 @@ A frame is four bytes of length, then JSON. Values of types that JSON lacks are 
 
 import builtins
 import contextlib
+import hashlib
+import marshal
 import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
+from fractions import Fraction
+from itertools import chain
 from typing import Any, cast
 
 MESSAGE_BYTES = 8 * 2**20
 """The longest frame from a program that the runner and the host read."""
 VALUE_BYTES = 64 * 2**20
 """The longest frame from a program that the test runner reads; its memory is limited, too."""
+LARGE_ITEMS = 8 * 10**6
+"""Lists and tuples with more items, counted through all levels, or beyond `VALUE_BYTES`, are not
+copied: the tests get their digest, which equals that of an equal value alone."""
 DETAIL_LENGTH = 300
 """Characters of an exception's message that are kept."""
 EQUAL_HASHES = 100
 """More keys of one hash are refused: building such a set or dictionary can take minutes."""
 _KINDS = {"l": list, "t": tuple, "s": set, "z": frozenset}
+HANDLES = ("h", "m", "f")
+"""Tags of what is not copied: an object of the program's, a match object of the program's, which is
+true, and a function of the tests'; each with its number."""
 
 
 class Closed(Exception):
@@ -63,10 +74,11 @@ def write_frame(descriptor: int, content: bytes) -> None:
         raise Closed from None
 
 
-def encode(value: Any, handle: Callable[[Any], int]) -> Any:
-    """A value of built-in types for JSON; for other values, the number of a handle.
+def encode(value: Any, handle: Callable[[Any], list[Any]]) -> Any:
+    """A value for JSON: of built-in types, Decimal or Fraction; handle: any other as [tag, number].
 
-    A subclass's instance is encoded as its built-in type, and none of its methods is called.
+    An instance of a built-in type's subclass is encoded as that type, and none of its methods is
+    called.
     """
     if value is None or value is True or value is False:
         return value
@@ -93,10 +105,14 @@ def encode(value: Any, handle: Callable[[Any], int]) -> Any:
         and vars(builtins).get(type.__getattribute__(value, "__name__")) is value
     ):
         return ["y", type.__getattribute__(value, "__name__")]
-    return ["h", handle(value)]
+    if type(value) is Decimal:
+        return ["D", str(value)]
+    if type(value) is Fraction:
+        return ["F", [encode(part, handle) for part in (value.numerator, value.denominator)]]
+    return handle(value)
 
 
-def decode(content: Any, handle: Callable[[int], Any]) -> Any:
+def decode(content: Any, handle: Callable[[str, int], Any]) -> Any:
     """The value that was encoded; raises ValueError or TypeError for what `encode` never writes."""
     if content is None or type(content) in (bool, int, float, str):
         return content
@@ -105,8 +121,8 @@ def decode(content: Any, handle: Callable[[int], Any]) -> Any:
     tag, inner = content
     if tag == "i":
         return int(inner, 16)
-    if tag == "h" and type(inner) is int:
-        return handle(inner)
+    if tag in HANDLES and type(inner) is int:
+        return handle(tag, inner)
     if tag == "y":
         kind = getattr(builtins, inner)
         if isinstance(kind, type) and kind.__name__ == inner:
@@ -125,7 +141,49 @@ def decode(content: Any, handle: Callable[[int], Any]) -> Any:
         if tag in ("s", "z"):
             _require_spread(items)
         return _KINDS[tag](items)
+    if tag in ("D", "F"):
+        return _number(tag, inner)
     raise ValueError("not a value")
+
+
+def _number(tag: str, inner: Any) -> Decimal | Fraction:
+    try:
+        if tag == "D":
+            number = Decimal(str.__str__(inner))
+            if not number.is_snan():  # each comparison with a signalling NaN is an exception
+                return number
+        else:
+            over, under = (decode(part, lambda *_: None) for part in inner)
+            return Fraction(over, under)
+    except ArithmeticError:
+        pass
+    raise ValueError("not a value")
+
+
+def is_large(value: Any) -> bool:
+    """Whether a list or tuple has more than `LARGE_ITEMS` items, those of inner ones included."""
+    level, count = [value], 0
+    for _ in range(100):  # a list may contain itself
+        level = [item for item in level if type(item) in (list, tuple)]
+        count += sum(map(len, level))
+        if count > LARGE_ITEMS or not level:
+            break
+        level = list(chain.from_iterable(level))
+    return count > LARGE_ITEMS
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a list or tuple; equal digests mean values that are equal in values and types.
+
+    Raises ValueError for items of types other than Python's own.
+    """
+    found = hashlib.sha256(type(value).__name__.encode())
+    for item in value:
+        # Version 2 has no references: equal items give equal bytes. Lengths keep them apart.
+        part = marshal.dumps(item, 2)
+        found.update(struct.pack("<Q", len(part)))
+        found.update(part)
+    return found.hexdigest()
 
 
 def _require_spread(keys: Iterable[Any]) -> None:
