@@ -288,6 +288,8 @@ class Mixture:
             assert isinstance(router, Router)
             router.config = self.config
             inject.attach_router(self.base, block, router)
+        if self.skill_library:
+            self.skill_library.update_router()
 
     def size_message(self, folder: Path) -> str:
         """One line: what the folder weighs beside the base it does not hold."""

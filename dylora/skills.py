@@ -77,7 +77,7 @@ class SkillLibrary:
         self.prompt_scatter = torch.zeros(*[widths_of(mixture)[1]] * 2, dtype=torch.float64)
         self._rule: PromptRule | None = None
         mixture.skill_library = self
-        self._follow()
+        self.update_router()
 
     def __len__(self) -> int:
         return len(self.skills)
@@ -110,7 +110,7 @@ class SkillLibrary:
         """A skill and the scatter of its prompts, as `describe` gives them."""
         self.skills[skill.name] = skill
         self.prompt_scatter = self.prompt_scatter + scatter_DD
-        self._follow()
+        self.update_router()
 
     def extend(self, name: str, rows: Sequence[Row], held_out: Sequence[Row]) -> Skill:
         """More rows of a known skill, as if they had come with the first. Raises as `add`."""
@@ -118,7 +118,7 @@ class SkillLibrary:
         more, scatter = self._describe(name, rows, held_out, before.expert)
         self.skills[name], between = joined(before, more)
         self.prompt_scatter = self.prompt_scatter + scatter + between
-        self._follow()
+        self.update_router()
         return self.skills[name]
 
     def remove(self, name: str) -> None:
@@ -128,14 +128,14 @@ class SkillLibrary:
         degrees = self._degrees()
         del self.skills[name]
         self.prompt_scatter = self.prompt_scatter * (self._degrees() / degrees)
-        self._follow()
+        self.update_router()
 
     def reassign(self, expert: int, to: int | None) -> None:
         """Let another expert, or none, serve the skills of an expert that is no more."""
         for name, skill in self.skills.items():
             if skill.expert == expert:
                 self.skills[name] = replace(skill, expert=to)
-        self._follow()
+        self.update_router()
 
     def _describe(
         self, name: str, rows: Sequence[Row], held_out: Sequence[Row], expert: int | None
@@ -165,7 +165,7 @@ class SkillLibrary:
             )
         return self.skills[name]
 
-    def _follow(self) -> None:
+    def update_router(self) -> None:
         """Let the router decide by what is known now."""
         self._rule = prompt_rule(list(self.skills.values()), self.prompt_scatter) if self else None
         for _, router in self.mixture.routers():
@@ -235,7 +235,7 @@ class SkillLibrary:
             vectors: dict[str, Any] = {name: tensors[name][index] for name in VECTORS}
             library.skills[record["name"]] = Skill(**record, **vectors)
         library.prompt_scatter = tensors[SCATTER]
-        library._follow()
+        library.update_router()
         return library
 
 

@@ -1,6 +1,8 @@
 """`run.py generate`: one answer, and on request how its tokens were routed."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from dylora.cli.options import BaseOptions, CheckpointOptions, RoutingOptions
 from dylora.config import Quantization
@@ -60,10 +62,27 @@ def run(options: GenerateOptions, overrides: list[str]) -> None:
     spoken = [token for token in tokens[length:] if token not in special]
     answer = decode_after(tokenizer, tokens[:length], spoken)
     print(answer)
-    if options.show_routing:
+    routed = any(True for _ in model.routers())  # not by constant weights
+    if routed and model.config.router_scope == "prompt" and model.skill_library:
+        say_skill(model, ids[0], chances=options.show_routing)
+    elif options.show_routing:
         shares = model.get_routing_weights(output)[0].mean(1)  # [S, E], averaged over sites
         print(f"\nmean shares: {' '.join(f'{share:.0%}' for share in shares.mean(0).tolist())}")
         for place, share in enumerate(shares[length:], length):
             shown = decode_after(tokenizer, tokens[:place], tokens[place : place + 1])
             leader = int(share.argmax())
             print(f"{shown!r:16} expert {leader} ({float(share[leader]):.0%})")
+
+
+def say_skill(model: Any, prompt: Any, *, chances: bool) -> None:
+    """Which skill a prompt [S] of token ids asks for, or that it is unlike every known one."""
+    from dylora.evaluation.loading import note
+
+    choice = model.skill_library.which(prompt)
+    if not choice.known:
+        far = f"its distance is {choice.distance:.2f} × what is far from {choice.skill}"
+        note(f"the prompt is unlike every known skill ({far}): answered by the base alone")
+    if chances:
+        print(f"\nskill: {choice.skill}, expert {model.skill_library.expert_of(choice.skill)}")
+        ranked = sorted(choice.log_probabilities.items(), key=lambda item: -item[1])
+        print(", ".join(f"{name} {math.exp(chance):.1%}" for name, chance in ranked[:10]))

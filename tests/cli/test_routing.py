@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from dylora import DyLoRA_MoE, MoELoraConfig
+from dylora import DyLoRA_MoE, MoELoraConfig, SkillLibrary, load_tokenizer
 from dylora.cli.benchmark import BenchmarkCommand
 from dylora.cli.evaluate import EvaluateOptions
 from dylora.cli.generate import GenerateOptions
 from dylora.cli.main import main
 from dylora.cli.options import read_options
+from dylora.data.prompts import encode_prompts, format_prompt
 from dylora.evaluation.loading import change_routing, load_checkpoint
 from dylora.run_config import ModelConfig
+from dylora.tasks import generate_tasks
 
 BASE = ModelConfig(base="tiny-code-llama", dtype="float32", device="cpu")
 COMMANDS = {
@@ -84,6 +86,25 @@ def test_generate_routes_as_it_is_told(folder, capsys):
     assert "mean shares: 25% 75% 0%" in capsys.readouterr().out
     assert main([*words, "--show_routing", "--routing.experts", "2"]) == 0
     assert "mean shares: 0% 0% 100%" in capsys.readouterr().out
+
+
+def test_generate_says_which_skill_a_prompt_asks_for_and_when_it_is_unlike_all(tmp_path, capsys):
+    settings = MoELoraConfig(r=2, num_experts=2, router_scope="prompt")
+    model, tokenizer = DyLoRA_MoE.from_base(BASE.base, settings), load_tokenizer(BASE.base)
+    library = SkillLibrary(model)
+    for number, skill in enumerate(("lists", "sql")):
+        parts = [generate_tasks(skill, split, 20) for split in ("train", "validation")]
+        rows = [encode_prompts(tokenizer, [format_prompt(t.instruction) for t in p]) for p in parts]
+        library.add(skill, *rows, expert=number)
+    model.save_pretrained(tmp_path / "m")
+    words = ["generate", "--checkpoint", str(tmp_path / "m"), "--max_new_tokens", "2"]
+    asked = generate_tasks("sql", "test", 1)[0].instruction
+    assert main([*words, "--prompt", asked, "--show_routing"]) == 0
+    told = capsys.readouterr()
+    assert "skill: sql, expert 1\nsql 100.0%, lists 0.0%" in told.out
+    assert "unlike" not in told.err
+    assert main([*words, "--raw", "--prompt", "zq zq zq zq zq"]) == 0
+    assert "the prompt is unlike every known skill" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -405,6 +405,15 @@ def test_labels_given_to_the_base_itself_end_the_prompt(routed):
     assert torch.equal(seen[0].gates[0, 0], one_hot(0)[0])
 
 
+def test_a_router_that_is_attached_anew_decides_as_before(routed):
+    model, ids = routed(), torch.tensor([prompt(2)])
+    before = model(ids).routing.gates
+    model.detach_router()
+    assert torch.equal(model(ids).routing.gates, torch.full_like(before, 1 / SKILLS))
+    model.attach_router()
+    assert torch.equal(model(ids).routing.gates, before)
+
+
 # The running mean
 
 
