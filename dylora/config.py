@@ -140,7 +140,7 @@ class MoELoraConfig:
     maturity_slow: float = option(0.1, above=0)
     """Memory of the slow loss average, likewise."""
     maturity_threshold: float = option(0.7, above=0, most=1)
-    """Maturity at which an expert becomes fully mature; 1: only by itself."""
+    """Maturity at which an expert becomes fully mature; 1: only by itself, as in mode schedule."""
     maturity_schedule: tuple[float, float] = option((0.2, 0.6), least=0)
     """Shares of the run between which mode schedule raises maturity from 0 to 1."""
 
@@ -246,6 +246,12 @@ class MoELoraConfig:
     def trains_routers(self) -> bool:
         """Whether they have parameters, and losses of their own."""
         return self.is_learned and not self.routes_prompts
+
+    @property
+    def follows_maturity(self) -> bool:
+        """Whether the experts' maturity decides how tokens are routed."""
+        kind = self.trains_routers and self.router_type == "learned_with_maturity"
+        return kind and self.routing_mode == "maturity"
 
     @property
     def z_loss_coef(self) -> float:

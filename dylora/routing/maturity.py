@@ -14,7 +14,8 @@ the run), usage (seen), plateau (settled), hybrid (seen · settled).
 An expert's clock is its own: τ and all memories are shares of the tokens that were expected of it
 when it began, an even share of what was left of the run. Experts that come or go later change
 nothing of it. While the learning rate is below a third of its peak no loss counts as settled, since
-a rate that decays lets every loss rest. Maturity snaps to 1 at a threshold. It falls only in the
+a rate that decays lets every loss rest. Maturity snaps to 1 at a threshold, but for schedule, which
+ends there. It falls only in the
 modes that ask for the loss, when that of a mature expert jumps to twice its value: its data have
 changed, and it begins anew.
 """
@@ -104,7 +105,9 @@ def observe(
     wanted = target(state, progress, counts, config).clamp(0, 1)
     wanted = torch.where(wanted < LEAST_MATURITY, 0.0, wanted)
     maturity = torch.maximum(state.maturity, wanted)
-    whole = maturity >= config.maturity_threshold
+    # A schedule gets there by itself, without a jump.
+    least = 1.0 if config.maturity_mode == "schedule" else config.maturity_threshold
+    whole = maturity >= least
     state = state._replace(maturity=torch.where(whole, 1.0, maturity))
     if config.maturity_mode in ("plateau", "hybrid"):
         return fallen_back(state, rise > JUMP, progress, run_tokens / active)

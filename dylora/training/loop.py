@@ -18,7 +18,7 @@ from dylora.training.run import Run, log_summary, prepare, record_settings, run_
 from dylora.training.schedule import FOLLOWS_VALIDATION
 from dylora.training.signals import Interrupted
 from dylora.training.step import run_step
-from dylora.training.validation import SetScore, overall_loss, validate
+from dylora.training.validation import SetScore, overall_loss, sparse_cost, validate
 
 
 def train(
@@ -126,6 +126,8 @@ def evaluate(run: Run) -> dict[str, SetScore]:
     loss, progress = overall_loss(scores), run.progress
     metrics = {"val/loss": loss, "val/ppl": math.exp(min(loss, 700.0))}
     metrics |= {f"val/loss/{name}": score.loss for name, score in scores.items()}
+    cost = sparse_cost(run.model, run.data.validation, run.pad_token_id)
+    metrics |= {} if cost is None else {"val/sparse_cost": cost}
     run.log.write(progress.step, progress.targets, metrics)
     shown = ", ".join(f"{name} {score.loss:.3f}" for name, score in scores.items())
     run.log.info(f"step {progress.step}  validation loss {loss:.4f}  ({shown})")

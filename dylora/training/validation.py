@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dylora.config import RoutingMode
 from dylora.data.batching import collate, to_device
 from dylora.data.tokenize import TokenizedSet
 from dylora.kernels.common import evaluation_mode
 from dylora.kernels.cross_entropy import count_targets
 from dylora.model import DyLoRA_MoE
 from dylora.routing.losses import RoutingStatistics
+
+COST_ROWS = 16  # of each set, for sparse_cost
 
 
 class SetScore(NamedTuple):
@@ -74,6 +77,33 @@ def score_set(
     count = int(targets)
     total = sum(float(losses.cpu().double().sum()) for losses in loss)
     return SetScore(total / count if count else math.nan, count, usage_NE)
+
+
+def sparse_cost(model: DyLoRA_MoE, sets: list[TokenizedSet], pad_token_id: int) -> float | None:
+    """By how much the loss would grow, in nats per target token, if all experts were mature now.
+
+    Of up to COST_ROWS rows of each set. None where maturity decides nothing, or nothing any more.
+    """
+    state, config = model.mixture.state, model.config
+    left = [not mature for active, mature in zip(state.active, state.mature, strict=True) if active]
+    if not config.follows_maturity or not any(left) or not sum(map(len, sets)):
+        return None
+    losses: dict[RoutingMode, list[Tensor]] = {"maturity": [], "sparse": []}
+    targets = 0
+    try:
+        with evaluation_mode(model):
+            for examples in sets:
+                every = max(1, math.ceil(len(examples) / COST_ROWS))
+                rows = [examples[index] for index in range(0, len(examples), every)]
+                batch = to_device(collate(rows, pad_token_id), model.device)
+                targets += int(count_targets(batch["labels"]))
+                for mode, found in losses.items():
+                    model.set_routing(mode=mode)
+                    found.append(model(**batch, keep_logits=False).token_losses.sum().cpu())
+    finally:
+        model.mixture.set_config(config)
+    now, then = (float(torch.stack(found).sum()) for found in losses.values())
+    return (then - now) / max(targets, 1)
 
 
 def overall_loss(scores: dict[str, SetScore]) -> float:

@@ -46,7 +46,7 @@ def test_observing_by_hand_keeps_what_a_run_keeps(make_config):
 
 
 def test_observing_a_pass_takes_its_labels_and_the_length_of_the_run(mixture, ids):
-    model = mixture(maturity=[0.0] * 3, maturity_mode="schedule", maturity_threshold=0.9)
+    model = mixture(maturity=[0.0] * 3, maturity_mode="schedule")
     output = model(ids, labels=ids)
     model.observe(output, ids, steps=2)
     assert model.experts.progress == 0.5

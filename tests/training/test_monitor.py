@@ -22,6 +22,7 @@ from dylora.training.environment import describe_repository
 from dylora.training.log import RunLog
 from dylora.training.loop import train
 from dylora.training.metrics import find_collapses, routing_metrics
+from dylora.training.validation import COST_ROWS, overall_loss, sparse_cost, validate
 from runs import STEPS, rows_of
 
 
@@ -355,3 +356,22 @@ def test_a_run_tells_its_learning_rate_to_the_experts(make_config, monkeypatch):
     train(make_config(max_steps=4, warmup_steps=0, learning_rate=3e-3, lr_scheduler_type="cosine"))
     expected = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     assert rates == pytest.approx(expected)
+
+
+def test_the_sparse_cost_is_what_the_loss_grows_by_when_all_experts_are_mature(make_config):
+    """Against the loss of the same rows once maturity is set to 1."""
+    run = train(make_config(moe={"maturity_mode": "manual"}))
+    model, rows = run.model, run.data.validation
+    assert len(rows[0]) <= COST_ROWS  # so that it looks at all of them
+    cost = sparse_cost(model, rows, run.pad_token_id)
+    assert rows_of(run.folder)[-1]["val/sparse_cost"] == pytest.approx(cost, abs=1e-6)
+    losses = []
+    for maturity in (0.0, 1.0):
+        state = model.maturity
+        model.set_maturity(state._replace(maturity=torch.full_like(state.maturity, maturity)))
+        scores = validate(model, rows, batch_size=4, pad_token_id=run.pad_token_id)
+        losses.append(overall_loss(scores))
+    assert cost == pytest.approx(losses[1] - losses[0], abs=1e-5)
+    assert abs(cost) > 1e-4
+    assert sparse_cost(model, rows, run.pad_token_id) is None  # all are mature now
+    assert model.config.routing_mode == "maturity"
