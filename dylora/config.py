@@ -46,7 +46,8 @@ class MoELoraConfig:
     r: int = option(16, least=1, most=LARGEST)
     """Rank of each expert."""
     lora_alpha: float = option(32, above=0, most=MAX_ALPHA)
-    """Numerator of an expert's scale: alpha / r, or alpha / sqrt(r) with use_rslora."""
+    """Numerator of an expert's scale: alpha / r, or alpha / sqrt(r) with use_rslora. Experts of one
+    rank that are mixed evenly are one LoRA of rank E·r with this alpha (without rslora)."""
     expert_ranks: list[int] | None = option(None, least=1, most=LARGEST)
     """A rank for each expert; none: r for all."""
     expert_alphas: list[float] | None = option(None, above=0, most=MAX_ALPHA)

@@ -176,7 +176,7 @@ class Mixture:
                 seen.loss_sum_E,
                 progress=progress,
                 run_tokens=run_tokens,
-                active=self.state.active_count,
+                active=self.state.routed_count or 1,  # shared experts get every token
                 config=self.config,
                 rate=rate,
             )

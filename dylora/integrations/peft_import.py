@@ -67,7 +67,7 @@ def load_peft_experts(
         config: routing, losses and maturity; what the adapters decide is left at its default. One
             adapter needs use_moe_routing=False.
         router_init: learned: fresh routers, near uniform. arrow: see `set_prototypes`; it brings
-            router_logits 'absolute' along.
+            router_logits 'absolute' and gate_scale 'sum_to_one' along.
         freeze: the experts never change until `experts.unfreeze`; training then trains the routers.
         report: gets a line for everything that is left out or differs from what a file names.
         options: how a base given by name is loaded, as in `DyLoRA_MoE.from_base`.
@@ -200,7 +200,7 @@ def _settings(
                 raise ValueError(f"router_init arrow needs {name} to be {value!r}")
         if config.router_type == "fixed":
             raise ValueError("router_init arrow needs a router_type other than 'fixed'")
-        decided["router_logits"] = "absolute"
+        decided |= {"router_logits": "absolute", "gate_scale": "sum_to_one"}
     return dataclasses.replace(config, **decided)
 
 

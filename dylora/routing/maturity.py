@@ -77,7 +77,7 @@ def observe(
         loss_sum_E: Σ_t g_te · loss_t over the same tokens.
         progress: share of the run that is done, in [0, 1].
         run_tokens: target tokens of the whole run.
-        active: how many experts take part.
+        active: how many experts a router chooses among.
         rate: the step's learning rate as a share of its peak.
     """
     gate_sum_E, loss_sum_E = gate_sum_E.cpu().double(), loss_sum_E.cpu().double()

@@ -85,8 +85,9 @@ def sparse_cost(model: DyLoRA_MoE, sets: list[TokenizedSet], pad_token_id: int) 
     Of up to COST_ROWS rows of each set. None where maturity decides nothing, or nothing any more.
     """
     state, config = model.mixture.state, model.config
-    left = [not mature for active, mature in zip(state.active, state.mature, strict=True) if active]
-    if not config.follows_maturity or not any(left) or not sum(map(len, sets)):
+    routed = zip(state.routed_E.tolist(), state.mature, strict=True)
+    immature = any(takes_part and not mature for takes_part, mature in routed)
+    if not (config.follows_maturity and immature and any(map(len, sets))):
         return None
     losses: dict[RoutingMode, list[Tensor]] = {"maturity": [], "sparse": []}
     targets = 0

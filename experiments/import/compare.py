@@ -41,8 +41,9 @@ SKILLS = ("sql", "json", "arithmetic")
 SEEDS = (0, 1, 2)
 SIZES = ("rows", "steps", "batch_size", "router_steps", "eval_rows")
 DENSE = {"routing_mode": "dense"}
-TOP_2 = {"routing_mode": "sparse", "top_k_experts": 2}  # renormalised, as in Arrow
-TOP_1 = {"routing_mode": "sparse", "top_k_experts": 1}  # the raw probability, unlike Arrow
+SPARSE = {"routing_mode": "sparse", "gate_scale": "sum_to_one"}
+TOP_2 = SPARSE | {"top_k_experts": 2}  # renormalised, as in Arrow
+TOP_1 = SPARSE | {"top_k_experts": 1}  # the raw probability, unlike Arrow
 ARROW: dict[str, dict[str, Any]] = {
     f"arrow, {name}, T = {temperature:g}": {"router_temperature": temperature} | mode
     for name, mode, temperatures in (

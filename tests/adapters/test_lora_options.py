@@ -405,3 +405,17 @@ def test_files_hold_the_rank_and_alpha_of_their_expert(llama, tmp_path):
         assert (config["r"], config["lora_alpha"]) == (rank, alpha)
         tensors = load_file(folder / "adapter_model.safetensors")
         assert {min(t.shape) for t in tensors.values()} == {rank}
+
+
+def test_experts_mixed_evenly_are_one_lora_of_their_ranks_and_of_the_same_alpha(mixture, ids):
+    """So alpha means the same for every number of experts: 3 of rank 2 are one of rank 6."""
+    many = mixture(router_type="fixed", router_temperature=2.0).double()
+    one = mixture(use_moe_routing=False, r=6).double()
+    for path, adapter in one.mixture.adapters.items():
+        [whole], [parts] = adapter.stacks, many.mixture.adapters[path].stacks
+        with torch.no_grad():
+            whole.lora_A.copy_(parts.lora_A.flatten(0, 1)[None])
+            whole.lora_B.copy_(parts.lora_B.flatten(0, 1)[None])
+    torch.testing.assert_close(many(ids).logits, one(ids).logits)
+    with many.disable_adapters():
+        assert (many(ids).logits - one(ids).logits).abs().max() > 1e-3
