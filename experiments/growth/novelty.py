@@ -133,6 +133,18 @@ class Pool:
             "far rows of known batches %": round(100 * sum(far) / len(far), 1),
         }
 
+    def far_prompts(self) -> dict[str, Any]:
+        """Single prompts, in percent, that go to no expert: of known skills, of one left out."""
+        known, novel = [], []
+        for left_out in self.train:
+            rule = self.library([name for name in self.train if name != left_out]).prompt_rule()
+            for name, values in self.judged.items():
+                far = rule.distances(values.prompt).amin(-1) > 1
+                (novel if name == left_out else known).append(percent(far))
+        mean = {"known, mean %": sum(known) / len(known), "novel, mean %": sum(novel) / len(novel)}
+        worst = {"known, most %": max(known), "novel, least %": min(novel)}
+        return {name: round(value, 2) for name, value in (mean | worst).items()}
+
     def prompts(self, rows: int | None, test: dict[str, Tensor]) -> dict[str, Any]:
         """Accuracy in percent of single prompts that the library has not seen."""
         library, found = self.library(list(self.train), rows), {}
@@ -156,6 +168,7 @@ def study(name: str, pool: Pool, test: dict[str, Tensor]) -> dict[str, Any]:
     tables = {
         "novelty": [pool.novelty(count, batch) for count in counts for batch in (64, 32, 16)],
         "prompts": [pool.prompts(rows, test) for rows in (32, 128, None)],
+        "prompts sent to no expert": [pool.far_prompts()],
     }
     for row in itertools.chain(*tables.values()):
         print(name, row, flush=True)
