@@ -212,7 +212,8 @@ class Mixture:
         self.table = table
         if forms[0] == forms[1]:
             return False
-        weights = self.state.fixed_weights_E.tolist()
+        self.fractions = None  # of as many experts as there were
+        weights = self.state.fixed_weights_E.tolist()[: len(table)]
         self.state.resize([0.0] * len(table), weights + [0.0] * (len(table) - len(weights)))
         self.maturity = ExpertMaturity.create(len(table))
         for _, router in self.routers():

@@ -37,7 +37,8 @@ def read_parquet_file(file: Path, columns: list[str]) -> Iterator[Record]:
         require_columns(str(file), columns, set(opened.schema_arrow.names))
         groups = [opened.metadata.row_group(index) for index in range(opened.num_row_groups)]
         chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-        if any(chunk.total_uncompressed_size > bound for chunk in chunks):
+        told = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
+        if max(told, ROW_BYTES * opened.metadata.num_rows) > bound:
             raise ValueError(f"it expands to more than {bound:,} bytes")
         batches = (opened.iter_batches(ROWS, [group], columns) for group in range(len(groups)))
         for batch in chain.from_iterable(batches):

@@ -28,7 +28,7 @@ def print_info(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint {folder} does not exist")
-    found, wrong = detect_format(folder), {}
+    found, wrong, description = detect_format(folder), {}, None
     if (folder / WEIGHTS_FILE).exists():
         tell = _print_adapter
     elif (folder / EXPORT_FILE).exists():
@@ -49,22 +49,26 @@ def print_info(path: str) -> None:
     else:
         wrong = _find_damage(folder)
         if tell is _print_checkpoint and not wrong:
-            Checkpoint.of_verified(folder)  # one that is refused is not called whole
+            # One that is refused is not called whole.
+            description = Checkpoint.of_verified(folder).description
         state = f"DAMAGED, {size}" if wrong else f"whole, {size}, every file as written"
         print(f"{folder}: {state}")
     for name, what in wrong.items():
         print(f"damaged     {what if name == MANIFEST else f'{name} {what}'}")
-    tell(folder, wrong)
+    if tell is _print_checkpoint:
+        _print_checkpoint(folder, wrong, description)
+    else:
+        tell(folder, wrong)
     _raise_damage(folder, wrong)
 
 
-def _print_checkpoint(folder: Path, wrong: Mapping[str, str]) -> None:
-    description = {}
-    if not wrong.keys() & {"config.json", MANIFEST}:
+def _print_checkpoint(
+    folder: Path, wrong: Mapping[str, str], description: Mapping[str, Any] | None = None
+) -> None:
+    """A mixture; description: of a whole one, while a damaged one's may be of use."""
+    if description is None and not wrong.keys() & {"config.json", MANIFEST}:
         description = read_json(folder / "config.json")
-    if not wrong:
-        _print_description(folder, Checkpoint.of_verified(folder).description)
-    elif description.get("format_version") == FORMAT_VERSION:
+    if description is not None and description.get("format_version") == FORMAT_VERSION:
         _print_description(folder, description)
     else:
         damaged = {name.split("/")[1] for name in wrong if name.startswith(f"{ADAPTERS}/")}

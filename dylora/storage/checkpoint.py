@@ -7,7 +7,7 @@ hashing again.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ class Checkpoint:
     path: Path
     description: dict[str, Any]  # config.json, checked against the other files
     states: Mapping[str, tuple[int, int]]  # file -> size and time of its last change, when opened
+    damaged: Sequence[Path] = ()  # of its run, found not to verify when it was looked for
     allow_other_base: bool = False  # whether it may be put on a base that it was not trained on
 
     @classmethod
@@ -82,14 +83,14 @@ class Checkpoint:
 
         Raises FileNotFoundError when there is none.
         """
-        return cls.of_verified(latest_checkpoint(run_folder, report))
+        return cls.of_verified(*latest_checkpoint(run_folder, report))
 
     @classmethod
-    def of_verified(cls, folder: Path) -> "Checkpoint":
+    def of_verified(cls, folder: Path, damaged: Sequence[Path] = ()) -> "Checkpoint":
         """A folder that `verify` has just found whole."""
         description = read_json(folder / "config.json")
         check_description(folder, description)
-        return cls(folder, description, _states(folder))
+        return cls(folder, description, _states(folder), damaged)
 
     @classmethod
     def _open_run(cls, run_folder: Path, report: Callable[[str], None]) -> "Checkpoint":
@@ -101,9 +102,9 @@ class Checkpoint:
                     f"{file}: checkpoint is {shown(name)}, but must be the name of a checkpoint"
                 )
             best = run_folder / name
-        folder = latest_checkpoint(run_folder, report, first=best)
+        folder, damaged = latest_checkpoint(run_folder, report, first=best)
         report(f"checkpoint: {folder}, the {'best' if folder == best else 'newest'} of the run")
-        return cls.of_verified(folder)
+        return cls.of_verified(folder, damaged)
 
     @property
     def file(self) -> Path:

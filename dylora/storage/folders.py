@@ -121,18 +121,20 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 def latest_checkpoint(
     run_folder: Path, report: Callable[[str], None], first: Path | None = None
-) -> Path:
+) -> tuple[Path, list[Path]]:
     """The newest checkpoint that verifies, or `first`; says which it skipped and why.
 
-    Raises FileNotFoundError when there is none.
+    Returns those skipped as well. Raises FileNotFoundError when there is none.
     """
-    for path in [*filter(None, [first]), *reversed(checkpoints(run_folder))]:
+    skipped = []
+    for path in dict.fromkeys([*filter(None, [first]), *reversed(checkpoints(run_folder))]):
         try:
             verify(path)
         except (ValueError, OSError) as error:
             report(f"skipped {path}: {error}")
+            skipped.append(path)
         else:
-            return path
+            return path, skipped
     raise FileNotFoundError(f"no whole checkpoint under {run_folder}: nothing to resume from")
 
 

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 
 from dylora.base_models import BaseSpec
-from dylora.fields import is_number, shown
 from dylora.model_io import load_model, write_model
 from dylora.storage.checkpoint import BEST_FILE, Checkpoint
 from dylora.storage.folders import (
@@ -37,7 +36,7 @@ from dylora.training.random_state import check_random_state, random_state, resto
 from dylora.training.run import Run
 from dylora.training.schedule import check_schedule, restore_schedule
 from dylora.training.settings import data_difference, find_changes, rates_of_checkpoint
-from dylora.training.trainer_state import read_progress, require_same_form
+from dylora.training.trainer_state import check_scaler, read_progress, require_same_form
 
 
 def save(run: Run) -> Path:
@@ -124,9 +123,6 @@ def load_best(run: Run) -> None:
         )
         return
     checkpoint = Checkpoint.open(run.folder / name)
-    if len(checkpoint.experts) != len(run.model.experts):
-        run.log.info(f"note: the pool has grown since {name}, so the last weights stay")
-        return
     load_model(run.model.experts, checkpoint)
     run.model.training_record = checkpoint.description["training"]
     run.log.info(f"took back the weights of {name}")
@@ -183,7 +179,8 @@ def resume(run: Run, source: str) -> None:
     check_random_state(folder / "rng_state.pt", generators)
     for later in checkpoints(run.folder):
         if int(later.name.rpartition("-")[2]) > step:
-            aside = quarantine(later, "superseded" if is_intact(later) else "damaged")
+            whole = later not in checkpoint.damaged and is_intact(later)
+            aside = quarantine(later, "superseded" if whole else "damaged")
             run.log.info(f"set aside as {aside}")
     run.log.forget_after(step)
     restore_random_state(generators)
@@ -223,9 +220,8 @@ def resume_schedule(run: Run, checkpoint: Checkpoint) -> None:
     rates = restore_schedule(run.scheduler, saved["scheduler"], began_with, rates)
     for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    if not all(is_number(value, 0, 2.0**64) for value in saved["scaler"].values()):
-        raise ValueError(f"{file}: scaler is {shown(saved['scaler'])}, which is invalid")
     if saved["scaler"]:
+        check_scaler(file, saved["scaler"], ours["scaler"])
         run.scaler.load_state_dict(saved["scaler"])
 
 

@@ -82,6 +82,16 @@ def read_progress(file: Path, blocks: int, experts: int) -> dict[str, Any]:
     return state
 
 
+def check_scaler(file: Path, found: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises ValueError for a state that no float16 scaler of a run comes to."""
+    checks: dict[str, Callable[[Any], bool]] = {
+        **{name: lambda given, own=own: given == own for name, own in ours.items()},  # set once
+        "scale": lambda value: is_number(value, 2.0**-126, 2.0**127),
+        "_growth_tracker": lambda value: is_whole_number(value, 0, ours["growth_interval"]),
+    }
+    require_keys(file, "scaler.", found, checks)
+
+
 def require_same_form(file: Path, where: str, found: Any, ours: Any) -> None:
     """Raises ValueError unless `found` has the keys, lengths, types and shapes of our own state.
 

@@ -7,6 +7,7 @@ import pytest
 
 from dylora import export_mixture, export_peft
 from dylora.cli.main import main
+from dylora.storage import checkpoint
 from dylora.storage.manifest import MANIFEST
 
 
@@ -65,6 +66,16 @@ def test_a_checkpoint_is_told_line_by_line(saved, info):
     for line, start in zip(lines[1:], expected, strict=True):
         assert line.startswith(start)
     assert lines[5].endswith(", skill sql")
+
+
+def test_the_description_of_a_checkpoint_is_read_once(saved, info, monkeypatch):
+    read: list[str] = []
+    original = checkpoint.read_json
+    monkeypatch.setattr(
+        checkpoint, "read_json", lambda file, **way: read.append(file.name) or original(file, **way)
+    )
+    info(saved)
+    assert read.count("config.json") == 1
 
 
 def test_all_damaged_files_are_named_and_the_rest_is_told(saved, info):

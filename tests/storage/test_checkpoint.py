@@ -467,7 +467,7 @@ def test_checkpoints_are_sorted_by_step(run_folder):
 def test_age_says_nothing_about_the_order(run_folder):
     os.utime(run_folder / "checkpoint-2", (4e9, 4e9))
     os.utime(run_folder / "checkpoint-100", (0, 0))
-    assert latest_checkpoint(run_folder, print).name == "checkpoint-100"
+    assert latest_checkpoint(run_folder, print)[0].name == "checkpoint-100"
 
 
 def test_what_is_no_checkpoint_is_not_counted(run_folder):
@@ -483,7 +483,7 @@ def test_what_is_no_checkpoint_is_not_counted(run_folder):
 def test_the_latest_checkpoint_is_the_newest_whole_one(run_folder):
     flip_bit(run_folder / "checkpoint-100" / "b.txt", 0)
     (run_folder / "checkpoint-10" / "inner" / "a.txt").unlink()
-    assert latest_checkpoint(run_folder, print).name == "checkpoint-9"
+    assert latest_checkpoint(run_folder, print)[0].name == "checkpoint-9"
 
 
 def test_skipped_checkpoints_are_told_with_what_is_wrong(run_folder):
@@ -505,7 +505,7 @@ def test_a_whole_newest_checkpoint_is_taken_in_silence(run_folder):
 @pytest.mark.parametrize("kind", BROKEN_MANIFESTS)
 def test_a_checkpoint_with_a_broken_manifest_is_skipped(kind, run_folder):
     (run_folder / "checkpoint-100" / MANIFEST).write_text(BROKEN_MANIFESTS[kind])
-    assert latest_checkpoint(run_folder, print).name == "checkpoint-10"
+    assert latest_checkpoint(run_folder, print)[0].name == "checkpoint-10"
 
 
 def test_no_whole_checkpoint_is_an_error_that_names_the_run(tmp_path):
@@ -643,7 +643,7 @@ def test_a_checkpoint_that_cannot_be_read_is_skipped(run_folder, monkeypatch):
 
     monkeypatch.setattr(manifest, "hash_file", failing)
     said = []
-    assert latest_checkpoint(run_folder, said.append).name == "checkpoint-10"
+    assert latest_checkpoint(run_folder, said.append)[0].name == "checkpoint-10"
     assert "Input/output error" in said[0]
 
 
@@ -653,7 +653,7 @@ def test_a_checkpoint_that_cannot_be_read_is_skipped(run_folder, monkeypatch):
 def damage_is_found(run_folder, file):
     """Whether the newest is refused with the file's name, and the one before it is taken."""
     said = []
-    taken = latest_checkpoint(run_folder, said.append)
+    taken, _ = latest_checkpoint(run_folder, said.append)
     return taken.name == "checkpoint-6" and str(file) in said[0]
 
 
@@ -675,7 +675,7 @@ def test_two_hundred_flipped_bits_are_all_found_and_the_older_checkpoint_is_used
         named = file if file.name != MANIFEST else file.parent
         assert damage_is_found(two_saved, named), file
         file.write_bytes(before)
-    assert latest_checkpoint(two_saved, print).name == "checkpoint-7"
+    assert latest_checkpoint(two_saved, print)[0].name == "checkpoint-7"
 
 
 def test_thirty_truncations_are_all_found_and_the_older_checkpoint_is_used(two_saved):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dylora.run_config import SourceConfig, dump_run_config
 from dylora.training.loop import train
 from dylora.training.resume import resume
 from dylora.training.run import Run, prepare
+from dylora.training.trainer_state import check_scaler
 
 FOUND: dict[str, Path | Run] = {}  # made by the first test that asks
 
@@ -100,6 +102,22 @@ def test_a_run_goes_on_from_what_was_tried_before(run, trained):
     assert run.progress.step == 1
     for name, parameter in run.model.router_parameters():
         assert torch.equal(run.optimizer.state[parameter]["exp_avg"], saved[name]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("scale", value) for value in (0.0, -1.0, math.inf, 1e30 * 1e30, 1e-50, True, "1")),
+        *(("_growth_tracker", value) for value in (-1, 0.5, 2001, math.inf)),
+        *(("growth_factor", value) for value in (0.0, 1e30, 4.0)),
+        *[("backoff_factor", 2.0), ("growth_interval", 0), ("growth_interval", 10**30)],
+    ],
+)
+def test_a_state_of_the_scaler_that_no_run_comes_to_is_refused(name, value):
+    ours = torch.amp.GradScaler("cpu").state_dict()
+    check_scaler(Path("scheduler.pt"), {**ours, "scale": 2.0**20, "_growth_tracker": 7}, ours)
+    with pytest.raises(ValueError, match=f"scheduler.pt: scaler.{name} is .*, which is invalid"):
+        check_scaler(Path("scheduler.pt"), {**ours, name: value}, ours)
 
 
 def test_the_state_of_every_schedule_is_taken_back(make_config):

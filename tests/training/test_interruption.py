@@ -7,15 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+from dylora.storage import manifest
 from dylora.storage.lock import LOCK_FILE, lock_folder
 from dylora.storage.manifest import verify, write_manifest
 from dylora.training import loop
 from dylora.training.loop import train
+from dylora.training.resume import resume
+from dylora.training.run import prepare
 from runs import STEPS, all_tensors, rows_of
 
 ROOT = Path(__file__).parents[2]
@@ -212,6 +216,21 @@ def test_a_damaged_checkpoint_of_a_later_step_is_set_aside(make_config, capsys):
     after = all_tensors(run.folder / "checkpoint-10")
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
     assert "set aside" in capsys.readouterr().out
+
+
+def test_a_resume_hashes_no_file_of_a_damaged_checkpoint_twice(make_config, monkeypatch):
+    run = train(make_config(save_steps=5))
+    file = run.folder / "checkpoint-10" / "trainer_state.json"
+    file.write_bytes(file.read_bytes()[:-1] + b" ")  # of the same size, so that all are hashed
+    hashed: Counter[Path] = Counter()
+    original = manifest.hash_file
+    monkeypatch.setattr(manifest, "hash_file", lambda path: hashed.update([path]) or original(path))
+    again = prepare(make_config(save_steps=5), fresh=False)
+    resume(again, "latest")
+    assert again.progress.step == 5
+    assert (run.folder / "checkpoint-10.damaged").is_dir()
+    assert file in hashed
+    assert set(hashed.values()) == {1}
 
 
 def test_going_back_sets_the_abandoned_future_aside(make_config):

@@ -321,20 +321,30 @@ def test_the_weights_of_the_results_are_named_and_may_be_the_best(
         assert torch.equal(one, other), name
 
 
-def test_a_pool_that_has_grown_since_its_best_keeps_its_last_weights(
-    make_config, monkeypatch, capsys
+@pytest.mark.parametrize("change", ["create", "merge", "retire"])
+def test_a_pool_that_has_changed_since_its_best_is_again_what_it_was(
+    make_config, monkeypatch, change
 ):
-    class Grows(Callback):
+    class Changes(Callback):
         def after_step(self, run, result):
-            if run.progress.step == 2:
-                run.model.experts.create_expert(share=0.2)
+            experts = run.model.experts
+            if run.progress.step == 2 and change == "create":
+                experts.create_expert(share=0.2)
+            elif run.progress.step == 2:
+                experts.merge(0, 2) if change == "merge" else experts.retire(1)
 
     losses = iter([1.0, 2.5, 2.4])
     monkeypatch.setattr("dylora.training.loop.overall_loss", lambda scores: next(losses))
-    run = train(make_config(max_steps=3, eval_steps=1, load_best_at_end=True), callbacks=[Grows()])
-    assert len(run.model.experts) == 4
-    assert run.model.training_record["step"] == 3
-    assert "grown since checkpoint-1, so the last weights stay" in capsys.readouterr().out
+    config = make_config(max_steps=3, eval_steps=1, load_best_at_end=True)
+    run = train(config, callbacks=[Changes()])
+    monkeypatch.undo()
+    saved = DyLoRA_MoE.from_pretrained(run.folder / "checkpoint-1").eval()
+    assert run.model.training_record["step"] == 1
+    assert run.model.experts.state_dict() == saved.experts.state_dict()
+    ids = torch.arange(12)[None]
+    found, expected = (model.eval()(ids, labels=ids) for model in (run.model, saved))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
 
 
 def test_a_line_of_metrics_has_every_promised_name(make_config):
