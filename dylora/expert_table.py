@@ -24,7 +24,7 @@ class Expert:
     takes_part: bool = True  # False: set_active_expert chose another one
     skill: str | None = None
     steps: int = 0  # optimizer steps that could change it
-    stack: int = 0  # experts of one number lie in one tensor
+    stack: int = 0  # neighbours of one number and one rank lie in one tensor
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -65,7 +65,9 @@ def groups_of(table: list[Expert]) -> list[list[int]]:
     for index, row in enumerate(table):
         if row.state == "retired":
             continue
-        if groups and groups[-1][-1] == index - 1 and table[index - 1].stack == row.stack:
+        before = table[index - 1]
+        same = (before.stack, before.rank) == (row.stack, row.rank)
+        if groups and groups[-1][-1] == index - 1 and same:
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -76,7 +78,7 @@ def number_stacks(
     table: list[Expert], adapters: Iterable[Adapter], optimizer: Optimizer | None
 ) -> list[list[int]]:
     """Which experts share a stack from here on: neighbours that are both trained or neither, of one
-    width and one age.
+    rank and one age.
 
     Without an optimizer stacks are split but never joined, so that a parameter which an optimizer
     elsewhere may hold is not replaced without need.

@@ -127,7 +127,7 @@ class ExpertManager:
             raise ValueError(f"share is {share}, but must lie between 0 and 1")
         index = len(self.table)
         for path, adapter in mixture.adapters.items():
-            stack = adapter.create_stack(index, [rank], [alpha], mixture.base.get_submodule(path))
+            stack = adapter.create_stack(index, rank, [alpha], mixture.base.get_submodule(path))
             restack.add_to_optimizer(self._optimizer, adapter, stack)
             adapter.set_stacks([*adapter.stacks, stack])
         self._grow_routers(share)

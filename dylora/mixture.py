@@ -222,9 +222,9 @@ class Mixture:
             projection = self.base.get_submodule(path)
             fresh = []
             for group in groups_of(table):
-                ranks, alphas = [table[e].rank for e in group], [table[e].alpha for e in group]
-                stack = adapter.create_stack(group[0], ranks, alphas, projection, drawn=False)
-                fresh.append(stack)
+                first, alphas = group[0], [table[e].alpha for e in group]
+                rank = table[first].rank
+                fresh.append(adapter.create_stack(first, rank, alphas, projection, drawn=False))
             adapter.set_stacks(fresh)
             adapter.train(adapter.training)
         return True

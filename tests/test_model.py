@@ -858,8 +858,9 @@ def test_setting_maturity_reaches_every_router(mixture, ids):
     assert (after == 2).all()
 
 
-def test_the_dense_path_compiles_without_a_graph_break(mixture, ids):
-    model = mixture(routing_mode="dense")
+@pytest.mark.parametrize("ranks", [None, [1, 3, 3]])
+def test_the_dense_path_compiles_without_a_graph_break(ranks, mixture, ids):
+    model = mixture(routing_mode="dense", expert_ranks=ranks)
     compiled = torch.compile(model.base, fullgraph=True, backend="eager")
     ours = compiled(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(ours, model(ids).logits, **CLOSE)

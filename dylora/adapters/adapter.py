@@ -25,14 +25,15 @@ from dylora.storage.peft_types import PEFT_TYPES
 class Adapter(nn.Module):
     """The experts of one projection, in stacks.
 
-    The experts a mixture starts with are one stack; an expert that is created, frozen or unfrozen
-    alone becomes a stack of its own, so that what is frozen is a parameter without gradient and
-    what is new has optimizer moments of its own. The parameters of a stack lie by expert in their
-    first dimension; a parameter of the adapter itself belongs to all experts. All are float32
-    whatever the base is, and cast to the activations' precision for the products.
+    The experts a mixture starts with are one stack, or one for each run of equal ranks; an expert
+    that is created, frozen or unfrozen alone becomes a stack of its own, so that what is frozen is
+    a parameter without gradient and what is new has optimizer moments of its own. The parameters of
+    a stack lie by expert in their first dimension; a parameter of the adapter itself belongs to all
+    experts. All are float32 whatever the base is, and cast to the activations' precision for the
+    products.
 
     Matrices of a stack have the names of PEFT's tensors and are [E, R, D] where PEFT's are [r, D],
-    [E, R, O] where they are [O, r]; rows beyond an expert's rank are 0 and have no gradient.
+    [E, R, O] where they are [O, r].
     """
 
     PEFT_TYPE: ClassVar[str]  # a key of PEFT_TYPES
@@ -67,14 +68,14 @@ class Adapter(nn.Module):
     def create_stack(
         self,
         first: int,
-        ranks: list[int],
+        rank: int,
         alphas: list[float],
         projection: nn.Module,
         *,
         drawn: bool = True,
     ) -> ExpertStack:
-        """Experts `first`, `first + 1`, … of these ranks and alphas, which change nothing yet; all
-        0 unless `drawn`, for a loader."""
+        """Experts `first`, `first + 1`, … of one rank and these alphas, which change nothing yet;
+        all 0 unless `drawn`, for a loader."""
 
     @abstractmethod
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class Adapter(nn.Module):
         found = {}
         for name, axes in PEFT_TYPES[self.PEFT_TYPE].matrices.items():
             matrix = self.matrix(stack, name).detach()
-            rows = matrix[place if len(matrix) > 1 else 0, : stack.ranks[place]]
+            rows = matrix[place if len(matrix) > 1 else 0]
             found[name] = rows.T if axes == "o r" else rows
         return found
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from dylora.adapters.adapter import Adapter, adapter_class
 from dylora.adapters.bias import BiasShift
 from dylora.adapters.block import RoutedBlock
+from dylora.adapters.stack import equal_runs
 from dylora.adapters.targets import device_of, find_targets, projection_sizes
 from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
@@ -154,7 +155,9 @@ def _new_adapter(
     if with_experts:
         ranks = config.expert_ranks or [config.r] * config.expert_count
         alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
-        adapter.stacks.append(adapter.create_stack(0, ranks, alphas, projection))
+        for run in equal_runs(ranks):
+            own = [alphas[expert] for expert in run]
+            adapter.stacks.append(adapter.create_stack(run[0], ranks[run[0]], own, projection))
     projection.add_module(ADAPTER_NAME, adapter)
     block.adapters[adapter.name] = adapter
     return adapter

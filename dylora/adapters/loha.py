@@ -48,7 +48,7 @@ class StackedLoHa(Adapter):
     def create_stack(
         self,
         first: int,
-        ranks: list[int],
+        rank: int,
         alphas: list[float],
         projection: nn.Module,
         *,
@@ -56,27 +56,26 @@ class StackedLoHa(Adapter):
     ) -> LoHaStack:
         """W2b is 0; the others are uniform as in PEFT's kaiming_uniform_(a=sqrt(5)), different for
         each expert: within 1/sqrt(r) for W1a and W2a [O, r], within 1/sqrt(D) for W1b [r, D]."""
-        own = [self.rank(rank) for rank in ranks]
-        scalings = [self.scaling(r, alpha) for r, alpha in zip(ranks, alphas, strict=True)]
+        scalings = [self.scaling(rank, alpha) for alpha in alphas]
+        rank = self.rank(rank)
         widths = [self.out_features, self.in_features] * 2
         values = {
-            name: torch.zeros(len(own), max(own), width, device=self.device)
+            name: torch.zeros(len(alphas), rank, width, device=self.device)
             for name, width in zip(LoHaStack.NAMES, widths, strict=True)
         }
-        for expert, rank in enumerate(own if drawn else ()):
+        for expert in range(len(alphas) if drawn else 0):
             for name in LoHaStack.NAMES[:3]:
                 bound = 1 / math.sqrt(self.in_features if name == "hada_w1_b" else rank)
-                nn.init.uniform_(values[name][expert, :rank], -bound, bound)
-        return LoHaStack(first, own, scalings, values)
+                nn.init.uniform_(values[name][expert], -bound, bound)
+        return LoHaStack(first, rank, scalings, values)
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         """x [..., D], gates [..., E] -> Σ_e g_e ΔW_e drop(x), [..., O], in x's precision."""
         x = self.dropout(x)
         update = x.new_zeros(*x.shape[:-1], self.out_features)
         for stack in self.stacks:
-            tokens, rank = x.shape[:-1].numel(), max(stack.ranks)
-            mix = mix_low_rank
-            if multiplies_delta(tokens, rank, self.in_features, self.out_features):
+            tokens, mix = x.shape[:-1].numel(), mix_low_rank
+            if multiplies_delta(tokens, stack.rank, self.in_features, self.out_features):
                 mix = mix_deltas
             update = update + mix(x, stack.own(gates), stack)
         return update

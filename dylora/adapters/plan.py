@@ -76,7 +76,7 @@ def make_plan(
     gates, mature = decision.gates.flatten(0, -2), decision.mature
     if mature is None or (state.all_active and not any(mature)):
         everyone = [Dense(index, None) for index in range(len(stacks))]
-        if len(stacks) != 1 or len(stacks[0].ranks) != gates.shape[1]:
+        if len(stacks) != 1 or stacks[0].count != gates.shape[1]:
             gates = _columns(gates, [e for s in stacks for e in s.experts])
         return DispatchPlan(everyone, gates, [])
     dense, columns, sparse = [], [], []
@@ -107,7 +107,7 @@ def make_plan(
         gates_TK = own.gather(-1, chosen_TK)
         if immature:
             chosen_TK = _indices(tuple(e - stack.first for e in ids), gates.device)[chosen_TK]
-        sparse.append(Sparse(index, chosen_TK, gates_TK, len(stack.ranks), kernel == "gather"))
+        sparse.append(Sparse(index, chosen_TK, gates_TK, stack.count, kernel == "gather"))
     return DispatchPlan(dense, _columns(gates, columns), sparse)
 
 

@@ -61,7 +61,7 @@ class StackedLoRA(Adapter):
     def create_stack(
         self,
         first: int,
-        ranks: list[int],
+        rank: int,
         alphas: list[float],
         projection: nn.Module,
         *,
@@ -72,22 +72,21 @@ class StackedLoRA(Adapter):
         A is random and different for each expert (equal ones would stay twins for ever) and B is
         0, so that they change nothing (with init orthogonal: B·A is 0 up to rounding).
         """
-        config, count = self.config, len(ranks)
-        own = [self.rank(rank) for rank in ranks]
-        scalings = [self.scaling(r, alpha) for r, alpha in zip(ranks, alphas, strict=True)]
-        widest = max(own) if self.shared_A is None else self.shared_A.shape[1]
+        config, count = self.config, len(alphas)
+        scalings = [self.scaling(rank, alpha) for alpha in alphas]
+        rank = self.rank(rank)
         A = None
         if self.shared_A is None:
-            A = torch.zeros(count, widest, self.in_features, device=self.device)
-        B = torch.zeros(count, widest, self.out_features, device=self.device)
-        for expert, rank in enumerate(own if drawn else ()):
+            A = torch.zeros(count, rank, self.in_features, device=self.device)
+        B = torch.zeros(count, rank, self.out_features, device=self.device)
+        for expert in range(count if drawn else 0):
             if config.init_lora_weights == "orthogonal":
                 assert A is not None
-                A[expert, :rank], B[expert, :rank] = orthogonal_pair(
+                A[expert], B[expert] = orthogonal_pair(
                     rank, self.in_features, self.out_features, self.device
                 )
             elif A is not None:
-                A[expert, :rank] = initial_A(1, rank, self.in_features, config, self.device)[0]
+                A[expert] = initial_A(1, rank, self.in_features, config, self.device)[0]
         magnitude = None
         if config.use_dora:
             magnitude = row_norms(weight_OD(projection)).to(B).expand(count, -1).clone()
@@ -95,7 +94,7 @@ class StackedLoRA(Adapter):
         if config.bias != "none" and getattr(projection, "bias", None) is not None:
             bias = torch.zeros(count, self.out_features, device=self.device)
         values = {"lora_A": A, "lora_B": B, "lora_magnitude": magnitude, "lora_bias": bias}
-        stack = LoRAStack(first, own, scalings, values)
+        stack = LoRAStack(first, rank, scalings, values)
         if config.freeze_A and stack.lora_A is not None:
             stack.lora_A.requires_grad_(False)
         return stack
@@ -156,7 +155,7 @@ class StackedLoRA(Adapter):
             A, B, error = truncated_sum(torch.cat(As), torch.cat(Bs), own)
             A = A.to(like)[None]
         values = {"lora_A": A, "lora_B": (B / scale).to(like)[None], "lora_bias": bias}
-        return LoRAStack(i, [own], [scale], values), error
+        return LoRAStack(i, own, [scale], values), error
 
     def forward(self, x: Tensor, gates: Tensor, ratios: list[Tensor] | None = None) -> Tensor:
         """x [..., D], gates [..., E] -> Σ_e g_e s_e B_e A_e drop(x), [..., O], in x's precision.
@@ -260,13 +259,17 @@ class StackedLoRA(Adapter):
         return [self._rows(part, "lora_A") for part in dense]
 
     def column_blocks(self, dense: list[Dense]) -> list[Block]:
-        """Their columns in h."""
+        """Their columns in h; stacks of equal rank side by side are one block."""
         shared = self.shared_A is not None
-        blocks, first = [], 0
+        blocks: list[Block] = []
+        first = 0
         for part in dense:
-            B = self.stacks[part.stack].lora_B
-            experts = B.shape[0] if part.expert_ids is None else len(part.expert_ids)
-            blocks.append(Block(first, experts, B.shape[1], shared))
+            stack = self.stacks[part.stack]
+            experts = stack.count if part.expert_ids is None else len(part.expert_ids)
+            if blocks and blocks[-1].rank == stack.rank:
+                blocks[-1] = blocks[-1]._replace(experts=blocks[-1].experts + experts)
+            else:
+                blocks.append(Block(first, experts, stack.rank, shared))
             first += experts
         return blocks
 

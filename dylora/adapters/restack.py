@@ -36,7 +36,7 @@ def repartition(optimizer: Optimizer | None, adapter: Adapter, wanted: list[list
 def split_off(optimizer: Optimizer | None, adapter: Adapter, expert: int) -> None:
     """Give an expert a stack of its own."""
     stack, place = adapter.stack_of(expert)
-    if len(stack.ranks) == 1:
+    if stack.count == 1:
         return
     numbers = list(stack.experts)
     parts = [group for group in (numbers[:place], [expert], numbers[place + 1 :]) if group]
@@ -64,7 +64,7 @@ def replace_stack(
 
 
 def concat(optimizer: Optimizer | None, adapter: Adapter, group: list[int]) -> ExpertStack:
-    """A stack of neighbouring experts, with their rows of parameters and moments."""
+    """A stack of neighbouring experts of equal rank, with their rows of parameters and moments."""
     pieces = [adapter.stack_of(expert) for expert in group]
     first = pieces[0][0]
 
@@ -77,7 +77,7 @@ def concat(optimizer: Optimizer | None, adapter: Adapter, group: list[int]) -> E
     }
     joined = type(first)(
         group[0],
-        [stack.ranks[place] for stack, place in pieces],
+        first.rank,
         [float(stack.scaling_E[place]) for stack, place in pieces],
         {name: rows(parameters) for name, parameters in olds.items()},
     ).to(first.scaling_E.dtype)

@@ -1,8 +1,9 @@
-"""Neighbouring experts of one projection as stacked tensors, and the initial values of LoRA's.
+"""Neighbouring experts of equal rank as stacked tensors, and the initial values of LoRA's.
 
 Shape letters: E experts, R rank, D input width, O output width.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import ClassVar
@@ -14,11 +15,10 @@ from dylora.config import MoELoraConfig
 
 
 class ExpertStack(nn.Module):
-    """Neighbouring experts of one projection whose tensors lie in one piece.
+    """Neighbouring experts of one projection and one rank, whose tensors lie in one piece.
 
-    Every parameter has the experts in its first dimension, and matrices the largest rank R among
-    them in the second. An expert of a smaller rank has zeros in the rows beyond it, in all matrices
-    alike: the gradient of each is then exactly 0 there, so any optimizer leaves them at 0.
+    Every parameter has the experts in its first dimension, and matrices the rank in the second.
+    Experts of unequal rank lie in stacks of their own, so they cost what their ranks add up to.
     """
 
     NAMES: ClassVar[tuple[str, ...]]  # of its parameters
@@ -27,14 +27,16 @@ class ExpertStack(nn.Module):
     def __init__(
         self,
         first: int,
-        ranks: list[int],
+        rank: int,
         scalings: list[float],
         values: Mapping[str, Tensor | None],
     ):
-        """The experts `first`, `first + 1`, …; values: of the parameters, by their names."""
+        """The experts `first`, `first + 1`, …; scalings: one of each; values: of the parameters, by
+        their names."""
         super().__init__()
         self.first = first
-        self.ranks = ranks
+        self.rank = rank
+        self.count = len(scalings)
         device = next(value.device for value in values.values() if value is not None)
         self.register_buffer("scaling_E", torch.tensor(scalings, device=device))
         assert values.keys() <= set(self.NAMES)
@@ -45,11 +47,11 @@ class ExpertStack(nn.Module):
     @property
     def experts(self) -> range:
         """Their numbers on the E axis of the gates."""
-        return range(self.first, self.first + len(self.ranks))
+        return range(self.first, self.first + self.count)
 
     def own(self, gates: Tensor) -> Tensor:
         """The columns of this stack's experts in the gates [..., E] of all."""
-        return gates[..., self.first : self.first + len(self.ranks)]
+        return gates[..., self.first : self.first + self.count]
 
 
 class LoRAStack(ExpertStack):
@@ -64,6 +66,12 @@ class LoRAStack(ExpertStack):
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
     lora_bias: nn.Parameter | None
+
+
+def equal_runs(ranks: list[int]) -> list[list[int]]:
+    """The numbers of neighbours of equal rank, in order: those of one stack each."""
+    numbers = range(len(ranks))
+    return [list(run) for _, run in itertools.groupby(numbers, lambda number: ranks[number])]
 
 
 def initial_A(

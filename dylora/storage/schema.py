@@ -5,7 +5,6 @@ routers) is held against the headers of the folder's own files. A mixture that i
 checked description is therefore as large as its files, or as its base demands.
 """
 
-import itertools
 import warnings
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +22,6 @@ ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
 SHIFTS_FILE = "bias_shifts.safetensors"
 SKILLS_FILE = "skill_library.safetensors"  # where the mixture has a skill library
 FORMAT_VERSION = 2  # of a mixture's config.json
-MAX_FILLING = 64  # a stack is as wide as its widest expert: so many times what its files hold
 FIXED_WEIGHTS = "fixed_weights"  # [E] in the routers' file, of router_type fixed
 STATES = ("active", "frozen", "retired")
 
@@ -136,12 +134,8 @@ def _check_table(file: Path, records: list[Any], config: MoELoraConfig) -> None:
         }
         _refuse(file, f"experts[{index}].", refused)
     live = [record for record in records if record["state"] != "retired"]
-    stacks = itertools.groupby(live, lambda record: record["stack"])
-    ranks = [[record["rank"] for record in stack] for _, stack in stacks]
-    filled, count = sum(len(stack) * max(stack) for stack in ranks), len(records)
+    count = len(records)
     refused = {
-        "experts: one stack holds ranks so different that it would take more than "
-        f"{MAX_FILLING} times their memory": filled > MAX_FILLING * sum(map(sum, ranks)),
         "experts: none of them takes part": not any(record["takes_part"] for record in live),
         f"moe.num_experts is {config.num_experts}, but experts lists {count}": (
             config.expert_count > count

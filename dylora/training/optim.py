@@ -1,6 +1,7 @@
 """AdamW over experts and routers, the learning-rate schedule, and their state by name."""
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from dylora.model import DyLoRA_MoE
 from dylora.run_config import TrainConfig
 from dylora.storage.tensors import is_plain
 
+STACK = re.compile(r"(.*\.experts_)(\d{1,9})-(\d{1,9})(\.\w+)")  # a parameter's name
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's, for each parameter
 
 
@@ -91,7 +93,7 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: DyLoRA_MoE) -> dict[s
 def load_state_by_name(
     optimizer: torch.optim.Optimizer, model: DyLoRA_MoE, saved: dict[str, Any]
 ) -> None:
-    """Put copies of saved moments back.
+    """Put copies of saved moments back, those of padded stacks cut to the experts' own ranks.
 
     Raises ValueError naming a parameter that has none, is unknown, or whose moments are not finite
     float32 of its shape.
@@ -99,6 +101,7 @@ def load_state_by_name(
     parameters = named_parameters(model)
     if not isinstance(saved, dict):
         raise ValueError(f"the optimizer state does not fit: it is a {type(saved).__name__}")
+    saved = _cut_padded(saved, parameters)
     for name in [*(parameters.keys() - saved.keys()), *(saved.keys() - parameters.keys())]:
         raise ValueError(f"the optimizer state does not fit: {shown(name)} is on one side only")
     for name, parameter in parameters.items():
@@ -108,6 +111,41 @@ def load_state_by_name(
             optimizer.state[parameter] = {
                 key: value.to(parameter.device, copy=True) for key, value in saved[name].items()
             }
+
+
+def _cut_padded(saved: dict[str, Any], parameters: dict[str, nn.Parameter]) -> dict[str, Any]:
+    """Moments by today's stacks: earlier ones held experts of unequal rank, padded with zeros to
+    the largest. What cannot be cut so stays as it is."""
+    stacks: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+    for name in parameters:
+        if (match := STACK.fullmatch(name)) is not None:
+            stacks.setdefault((match[1], match[4]), []).append((int(match[2]), int(match[3]), name))
+    found: dict[str, Any] = {}
+    for name, state in saved.items():
+        match = STACK.fullmatch(name) if isinstance(name, str) else None
+        if match is None or not isinstance(state, dict):
+            found[name] = state
+            continue
+        first, last = int(match[2]), int(match[3])
+        parts = [s for s in stacks.get((match[1], match[4]), ()) if first <= s[0] and s[1] <= last]
+        if sum(end - begin + 1 for begin, end, _ in parts) != last - first + 1:
+            found[name] = state
+            continue
+        for begin, end, part in parts:
+            rows = slice(begin - first, end - first + 1)
+            found[part] = {
+                key: _cut(value, last - first + 1, rows, parameters[part].shape)
+                for key, value in state.items()
+            }
+    return found
+
+
+def _cut(value: Any, count: int, rows: slice, shape: torch.Size) -> Any:
+    """Some of the `count` rows of a saved moment, without padding beyond this shape."""
+    if not is_plain(value, torch.float32) or value.ndim != len(shape) or len(value) != count:
+        return value
+    cut, rank = value[rows], shape[1]
+    return cut[:, :rank].contiguous() if len(shape) == 3 and not cut[:, rank:].any() else cut
 
 
 def _moments_problem(state: Any, parameter: nn.Parameter) -> str | None:

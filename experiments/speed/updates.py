@@ -64,7 +64,7 @@ def adapted(
         projection = getattr(block.self_attn, name)
         sizes = (projection.in_features, projection.out_features)
         lora = StackedLoRA(site, f"self_attn.{name}", *sizes, config, weight.device)
-        stack = lora.create_stack(0, [16] * experts, [32.0] * experts, projection)
+        stack = lora.create_stack(0, 16, [32.0] * experts, projection)
         nn.init.normal_(stack.lora_B, std=0.02)
         lora.set_stacks([stack])
         projection.add_module("dylora_adapter", lora)

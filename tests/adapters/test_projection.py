@@ -22,9 +22,8 @@ def fresh(num_experts=E, width=D, rank=R, **settings):
     lora = StackedLoRA(
         RoutedBlock("block", 0, RoutingState(num_experts)), "block.q", width, O, config
     )
-    ranks = (config.expert_ranks or [rank] * num_experts)[:num_experts]
     projection = torch.nn.Linear(width, O)
-    stack = lora.create_stack(0, ranks, [2.0 * rank] * num_experts, projection)
+    stack = lora.create_stack(0, rank, [2.0 * rank] * num_experts, projection)
     lora.stacks.append(stack)
     return lora, stack
 

@@ -91,19 +91,11 @@ def write(form: Form, folder: Path) -> Exported:
             parameter.copy_(0.15 * torch.randn(parameter.shape, generator=draw))
             if name.endswith("lora_A"):
                 parameter[:, 0] *= 4  # a leading direction, which Arrow's few steps find exactly
-            if name.endswith(("lora_A", "lora_B")):
-                for expert, rank in enumerate(_ranks(model, name)):
-                    parameter[expert, rank:] = 0
     if form.mixed:
         folders = [export_mixture(model, folder / "mixture", WEIGHTS)]
     else:
         folders = export_peft(model, folder, portable=form.portable)
     return Exported(base, model, folders, form.mixed)
-
-
-def _ranks(model: DyLoRA_MoE, name: str) -> list[int]:
-    path = name.rpartition(".experts_")[0]
-    return model.mixture.adapters[path].stacks[0].ranks
 
 
 # What a mixture of adapters computes, written from the formula alone

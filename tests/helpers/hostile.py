@@ -273,12 +273,6 @@ CHECKPOINT = [
     Case("nobody takes part", CONFIG, _experts(*[{"takes_part": False}] * 2), "takes part"),
     Case("a retired one takes part", CONFIG, _experts({"state": "retired"}), "but the expert is"),
     Case("one stack, half of it frozen", CONFIG, _experts({"state": "frozen"}), "stack is 0"),
-    Case(
-        "one wide expert among many",
-        CONFIG,
-        _experts({"rank": 60_000}, {"rank": 1}, more=100),
-        "times their memory",
-    ),
     Case("65,537 experts", CONFIG, in_json("experts", to=[0] * 65_537), "experts is"),
     Case("a row with more", CONFIG, _experts({"code": "x"}), "'code' is not known"),
     Case("a row with less", CONFIG, in_json("experts", 0, to={"name": "expert_0"}), "is missing"),

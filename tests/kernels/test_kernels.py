@@ -301,7 +301,7 @@ SPARSE = {
     "top-3, ragged": {
         "maturity": [1.0] * 8,
         "top_k_experts": 3,
-        "expert_ranks": [1, 2, 3, 4, 1, 2, 3, 4],
+        "expert_ranks": [3, 1, 1, 1, 1, 2, 2, 4],
     },
     "shared router": {"maturity": [1.0] * 8, "router_scope": "shared"},
     "capacity": {"routing_mode": "sparse", "expert_capacity_factor": 0.7},

@@ -236,9 +236,9 @@ def test_a_vast_rank_for_newcomers_costs_nothing_until_one_comes(tree, base, mon
     harm.seal(tree / "checkpoint")
     made = []
 
-    def create_stack(self, first, ranks, *rest, **options):
-        made.extend(ranks)
-        return original(self, first, ranks, *rest, **options)
+    def create_stack(self, first, rank, *rest, **options):
+        made.append(rank)
+        return original(self, first, rank, *rest, **options)
 
     original = StackedLoRA.create_stack
     monkeypatch.setattr(StackedLoRA, "create_stack", create_stack)
