@@ -1,5 +1,6 @@
 """The table of experts: who they are, and which of them lie in one tensor."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dylora.adapters.adapter import Adapter
+from dylora.adapters.optimizer_state import check_state, is_by_row
+from dylora.config import MoELoraConfig
 
 State = Literal["active", "frozen", "retired"]
 
@@ -59,6 +62,34 @@ def format_table(table: list[Expert], maturity_E: Tensor) -> str:
     return "\n".join(lines)
 
 
+def merge_settings(
+    table: list[Expert],
+    config: MoELoraConfig,
+    evidence_E: Tensor,
+    pair: tuple[int, int],
+    rank: int | None,
+    shares: tuple[float, float] | None,
+) -> tuple[int, tuple[float, float]]:
+    """The rank and the shares of a merge. Raises ValueError for one that cannot be."""
+    i, j = pair
+    if i == j:
+        raise ValueError(f"expert {i} cannot be merged with itself")
+    if table[i].state != table[j].state:
+        raise ValueError(
+            f"expert {i} is {table[i].state} and expert {j} {table[j].state}: "
+            "freeze or unfreeze one of them first"
+        )
+    rank = rank or max(table[i].rank, table[j].rank)
+    if config.share_A and rank != config.r:
+        raise ValueError(f"rank is {rank}, but with share_A it must be r ({config.r})")
+    sums = (float(evidence_E[i]), float(evidence_E[j]))
+    if shares is None:
+        shares = sums if sum(sums) > 0 else (1.0, 1.0)
+    if min(shares) < 0 or not 0 < sum(shares) < math.inf:
+        raise ValueError(f"shares are {shares}, but must be two weights of at least 0")
+    return rank, (shares[0] / sum(shares), shares[1] / sum(shares))
+
+
 def groups_of(table: list[Expert]) -> list[list[int]]:
     """The live experts by stack, in order."""
     groups: list[list[int]] = []
@@ -104,9 +135,10 @@ def _age(adapters: Iterable[Adapter], optimizer: Optimizer | None, expert: int) 
         for parameter in stack.parameters():
             ages.append(parameter.shape[1:])
             state = {} if optimizer is None else optimizer.state.get(parameter, {})
-            ages += [
-                (name, float(value) if torch.is_tensor(value) else value)
-                for name, value in state.items()
-                if not torch.is_tensor(value) or value.numel() == 1
-            ]
+            check_state(state, parameter)
+            for name, value in state.items():
+                if is_by_row(value, parameter):  # one without a momentum cannot join those with one
+                    ages.append(name)
+                else:
+                    ages.append((name, float(value) if torch.is_tensor(value) else value))
     return tuple(ages)

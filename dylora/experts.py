@@ -8,29 +8,28 @@ trainable parameter is in the optimizer exactly once.
 Shape letters: D input width, O output width, E experts, R rank.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from dylora.adapters import restack
-from dylora.expert_table import Expert, MergeReport, State, format_table, number_stacks
+from dylora.adapters.optimizer_state import check_held_once, check_separable, grow
+from dylora.expert_table import (
+    Expert,
+    MergeReport,
+    State,
+    format_table,
+    merge_settings,
+    number_stacks,
+)
 from dylora.fields import is_name, shown
-from dylora.kernels.common import float32_defaults
 from dylora.mixture import Mixture
+from dylora.rollback import all_or_nothing, without_autograd
 from dylora.routing import maturity
 
-Method = TypeVar("Method", bound=Callable[..., Any])
 INITIAL_SHARE = 1e-9  # of the gate mass, at most
-
-
-def without_autograd(method: Method) -> Method:
-    """No graph is made; nor are parameters of inference mode, which training could not use, or of
-    another default precision."""
-    return float32_defaults()(torch.inference_mode(False)(torch.no_grad()(method)))
 
 
 class ExpertManager:
@@ -41,8 +40,8 @@ class ExpertManager:
         self.mixture = mixture
         self.step = 0  # of the run, for the histories
         self.progress = 0.0  # share of the run that is done
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._paused: list[nn.Parameter] = []  # of routers, while one expert takes part
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.paused: list[nn.Parameter] = []  # of routers, while one expert takes part
         if records is not None:
             self.load_state_dict(records)
 
@@ -69,13 +68,19 @@ class ExpertManager:
 
     # What a run tells
 
+    @without_autograd
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Take this optimizer along from here on.
 
-        Raises ValueError when it does not hold every trainable parameter exactly once.
+        Raises ValueError when it does not hold every trainable parameter exactly once, or keeps a
+        state that cannot be cut by expert (`check_separable`).
         """
-        self._optimizer = optimizer
-        self.check_optimizer()
+        check_held_once(optimizer, self.mixture.own_parameters())
+        stacks = [s for adapter in self.mixture.adapters.values() for s in adapter.stacks]
+        stacked = [parameter for stack in stacks for parameter in stack.parameters()]
+        routers = [parameter for _, parameter in self.mixture.router_parameters()]
+        check_separable(optimizer, stacked, routers)
+        self.optimizer = optimizer
 
     def set_progress(self, step: int, progress: float) -> None:
         """Where the run stands; what happens next is noted with it."""
@@ -89,12 +94,12 @@ class ExpertManager:
 
     def check_optimizer(self) -> None:
         """Raises ValueError unless every trainable parameter is in the optimizer exactly once."""
-        if self._optimizer is not None:
-            restack.check_optimizer(self._optimizer, self.mixture.own_parameters())
+        if self.optimizer is not None:
+            check_held_once(self.optimizer, self.mixture.own_parameters())
 
     # What changes the table
 
-    @without_autograd
+    @all_or_nothing
     def create_expert(
         self,
         rank: int | None = None,
@@ -128,7 +133,7 @@ class ExpertManager:
         index = len(self.table)
         for path, adapter in mixture.adapters.items():
             stack = adapter.create_stack(index, rank, [alpha], mixture.base.get_submodule(path))
-            restack.add_to_optimizer(self._optimizer, adapter, stack)
+            restack.add_to_optimizer(self.optimizer, adapter, stack)
             adapter.set_stacks([*adapter.stacks, stack])
         self._grow_routers(share)
         state = mixture.state
@@ -141,6 +146,7 @@ class ExpertManager:
         self._sync()
         return index
 
+    @all_or_nothing
     def freeze(self, *experts: int) -> None:
         """Never change these experts any more: no gradient is computed for them.
 
@@ -149,10 +155,12 @@ class ExpertManager:
         """
         self._change(experts, "active", "frozen")
 
+    @all_or_nothing
     def unfreeze(self, *experts: int) -> None:
         """Train these frozen experts again, with the moments they had."""
         self._change(experts, "frozen", "active")
 
+    @all_or_nothing
     def retire(self, *experts: int) -> None:
         """Take these experts out of compute, routing and exports for good.
 
@@ -172,6 +180,7 @@ class ExpertManager:
         else:
             self.activate_all_experts()  # the only one that took part is gone
 
+    @all_or_nothing
     def activate(self, *experts: int, shared: bool = True) -> None:
         """Only these experts take part: one alone has all of the gate mass.
 
@@ -188,13 +197,14 @@ class ExpertManager:
 
     set_active_expert = activate
 
+    @all_or_nothing
     def activate_all_experts(self) -> None:
         """All experts but the retired ones take part again."""
         for row in self.table:
             row.takes_part = row.state != "retired"
         self._sync()
 
-    @without_autograd
+    @all_or_nothing
     def merge(
         self,
         i: int,
@@ -215,17 +225,16 @@ class ExpertManager:
 
         Raises ValueError for DoRA experts, whose update is not of low rank.
         """
-        live = self.mixture.maturity
-        rank, shares = self._check_merge(i, j, rank, shares)
+        self._require_live((i, j))
+        next(iter(self.mixture.adapters.values())).check_merge()
+        live, config = self.mixture.maturity, self.mixture.config
+        rank, shares = merge_settings(self.table, config, live.evidence, (i, j), rank, shares)
         errors = {}
         for path, adapter in self.mixture.adapters.items():
             alpha = self.table[i].alpha
             merged, errors[path] = adapter.merged_stack(i, j, rank, alpha, shares)
-            restack.split_off(self._optimizer, adapter, i)
-            restack.replace_stack(self._optimizer, adapter, adapter.stack_of(i)[0], merged)
-        for _, router in self.mixture.routers():
-            router.merge_experts(i, j, shares)
-        self.mixture.reassign_skills(j, i)
+            restack.split_off(self.optimizer, adapter, i)
+            restack.replace_stack(self.optimizer, adapter, adapter.stack_of(i)[0], merged)
         state = self.mixture.state
         state.fixed_weights_E[i] += state.fixed_weights_E[j]
         state.fixed_weights_E[j] = 0
@@ -234,32 +243,11 @@ class ExpertManager:
         self._record(i, f"merged with {self.table[j].name}")
         self.table[j].history.append({"event": f"merged into expert_{i}", "step": self.step})
         self.mixture.set_maturity(maturity.merged(live, i, j, shares))
+        self.mixture.reassign_skills(j, i)
         self.retire(j)
+        for _, router in self.mixture.routers():  # last, as they write in place
+            router.merge_experts(i, j, shares)
         return MergeReport(i, j, rank, shares, errors)
-
-    def _check_merge(
-        self, i: int, j: int, rank: int | None, shares: tuple[float, float] | None
-    ) -> tuple[int, tuple[float, float]]:
-        """The rank and the shares of a merge. Raises ValueError for one that cannot be."""
-        config, evidence = self.mixture.config, self.mixture.maturity.evidence
-        self._require_live((i, j))
-        if i == j:
-            raise ValueError(f"expert {i} cannot be merged with itself")
-        next(iter(self.mixture.adapters.values())).check_merge()
-        if self.table[i].state != self.table[j].state:
-            raise ValueError(
-                f"expert {i} is {self.table[i].state} and expert {j} {self.table[j].state}: "
-                "freeze or unfreeze one of them first"
-            )
-        rank = rank or max(self.table[i].rank, self.table[j].rank)
-        if config.share_A and rank != config.r:
-            raise ValueError(f"rank is {rank}, but with share_A it must be r ({config.r})")
-        sums = (float(evidence[i]), float(evidence[j]))
-        if shares is None:
-            shares = sums if sum(sums) > 0 else (1.0, 1.0)
-        if min(shares) < 0 or not 0 < sum(shares) < math.inf:
-            raise ValueError(f"shares are {shares}, but must be two weights of at least 0")
-        return rank, (shares[0] / sum(shares), shares[1] / sum(shares))
 
     # Files
 
@@ -278,7 +266,7 @@ class ExpertManager:
         except TypeError as error:
             raise ValueError(f"the table of experts cannot be parsed: {error}") from None
         if self.mixture.set_table(table):
-            self._optimizer = None
+            self.optimizer = None
         self._apply_states()
 
     # Inner workings
@@ -301,7 +289,6 @@ class ExpertManager:
     def _record(self, expert: int, event: str) -> None:
         self.table[expert].history.append({"event": event, "step": self.step})
 
-    @without_autograd
     def _sync(self) -> None:
         """Make stacks, gradients, gates and optimizer agree with the table."""
         for adapter in self.mixture.adapters.values():
@@ -309,11 +296,11 @@ class ExpertManager:
                 if row.state == "retired" and any(
                     index in stack.experts for stack in adapter.stacks
                 ):
-                    restack.split_off(self._optimizer, adapter, index)
-                    restack.replace_stack(self._optimizer, adapter, adapter.stack_of(index)[0])
-        groups = number_stacks(self.table, self.mixture.adapters.values(), self._optimizer)
+                    restack.split_off(self.optimizer, adapter, index)
+                    restack.replace_stack(self.optimizer, adapter, adapter.stack_of(index)[0])
+        groups = number_stacks(self.table, self.mixture.adapters.values(), self.optimizer)
         for adapter in self.mixture.adapters.values():
-            restack.repartition(self._optimizer, adapter, groups)
+            restack.repartition(self.optimizer, adapter, groups)
         self._apply_states()
         self.check_optimizer()
 
@@ -321,7 +308,7 @@ class ExpertManager:
         """Room for one more expert in every router, moments included."""
         for _, router in self.mixture.routers():
             for name, old in router.add_expert(share, self.mixture.state.routed_E).items():
-                restack.extend_moments(self._optimizer, old, router.get_parameter(name))
+                grow(self.optimizer, old, router.get_parameter(name))
 
     def _apply_states(self) -> None:
         """Gates for the experts that take part; gradients for what is trained, and for what experts
@@ -342,8 +329,8 @@ class ExpertManager:
         alone = sum(row.takes_part for row in self.table[shared:]) <= 1
         routers = [parameter for _, parameter in mixture.router_parameters()]
         if alone:  # those that somebody else has frozen stay so afterwards
-            self._paused += [p for p in routers if p.requires_grad]
-        for parameter in self._paused:
+            self.paused += [p for p in routers if p.requires_grad]
+        for parameter in self.paused:
             restack.set_requires_grad(parameter, not alone)
-        self._paused = self._paused if alone else []
+        self.paused = self.paused if alone else []
         mixture.state.set_active([row.takes_part for row in self.table])

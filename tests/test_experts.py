@@ -313,15 +313,6 @@ def test_an_optimizer_that_lacks_a_parameter_is_refused(mixture):
         model.experts.attach_optimizer(torch.optim.AdamW(parameters[1:]))
 
 
-def test_an_optimizer_whose_state_cannot_be_cut_is_refused_by_name(mixture, ids):
-    model = mixture()
-    optimizer = torch.optim.Adafactor([p for _, p in model.own_parameters()])
-    model.experts.attach_optimizer(optimizer)
-    train(model, optimizer, ids)
-    with pytest.raises(ValueError, match=r"row_var.*AdamW"):
-        model.experts.freeze(1)
-
-
 # Retire
 
 

@@ -30,6 +30,7 @@ LAYERS = (
     ("expert_table",),
     ("mixture",),
     ("outputs",),
+    ("rollback",),
     ("experts", "features"),
     ("skill_statistics",),
     ("skills",),

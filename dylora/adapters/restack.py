@@ -7,15 +7,12 @@ in the group that held it.
 Shape letters: D input width, O output width, E experts, R rank.
 """
 
-from collections import Counter
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dylora.adapters.adapter import Adapter
+from dylora.adapters.optimizer_state import check_state, cut_rows, group_of
 from dylora.adapters.stack import ExpertStack
 
 
@@ -66,11 +63,11 @@ def replace_stack(
 def concat(optimizer: Optimizer | None, adapter: Adapter, group: list[int]) -> ExpertStack:
     """A stack of neighbouring experts of equal rank, with their rows of parameters and moments."""
     pieces = [adapter.stack_of(expert) for expert in group]
-    first = pieces[0][0]
+    first, places = pieces[0][0], [place for _, place in pieces]
 
     def rows(tensors: list[Tensor]) -> Tensor:
-        cut = [t[place : place + 1] for t, (_, place) in zip(tensors, pieces, strict=True)]
-        return torch.cat([piece.detach() for piece in cut])
+        cut = [t.detach()[p : p + 1] for t, p in zip(tensors, places, strict=True)]
+        return torch.cat(cut)
 
     olds = {
         name: [getattr(stack, name) for stack, _ in pieces] for name, _ in first.named_parameters()
@@ -91,22 +88,20 @@ def concat(optimizer: Optimizer | None, adapter: Adapter, group: list[int]) -> E
         held["params"].insert(place, parameter)  # order decides how a norm over all is rounded
         states = [optimizer.state.get(old, {}) for old in olds[name]]
         if states[0]:
-            optimizer.state[parameter] = {
-                key: rows([state[key] for state in states])
-                if torch.is_tensor(value) and value.shape == like.shape
-                else _only_scalar(value, key)
-                for key, value in states[0].items()
-            }
+            for state, old in zip(states, olds[name], strict=True):
+                check_state(state, old)
+            optimizer.state[parameter] = cut_rows(states, olds[name], places)
     return joined.train(adapter.training)
 
 
 def add_to_optimizer(optimizer: Optimizer | None, adapter: Adapter, stack: ExpertStack) -> None:
-    """A new stack's parameters join the groups of their like."""
-    like = adapter.stacks[0]
-    stack.train(adapter.training).to(like.scaling_E.device, like.scaling_E.dtype)
+    """A new stack's parameters join the groups of their like, or else the first."""
+    like = adapter.stacks[0].scaling_E
+    stack.train(adapter.training).to(like.device, like.dtype)
     for name, parameter in stack.named_parameters():
-        if optimizer is not None and parameter.requires_grad:
-            group = group_of(optimizer, getattr(like, name)) or optimizer.param_groups[0]
+        if optimizer is not None and name not in adapter.fixed:
+            groups = (group_of(optimizer, getattr(other, name)) for other in adapter.stacks)
+            group = next((found for found in groups if found), optimizer.param_groups[0])
             group["params"].append(parameter)
 
 
@@ -121,60 +116,8 @@ def remove_from_optimizer(optimizer: Optimizer | None, stack: ExpertStack) -> No
         optimizer.state.pop(parameter, None)
 
 
-def group_of(optimizer: Optimizer | None, parameter: nn.Parameter) -> dict[str, Any] | None:
-    """The parameter group that holds a parameter."""
-    for group in optimizer.param_groups if optimizer else []:
-        if any(p is parameter for p in group["params"]):
-            return group
-    return None
-
-
-def check_optimizer(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raises ValueError unless each of these that is trained is in the optimizer exactly once."""
-    held = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
-    for name, parameter in named:
-        times = held[id(parameter)]
-        if times > 1 or (parameter.requires_grad and times == 0):
-            raise ValueError(f"the optimizer holds {name} {times} times, not once")
-
-
 def set_requires_grad(parameter: nn.Parameter, trains: bool) -> None:
     """Without a gradient, no optimizer touches a parameter: not by decay, not by momentum."""
     parameter.requires_grad_(trains)
     if not trains:
         parameter.grad = None
-
-
-def extend_moments(optimizer: Optimizer | None, old: nn.Parameter, new: nn.Parameter) -> None:
-    """A router's parameter has grown by a row: its moments do, too.
-
-    The new row begins with no momentum and with the mean of the others' squares: with squares
-    of 0 beside an old step count, Adam's first updates would be several times too large.
-    """
-    group = group_of(optimizer, old)
-    if group is None or optimizer is None:
-        return
-    group["params"] = [new if p is old else p for p in group["params"]]
-    state = optimizer.state.pop(old, None)
-    if not state:
-        return
-    grown = {}
-    for key, value in state.items():
-        if torch.is_tensor(value) and value.shape == old.shape:
-            row = value.mean(0, keepdim=True) if "sq" in key else torch.zeros_like(value[:1])
-            grown[key] = torch.cat([value, row])
-        else:
-            grown[key] = _only_scalar(value, key)
-    optimizer.state[new] = grown
-
-
-def _only_scalar(value: Any, key: str) -> Any:
-    """A state that does not depend on the rows, copied. Raises ValueError for another shape."""
-    if torch.is_tensor(value):
-        if value.numel() != 1:
-            raise ValueError(
-                f"the optimizer's state {key!r} has the shape {list(value.shape)}, which cannot be "
-                "cut by expert: use an optimizer with a state for every element, such as AdamW"
-            )
-        return value.clone()
-    return value

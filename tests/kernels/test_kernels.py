@@ -554,7 +554,10 @@ def test_experts_that_change_in_inference_mode_decode_and_train_after_it(setting
         model.experts.set_active_expert(1)
         decoded(model, ids)
         model.experts.activate_all_experts()
+        model.experts.freeze(0)
+        model.experts.unfreeze(0)
         model.experts.create_expert()
+        model.experts.retire(2)
         if not settings:
             model.experts.merge(0, 1)  # DoRA's cannot be
         model.experts.load_state_dict(model.experts.state_dict())
