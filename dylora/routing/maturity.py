@@ -172,12 +172,6 @@ def extended(state: ExpertMaturity, progress: float = 0.0) -> ExpertMaturity:
     return ExpertMaturity(*(torch.cat([old, new]) for old, new in zip(state, fresh, strict=True)))
 
 
-def reset(state: ExpertMaturity, expert: int, progress: float = 0.0) -> ExpertMaturity:
-    """The state with one expert immature again, as one that begins at `progress` of the run."""
-    fresh = ExpertMaturity.create(len(state.maturity), progress)
-    return _chosen(torch.arange(len(state.maturity)) == expert, fresh, state)
-
-
 def _chosen(chosen: Tensor, new: ExpertMaturity, old: ExpertMaturity) -> ExpertMaturity:
     """`new` where `chosen` [E], else `old`."""
     pairs = zip(new, old, strict=True)

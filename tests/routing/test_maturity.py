@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dylora import ExpertMaturity, MoELoraConfig
-from dylora.routing.maturity import extended, observe, reset, seen, settled
+from dylora.routing.maturity import extended, observe, seen, settled
 from experiments.maturity import simulate
 
 TOKENS = 1000.0  # that the run gives an expert
@@ -312,20 +312,6 @@ def test_a_late_expert_starts_its_averages_at_its_own_loss():
 
 def test_an_expert_whose_loss_has_settled_matures_within_the_default_run():
     assert run("hybrid", [2.0] * 10)[-1].maturity.tolist() == [1, 1, 0]
-
-
-def test_reset_makes_one_expert_newborn_and_leaves_the_others():
-    before = run("hybrid", [2.0] * 10, mass=(100.0, 50.0, 70.0))[-1]
-    after, newborn = reset(before, 1), ExpertMaturity.create(1)
-    for old, new, fresh in zip(before, after, newborn, strict=True):
-        torch.testing.assert_close(new[[1]], fresh, equal_nan=True)
-        assert torch.equal(new[[0, 2]], old[[0, 2]])
-
-
-def test_an_expert_that_was_reset_matures_again():
-    grown = run("hybrid", [2.0] * 10)[-1]
-    again = run("hybrid", [2.0] * 10, state=reset(grown, 0))
-    assert again[0].maturity[0] < again[-1].maturity[0] == grown.maturity[0]
 
 
 def test_float32_sums_from_a_device_are_kept_in_float64():
