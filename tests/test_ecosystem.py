@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from dylora import DyLoRA_MoE, MoELoraConfig
+from dylora import DyLoRA_MoE, MoELoraConfig, SkillLibrary
 from dylora.base_models import load_base, load_tokenizer
 
 EMBEDDED = "tiny-code-llama"
@@ -177,14 +177,27 @@ metric_list: [{metric: exact_match}]
 """
 
 
-@pytest.fixture
-def embedded() -> DyLoRA_MoE:
-    """Random experts on the embedded base."""
-    model = DyLoRA_MoE.from_base(load_base(EMBEDDED), MoELoraConfig(num_experts=3, r=4))
+@pytest.fixture(params=["site", "prompt"])
+def embedded(request) -> DyLoRA_MoE:
+    """Random experts on the embedded base; routed by prompts, each serves one kind of line."""
+    config = MoELoraConfig(num_experts=3, r=4, router_scope=request.param)
+    model = DyLoRA_MoE.from_base(load_base(EMBEDDED), config)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in parameters_of(model):
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
+    if request.param == "prompt":
+        library, encode = SkillLibrary(model), load_tokenizer(EMBEDDED)
+        kinds = ("import return class", "while lambda", "raise print yield")
+        for expert, words in enumerate(kinds):
+            texts = [
+                f"def f{number}(x):\n    {word}{end}"
+                for number in range(20)
+                for word in words.split()
+                for end in ("", " x", " y")
+            ]
+            rows = encode(texts)["input_ids"]
+            library.add(f"skill {expert}", rows[::2], rows[1::2], expert=expert)
     return model
 
 
@@ -193,7 +206,7 @@ def log_likelihood(model: DyLoRA_MoE, tokenizer, context: str, continuation: str
     """log p(continuation | context), one pass for it alone."""
     start = len(tokenizer(context)["input_ids"])
     ids = torch.tensor([tokenizer(context + continuation)["input_ids"]])
-    log_p = model(ids).logits[0, :-1].log_softmax(-1)
+    log_p = model(ids[:, :-1]).logits[0].log_softmax(-1)
     chosen = log_p.gather(1, ids[0, 1:, None])[:, 0]
     return float(chosen[start - 1 :].sum())
 

@@ -19,7 +19,7 @@ from dylora.adapters.targets import device_of, find_targets, projection_sizes
 from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
 from dylora.routing.prompt import PromptedGenerate
-from dylora.routing.prompt_tokens import bos_ids
+from dylora.routing.prompt_tokens import bos_ids, padding_ids
 from dylora.routing.router import Router, router_class
 from dylora.routing.state import RoutingState
 
@@ -62,6 +62,7 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
         config.shared_experts,
         by_prompt=config.routes_prompts,
         bos=bos_ids(base.config),
+        padding=padding_ids(base.config),
     )
     base.add_module(STATE_NAME, state)
     if config.routes_prompts:

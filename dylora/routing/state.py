@@ -106,10 +106,12 @@ class RoutingState(ExpertState):
         *,
         by_prompt: bool = False,
         bos: Collection[int] = (),
+        padding: Collection[int] = (),
     ):
-        """by_prompt: tokens are routed by the prompt they belong to; bos: ids that begin a text."""
+        """by_prompt: tokens are routed by the prompt they belong to; bos: ids that begin a text;
+        padding: ids that may fill up one without a mask."""
         super().__init__(num_experts, fixed_weights, device, shared)
-        self.by_prompt, self.bos = by_prompt, tuple(bos)
+        self.by_prompt, self.bos, self.padding = by_prompt, tuple(bos), tuple(padding)
         self.mine = _PerThread()
         self._traced: Pass | None = None  # of code that torch.compile traces, hooks included
         self._latest: Pass | None = None  # the inputs of the latest pass with gradient
@@ -177,7 +179,7 @@ class RoutingState(ExpertState):
         own, held = None, None
         if self.by_prompt and ids is not None:
             labels = kwargs.get("labels") if request.labels is None else request.labels
-            own = prompt_mask(ids, token_mask, labels, self.bos)
+            own = prompt_mask(ids, token_mask, labels, self.bos, self.padding)
             held = self._held(cache)
         pass_ = Pass(
             self,

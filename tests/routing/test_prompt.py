@@ -94,6 +94,15 @@ def test_labels_padding_and_bos_are_not_the_prompts(routed):
         assert row[0][row[1] > 0].tolist() == text
 
 
+def test_a_text_that_is_filled_up_without_a_mask_is_routed_as_it_is_alone(routed):
+    """As lm-evaluation-harness calls the base; the order of a batch must not decide."""
+    model = routed(routing_mode="dense")
+    short, long = prompt(0, 4) + prompt(1, 2), prompt(2, 12)
+    together = model(torch.tensor([short + [0] * 6, long])).routing.gates
+    alone = model(torch.tensor([short])).routing.gates
+    torch.testing.assert_close(together[0, :6], alone[0])
+
+
 def test_what_routes_is_the_mean_that_the_library_knows(routed):
     """The feature in a pass is that of `embed`, to the last digits of float32."""
     model, seen = routed(), []
