@@ -13,6 +13,7 @@ from dylora.training.callbacks import (
     LateMaturityWarning,
     MetricsLog,
 )
+from dylora.training.metrics import information_metrics
 from dylora.training.resume import load_best, preflight_save, resume, save
 from dylora.training.run import Run, log_summary, prepare, record_settings, run_folder
 from dylora.training.schedule import FOLLOWS_VALIDATION
@@ -128,6 +129,9 @@ def evaluate(run: Run) -> dict[str, SetScore]:
     metrics |= {f"val/loss/{name}": score.loss for name, score in scores.items()}
     cost = sparse_cost(run.model, run.data.validation, run.pad_token_id)
     metrics |= {} if cost is None else {"val/sparse_cost": cost}
+    usage = [score.usage_NE for score in scores.values() if score.usage_NE is not None]
+    blocks, shared = run.model.site_names, run.config.moe.shared_experts
+    metrics |= information_metrics(usage, blocks, shared)
     run.log.write(progress.step, progress.targets, metrics)
     shown = ", ".join(f"{name} {score.loss:.3f}" for name, score in scores.items())
     run.log.info(f"step {progress.step}  validation loss {loss:.4f}  ({shown})")

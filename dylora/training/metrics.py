@@ -4,6 +4,7 @@ Shape letters: N blocks, E experts.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +44,35 @@ def routing_metrics(
         for expert, share in enumerate(usage_NE[index].tolist()):
             metrics[f"router/usage/{name}/{expert}"] = share
     return metrics
+
+
+def information_metrics(
+    usage_by_set: Sequence[Tensor], block_names: list[str], shared: int
+) -> dict[str, float]:
+    """val/information, in nats: what the routed expert of a token says about the set it is of.
+
+    Mutual information of set and expert under the mean gates, sets counting alike: 0 where all sets
+    use experts alike, log(sets) where each has experts of its own. The mean over blocks, and each.
+
+    usage_by_set: of each set the share [N, E] of each block's gate sum; shared: experts at the
+    beginning that are not chosen. Empty with fewer than two sets.
+    """
+    if len(usage_by_set) < 2:
+        return {}
+    usage_KNE = torch.stack(list(usage_by_set))[..., shared:].double()
+    usage_KNE = usage_KNE / usage_KNE.sum(-1, keepdim=True).clamp_min(1e-12)
+    entropy_KN, entropy_N = entropy(usage_KNE), entropy(usage_KNE.mean(0))
+    found_N = (entropy_N - entropy_KN.mean(0)).clamp_min(0)
+    per_block = {
+        f"val/information/{name}": value
+        for name, value in zip(block_names, found_N.tolist(), strict=True)
+    }
+    return {"val/information": found_N.mean().item()} | per_block
+
+
+def entropy(shares: Tensor) -> Tensor:
+    """Of shares [..., E] that sum to 1, in nats, [...]."""
+    return -torch.xlogy(shares, shares).sum(-1)
 
 
 def window_row(result: StepResult) -> dict[str, float]:

@@ -21,7 +21,7 @@ from dylora.training import loggers
 from dylora.training.environment import describe_repository
 from dylora.training.log import RunLog
 from dylora.training.loop import train
-from dylora.training.metrics import find_collapses, routing_metrics
+from dylora.training.metrics import find_collapses, information_metrics, routing_metrics
 from dylora.training.validation import COST_ROWS, overall_loss, sparse_cost, validate
 from runs import STEPS, rows_of
 
@@ -375,3 +375,36 @@ def test_the_sparse_cost_is_what_the_loss_grows_by_when_all_experts_are_mature(m
     assert abs(cost) > 1e-4
     assert sparse_cost(model, rows, run.pad_token_id) is None  # all are mature now
     assert model.config.routing_mode == "maturity"
+
+
+def test_information_is_that_of_the_table_of_sets_and_experts():
+    """Against the definition, Σ p(s, e) log p(s, e) / (p(s) p(e)), of a table by hand."""
+    one, other = torch.tensor([[0.2, 0.4, 0.4]]), torch.tensor([[0.2, 0.8, 0.0]])  # 0 is shared
+    found = information_metrics([one, other], ["block"], 1)
+    table = [[0.25, 0.25], [0.5, 0.0]]
+    expected = sum(
+        p * math.log(p / (sum(row) * sum(r[column] for r in table)))
+        for row in table
+        for column, p in enumerate(row)
+        if p
+    )
+    assert found == {"val/information": pytest.approx(expected)} | {
+        "val/information/block": pytest.approx(expected)
+    }
+    own = [torch.eye(3)[[expert, 0]] for expert in range(3)]  # the second block knows nothing
+    found = information_metrics(own, ["a", "b"], 0)
+    assert found["val/information/a"] == pytest.approx(math.log(3))
+    assert found["val/information/b"] == pytest.approx(0, abs=1e-12)
+    assert information_metrics(own[:1], ["a", "b"], 0) == {}
+
+
+def test_a_run_of_two_sets_logs_what_its_routing_says_of_them(make_config):
+    config = make_config()
+    sources = [dataclasses.replace(config.data.sources[0], name=name) for name in ("one", "two")]
+    data = dataclasses.replace(config.data, sources=sources)
+    run = train(dataclasses.replace(config, data=data))
+    last = next(row for row in reversed(rows_of(run.folder)) if "val/loss" in row)
+    names = [f"val/information/{name}" for name in run.model.site_names]
+    values = [last[name] for name in names]
+    assert last["val/information"] == pytest.approx(sum(values) / len(values))
+    assert all(0 <= value < math.log(2) for value in values)
