@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dylora.adapters.plan import DispatchPlan, DownProjection, make_plan
+from dylora.adapters.plan import Dense, DispatchPlan, DownProjection, make_plan
 from dylora.kernels.decode import DECODE_TOKENS, DecodeCache, DecodePass
 from dylora.kernels.dense import down_products
 from dylora.kernels.frozen_linear import FrozenLinearGrads
@@ -93,14 +93,17 @@ class RoutedBlock:
             decision = router(x, pass_)
         else:  # the shared ones alone
             nobody = torch.zeros(*x.shape[:-1], state.num_experts, device=x.device)
-            decision = RouterOutput(nobody, nobody, None)
+            decision = RouterOutput(nobody, nobody, None, used=())
         ones = state.active_E[: state.shared].to(decision.gates)
         always = ones.expand(*x.shape[:-1], -1)
         gates = torch.cat([always, decision.gates[..., state.shared :]], -1)
         mature = decision.mature
         if mature is not None:
             mature = [False] * state.shared + mature[state.shared :]
-        return decision._replace(gates=gates, mature=mature)
+        used = decision.used
+        if used is not None:
+            used = (*(e for e in range(state.shared) if state.active[e]), *used)
+        return decision._replace(gates=gates, mature=mature, used=used)
 
     def begin(self, pass_: Pass, decision: RouterOutput, dtype: torch.dtype) -> None:
         """Inputs of this precision are mixed by this decision until the block returns."""
@@ -115,13 +118,16 @@ class RoutedBlock:
             names = self._groups[name] = [other for other in group if other in self.adapters]
         return names
 
-    def decode_caches(self, dtype: torch.dtype) -> dict[str, DecodeCache]:
-        """The matrices of every projection, laid out for a few tokens."""
+    def decode_caches(
+        self, dtype: torch.dtype, dense: list[Dense] | None = None
+    ) -> dict[str, DecodeCache]:
+        """The matrices of every projection, laid out for few tokens; of all experts, or of some."""
         caches: dict[str, DecodeCache] = {}
         for name in self.adapters:
             names = self.group(name)
             if name == names[0]:
-                weights = {other: self.adapters[other].projection_weights() for other in names}
+                own = {other: self.adapters[other] for other in names}
+                weights = {other: one.projection_weights(dense) for other, one in own.items()}
                 caches |= dict.fromkeys(names, DecodeCache(weights, dtype))
         return caches
 
@@ -154,6 +160,12 @@ class BlockPass:
         if self.decision.gates.shape[:-1].numel() > DECODE_TOKENS or not first.can_be_packed:
             return None
         plan, dtype = self.plan(), self._dtype
+        key = f"{self.block.name}.{dtype}"
+        if self.decision.used is not None and not plan.sparse:
+            key += f".{self.decision.used}"
+            if key not in kept:
+                kept[key] = self.block.decode_caches(dtype, plan.dense)
+            return DecodePass(kept[key], plan.gates.to(dtype))
         one = plan.sparse[0] if len(plan.sparse) == len(first.stacks) == 1 else None
         if len(plan.dense) == len(first.stacks) and all(d.expert_ids is None for d in plan.dense):
             gates, experts_TK = plan.gates, None
@@ -161,7 +173,6 @@ class BlockPass:
             gates, experts_TK = one.gates_TK, one.experts_TK
         else:
             return None
-        key = f"{self.block.name}.{dtype}"
         if key not in kept:
             kept[key] = self.block.decode_caches(dtype)
         return DecodePass(kept[key], gates.to(dtype), experts_TK)

@@ -73,18 +73,24 @@ def make_plan(
     decision: RouterOutput, stacks: Any, state: RoutingState, top_k: int, dtype: torch.dtype
 ) -> DispatchPlan:
     """The plan of a pass whose inputs have this precision; all projections of a block share it."""
-    gates, mature = decision.gates.flatten(0, -2), decision.mature
-    if mature is None or (state.all_active and not any(mature)):
-        everyone = [Dense(index, None) for index in range(len(stacks))]
+    gates, mature, used = decision.gates.flatten(0, -2), decision.mature, decision.used
+    everyone = mature is None or (state.all_active and not any(mature))
+    if everyone and used is None:
+        dense = [Dense(index, None) for index in range(len(stacks))]
         if len(stacks) != 1 or stacks[0].count != gates.shape[1]:
             gates = _columns(gates, [e for s in stacks for e in s.experts])
-        return DispatchPlan(everyone, gates, [])
+        return DispatchPlan(dense, gates, [])
+    mature = mature or [False] * gates.shape[1]
     dense, columns, sparse = [], [], []
     for index, stack in enumerate(stacks):
-        if not any(state.active[e] for e in stack.experts):
+        experts = stack.experts
+        own = list(experts)
+        if used is not None and stack.lora_A is not None:
+            own = [e for e in used or stacks[0].experts[:1] if e in experts]
+        if not any(state.active[e] or used is not None for e in own):
             continue  # its gates are all 0
-        ids = [e for e in stack.experts if mature[e]]
-        immature = [e for e in stack.experts if not mature[e]]
+        ids = [e for e in own if mature[e]]
+        immature = [e for e in own if not mature[e]]
         k = min(top_k, len(ids))
         kernel = select_kernel(
             tokens=gates.shape[0],
@@ -94,18 +100,18 @@ def make_plan(
             device=gates.device.type,
             half=product_dtype(dtype, gates.device).itemsize == 2,
         )
-        if kernel == "dense" or not ids or stack.lora_A is None:
-            dense.append(Dense(index, None))
-            columns += stack.experts
+        dense_ids = own if kernel == "dense" or not ids or stack.lora_A is None else immature
+        if dense_ids:
+            whole = len(dense_ids) == len(experts)
+            places = tuple(e - stack.first for e in dense_ids)
+            dense.append(Dense(index, None if whole else _indices(places, gates.device)))
+            columns += dense_ids
+        if dense_ids is own:
             continue
-        if immature:
-            expert_ids = _indices(tuple(e - stack.first for e in immature), gates.device)
-            dense.append(Dense(index, expert_ids))
-            columns += immature
-        own = _columns(gates, ids)
-        chosen_TK = top_k_indices(own, k)
-        gates_TK = own.gather(-1, chosen_TK)
-        if immature:
+        chosen = _columns(gates, ids)
+        chosen_TK = top_k_indices(chosen, k)
+        gates_TK = chosen.gather(-1, chosen_TK)
+        if len(ids) < len(experts):
             chosen_TK = _indices(tuple(e - stack.first for e in ids), gates.device)[chosen_TK]
         sparse.append(Sparse(index, chosen_TK, gates_TK, stack.count, kernel == "gather"))
     return DispatchPlan(dense, _columns(gates, columns), sparse)

@@ -242,14 +242,14 @@ class StackedLoRA(Adapter):
         drops = self.training and config.lora_dropout > 0
         return not (config.use_dora or config.bias != "none" or drops)
 
-    def projection_weights(self) -> ProjectionWeights:
-        """The matrices of all stacks, for decoding."""
-        As = [self.A_of(stack) for stack in self.stacks]
-        shared = self.shared_A is not None
+    def projection_weights(self, dense: list[Dense] | None = None) -> ProjectionWeights:
+        """The matrices for decoding, by stack: of all experts, or of those in `dense`."""
+        if dense is None:
+            dense = [Dense(index, None) for index in range(len(self.stacks))]
         return ProjectionWeights(
-            As[:1] if shared else As,
-            [stack.lora_B for stack in self.stacks],
-            [stack.scaling_E for stack in self.stacks],
+            self.dense_As(dense),
+            [self._rows(part, "lora_B") for part in dense],
+            [self._rows(part, "scaling_E") for part in dense],
         )
 
     def dense_As(self, dense: list[Dense]) -> list[Tensor]:

@@ -25,6 +25,7 @@ class RouterOutput(NamedTuple):
     probabilities: Tensor  # [B, S, E] the softmax before top-k
     logits: Tensor | None  # [B, S, E] before temperature; None where nothing is learned
     mature: list[bool] | None = None  # experts that only their chosen tokens use; None: none is
+    used: tuple[int, ...] | None = None  # all others have the gate 0 throughout; None: not known
 
     def last(self, length: int) -> "RouterOutput":
         """The decisions for the last `length` tokens."""
@@ -32,7 +33,7 @@ class RouterOutput(NamedTuple):
             return self
         logits = None if self.logits is None else self.logits[:, -length:]
         gates, probabilities = self.gates[:, -length:], self.probabilities[:, -length:]
-        return RouterOutput(gates, probabilities, logits, self.mature)
+        return RouterOutput(gates, probabilities, logits, self.mature, self.used)
 
 
 def maturity_gates(probabilities: Tensor, maturity: Tensor, top_k: int, scale: GateScale) -> Tensor:

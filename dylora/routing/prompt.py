@@ -85,7 +85,9 @@ class PromptRouter(Router):
                     "serves a skill: add skills to model.skill_library, naming their experts"
                 )
             alone = state.routed_E.to(x.device, torch.float32).expand(*x.shape[:2], -1)
-            return RouterOutput(alone, alone, alone.log(), None)
+            used = tuple(e for e, own in enumerate(state.active) if own and e >= state.shared)
+            return RouterOutput(alone, alone, alone.log(), None, used)
+        used = None
         with torch.autocast(x.device.type, enabled=False):
             if self.config.router_scope == "running_mean":
                 gates, chances = self._decide(_running_mean(x, pass_), served, state)
@@ -94,12 +96,14 @@ class PromptRouter(Router):
                 if "gates" not in held:
                     gates, chances = self._decide(_prompt_mean(x, pass_), served, state)
                     held["gates"], held["probabilities"] = gates, chances
+                    held["used"] = _used(gates)
                     if held.get("probing"):
                         raise _Decided
                 gates = _for_sequence(held["gates"], x)
                 chances = _for_sequence(held["probabilities"], x)
+                used = held.get("used")
         mature = None if self.config.routing_mode == "dense" else [True] * state.num_experts
-        return RouterOutput(gates, chances, chances.log(), mature)
+        return RouterOutput(gates, chances, chances.log(), mature, used)
 
     def _decide(
         self, prompts: Tensor, served: list[bool], state: RoutingState
@@ -143,6 +147,13 @@ class PromptRouter(Router):
 
 
 ROUTER = PromptRouter
+
+
+def _used(gates_BE: Tensor) -> tuple[int, ...] | None:
+    """The experts that any prompt of a batch has chosen; None where a trace cannot look."""
+    if torch.compiler.is_compiling():
+        return None
+    return tuple((gates_BE > 0).any(0).nonzero()[:, 0].tolist())
 
 
 def _prompt_mean(x: Tensor, pass_: Pass) -> Tensor:

@@ -22,7 +22,7 @@ from dylora.routing.gating import RouterOutput
 from dylora.routing.prompt_tokens import prompt_mask
 
 HELD = "_dylora_held"  # attribute of a cache: what `Pass.held` is
-DECIDED = ("gates", "probabilities")  # of what is held: a sequence's decision
+DECIDED = ("gates", "probabilities", "used")  # of what is held: a sequence's decision
 
 
 class Pass:

@@ -8,7 +8,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from dylora import DyLoRA_MoE, MoELoraConfig, SkillLibrary
+from dylora.adapters import block
 from dylora.features import embed
+from dylora.kernels import decode
 from dylora.routing.prompt import PromptRouter
 from dylora.routing.prompt_tokens import prompt_mask
 
@@ -66,6 +68,48 @@ def test_every_token_of_a_sequence_has_the_expert_of_its_prompts_skill(routed):
     assert torch.equal(output.routing.gates, expected)
     given = model(ids, routing_weights=one_hot(2, 0, 1)).logits
     assert torch.equal(output.logits, given)
+
+
+def test_only_experts_that_some_prompt_has_chosen_are_computed(routed, monkeypatch):
+    model = routed(shared_experts=1, num_experts=4)
+    model.experts.freeze(1, 2)  # two stacks more
+    plans, columns = [], []
+    make_plan, dense_layout = block.make_plan, decode.dense_layout
+    monkeypatch.setattr(
+        block, "make_plan", lambda *given: plans.append(make_plan(*given)) or plans[-1]
+    )
+
+    def layout(projections, dtype):
+        found = dense_layout(projections, dtype)
+        columns.append(found.A_CD.shape[0] // len(projections) // model.config.r)
+        return found
+
+    monkeypatch.setattr(decode, "dense_layout", layout)
+    for skills, experts in (((2,), 2), ((0, 2), 3), ((0, 1, 2), 4)):
+        plans.clear()
+        columns.clear()
+        ids = torch.tensor([prompt(skill, seed=90) for skill in skills])
+        weights = torch.tensor([[1.0, *row] for row in one_hot(*skills).tolist()])
+        ours = model.generate(ids, max_new_tokens=5)
+        assert {plan.gates.shape[1] for plan in plans if not plan.sparse} == {experts}
+        assert set(columns) == {experts}
+        assert torch.equal(ours, model.generate(ids, routing_weights=weights, max_new_tokens=5))
+        plans.clear()
+        model.train()(ids)
+        assert {plan.gates.shape[1] for plan in plans} == {experts}
+        model.eval()
+
+
+def test_a_newcomer_that_is_trained_alone_is_computed_alone(routed, monkeypatch):
+    model, plans = routed(), []
+    model.experts.freeze(0, 1, 2)
+    model.experts.activate(model.experts.create_expert())
+    make_plan = block.make_plan
+    monkeypatch.setattr(
+        block, "make_plan", lambda *given: plans.append(make_plan(*given)) or plans[-1]
+    )
+    model.train()(torch.tensor([prompt(0)])).logits.sum().backward()
+    assert {(plan.gates.shape[1], len(plan.dense)) for plan in plans} == {(1, 1)}
 
 
 def test_soft_gates_are_the_librarys_probabilities(routed):
@@ -339,7 +383,9 @@ def test_a_cache_that_the_base_has_made_knows_its_prompt_and_so_do_its_copies(ro
         two = torch.cat([more, more])
         with pytest.raises((ValueError, RuntimeError)):  # the cache itself is of one text
             model.base(two, past_key_values=cache, use_cache=True)
-        cache._dylora_held = {name: torch.cat([v, v]) for name, v in again._dylora_held.items()}
+        held = again._dylora_held
+        twice = {name: torch.cat([held[name]] * 2) for name in ("gates", "probabilities")}
+        cache._dylora_held = held | twice
         with pytest.raises(ValueError, match="holds the routing of 2 prompts, but 1 sequences"):
             model.base(more, past_key_values=cache, use_cache=True)
 
