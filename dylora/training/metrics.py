@@ -59,7 +59,7 @@ def information_metrics(
     """
     if len(usage_by_set) < 2:
         return {}
-    usage_KNE = torch.stack(list(usage_by_set))[..., shared:].double()
+    usage_KNE = torch.stack(list(usage_by_set))[..., shared:].cpu().double()
     usage_KNE = usage_KNE / usage_KNE.sum(-1, keepdim=True).clamp_min(1e-12)
     entropy_KN, entropy_N = entropy(usage_KNE), entropy(usage_KNE.mean(0))
     found_N = (entropy_N - entropy_KN.mean(0)).clamp_min(0)
