@@ -1,10 +1,12 @@
-"""Question: which way of maturing suits a short run, and does `hybrid` beat `schedule`?
+"""Question: what does it cost to become sparse, when, and by which signal or schedule?
 
-Method: configs/quickstart.yaml (same base, skills and rates) with fewer rows and steps, once for
-each condition and seed, all at equal steps; `plain LoRA` is one adapter with as many trainable
-parameters. Only the training seed differs between seeds: rows and their order stay.
-Rule, fixed before the runs: one condition beats another when its mean held-out loss is lower by
-more than the larger of the two standard deviations over seeds.
+Method: configs/quickstart.yaml (same base and skills) with fewer rows and steps and the SETTINGS
+below, once for each condition and seed, all at equal steps; of mature experts a token keeps 3 of 6.
+`plain LoRA` is one adapter with as many trainable parameters. Only the training seed differs
+between seeds: rows and their order stay. The dense run of the first seed also measures, at CUT_AT,
+by how much its loss grows when every token is cut to its top K, by either rule of moe.gate_scale.
+Rule, fixed before the runs: a way of maturing holds when its mean held-out loss is above that of
+`dense` by no more than the larger of the two standard deviations over seeds.
 Result: README.md here and experiments/LOG.md.
 
     python experiments/maturity/compare.py            # runs what is missing, then prints the table
@@ -16,6 +18,7 @@ A run that is in the results is not repeated.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -27,30 +30,27 @@ from typing import Any
 from dylora import DyLoRA_MoE
 from dylora.cli.config_file import load_run_config
 from dylora.config import MoELoraConfig
+from dylora.data.tokenize import IGNORED, TokenizedSet
 from dylora.run_config import RunConfig
 from dylora.training.environment import environment
-from dylora.training.metrics import summarize
-from dylora.training.run import prepare
+from dylora.training.run import Run, prepare
 from dylora.training.step import run_step
 from dylora.training.validation import overall_loss, validate
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "experiments" / "results" / "maturity.json"
+RESULTS = ROOT / "experiments" / "results" / "dense_to_sparse.json"
 PLAIN = "plain LoRA"
-MAIN: dict[str, dict[str, Any]] = {
-    "manual": {"maturity_mode": "manual"},  # nobody sets it: dense to the end
+SETTINGS: dict[str, Any] = {"lora_alpha": 1536, "top_k_experts": 3}  # 16·r·E
+RATES = {"learning_rate": 8e-4, "router_learning_rate": 1e-3}
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "dense": {"maturity_mode": "manual"},  # nobody sets it: dense to the end
     "schedule": {"maturity_mode": "schedule"},
-    "usage": {"maturity_mode": "usage"},
-    "plateau": {"maturity_mode": "plateau"},
     "hybrid": {"maturity_mode": "hybrid"},
+    "usage": {"maturity_mode": "usage"},
     PLAIN: {"use_moe_routing": False},
 }
-# Other settings, for judging the defaults: what counts as a settled loss.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "hybrid, rho 0.1, s 0.025": {"maturity_rho": 0.1, "maturity_s": 0.025},
-    "hybrid, rho 0.2, s 0.05": {"maturity_rho": 0.2, "maturity_s": 0.05},
-}
-CONDITIONS = MAIN | VARIANTS
+CUT_AT = (30, 50, 70, 100)  # steps at which the first dense run is cut
+CUT_ROWS = 10  # held-out rows of each skill that this is measured on
 SEEDS = (0, 1, 2)
 CURVE_EVERY = 5  # steps between two points of the maturity curves
 LAST = 10  # steps that count as the end of a run
@@ -58,12 +58,12 @@ SIZES = ("rows", "steps", "batch_size", "warmup_steps", "eval_rows")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=400, help="of each skill")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--warmup_steps", type=int, default=10)
-    parser.add_argument("--eval_rows", type=int, default=20, help="held-out rows of each skill")
+    parser.add_argument("--eval_rows", type=int, default=60, help="held-out rows of each skill")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--plot", type=Path, help="file for the curves; nothing is run")
@@ -82,9 +82,9 @@ def main() -> None:
 
 
 def run_missing(results: dict[str, Any], file: Path) -> None:
-    """Seed by seed, so that an interrupted comparison has whole rounds; variants last."""
+    """Seed by seed, so that an interrupted comparison has whole rounds."""
     done = {(row["condition"], row["seed"]) for row in results["runs"]}
-    wanted = [(name, seed) for group in (MAIN, VARIANTS) for seed in SEEDS for name in group]
+    wanted = [(name, seed) for seed in SEEDS for name in CONDITIONS]
     for condition, seed in wanted:
         if (condition, seed) in done:
             continue
@@ -102,18 +102,20 @@ def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, An
         run = prepare(configure(condition, seed, results["sizes"], folder), fresh=True)
         device = run.model.device
         results["environment"] = environment(device)
-        seconds, active, curve = [], [], []
+        seconds, active, curve, cuts = [], [], [], {}
         matured: dict[int, int] = {}
         while run.progress.step < run.steps:
             begun = time.process_time()
             result = run_step(run)
             seconds.append(time.process_time() - begun)
             found = result.statistics
-            active.append(1.0 if found is None else float(summarize(found).active_N.mean()))
+            active.append(1.0 if found is None else float((found.active_N / found.tokens).mean()))
             maturity = run.model.maturity.maturity.tolist()
             for expert, value in enumerate(maturity):
                 if value == 1 and condition != PLAIN:
                     matured.setdefault(expert, run.progress.step)
+            if condition == "dense" and seed == SEEDS[0] and run.progress.step in CUT_AT:
+                cuts[run.progress.step] = cut_costs(run)
             if run.progress.step % CURVE_EVERY == 0:
                 curve.append([round(value, 3) for value in maturity])
         scores = validate(
@@ -134,7 +136,33 @@ def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, An
         "step_cpu_s": statistics.median(seconds),
         "matured": sorted(matured.values()),
         "maturity": curve,
+        "cuts": cuts,
     }
+
+
+def cut_costs(run: Run) -> dict[str, float]:
+    """The loss of a few held-out rows, as it is and with every token cut to its top K experts."""
+    model, config = run.model, run.model.config
+    pad, scales = run.pad_token_id, ("keep_size", "sum_to_one")
+    sets = [head(examples, CUT_ROWS) for examples in run.data.validation]
+    found = {"dense": overall_loss(validate(model, sets, batch_size=50, pad_token_id=pad))}
+    for top_k, scale in itertools.product((2, 3), scales):
+        cut = {"routing_mode": "sparse", "top_k_experts": top_k, "gate_scale": scale}
+        model.mixture.set_config(dataclasses.replace(config, **cut))
+        scores = validate(model, sets, batch_size=50, pad_token_id=pad)
+        found[f"top {top_k}, {scale}"] = overall_loss(scores)
+    model.mixture.set_config(config)
+    return found
+
+
+def head(examples: TokenizedSet, count: int) -> TokenizedSet:
+    """The first examples of a set."""
+    first = TokenizedSet(examples.name, examples.split)
+    for index in range(min(count, len(examples))):
+        row = examples[index]
+        prompt = row["labels"].count(IGNORED)
+        first.append(row["input_ids"][:prompt], row["input_ids"][prompt:])
+    return first
 
 
 def configure(condition: str, seed: int, sizes: dict[str, int], folder: str) -> RunConfig:
@@ -144,7 +172,7 @@ def configure(condition: str, seed: int, sizes: dict[str, int], folder: str) -> 
     if condition == PLAIN:
         changes = plain_lora(config, changes)
     else:
-        changes = dataclasses.asdict(config.moe) | changes
+        changes = dataclasses.asdict(config.moe) | SETTINGS | changes
     return dataclasses.replace(
         config,
         output_dir=folder,
@@ -159,6 +187,7 @@ def configure(condition: str, seed: int, sizes: dict[str, int], folder: str) -> 
             max_steps=sizes["steps"],
             batch_size=sizes["batch_size"],
             warmup_steps=sizes["warmup_steps"],
+            **RATES,
         ),
         eval=dataclasses.replace(config.eval, eval_subset=sizes["eval_rows"], skill_answers=0),
     )
@@ -167,14 +196,14 @@ def configure(condition: str, seed: int, sizes: dict[str, int], folder: str) -> 
 def plain_lora(config: RunConfig, changes: dict[str, Any]) -> dict[str, Any]:
     """Settings of one adapter: the ranks of all experts in one, and what the routers weigh on top.
 
-    Its scale is that of the dense mixture of equal gates: alpha / r / E.
+    Its alpha is the mixture's: evenly mixed, the experts are one LoRA of all their ranks with it.
     """
-    mixture, _ = DyLoRA_MoE.from_base(config.model.base, config.moe).count_parameters()
+    many = dataclasses.replace(config.moe, **SETTINGS)
+    mixture, _ = DyLoRA_MoE.from_base(config.model.base, many).count_parameters()
     single = MoELoraConfig(**changes, r=1)
     per_rank, _ = DyLoRA_MoE.from_base(config.model.base, single).count_parameters()
     rank = round(mixture / per_rank)
-    scale = config.moe.lora_alpha / config.moe.r / config.moe.num_experts
-    return changes | {"r": rank, "lora_alpha": scale * rank}
+    return changes | {"r": rank, "lora_alpha": SETTINGS["lora_alpha"]}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
