@@ -126,8 +126,9 @@ class MoELoraConfig:
     expert_dropout: float = option(0.0, least=0, below=1, routing=True)
     """Probability that a sequence loses an expert in training."""
 
-    maturity_mode: MaturityMode = "hybrid"
-    """What makes an expert mature: see dylora/routing/maturity.py."""
+    maturity_mode: MaturityMode = "schedule"
+    """What makes an expert mature: a ramp over its part of the run (schedule), how much it has seen
+    (usage), a loss that rests (plateau), both of these (hybrid), or nothing (manual)."""
     maturity_tau: float = option(0.1, above=0)
     """Evidence that counts as much (1 - 1/e), as a share of the tokens expected of an expert when
     it began: an even share of what was left of the run."""

@@ -272,5 +272,5 @@ def test_a_threshold_that_a_settled_loss_never_reaches_is_refused():
     with pytest.raises(
         ValueError, match=r"maturity_threshold is 0\.7, but must be at most sigmoid"
     ):
-        MoELoraConfig(maturity_s=0.1)
+        MoELoraConfig(maturity_s=0.1, maturity_mode="hybrid")
     MoELoraConfig(maturity_s=0.1, maturity_mode="usage")

@@ -11,7 +11,6 @@ Result: README.md here and experiments/LOG.md.
 
     python experiments/maturity/compare.py            # runs what is missing, then prints the table
     python experiments/maturity/compare.py --table    # of what there is
-    python experiments/maturity/compare.py --plot maturity.png
 
 A run that is in the results is not repeated.
 """
@@ -23,7 +22,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,6 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 CUT_AT = (30, 50, 70, 100)  # steps at which the first dense run is cut
 CUT_ROWS = 10  # held-out rows of each skill that this is measured on
 SEEDS = (0, 1, 2)
-CURVE_EVERY = 5  # steps between two points of the maturity curves
 LAST = 10  # steps that count as the end of a run
 SIZES = ("rows", "steps", "batch_size", "warmup_steps", "eval_rows")
 
@@ -66,15 +63,12 @@ def main() -> None:
     parser.add_argument("--eval_rows", type=int, default=60, help="held-out rows of each skill")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="run nothing")
-    parser.add_argument("--plot", type=Path, help="file for the curves; nothing is run")
     options = parser.parse_args()
     sizes = {name: getattr(options, name) for name in SIZES}
     results = {"sizes": sizes, "environment": {}, "runs": []}
     if options.results.exists():
         results = json.loads(options.results.read_text())
-    if options.plot:
-        plot(results["runs"], options.plot)
-    if not options.table and not options.plot:
+    if not options.table:
         if results["sizes"] != sizes:
             sys.exit(f"error: {options.results} holds runs of other sizes: {results['sizes']}")
         run_missing(results, options.results)
@@ -97,27 +91,22 @@ def run_missing(results: dict[str, Any], file: Path) -> None:
 
 
 def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, Any]:
-    """Train one condition and measure it. Times are of the processor, not of the clock."""
+    """Train one condition and measure it."""
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(configure(condition, seed, results["sizes"], folder), fresh=True)
         device = run.model.device
         results["environment"] = environment(device)
-        seconds, active, curve, cuts = [], [], [], {}
+        active: list[float] = []
         matured: dict[int, int] = {}
+        cuts: dict[int, dict[str, float]] = {}
         while run.progress.step < run.steps:
-            begun = time.process_time()
-            result = run_step(run)
-            seconds.append(time.process_time() - begun)
-            found = result.statistics
+            found, step = run_step(run).statistics, run.progress.step
             active.append(1.0 if found is None else float((found.active_N / found.tokens).mean()))
-            maturity = run.model.maturity.maturity.tolist()
-            for expert, value in enumerate(maturity):
+            for expert, value in enumerate(run.model.maturity.maturity.tolist()):
                 if value == 1 and condition != PLAIN:
-                    matured.setdefault(expert, run.progress.step)
-            if condition == "dense" and seed == SEEDS[0] and run.progress.step in CUT_AT:
-                cuts[run.progress.step] = cut_costs(run)
-            if run.progress.step % CURVE_EVERY == 0:
-                curve.append([round(value, 3) for value in maturity])
+                    matured.setdefault(expert, step)
+            if condition == "dense" and seed == SEEDS[0] and step in CUT_AT:
+                cuts[step] = cut_costs(run)
         scores = validate(
             run.model,
             run.data.validation,
@@ -129,13 +118,10 @@ def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, An
         "condition": condition,
         "seed": seed,
         "loss": overall_loss(scores),
-        "losses": {name: score.loss for name, score in scores.items()},
         "trainable": trainable,
         "active_end": statistics.mean(active[-LAST:]),
         "active_mean": statistics.mean(active),
-        "step_cpu_s": statistics.median(seconds),
         "matured": sorted(matured.values()),
-        "maturity": curve,
         "cuts": cuts,
     }
 
@@ -209,9 +195,9 @@ def plain_lora(config: RunConfig, changes: dict[str, Any]) -> dict[str, Any]:
 def table(runs: list[dict[str, Any]]) -> str:
     """Means over seeds, ± their standard deviation, as Markdown."""
     lines = [
-        "| condition | runs | held-out loss | active at the end | over the run | CPU s a step "
+        "| condition | runs | held-out loss | active at the end | over the run "
         "| matured | first, last at step |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for condition in CONDITIONS:
         rows = [row for row in runs if row["condition"] == condition]
@@ -223,7 +209,6 @@ def table(runs: list[dict[str, Any]]) -> str:
             f"| {condition} | {len(rows)} | {spread([row['loss'] for row in rows], 4)} "
             f"| {spread([row['active_end'] for row in rows], 2)} "
             f"| {spread([row['active_mean'] for row in rows], 2)} "
-            f"| {spread([row['step_cpu_s'] for row in rows], 3)} "
             f"| {', '.join(map(str, counts))} | {'; '.join(steps) or 'none'} |"
         )
     return "\n".join(lines)
@@ -233,30 +218,6 @@ def spread(values: list[float], digits: int) -> str:
     """Mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
-
-
-def plot(runs: list[dict[str, Any]], out: Path) -> None:
-    """Maturity of every expert over steps: a row of panels, one a condition; the first seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in runs if row["seed"] == SEEDS[0] and row["condition"] != PLAIN]
-    figure, grid = pyplot.subplots(
-        1, len(rows), figsize=(2.2 * len(rows), 2.4), sharey=True, squeeze=False, layout="tight"
-    )
-    for axes, row in zip(grid[0], rows, strict=True):
-        steps = [CURVE_EVERY * (index + 1) for index in range(len(row["maturity"]))]
-        for expert, values in enumerate(zip(*row["maturity"], strict=True)):
-            axes.plot(steps, values, linewidth=1, label=str(expert))
-        axes.set_title(row["condition"], fontsize=8)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=7)
-    grid[0][0].set_ylabel("maturity", fontsize=8)
-    grid[0][0].legend(title="expert", fontsize=6, title_fontsize=6, frameon=False)
-    figure.savefig(out, dpi=80)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Question: does one lora_alpha serve every number of experts, top-k and rank?
 
-Method: the embedded base and skills, one rate, a short run for each form of a mixture and each
+Method: the embedded base and skills, one rate and seed, a run for each form of a mixture and each
 alpha of a grid; the rest is configs/quickstart.yaml. The loss is that of held-out rows. Routing is
 as it is from the first step: dense (K = E) or top-k.
 Rule, fixed before the runs: alpha transfers to a form when its loss there is at most 0.02 nats
@@ -27,8 +27,8 @@ from dylora.training.validation import overall_loss, validate
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "scale.json"
-ALPHAS = (768, 256, 2304, 6912)
-STEPS, BATCH, WARMUP, ROWS, EVAL_ROWS, RATE, ROUTER_RATE = 40, 4, 4, 60, 20, 8e-4, 1e-3
+ALPHAS = (1536, 512, 4608)
+STEPS, BATCH, WARMUP, ROWS, EVAL_ROWS, RATE, ROUTER_RATE = 100, 8, 10, 400, 60, 8e-4, 1e-3
 TOLERANCE = 0.02
 
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def train(form: Form, alpha: float) -> float:
-    """The held-out loss of one short run."""
+    """The held-out loss of one run."""
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(configure(form, alpha, folder), fresh=True)
         while run.progress.step < run.steps:
@@ -78,7 +78,7 @@ def train(form: Form, alpha: float) -> float:
 
 
 def configure(form: Form, alpha: float, folder: str) -> RunConfig:
-    """The quickstart, much smaller, with this mixture."""
+    """The quickstart, smaller, with this mixture."""
     changes: dict[str, Any] = {"r": form.rank, "lora_alpha": alpha}
     if form.experts == 1:
         changes |= {"use_moe_routing": False}

@@ -1,6 +1,6 @@
 """Question: on which loss curves does an expert mature, when, and how much does noise matter?
 
-Method: `dylora.routing.maturity.observe` alone, with the default settings, on made-up loss curves
+Method: `dylora.routing.maturity.observe` alone, in mode hybrid, on made-up loss curves
 of 300 steps: each of 64 experts gets an even share of every step's tokens, and the curve's loss
 times 1 + noise of its own. No model is trained.
 Rule, fixed before the runs: a flat loss matures between 0.4 and 0.7 of the run whatever the noise;
@@ -65,7 +65,7 @@ def simulate(
     experts: int = EXPERTS,
 ) -> Tensor:
     """Maturity after each step, [steps, experts]."""
-    config = config or MoELoraConfig()
+    config = config or MoELoraConfig(maturity_mode="hybrid")
     draw, state = torch.Generator().manual_seed(0), ExpertMaturity.create(experts)
     gate_sum_E = torch.full((experts,), TOKENS / experts)
     maturity = []

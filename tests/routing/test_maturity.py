@@ -101,7 +101,8 @@ def test_manual_moves_only_when_it_is_set():
 
 def test_maturity_by_hand():
     """Every number of three steps of one expert of two, recomputed without tensors."""
-    config, state = MoELoraConfig(num_experts=2), ExpertMaturity.create(2)
+    state = ExpertMaturity.create(2)
+    config = MoELoraConfig(num_experts=2, maturity_mode="hybrid")
     n, fast, slow, change, m = 0.0, None, None, 0.5, 0.0
     for step, (tokens, loss) in enumerate([(90.0, 2.0), (60.0, 1.5), (150.0, 1.6)], start=1):
         mass = torch.tensor([tokens, 0.0])
@@ -189,7 +190,11 @@ def test_a_rate_below_a_third_of_its_peak_lets_no_loss_count_as_settled():
 def test_an_added_expert_does_not_age_the_others():
     half = run("hybrid", [2.0] * 10, mass=(50.0, 30.0, 40.0), maturity_threshold=1.0)[-1]
     mass = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    clock = {"progress": 0.5, "run_tokens": 3 * TOKENS, "config": MoELoraConfig()}
+    clock = {
+        "progress": 0.5,
+        "run_tokens": 3 * TOKENS,
+        "config": MoELoraConfig(maturity_mode="hybrid"),
+    }
     alone = observe(half, mass[:3], mass[:3] * 2, active=3, **clock)
     grown = observe(extended(half, 0.5), mass, mass * 2, active=4, **clock)
     for one, other in zip(alone, grown, strict=True):
@@ -219,7 +224,8 @@ def test_an_expert_of_an_earlier_stage_s_end_begins_with_the_next_stage():
 
 
 def test_a_mature_expert_falls_back_when_its_loss_jumps():
-    config, clock = MoELoraConfig(num_experts=3), {"run_tokens": 3 * TOKENS, "active": 3}
+    config = MoELoraConfig(num_experts=3, maturity_mode="hybrid")
+    clock = {"run_tokens": 3 * TOKENS, "active": 3}
     state = run("hybrid", [2.0] * 40, mass=(25.0,) * 3)[-1]
     assert state.maturity.tolist() == [1, 1, 1]
     mass, loss = torch.full((3,), 25.0), torch.tensor([2.0, 2.6, 4.4])
