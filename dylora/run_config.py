@@ -1,7 +1,8 @@
 """The settings of a run, each default once: the sections of its YAML file beside the mixture's."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from dylora.config import MoELoraConfig, Quantization
@@ -25,6 +26,7 @@ Schedule = Literal[
 """The schedules of `transformers.get_scheduler`, copied because importing them takes seconds."""
 MAX_NAME = 255
 BenchmarkStrategy = Literal["none", "epoch", "final"]
+OnKnown = Literal["skip", "continue", "new"]
 SplitScheme = Literal["published", "70/10/20", "90/10"]
 
 
@@ -237,6 +239,51 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of a stream: its rows are judged, learned by one expert alone, and kept."""
+
+    name: str
+    """Of the stage, and of the skill that it teaches."""
+    sources: list[SourceConfig] = option(accept=bool, rule="at least one source")
+    """Its sets, as data.sources: rows of one skill."""
+    on_known: OnKnown = "skip"
+    """When its rows are of a known skill. skip: name the expert and learn nothing; continue: train
+    that expert further; new: add another one."""
+    shared: bool = False
+    """Train the shared experts of moe.shared_experts instead, for all skills to come."""
+    rank: int | None = option(None, least=1)
+    """Of its expert; none: moe.r."""
+    alpha: float | None = option(None, above=0)
+    """Of its expert; none: that of moe for the same alpha / rank."""
+    epochs: float | None = option(None, above=0)
+    """This and the following, none: as in train. Passes over its data."""
+    max_steps: int | None = option(None, least=1)
+    """Optimizer steps; goes before epochs."""
+    batch_size: int | None = option(None, least=1)
+    """Examples in a forward pass."""
+    learning_rate: float | None = option(None, above=0)
+    """Of its expert; an expert alone has a gate of 1 and takes the rate of a single LoRA."""
+    lr_scheduler_type: Schedule | None = None
+    """Its schedule, from its first step to its last."""
+    warmup_steps: int | None = option(None, least=0)
+    """Steps over which the rate rises from 0."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_folder_name(self.name, MAX_NAME - 16)  # stage-<number>- stands before it
+        require(self.name.isprintable(), "name", self.name, "printable")
+
+    def settings(self, common: TrainConfig) -> TrainConfig:
+        """The training of this stage, where `common` says what it leaves open."""
+        names = ("epochs", "max_steps", "batch_size", "learning_rate", "lr_scheduler_type")
+        given: Any = {name: getattr(self, name) for name in (*names, "warmup_steps")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if "epochs" in given:
+            given.setdefault("max_steps", None)
+        return replace(common, **given, init_from=None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run: everything it writes lies under <output_dir>/<name>/."""
 
@@ -250,13 +297,42 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    """Skills that are learned one after another, each as a run of its own; none: one run."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
-        require(plain, "name", self.name, "the name of a folder, without slashes")
-        short = len(self.name.encode()) <= MAX_NAME
-        require(short, "name", self.name, f"of at most {MAX_NAME} bytes, as file systems want it")
+        require_folder_name(self.name, MAX_NAME)
+        for name, holds, value, rule in self._rules_of_stages() if self.stages else ():
+            require(holds, name, value, rule)
+
+    def _rules_of_stages(self) -> Iterator[tuple[str, bool, Any, str]]:
+        """What a stream asks of a run: the field to name in an error, whether it holds, its value,
+        what it must be."""
+        names = [one.name for one in self.stages]
+        shared, scope = [one.shared for one in self.stages], self.moe.router_scope
+        yield "stages", len(names) == len(set(names)), names, "of different names"
+        first = shared == sorted(shared, reverse=True)
+        yield "stages", first, names, "in another order: those that are shared first"
+        sources = [one.name for one in self.data.sources]
+        yield "data.sources", not sources, sources, "empty with stages, which have their own"
+        routed = self.moe.use_moe_routing and scope == "prompt"
+        yield "moe.router_scope", routed, scope, "prompt with stages (and use_moe_routing true)"
+        count, strategy = self.moe.shared_experts, self.eval.benchmark_strategy
+        fits = any(shared) == (count > 0) or (count > 0 and self.train.init_from is not None)
+        yield "moe.shared_experts", fits, count, "above 0 with a stage that is shared, else 0"
+        rule = "none with stages: run.py benchmark takes any checkpoint of the stream"
+        yield "eval.benchmark_strategy", strategy == "none", strategy, rule
+        frozen = self.train.train_experts
+        yield "train.train_experts", frozen is None, frozen, "unset with stages"
+
+
+def require_folder_name(name: str, longest: int) -> None:
+    """Raises FieldError unless `name` may be a folder's, of at most so many bytes."""
+    plain = name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    require(plain, "name", name, "the name of a folder, without slashes")
+    short = len(name.encode()) <= longest
+    require(short, "name", name, f"of at most {longest} bytes, as file systems want it")
 
 
 def dump_run_config(config: RunConfig) -> str:

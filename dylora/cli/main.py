@@ -9,7 +9,17 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dylora.cli import benchmark, evaluate, export, generate, import_, info, train, validate
+from dylora.cli import (
+    benchmark,
+    evaluate,
+    export,
+    generate,
+    import_,
+    info,
+    learn,
+    train,
+    validate,
+)
 from dylora.cli.options import command_help, config_help, read_options, takes_config
 from dylora.fields import nearest
 
@@ -37,6 +47,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(train.run, train.TrainOptions),
+    "learn": Command(learn.run, learn.LearnOptions),
     "evaluate": Command(evaluate.run, evaluate.EvaluateOptions),
     "benchmark": Command(benchmark.run, benchmark.BenchmarkCommand),
     "generate": Command(generate.run, generate.GenerateOptions),

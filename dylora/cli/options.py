@@ -25,7 +25,7 @@ from dylora.fields import (
     nearest,
     option,
 )
-from dylora.run_config import RunConfig, SourceConfig
+from dylora.run_config import RunConfig, SourceConfig, StageConfig
 
 if TYPE_CHECKING:
     from dylora.storage.checkpoint import Checkpoint
@@ -137,6 +137,7 @@ def config_help() -> str:
             sections[name] = kind
         if name == "data":
             sections["data.sources.N"] = SourceConfig
+    sections["stages.N"] = StageConfig
     lines = []
     for path, cls in sections.items():
         lines.append((cls.__doc__ or "").partition("\n")[0].rstrip(".:") + ":")

@@ -7,7 +7,7 @@ from dylora.cli.config_file import load_run_config
 from dylora.cli.hints import OLD_FLAGS
 from dylora.cli.options import ConfigOptions
 from dylora.fields import option
-from dylora.run_config import dump_run_config
+from dylora.run_config import RunConfig, dump_run_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,20 @@ def run(options: TrainOptions, overrides: list[str]) -> None:
     if options.print_config:
         print(dump_run_config(config), end="")
         return
+    if config.stages:
+        train_stages(config, options.resume_from_checkpoint)
+        return
     from dylora.evaluation.passk.callback import Benchmark
     from dylora.evaluation.report import report_run
     from dylora.training.loop import train
 
     report_run(train(config, options.resume_from_checkpoint, callbacks=[Benchmark()]))
+
+
+def train_stages(config: RunConfig, resume_from_checkpoint: str | None) -> None:
+    """Learn the stages of a config, and report on all of them."""
+    from dylora.evaluation.stream_report import pass_rate_of, report_stream
+    from dylora.training.curriculum import train_stream
+
+    pass_rate = pass_rate_of(config.eval.skill_answers)
+    report_stream(train_stream(config, resume_from_checkpoint, pass_rate=pass_rate))

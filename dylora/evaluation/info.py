@@ -15,8 +15,15 @@ from dylora.storage.peft_config import CONFIG_FILE, alpha_of
 from dylora.storage.peft_format import WEIGHTS_FILE, read_stock_adapter
 from dylora.storage.peft_types import PEFT_TYPES
 from dylora.storage.safe_io import read_json
-from dylora.storage.schema import ADAPTERS, FORMAT_VERSION, ROUTER_FILE, SHIFTS_FILE
-from dylora.storage.tensors import read_tensors
+from dylora.storage.schema import (
+    ADAPTERS,
+    FORMAT_VERSION,
+    ROUTER_FILE,
+    SHIFTS_FILE,
+    SKILLS_FILE,
+)
+from dylora.storage.skill_file import read_table
+from dylora.storage.tensors import read_headers, read_tensors
 
 
 def print_info(path: str) -> None:
@@ -70,6 +77,8 @@ def _print_checkpoint(
         description = read_json(folder / "config.json")
     if description is not None and description.get("format_version") == FORMAT_VERSION:
         _print_description(folder, description)
+        if not wrong:
+            _print_stream(folder, description)
     else:
         damaged = {name.split("/")[1] for name in wrong if name.startswith(f"{ADAPTERS}/")}
         _print_adapter_lines(folder / ADAPTERS, damaged)
@@ -86,8 +95,9 @@ def _print_description(folder: Path, description: Mapping[str, Any]) -> None:
     print(f"base        {_base(base)}, {stored}")
     if moe["adapter_type"] != "lora":
         print(f"adapters    {moe['adapter_type']}")
+    router = moe["router_type"] if moe["router_scope"] in ("site", "shared") else "by the prompt"
     print(
-        f"routing     {moe['router_type']}, top {moe['top_k_experts']} of {len(experts)}, "
+        f"routing     {router}, top {moe['top_k_experts']} of {len(experts)}, "
         f"{len(description['sites'])} sites, {len(description['projections'])} projections"
     )
     for expert in experts:
@@ -109,6 +119,25 @@ def _print_description(folder: Path, description: Mapping[str, Any]) -> None:
     run = folder.resolve().parent
     if (run / "config.yaml").exists():
         print(f"run         {run.name}, its settings in {folder.parent / 'config.yaml'}")
+
+
+def _print_stream(folder: Path, description: Mapping[str, Any]) -> None:
+    """What became of the stages of a stream, and the skills that the library knows."""
+    training = description["training"]
+    if "stage" in training or any("stage" in run for run in training.get("earlier", [])):
+        from dylora.training.stages import describe, records_of  # it imports transformers
+
+        for record in records_of(training, str(folder / "config.json")):
+            print(f"stage       {record.number}, {describe(record)}")
+    file = folder / SKILLS_FILE
+    if file.exists():
+        read_headers(file)
+        for skill in read_table(file, len(description["experts"])):
+            expert = "no expert" if skill["expert"] is None else f"expert {skill['expert']}"
+            print(
+                f"skill       {skill['name']}: {expert}, {skill['rows']} rows, "
+                f"{skill['held_out']} held out"
+            )
 
 
 def _print_sizes(folder: Path) -> None:

@@ -66,6 +66,61 @@ def plot_usage(usage_of: dict[str, Tensor], out: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_forgetting(stages: list[str], scores: dict[str, Any], out: Path) -> None:
+    """Each skill's loss, and pass rate if there is one, after every stage; the circle is the stage
+    that taught it. scores: by losses and passed, `skills` [K] and `matrix` [S][K]."""
+    from matplotlib import pyplot
+
+    shape: Any = {"figsize": (5.5 * len(scores), 3.6), "squeeze": False, "dpi": 120}
+    figure, grid = pyplot.subplots(1, len(scores), **shape, layout="constrained")
+    labels = {"losses": "loss (nats per target token)", "passed": "share of answers that pass"}
+    for axes, (key, found) in zip(grid.flat, scores.items(), strict=True):
+        for column, name in enumerate(found["skills"]):
+            values = [row[column] for row in found["matrix"]]
+            taught = stages.index(name)
+            points = [(stage, value) for stage, value in enumerate(values) if value is not None]
+            if not points:
+                continue
+            (line,) = axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+            if values[taught] is not None:
+                axes.plot(taught, values[taught], "o", color=line.get_color())
+        axes.set_xticks(range(len(stages)), stages, rotation=45, ha="right", fontsize=8)
+        axes.set(xlabel="after stage", ylabel=labels[key], ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    grid.flat[0].legend(frameon=False, fontsize=8)
+    figure.savefig(out)
+    pyplot.close(figure)
+
+
+def plot_similarity(names: list[str], distances_KK: Tensor, out: Path) -> None:
+    """A heatmap of the distances between skills."""
+    figure, axes = _figure(2.5 + 0.45 * len(names), 2 + 0.4 * len(names))
+    image = axes.imshow(distances_KK.numpy(), cmap="viridis_r")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    figure.colorbar(image, ax=axes, label="distance (deviations within skills)")
+    figure.savefig(out)
+
+
+def plot_novelty(known: dict[str, list[float]], novel: dict[str, list[float]], out: Path) -> None:
+    """Distributions of margins on a logarithmic axis, of batches of known and of new skills, and
+    the threshold at 1."""
+    import numpy
+
+    figure, axes = _figure(7, 3.5)
+    groups = {"known skill": known, "the same batches, skill not in the library": novel}
+    chained = itertools.chain.from_iterable
+    margins = {name: list(chained(group.values())) for name, group in groups.items()}
+    found = [m for group in margins.values() for m in group]
+    bins = numpy.geomspace(min(*found, 0.5) * 0.9, max(*found, 2.0) * 1.1, 60)
+    for (label, values), color in zip(margins.items(), ("tab:green", "tab:red"), strict=True):
+        axes.hist(values, bins=bins, label=label, color=color, alpha=0.6)
+    axes.axvline(1, color="black", linestyle="--", label="threshold")
+    axes.set(xscale="log", xlabel="distance / threshold (new above 1)", ylabel="batches")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(out)
+
+
 def read_rows(metrics_file: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without a last line that was cut short."""
     rows = []

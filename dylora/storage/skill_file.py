@@ -54,7 +54,7 @@ def read_skills(
             "rows, so no threshold can be made of it: add the skills again from their rows"
         )
     headers = read_headers(file)
-    table = _read_table(file, experts)
+    table = read_table(file, experts)
     whole, prompt = widths
     shapes = dict.fromkeys(VECTORS, (len(table), whole))
     shapes |= dict.fromkeys(PROMPTS, (len(table), prompt)) | {SCATTER: (prompt, prompt)}
@@ -73,8 +73,11 @@ def read_skills(
     return table, tensors
 
 
-def _read_table(file: Path, experts: int) -> list[dict[str, Any]]:
-    """The table in the header of a file that `read_headers` has seen."""
+def read_table(file: Path, experts: int) -> list[dict[str, Any]]:
+    """The table in the header of a file that `read_headers` has seen: RECORD of each skill.
+
+    Raises ValueError naming the file for anything else.
+    """
     try:
         with safe_open(file, "pt") as opened:
             text = (opened.metadata() or {}).get("skills", "")

@@ -112,9 +112,7 @@ class RunLog:
 
     def info(self, text: str) -> None:
         """A line for the reader, clear of the bar."""
-        with suppress(OSError, ValueError):  # nobody reads any more, or the disk is full
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        say(text)
 
     def close(self) -> None:
         """End the bar and the mirror."""
@@ -130,6 +128,13 @@ class RunLog:
         if failure is not None:
             self.info(f"{failure}; metrics.jsonl has everything")
             self._mirror = None
+
+
+def say(text: str) -> None:
+    """A line for the reader, clear of any bar."""
+    with suppress(OSError, ValueError):  # nobody reads any more, or the disk is full
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def memory_gb() -> float:

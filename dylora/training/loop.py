@@ -15,7 +15,7 @@ from dylora.training.callbacks import (
 )
 from dylora.training.metrics import information_metrics
 from dylora.training.resume import load_best, preflight_save, resume, save
-from dylora.training.run import Run, log_summary, prepare, record_settings, run_folder
+from dylora.training.run import Parts, Run, log_summary, prepare, record_settings, run_folder
 from dylora.training.schedule import FOLLOWS_VALIDATION
 from dylora.training.signals import Interrupted
 from dylora.training.step import run_step
@@ -27,6 +27,7 @@ def train(
     resume_from_checkpoint: str | None = None,
     *,
     callbacks: Sequence[Callback] = (),
+    parts: Parts | None = None,
 ) -> Run:
     """Train, evaluate, keep checkpoints; everything lies under <output_dir>/<name>/ afterwards.
 
@@ -34,6 +35,7 @@ def train(
         config: the run.
         resume_from_checkpoint: `latest`, a checkpoint folder, or None for a fresh run.
         callbacks: what else is done between the steps.
+        parts: of a stage of a stream: its model, tokenizer and data, which a run builds otherwise.
 
     After SIGTERM or SIGINT it saves at the next step boundary, and ends with SystemExit (143) or
     KeyboardInterrupt.
@@ -49,7 +51,7 @@ def train(
         )
     with lock_folder(run_folder(config)):
         recover(run_folder(config))
-        run = prepare(config, fresh=resume_from_checkpoint is None)
+        run = prepare(config, fresh=resume_from_checkpoint is None, parts=parts)
         if resume_from_checkpoint is not None:
             resume(run, resume_from_checkpoint)
         preflight_save(run)
@@ -57,7 +59,7 @@ def train(
             run.log.set_aside_earlier()
         for callback in callbacks:
             callback.on_start(run)
-        record_settings(run)
+        record_settings(run.config, run.model.device, f"until-step-{run.progress.step}")
         log_summary(run)
         with closing(run.log), run.interruption:
             run_steps(run, callbacks)

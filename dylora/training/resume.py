@@ -72,7 +72,7 @@ def preflight_save(run: Run) -> None:
     folder = run.folder / PREFLIGHT
     moments = state_by_name(run.optimizer, run.model)
     for name, parameter in named_parameters(run.model).items():
-        if not moments[name]:  # AdamW makes them in the first step
+        if parameter.requires_grad and not moments[name]:  # AdamW makes them in the first step
             zeros = torch.zeros_like(parameter, device="cpu")
             moments[name] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
     write_state(run, folder, moments)
@@ -150,8 +150,8 @@ def resume(run: Run, source: str) -> None:
     folder, description = checkpoint.path, checkpoint.description
     check_same_settings(run, checkpoint)
     load_model(run.model.experts, checkpoint)
-    if "earlier" in description["training"]:  # of what it began with
-        run.model.training_record["earlier"] = description["training"]["earlier"]
+    for name in {"earlier", "stage"} & description["training"].keys():  # of what it began with
+        run.model.training_record[name] = description["training"][name]
     regroup(run.optimizer, run.model, run.config.train)
     file = folder / "optimizer.pt"
     moments = _load(file)

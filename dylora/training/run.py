@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,11 +22,11 @@ from dylora.data.prompts import pad_token_id
 from dylora.data.sampler import InterleavedSampler
 from dylora.kernels.common import is_emulated
 from dylora.model import DyLoRA_MoE
-from dylora.run_config import RunConfig, dump_run_config
+from dylora.run_config import DataConfig, RunConfig, dump_run_config
 from dylora.storage.folders import checkpoints, quarantine, write_file
 from dylora.training.environment import environment, seed_everything
 from dylora.training.init_from import init_from_checkpoint
-from dylora.training.log import RunLog
+from dylora.training.log import RunLog, say
 from dylora.training.optim import build_optimizer
 from dylora.training.schedule import build_scheduler
 from dylora.training.settings import recorded_settings
@@ -57,34 +57,43 @@ class Run(NamedTuple):
         return pad_token_id(self.tokenizer)
 
 
-def prepare(config: RunConfig, *, fresh: bool) -> Run:
-    """Load and build everything, in the order in which it can fail cheaply."""
-    if not config.data.sources:
-        raise ValueError("data.sources is empty: name at least one set to train on")
-    folder = run_folder(config)
-    if fresh and checkpoints(folder):
-        raise FileExistsError(
-            f"{folder} already holds checkpoints: give --resume_from_checkpoint latest, "
-            f"another --name, or remove it"
-        )
-    metrics = folder / "metrics.jsonl"
-    if metrics.is_dir():
-        raise ValueError(f"{metrics} is a folder: remove it, or give another --name")
+class Parts(NamedTuple):
+    """What a stage of a stream brings along instead of having it built."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    model: DyLoRA_MoE
+    record: dict[str, Any]  # what training_record has besides what a run writes there
+
+
+def prepare(config: RunConfig, *, fresh: bool, parts: Parts | None = None) -> Run:
+    """Load and build everything, in the order in which it can fail cheaply; not what `parts` has.
+
+    The random state is the caller's where it brings the model.
+    """
+    folder = check_run(config, fresh=fresh)
     device = choose_device(config.model.device)
     config = fit_to_base(config)
-    tokenizer = load_tokenizer(config.model.base, config.model.revision)
-    data = load_run_data(config, tokenizer)
+    if parts is None:
+        tokenizer = load_tokenizer(config.model.base, config.model.revision)
+        data = load_run_data(config, tokenizer)
+    else:
+        tokenizer, data = parts.tokenizer, parts.data
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps
-    sampler = InterleavedSampler(
-        [len(examples) for examples in data.train],
-        interleaved=config.data.interleaved_sampling,
-        seed=config.data.seed,
-        bucket_steps=config.data.bucket_steps,
-        rows_per_step=per_step,
-        tokens=[examples.all_lengths for examples in data.train],
-    )
-    seed_everything(config.train.seed)
-    model = build_model(config, data, tokenizer, device, fresh=fresh)
+    sampler = build_sampler(config.data, data, per_step)
+    if parts is None:
+        seed_everything(config.train.seed)
+        model = build_model(config, tokenizer, device)
+    else:
+        model = parts.model
+    model.training_record = record_of(config, data) | (parts.record if parts else {})
+    if fresh and config.train.init_from is not None:
+        init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
+    if fresh and not any(parameter.requires_grad for _, parameter in model.own_parameters()):
+        raise ValueError(
+            "nothing would be trained: all experts are frozen and no router is learned; set "
+            "train.train_experts true"
+        )
     steps = config.train.max_steps or max(1, round(config.train.epochs * len(sampler) / per_step))
     targets_per_step = per_step * sampler.mean([rows.mean_targets for rows in data.train])
     optimizer = build_optimizer(model, config.train)
@@ -107,18 +116,29 @@ def prepare(config: RunConfig, *, fresh: bool) -> Run:
     )
 
 
-def build_model(
-    config: RunConfig,
-    data: PreparedData,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    *,
-    fresh: bool,
-) -> DyLoRA_MoE:
-    """The mixture on its base; a fresh run may begin with a checkpoint's.
+def check_run(config: RunConfig, *, fresh: bool) -> Path:
+    """The run's folder. Raises ValueError without data and for a folder that cannot be used,
+    FileExistsError where a fresh run would find another one's checkpoints."""
+    if config.stages:
+        raise ValueError("a run of stages is trained by dylora.training.curriculum.train_stream")
+    if not config.data.sources:
+        raise ValueError("data.sources is empty: name at least one set to train on")
+    folder = run_folder(config)
+    if fresh and checkpoints(folder):
+        raise FileExistsError(
+            f"{folder} already holds checkpoints: give --resume_from_checkpoint latest, "
+            f"another --name, or remove it"
+        )
+    metrics = folder / "metrics.jsonl"
+    if metrics.is_dir():
+        raise ValueError(f"{metrics} is a folder: remove it, or give another --name")
+    return folder
 
-    Raises ValueError when nothing of it would be trained.
-    """
+
+def build_model(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> DyLoRA_MoE:
+    """The mixture of a configuration, with fresh experts, on its base."""
     model = DyLoRA_MoE.from_base(
         config.model.base,
         config.moe,
@@ -129,21 +149,30 @@ def build_model(
         quantization=config.model.quantization,
     )
     model.base_fingerprint["tokenizer"] = tokenizer_fingerprint(tokenizer)
-    model.training_record = {
+    if config.train.gradient_checkpointing:
+        model.enable_checkpointing()
+    return model
+
+
+def build_sampler(config: DataConfig, data: PreparedData, rows_per_step: int) -> InterleavedSampler:
+    """The order in which a run takes its rows."""
+    return InterleavedSampler(
+        [len(examples) for examples in data.train],
+        interleaved=config.interleaved_sampling,
+        seed=config.seed,
+        bucket_steps=config.bucket_steps,
+        rows_per_step=rows_per_step,
+        tokens=[examples.all_lengths for examples in data.train],
+    )
+
+
+def record_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
+    """What a checkpoint says of the training of its mixture."""
+    return {
         "data": data.provenance,
         "seed": config.train.seed,
         "settings": recorded_settings(config),
     }
-    if fresh and config.train.init_from is not None:
-        init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
-    if not any(parameter.requires_grad for _, parameter in model.own_parameters()):
-        raise ValueError(
-            "nothing would be trained: all experts are frozen and no router is learned; set "
-            "train.train_experts true"
-        )
-    if config.train.gradient_checkpointing:
-        model.enable_checkpointing()
-    return model
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -180,18 +209,17 @@ def fit_to_base(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=length))
 
 
-def record_settings(run: Run) -> None:
+def record_settings(config: RunConfig, device: torch.device, earlier: str) -> None:
     """config.yaml and env.json; only once nothing speaks against the run any more.
 
-    A config.yaml with other settings is kept under a name of its own.
+    A config.yaml with other settings is kept as config.yaml.<earlier>.
     """
-    file, settings = run.folder / "config.yaml", dump_run_config(run.config)
-    why = f"until-step-{run.progress.step}"
+    folder, settings = run_folder(config), dump_run_config(config)
+    file = folder / "config.yaml"
     if file.exists() and file.read_text(encoding="utf-8") != settings:
-        run.log.info(f"the earlier settings are kept as {quarantine(file, why)}")
+        say(f"the earlier settings are kept as {quarantine(file, earlier)}")
     write_file(file, settings)
-    facts = environment(run.model.device)
-    write_file(run.folder / "env.json", json.dumps(facts, indent=2) + "\n")
+    write_file(folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
 
 
 def log_summary(run: Run) -> None:
