@@ -24,7 +24,12 @@ import torch
 from torch import Tensor
 
 from dylora import DyLoRA_MoE, MoELoraConfig, NoveltyDetector, SkillLibrary, load_tokenizer
-from dylora.data.prompts import encode_answers, encode_prompts, format_prompt
+from dylora.data.prompts import (
+    encode_answers,
+    encode_prompts,
+    format_prompt,
+    mbpp_instruction,
+)
 from dylora.features import Features, embed
 from dylora.skill_statistics import describe
 from dylora.tasks import SKILLS, generate_tasks
@@ -61,6 +66,14 @@ def languages(file: Path) -> dict[str, list[Texts]]:
     for rows in found.values():
         random.Random(0).shuffle(rows)
     return found
+
+
+def mbpp(file: Path) -> list[Texts]:
+    """MBPP's rows, shuffled."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = [(mbpp_instruction(r["text"], r["test_list"][0]), "", r["code"]) for r in rows]
+    random.Random(0).shuffle(texts)
+    return texts
 
 
 def struck_out(texts: Sequence[Texts]) -> list[Texts]:
