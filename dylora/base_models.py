@@ -95,7 +95,12 @@ class BaseSpec:
             options["quantization_config"] = quantization_config(self.quantization, dtype)
             options["device_map"] = {"": self.device}  # packed weights are made where they stay
         model, found = self._ask(
-            "model", AutoModelForCausalLM, dtype=dtype, output_loading_info=True, **options
+            "model",
+            AutoModelForCausalLM,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are among what is found, and named below
+            **options,
         )
         lacking = sorted({str(key) for key in (*found["missing_keys"], *found["mismatched_keys"])})
         if lacking:
@@ -136,7 +141,9 @@ class BaseSpec:
         options |= {"trust_remote_code": False, "revision": self.revision or "main"}
         try:
             return loader.from_pretrained(self.source, **options)
-        except (OSError, ValueError, ImportError) as error:  # ImportError: a package is too old
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # broken files end in errors of every kind
             raise ValueError(_cannot_load(what, self.name, error)) from error
 
 

@@ -83,6 +83,12 @@ class DyLoRA_MoE(nn.Module):
         """
         if isinstance(base, PreTrainedModel):
             return cls(base, config, base_revision=revision)
+        if not isinstance(base, str):
+            raise ValueError(
+                f"base is a {type(base).__name__}, but must be a name, a path or a causal LM of "
+                "transformers as it is: unwrap it first (a PeftModel by unload(), a compiled model "
+                "by _orig_mod)"
+            )
         spec = BaseSpec.resolve(base, revision, **options)
         return cls(spec.load(), config, base_name=spec.name, base_revision=revision)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from dylora import DyLoRA_MoE, MoELoraConfig
@@ -72,6 +73,61 @@ def test_a_base_whose_files_lack_weights_is_refused(base_folder):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lack 1 weights, among them model\.layers\.1\.mlp\.up"):
         load_base(str(base_folder))
+
+
+def test_a_base_whose_weights_have_other_shapes_is_refused(base_folder):
+    file = base_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 24}))
+    with pytest.raises(ValueError, match=r"lack \d+ weights, among them .*mlp"):
+        load_base(str(base_folder))
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: min(500, file.stat().st_size // 2)])
+
+
+BROKEN = {  # what is broken in a base's folder
+    "config: no JSON": ("config.json", _cut),
+    "config: a list": ("config.json", lambda file: file.write_text("[]")),
+    "config: a width that is a text": ("config.json", {"hidden_size": "x"}),
+    "config: no heads": ("config.json", {"num_attention_heads": 0}),
+    "config: an unknown family": ("config.json", {"model_type": "nothing"}),
+    "weights: cut off": ("model.safetensors", _cut),
+    "weights: empty": ("model.safetensors", lambda file: file.write_bytes(b"")),
+    "weights: none": ("model.safetensors", Path.unlink),
+    "tokenizer: no JSON": ("tokenizer.json", _cut),
+    "tokenizer: without its parts": ("tokenizer.json", lambda file: file.write_text("{}")),
+    "tokenizer: settings cut off": ("tokenizer_config.json", _cut),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_of_a_base_is_one_line(name, tmp_path):
+    shutil.copytree(EMBEDDED_BASES[BASE], tmp_path / "base")
+    part, damage = BROKEN[name]
+    file = tmp_path / "base" / part
+    if isinstance(damage, dict):
+        file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    else:
+        damage(file)
+    spec = BaseSpec.resolve(str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"cannot load the (model|tokenizer) .*base' \(") as error:
+        spec.tokenizer() if name.startswith("tokenizer") else spec.load()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, lambda base: 5])
+def test_a_wrapped_model_is_no_base_and_that_is_said(tiny_base, wrap):
+    with pytest.raises(ValueError, match=r"base is a \w+, but must be a name.*unwrap it first"):
+        DyLoRA_MoE.from_base(wrap(tiny_base("llama")), CONFIG)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_peft_model_is_no_base_and_that_is_said(tiny_base):
+    wrapped = get_peft_model(tiny_base("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"base is a PeftModel, .*unwrap it first"):
+        DyLoRA_MoE.from_base(wrapped, CONFIG)
 
 
 # Fingerprints

@@ -100,6 +100,10 @@ class TokenizedSet:
         return len(self._ids)
 
     @property
+    def largest_id(self) -> int:
+        return max(self._ids)
+
+    @property
     def mean_targets(self) -> float:
         """Tokens that are trained on, per example."""
         return (len(self._ids) - sum(self._prompt_lengths)) / len(self)

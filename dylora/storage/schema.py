@@ -87,6 +87,7 @@ _SOURCE = {  # what is read of a data set
     "split_scheme": _is_text,
     "training_rows": is_whole_number,
     "task_ids": lambda value: isinstance(value, list) and all(map(is_whole_number, value)),
+    "text_hashes": lambda value: isinstance(value, str),
 }
 RECORD = {  # a row of the table of experts
     "name": is_name,
@@ -158,19 +159,26 @@ def _refuse(file: Path, where: str, refused: dict[str, bool]) -> None:
             raise ValueError(f"{file}: {where}{text}")
 
 
-def _check_training(file: Path, training: dict[str, Any]) -> None:
-    """What is read of it: numbers, and the data it was trained on."""
+def _check_training(file: Path, training: Any, at: str = "training") -> None:
+    """What is read of it, and of the records that it continues: numbers and data."""
+    if not isinstance(training, dict):
+        raise ValueError(f"{file}: {at} is {shown(training)}, not an object")
     numbers = {key: training.get(key, 0) for key in ("step", "targets", "seed")}
-    require_keys(file, "training.", numbers, dict.fromkeys(numbers, is_whole_number))
+    require_keys(file, f"{at}.", numbers, dict.fromkeys(numbers, is_whole_number))
+    earlier = training.get("earlier", [])
+    if not isinstance(earlier, list):
+        raise ValueError(f"{file}: {at}.earlier is {shown(earlier)}, not a list")
+    for index, record in enumerate(earlier):
+        _check_training(file, record, f"{at}.earlier[{index}]")
     data = training.get("data", {})
     sources = data.get("sources", []) if isinstance(data, dict) else None
     if not isinstance(sources, list):
-        raise ValueError(f"{file}: training.data is no object with a list of sources")
+        raise ValueError(f"{file}: {at}.data is no object with a list of sources")
     for index, source in enumerate(sources):
         read = source
         if isinstance(source, dict):
             read = {key: source[key] for key in _SOURCE.keys() & source.keys()}
-        where = f"training.data.sources[{index}]."
+        where = f"{at}.data.sources[{index}]."
         require_keys(file, where, read, {"name": is_name}, _SOURCE)
 
 

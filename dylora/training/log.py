@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dylora.fields import is_whole_number
 from dylora.run_config import LogConfig
 from dylora.storage.folders import quarantine
 from dylora.training.loggers import WandbMirror
@@ -43,24 +44,26 @@ class RunLog:
         """Drop rows of a later step: a resumed run writes them again."""
         if not self._file.exists():
             return
-        kept = []
-        for line in self._file.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the half-written last line of a killed run
-            if row["step"] <= step:
-                kept.append(line + "\n")
+        lines = self._file.read_bytes().splitlines()
+        rows = [_row(line) for line in lines]
+        odd = sum(row is None for row in rows[:-1])  # the last one of a killed run is half-written
+        if odd:
+            self.info(f"warning: {odd} lines of {self._file} are no rows, and are dropped")
+        kept = [
+            line + b"\n"
+            for line, row in zip(lines, rows, strict=True)
+            if row is not None and row["step"] <= step
+        ]
         replacement = self._file.with_suffix(".jsonl.new")
-        replacement.write_text("".join(kept))
+        replacement.write_bytes(b"".join(kept))
         replacement.replace(self._file)
 
     def has(self, step: int, metric: str) -> bool:
         """Whether a row of that step holds the metric."""
         if not self._file.exists():
             return False
-        rows = [json.loads(line) for line in self._file.read_text().splitlines()]
-        return any(row["step"] == step and metric in row for row in rows)
+        rows = map(_row, self._file.read_bytes().splitlines())
+        return any(row is not None and row["step"] == step and metric in row for row in rows)
 
     def start(self, step: int, steps: int) -> None:
         """Show the bar, if this is a terminal; start the mirror."""
@@ -151,3 +154,12 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is no row with a step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and is_whole_number(row.get("step")) else None

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -181,12 +181,30 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """The sets of a run, cut to its subsets. Raises ValueError as `load_data` does."""
-    return load_data(
+    """The sets of a run, cut to its subsets.
+
+    Raises ValueError as `load_data` does, and for ids that the base has no embedding of.
+    """
+    base = BaseSpec.resolve(config.model.base, config.model.revision).config()
+    rows = base.get_text_config().vocab_size
+    if (pad := pad_token_id(tokenizer)) >= rows:  # before rows are tokenised
+        _refuse_id(config, pad, rows, "the tokenizer's padding")
+    data = load_data(
         config.data,
         tokenizer,
         training_subset=config.train.subset,
         eval_subset=config.eval.eval_subset,
+    )
+    for examples in (*data.train, *data.validation):
+        if examples.largest_id >= rows:
+            _refuse_id(config, examples.largest_id, rows, f"{examples.name}/{examples.split}")
+    return data
+
+
+def _refuse_id(config: RunConfig, token: int, rows: int, where: str) -> NoReturn:
+    raise ValueError(
+        f"{where} has the token id {token}, but the base {config.model.base!r} has {rows} rows of "
+        "embeddings: take the tokenizer that belongs to it, or a base whose embeddings are enlarged"
     )
 
 

@@ -291,6 +291,22 @@ CHECKPOINT = [
         "escapes in the base's name", CONFIG, in_json("base_model_name_or_path", to=ESCAPES), "'\\"
     ),
     Case("a step that is a text", CONFIG, in_json("training", "step", to="x"), "training.step"),
+    Case(
+        "earlier: a number", CONFIG, in_json("training", "earlier", to=5), "training.earlier is 5"
+    ),
+    Case("earlier: a list of numbers", CONFIG, in_json("training", "earlier", to=[5]), "[0] is 5"),
+    Case(
+        "hashes that are a list",
+        CONFIG,
+        in_json("training", "data", to={"sources": [{"name": "a", "text_hashes": [1]}]}),
+        "training.data.sources[0].text_hashes is [1]",
+    ),
+    Case(
+        "ids of an earlier run that are a text",
+        CONFIG,
+        in_json("training", "earlier", to=[{"data": {"sources": [{"name": "a", "task_ids": ""}]}}]),
+        "training.earlier[0].data.sources[0].task_ids",
+    ),
     Case("data that is a number", CONFIG, in_json("training", "data", to=5), "training.data"),
     Case(
         "a data set without a name",

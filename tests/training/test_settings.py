@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from dylora.base_models import BaseSpec
 from dylora.fields import field_types
 from dylora.run_config import TrainConfig
 from dylora.storage.checkpoint import Checkpoint
@@ -220,6 +221,36 @@ def test_a_fresh_run_keeps_the_metrics_of_one_that_saved_nothing(make_config):
     assert (folder / "metrics.jsonl.earlier").read_text() == '{"step": 1}\n'
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[1]", b'{"a": 1}', b'{"step": "x"}', b"\xff", b"[" * 100_000, b'{"step": 1, "a'],
+)
+def test_lines_of_metrics_that_are_no_rows_are_dropped_and_said(make_config, capsys, line):
+    folder = train(make_config(max_steps=1)).folder
+    file = folder / "metrics.jsonl"
+    before = file.read_bytes()
+    file.write_bytes(before + line + b"\n" + before.splitlines()[0].replace(b": 1,", b": 9,", 1))
+    train(make_config(max_steps=2), "latest")
+    assert f"warning: 1 lines of {file} are no rows, and are dropped" in capsys.readouterr().out
+    steps = [json.loads(row)["step"] for row in file.read_bytes().splitlines()]
+    assert steps == [1, 1, 2, 2]
+
+
+def test_a_token_id_beyond_the_embeddings_is_refused_before_training(make_config, monkeypatch):
+    config = make_config(max_steps=1)
+    tokenizer = BaseSpec.resolve(config.model.base).tokenizer()
+    rows = BaseSpec.resolve(config.model.base).config().vocab_size
+    tokenizer.add_tokens(["Please"])
+    monkeypatch.setattr("dylora.training.run.load_tokenizer", lambda *_: tokenizer)
+    with pytest.raises(
+        ValueError, match=rf"has the token id {len(tokenizer) - 1}, but .* {rows} rows"
+    ):
+        train(config)
+    tokenizer.add_special_tokens({"pad_token": "<mine>"})
+    with pytest.raises(ValueError, match="the tokenizer's padding has the token id"):
+        train(config)
 
 
 @pytest.mark.parametrize("output", ["runs", "deep/runs"])
