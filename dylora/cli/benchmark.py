@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 from dylora.cli.config_file import load_run_config
 from dylora.cli.options import CheckpointOptions, ConfigOptions, RoutingOptions
@@ -12,6 +13,9 @@ from dylora.fields import option
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkCommand(BenchmarkOptions, RoutingOptions, CheckpointOptions, ConfigOptions):
     """pass@k of the base and a checkpoint on published suites, and on the embedded skills."""
+
+    ACTING: ClassVar = ("name", "output_dir", "model.", "eval.batch_size")
+    """Fields of a config that have an effect."""
 
     out: str | None = option(None, metavar="DIR")
     """By default benchmark/ in the folder of the config's run."""

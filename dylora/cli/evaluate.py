@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dylora.cli.config_file import load_run_config
 from dylora.cli.options import CheckpointOptions, ConfigOptions, RoutingOptions
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(RoutingOptions, CheckpointOptions, ConfigOptions):
     """Loss and perplexity of a checkpoint on each of a config's data sets."""
+
+    ACTING: ClassVar = (
+        "model.",
+        "data.",
+        "train.training_subset",
+        "eval.batch_size",
+        "eval.eval_subset",
+    )
+    """Fields of a config that have an effect; the rest a checkpoint decides, or only training."""
 
     print_config: bool = False
     """Print the resolved config and stop."""

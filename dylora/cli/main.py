@@ -96,7 +96,7 @@ def _dispatch(tokens: list[str]) -> int:
     if "-h" in tokens or "--help" in tokens:
         print(command_help(command.options, name))
         if takes_config(command.options):
-            print(config_help())
+            print(config_help(command.options))
         return 0
     command.run(*read_options(command.options, tokens[1:]))
     return 0

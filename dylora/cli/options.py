@@ -22,6 +22,7 @@ from dylora.fields import (
     describe_type,
     field_docs,
     field_types,
+    join,
     nearest,
     option,
 )
@@ -129,8 +130,9 @@ def command_help(cls: type, name: str) -> str:
     return "\n".join([usage, "", cls.__doc__ or "", "", "options:", *rows, ""])
 
 
-def config_help() -> str:
-    """Every field of a config with its type, default and meaning."""
+def config_help(cls: type = ConfigOptions) -> str:
+    """The fields of a config that act on a command, with type, default and meaning."""
+    acting = getattr(cls, "ACTING", ("",))
     sections: dict[str, Any] = {"": RunConfig}
     for name, kind in field_types(RunConfig).items():
         if is_dataclass(kind):
@@ -139,13 +141,16 @@ def config_help() -> str:
             sections["data.sources.N"] = SourceConfig
     sections["stages.N"] = StageConfig
     lines = []
-    for path, cls in sections.items():
-        lines.append((cls.__doc__ or "").partition("\n")[0].rstrip(".:") + ":")
-        for item in fields(cls):
-            if not is_dataclass(field_types(cls)[item.name]):
-                key = f"--{path}.{item.name}" if path else f"--{item.name}"
-                lines.append(_row(key, _metavar(cls, item), _meaning(cls, item)))
-        lines.append("")
+    for path, section in sections.items():
+        rows = [
+            _row(f"--{key}", _metavar(section, item), _meaning(section, item))
+            for item in fields(section)
+            if (key := join(path, item.name)).startswith(acting)
+            and not is_dataclass(field_types(section)[item.name])
+        ]
+        if rows:
+            title = (section.__doc__ or "").partition("\n")[0].rstrip(".:") + ":"
+            lines += [title, *rows, ""]
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import options
 from dylora import MoELoraConfig
+from dylora.cli.main import main
 from dylora.cli.options import config_help
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "options.md"
@@ -43,3 +44,12 @@ def test_every_source_that_is_named_is_listed_and_the_other_way_round():
     named = {source for sources in options.SOURCES.values() for source in sources}
     assert named == options.PAPERS.keys()
     assert options.SOURCES.keys() <= {item.name for item in fields(MoELoraConfig)}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "benchmark"])
+def test_the_help_of_a_command_lists_no_field_that_a_checkpoint_decides(command, capsys):
+    assert main([command, "--help"]) == 0
+    shown = set(re.findall(r"^  --([\w.]+)", capsys.readouterr().out, re.MULTILINE))
+    assert {"checkpoint", "routing.top_k_experts", "model.dtype", "eval.batch_size"} <= shown
+    assert [key for key in shown if key.startswith(("moe.", "log."))] == []
+    assert [key for key in shown if key.startswith("train.")] in ([], ["train.training_subset"])
