@@ -300,6 +300,17 @@ def test_a_lora_that_is_more_than_its_tensors_is_refused(kind, folder):
     assert str(file) in str(error.value)
 
 
+@pytest.mark.parametrize("value", [5, True, "x", {}])
+def test_an_option_that_nobody_knows_is_refused_unless_it_is_unset(value, folder):
+    file = folder / CONFIG_FILE
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"use_tomorrow": False, "tomorrow": None}))
+    read_adapter(folder)
+    file.write_text(json.dumps(config | {"use_tomorrow": value}))
+    with pytest.raises(ValueError, match=r"use_tomorrow'? is .*, which is not known: remove it"):
+        read_adapter(folder)
+
+
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"rank_pattern": {"q_proj": 8}}])
 def test_tensors_that_do_not_fit_the_configuration_are_refused(change, folder):
     file = folder / CONFIG_FILE
