@@ -28,6 +28,7 @@ from dylora.training.environment import environment, seed_everything
 from dylora.training.init_from import init_from_checkpoint
 from dylora.training.log import RunLog, say
 from dylora.training.optim import build_optimizer
+from dylora.training.prompt_skills import fit_library
 from dylora.training.schedule import build_scheduler
 from dylora.training.settings import recorded_settings
 from dylora.training.signals import Interruption
@@ -89,6 +90,9 @@ def prepare(config: RunConfig, *, fresh: bool, parts: Parts | None = None) -> Ru
     model.training_record = record_of(config, data) | (parts.record if parts else {})
     if fresh and config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
+    joint = parts is None and config.moe.routes_prompts  # a stage fills the library by itself
+    if fresh and joint and not model.skill_library:
+        fit_library(model, data)
     if fresh and not any(parameter.requires_grad for _, parameter in model.own_parameters()):
         raise ValueError(
             "nothing would be trained: all experts are frozen and no router is learned; set "
