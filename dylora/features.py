@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dylora.adapters.trace import decoder_of
 from dylora.mixture import Mixture
 from dylora.routing.prompt_tokens import bos_ids
 
@@ -49,7 +50,7 @@ def embed(mixture: Mixture, rows: Sequence[Row]) -> Features:
 def widths_of(mixture: Mixture) -> tuple[int, int]:
     """D of `whole` and of `prompt`; they differ where OPT projects its layers' output down."""
     embedding: Any = mixture.base.get_input_embeddings()
-    return embedding.weight.shape[-1], mixture.base.config.get_text_config().hidden_size
+    return embedding.weight.shape[-1], mixture.blocks[0].width
 
 
 def split_row(row: Row) -> tuple[list[int], int]:
@@ -103,10 +104,10 @@ def _states(mixture: Mixture, ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, 
     first: Any = base.get_submodule(mixture.site_names[0])
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        decoder: Any = base.get_decoder()
+        decoder = decoder_of(base, mixture.site_names)
         inputs: Any = {"input_ids": ids_BS, "attention_mask": mask_BS}
         inputs = {name: value.to(base.device) for name, value in inputs.items()}
-        if decoder is base:  # Llama 4
+        if decoder is base:  # some hold their layers themselves
             last = decoder(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
         else:
             last = decoder(**inputs, use_cache=False).last_hidden_state

@@ -35,11 +35,12 @@ class Mixture:
         *,
         base_name: str | None = None,
         base_revision: str | None = None,
-        with_experts: bool = True,
+        saved: dict[str, Any] | None = None,
     ):
         """Inject adapters and routers into `base`, in place.
 
-        with_experts: those that the configuration begins with; else none, for a loader.
+        saved: a config.json, which lists the projections and whose experts a loader makes; by
+            default what the configuration says, with the experts that it begins with.
         Raises ValueError where nothing can be adapted.
         """
         keep_as_stored(base)
@@ -47,7 +48,10 @@ class Mixture:
         self.config = config
         self.base_name = base_name or base.config.name_or_path or None
         self.base_revision = base_revision
-        parts = inject.inject(base, config, with_experts=with_experts)
+        # A file without a fingerprint is older. It is loaded by what is found, so that a base of
+        # another depth is refused still.
+        listed = saved["projections"] if saved and saved.get("base_fingerprint") else None
+        parts = inject.inject(base, config, listed, with_experts=saved is None)
         self.state = parts.state
         self.blocks = parts.blocks  # in the order of the N axis
         self.adapters = parts.adapters  # by the path of their projection
@@ -60,7 +64,7 @@ class Mixture:
         self.training_record: dict[str, Any] = {}  # what it was trained on; kept in config.json
         self.skill_library: Any = None  # a SkillLibrary, kept beside the experts
         self.table: list[Expert] = []
-        if with_experts:
+        if saved is None:
             ranks = config.expert_ranks or [config.r] * config.expert_count
             alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
             self.table = [
@@ -274,6 +278,7 @@ class Mixture:
                 block.name.replace(".", "/"): inject.new_router(
                     self.base,
                     self.config,
+                    block,
                     next(p for p in self.adapters if p.startswith(f"{block.name}.")),
                 )
                 for block in needing

@@ -49,18 +49,18 @@ class DyLoRA_MoE(nn.Module):
         *,
         base_name: str | None = None,
         base_revision: str | None = None,
-        records: list[dict[str, Any]] | None = None,
+        saved: dict[str, Any] | None = None,
     ):
-        """Inject experts into `base`, in place: those of `records`, a saved table, or else those
+        """Inject experts into `base`, in place: those of `saved`, a config.json, or else those
         that the configuration begins with. See `from_base` and `from_pretrained`."""
         super().__init__()
         self.base = base
         names = {"base_name": base_name, "base_revision": base_revision}
-        self.mixture = Mixture(base, config, **names, with_experts=records is None)
+        self.mixture = Mixture(base, config, **names, saved=saved)
         self.training = base.training
         self._head = LogitTransformFinder()
         try:
-            self.experts = ExpertManager(self.mixture, records)
+            self.experts = ExpertManager(self.mixture, saved["experts"] if saved else None)
         except ValueError:  # a base that was given is as it was
             self.mixture.unload()
             raise
@@ -85,9 +85,8 @@ class DyLoRA_MoE(nn.Module):
             return cls(base, config, base_revision=revision)
         if not isinstance(base, str):
             raise ValueError(
-                f"base is a {type(base).__name__}, but must be a name, a path or a causal LM of "
-                "transformers as it is: unwrap it first (a PeftModel by unload(), a compiled model "
-                "by _orig_mod)"
+                f"base is a {type(base).__name__}, but must be a name, a path or a causal LM: "
+                "unwrap it first (a PeftModel by unload(), a compiled model by _orig_mod)"
             )
         spec = BaseSpec.resolve(base, revision, **options)
         return cls(spec.load(), config, base_name=spec.name, base_revision=revision)
@@ -278,11 +277,7 @@ class DyLoRA_MoE(nn.Module):
     unload = _of_mixture("unload")
 
     def merge_and_unload(
-        self,
-        expert: int | None = None,
-        weights: Weights | None = None,
-        *,
-        dequantize: bool = False,
+        self, expert: int | None = None, weights: Weights | None = None, *, dequantize: bool = False
     ) -> PreTrainedModel:
         """Write one expert or a constant mixture into the base's weights and return the base.
 
@@ -332,12 +327,11 @@ class DyLoRA_MoE(nn.Module):
         does not fit the base.
         """
         checkpoint = Checkpoint.open(folder, allow_other_base=allow_other_base)
-        description, name, revision = checkpoint.description, None, None
+        saved, name, revision = checkpoint.description, None, None
         if not isinstance(base, PreTrainedModel):
             spec = base if isinstance(base, BaseSpec) else checkpoint.base_spec(base, **options)
             base, name, revision = spec.load(), spec.name, spec.revision
-        names = {"base_name": name, "base_revision": revision}
-        model = cls(base, checkpoint.config, **names, records=checkpoint.experts)
+        model = cls(base, checkpoint.config, base_name=name, base_revision=revision, saved=saved)
         try:
             load_model(model.experts, checkpoint)
             checkpoint.check_base(model.base_fingerprint)
@@ -345,7 +339,7 @@ class DyLoRA_MoE(nn.Module):
             model.unload()  # a base that was given is as it was
             raise
         model.base_fingerprint["tokenizer"] = checkpoint.base_fingerprint.get("tokenizer")
-        model.training_record = description["training"]
+        model.training_record = saved["training"]
         return model
 
     def _check_routing_weights(self, weights: Tensor, given: Tensor | None) -> None:

@@ -34,10 +34,11 @@ class RoutedBlock:
     """One routed block: its forward pre-hook routes the hidden state that enters, and leaves the
     decision in the pass, where the projections inside the block read it."""
 
-    def __init__(self, name: str, index: int, state: RoutingState):
+    def __init__(self, name: str, index: int, state: RoutingState, width: int):
         self.name = name
         self.index = index
         self.state = state
+        self.width = width  # D of the hidden states that enter
         self.router: Router | None = None  # None: fixed weights, or the first block's
         self.shares_first = False
         self.adapters: dict[str, Any] = {}  # Adapter of the block's projections, by their names

@@ -7,6 +7,7 @@ PyTorch's forward hooks call them. Class, parameter names and weights stay as th
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -15,7 +16,8 @@ from dylora.adapters.adapter import Adapter, adapter_class
 from dylora.adapters.bias import BiasShift
 from dylora.adapters.block import RoutedBlock
 from dylora.adapters.stack import equal_runs
-from dylora.adapters.targets import device_of, find_targets, projection_sizes
+from dylora.adapters.targets import check_targets, find_targets
+from dylora.adapters.trace import decoder_of, device_of, projection_sizes, trace_base
 from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
 from dylora.routing.prompt import PromptedGenerate
@@ -37,45 +39,45 @@ class Injected(NamedTuple):
     handles: list[RemovableHandle]
 
 
-def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool = True) -> Injected:
+def inject(
+    base: PreTrainedModel,
+    config: MoELoraConfig,
+    projections: list[str] | None = None,
+    *,
+    with_experts: bool = True,
+) -> Injected:
     """Freeze the base and add routers and adapters to its blocks, in place.
 
+    projections: paths of those to adapt, from a file; by default what the configuration says.
     Without experts the adapters are empty: a loader makes those that its files hold.
 
     Raises ValueError when the base has been injected before, when no projection matches or one
-    cannot be adapted, when a block holds no place for a router, or when trained biases find nothing
+    cannot be adapted, or when trained biases find nothing
     to work on.
     """
     if hasattr(base, STATE_NAME):
         raise ValueError("this base already carries adapters: unload() them first")
-    targets = find_targets(base, config)
+    trace = trace_base(base)
+    targets = find_targets(base, config, trace) if projections is None else projections
     paths_by_block = _group_by_block(targets)
+    check_targets(base, targets, trace)
     _check_targets(base, targets, config)
     biased = _biased_modules(base, targets, config)
 
     base.requires_grad_(False)
-    weights = config.fixed_routing_weights if config.use_moe_routing else None
-    state = RoutingState(
-        config.expert_count,
-        weights,
-        device_of(base, targets[0]),
-        config.shared_experts,
-        by_prompt=config.routes_prompts,
-        bos=bos_ids(base.config),
-        padding=padding_ids(base.config),
-    )
+    state = _new_state(base, config, device_of(base, targets[0]))
     base.add_module(STATE_NAME, state)
     if config.routes_prompts:
         running = config.router_scope == "running_mean"
         generate: Any = PromptedGenerate(base, state, running=running)
         base.generate = generate
-    handles = _add_pass_hooks(base, state)
+    handles = _add_pass_hooks(base, decoder_of(base, list(paths_by_block)), state)
     blocks, adapters, biases = [], {}, {}
     for index, (path, paths) in enumerate(paths_by_block.items()):
-        block = RoutedBlock(path, index, state)
+        block = RoutedBlock(path, index, state, trace.widths[path])
         block.shares_first = config.router_scope != "site" and index > 0 and config.is_learned
         if config.is_learned and not block.shares_first:
-            attach_router(base, block, new_router(base, config, paths[0]))
+            attach_router(base, block, new_router(base, config, block, paths[0]))
         module = base.get_submodule(path)
         handles.append(module.register_forward_pre_hook(block.route, with_kwargs=True))
         handles.append(module.register_forward_hook(block.leave, always_call=True))
@@ -93,6 +95,19 @@ def inject(base: PreTrainedModel, config: MoELoraConfig, *, with_experts: bool =
                 biases[path] = shift
     base.train(base.training)  # what was added takes the base's mode
     return Injected(state, blocks, adapters, biases, handles)
+
+
+def _new_state(base: PreTrainedModel, config: MoELoraConfig, device: torch.device) -> RoutingState:
+    """What the blocks will share."""
+    return RoutingState(
+        config.expert_count,
+        config.fixed_routing_weights if config.use_moe_routing else None,
+        device,
+        config.shared_experts,
+        by_prompt=config.routes_prompts,
+        bos=bos_ids(base.config),
+        padding=padding_ids(base.config),
+    )
 
 
 def _group_by_block(targets: list[str]) -> dict[str, list[str]]:
@@ -131,14 +146,15 @@ def _biased_modules(
     return biased
 
 
-def _add_pass_hooks(base: PreTrainedModel, state: RoutingState) -> list[RemovableHandle]:
+def _add_pass_hooks(
+    base: PreTrainedModel, decoder: PreTrainedModel, state: RoutingState
+) -> list[RemovableHandle]:
     """A pass begins and ends with the causal LM, or with its inner decoder called by itself."""
     handles = [
         base.register_forward_pre_hook(state.begin, with_kwargs=True),
         base.register_forward_hook(state.end, always_call=True),
     ]
-    decoder: Any = base.get_decoder()
-    if decoder is not None and decoder is not base:
+    if decoder is not base:
         handles += [
             decoder.register_forward_pre_hook(state.begin_decoder, with_kwargs=True),
             decoder.register_forward_hook(state.end_decoder, always_call=True),
@@ -194,7 +210,8 @@ def attach_router(
     return previous
 
 
-def new_router(base: PreTrainedModel, config: MoELoraConfig, projection_path: str) -> Router:
-    """A fresh router as wide as the hidden state that enters the block of this projection."""
-    width = base.config.get_text_config().hidden_size
-    return router_class(config)(width, config, device_of(base, projection_path))
+def new_router(
+    base: PreTrainedModel, config: MoELoraConfig, block: RoutedBlock, projection_path: str
+) -> Router:
+    """A fresh router of a block, where one of its projections is computed."""
+    return router_class(config)(block.width, config, device_of(base, projection_path))

@@ -1,64 +1,48 @@
 """Which projections of a base are adapted."""
 
 import inspect
+import logging
+import re
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from dylora.adapters.trace import Trace, is_projection
 from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
 
-ATTENTION_PROJECTIONS = {
-    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"),  # llama, gemma, qwen, opt, gptj, …
-    *("query_key_value", "dense"),  # gpt_neox, bloom, falcon; phi's output
-    *("c_attn", "c_proj"),  # gpt2
-    *("qkv_proj", "Wqkv"),  # phi3, mpt
-    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"),  # deepseek; kv_b_proj cannot be routed
-    *("in_proj_qkvz", "in_proj_ba"),  # qwen3_next's linear attention
-    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),  # qwen3_5's
-}
-CROSS_ATTENTION = ("cross_attn", "crossattention", "encoder_attn")
+FUSED = re.compile(r"w?[qkvz]+")  # the word in q_proj, Wqkv, kv_a_proj_with_mqa, in_proj_qkvz
+# What belongs to attention besides, where its output is changed before the block gives it, and the
+# gates of linear attention (Qwen3-Next, Qwen3.5).
+OTHERS = ("o_proj", "out_proj", "dense", "c_proj")
+OTHERS += ("in_proj_ba", "in_proj_z", "in_proj_b", "in_proj_a")
 
 
-def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
+def find_targets(base: PreTrainedModel, config: MoELoraConfig, trace: Trace) -> list[str]:
     """Paths of the projections to adapt, in the model's order.
 
-    Without target_modules: projections with a known name inside a module called attention, where a
-    pass over text alone runs it: not in a vision tower, not in cross-attention.
-    Raises ValueError for a target that matches nothing, naming the nearest candidate, and for one
-    whose updates could not be right.
+    Without target_modules: of every block that a pass over text ran, and that holds queries and
+    keys, the projections of queries, keys and values, and that of the output. Others of such a
+    block stay as they are, which is said in one line of the log.
+    Raises ValueError for a target that matches nothing, naming the nearest candidate.
     """
     candidates = [path for path, module in base.named_modules() if is_projection(module)]
-    _check_base(base)
     if config.target_modules is None:
-        decoder = base.get_decoder()
-        within = next(path for path, module in base.named_modules() if module is decoder)
-        chosen = [
-            path
-            for path in candidates
-            if _is_attention_projection(path) and path.startswith(within + "." if within else "")
-        ]
+        found = _attention_projections(base, trace)
+        chosen = [path for path in candidates if path in found]
     else:
         for target in config.target_modules:
-            if not any(ends_with(path, target) for path in candidates):
-                if any(p.ndim == 3 and ends_with(n, target) for n, p in base.named_parameters()):
-                    raise ValueError(
-                        f"target_modules: {target!r} holds all experts of the base in one tensor, "
-                        "which cannot be adapted: leave it out"
-                    )
-                names = sorted({path.rpartition(".")[2] for path in candidates})
-                hint = nearest(target, names)
-                raise ValueError(f"target_modules: {target!r} matches nothing{hint}")
+            _check_matches(base, candidates, target)
         chosen = [p for p in candidates if any(ends_with(p, t) for t in config.target_modules)]
     excluded = config.exclude_modules or []
     for name in excluded:
         if not any(ends_with(path, name) for path in candidates):
             names = sorted({path.rpartition(".")[2] for path in candidates})
             raise ValueError(f"exclude_modules: {name!r} matches nothing{nearest(name, names)}")
-    chosen = [path for path in chosen if not any(ends_with(path, name) for name in excluded)]
+    kept = {path for path in candidates if not any(ends_with(path, name) for name in excluded)}
+    chosen = [path for path in chosen if path in kept]
     if config.layers_to_transform is not None:
         layers = set(config.layers_to_transform)
         missing = layers - {_layer_of(path) for path in chosen}
@@ -71,40 +55,106 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig) -> list[str]:
             f"found no projection to adapt in {type(base).__name__}; "
             f"set target_modules to some of {', '.join(names)}"
         )
-    _check_targets(base, chosen)
+    if config.target_modules is None:
+        _say_what_is_left(chosen, [path for path in trace.maps_tokens if path in kept])
     return chosen
 
 
-def _check_base(base: PreTrainedModel) -> None:
-    """Raises ValueError for a base whose loss or layers are not what they seem."""
-    if base.config.is_encoder_decoder:
-        raise ValueError(f"{type(base).__name__} is an encoder and a decoder: give a causal LM")
-    for path, module in base.named_modules():
-        if type(module).__module__.split(".")[0] == "peft":
-            raise ValueError(
-                f"{path or 'the base'} is a layer of PEFT: give the model without its adapters "
-                "(unload() or merge_and_unload()), and import those (run.py import)"
-            )
-
-
-def _check_targets(base: PreTrainedModel, chosen: list[str]) -> None:
+def check_targets(base: PreTrainedModel, chosen: list[str], trace: Trace) -> None:
     """Raises ValueError for projections whose updates could not be right."""
-    if any(path.endswith(".kv_b_proj") for path in chosen):
-        raise ValueError(
-            "kv_b_proj expands the cached latents of all past tokens at every step, and their "
-            "gates are gone by then: leave it out of target_modules"
-        )
+    projections = {path for path, module in base.named_modules() if is_projection(module)}
+    if not chosen:
+        raise ValueError("config.json lists no projections")
     for path in chosen:
-        block = base.get_submodule(path.rpartition(".")[0])
+        parent = path.rpartition(".")[0]
+        if path not in projections:
+            raise ValueError(
+                f"config.json lists {path}, which is no projection of {type(base).__name__}"
+            )
+        if path.endswith(".kv_b_proj"):
+            raise ValueError(
+                "kv_b_proj expands the cached latents of all past tokens at every step, and their "
+                "gates are gone by then: leave it out of target_modules"
+            )
+        block = base.get_submodule(parent)
         if path.endswith(".out_proj") and hasattr(block, "conv1d") and _reads_weight(block):
             raise ValueError(
                 f"{path} is the output of a Mamba block, whose fused kernels read the weight past "
                 "the projection: leave it out of target_modules"
             )
-    if getattr(base.config, "slow_but_exact", False) and base.config.pretraining_tp > 1:
+        reason = None
+        if path not in trace.maps_tokens:
+            reason = "is not run by a pass over text"
+        elif not trace.maps_tokens[path] or (parent and parent not in trace.widths):
+            reason = "does not map the tokens of a pass one by one, so no gate would be theirs"
+        if reason is not None:
+            raise ValueError(
+                f"{path} {reason}: leave it out of target_modules, or name it in exclude_modules"
+            )
+
+
+def _check_matches(base: PreTrainedModel, candidates: list[str], target: str) -> None:
+    """Raises ValueError where one of target_modules names no projection."""
+    if any(ends_with(path, target) for path in candidates):
+        return
+    if any(p.ndim == 3 and ends_with(name, target) for name, p in base.named_parameters()):
         raise ValueError(
-            "with slow_but_exact BLOOM reads weights past its projections, so their updates would "
-            "be lost: load the base with slow_but_exact=False"
+            f"target_modules: {target!r} holds all experts of the base in one tensor, "
+            "which cannot be adapted: leave it out"
+        )
+    names = sorted({path.rpartition(".")[2] for path in candidates})
+    raise ValueError(f"target_modules: {target!r} matches nothing{nearest(target, names)}")
+
+
+def _attention_projections(base: PreTrainedModel, trace: Trace) -> set[str]:
+    """What is adapted by default."""
+    held: dict[str, set[str]] = {}
+    for path in trace.maps_tokens:
+        held.setdefault(path.rpartition(".")[0], set()).update(_roles(path))
+    blocks = {
+        path: roles
+        for path, roles in held.items()
+        if path in trace.widths and path not in trace.choosers
+    }
+    # Later layers of Gemma 3n and Gemma 4 have no keys of their own, but are of the same class.
+    kinds = {type(base.get_submodule(p)) for p, roles in blocks.items() if {"q", "k"} <= roles}
+    attends = {
+        path
+        for path, roles in blocks.items()
+        if "q" in roles and type(base.get_submodule(path)) in kinds
+    }
+    return {
+        path
+        for path, maps_tokens in trace.maps_tokens.items()
+        if maps_tokens
+        and path.rpartition(".")[0] in attends
+        and (_roles(path) or path in trace.outputs or path.rpartition(".")[2] in OTHERS)
+        and not path.endswith(".kv_b_proj")
+    }
+
+
+def _roles(path: str) -> set[str]:
+    """Which of q, k and v a projection gives, by its name."""
+    name = path.rpartition(".")[2].lower()
+    if name == "c_attn":  # GPT-2's
+        return {"q", "k", "v"}
+    roles = set()
+    for word in name.split("_"):
+        if word in ("query", "key", "value"):
+            roles.add(word[0])
+        elif FUSED.fullmatch(word):
+            roles |= set(word) & {"q", "k", "v"}
+    return roles
+
+
+def _say_what_is_left(chosen: list[str], candidates: list[str]) -> None:
+    blocks = dict.fromkeys(path.rpartition(".")[0] for path in chosen)
+    left = [p for p in candidates if p.rpartition(".")[0] in blocks and p not in chosen]
+    if left:
+        first, names = left[0].rpartition(".")[0], sorted({p.rpartition(".")[2] for p in left})
+        logging.getLogger("dylora").warning(
+            "%d of %d blocks are adapted in part, %s among them: %s stays as it is",
+            *(len({p.rpartition(".")[0] for p in left}), len(blocks), first, ", ".join(names)),
         )
 
 
@@ -116,11 +166,6 @@ def _reads_weight(block: nn.Module) -> bool:
         return True
 
 
-def is_projection(module: nn.Module) -> bool:
-    """nn.Linear, its quantised subclasses, and GPT-2's Conv1D."""
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
 def check_plain_weight(path: str, projection: nn.Module) -> None:
     """Raises ValueError where DoRA could not read the lengths of the rows of a weight."""
     weight: Any = projection.weight
@@ -129,33 +174,6 @@ def check_plain_weight(path: str, projection: nn.Module) -> None:
             f"use_dora needs the weight of {path} as numbers, but it is a quantised "
             f"{type(projection).__name__}: use a base that is not quantised, or plain LoRA"
         )
-
-
-def projection_sizes(module: Any) -> tuple[int, int]:
-    """Input and output width; never from weight.shape, which quantised layers pack."""
-    return (
-        (module.nx, module.nf)
-        if isinstance(module, Conv1D)
-        else (
-            module.in_features,
-            module.out_features,
-        )
-    )
-
-
-def device_of(base: nn.Module, path: str) -> torch.device:
-    """Where a projection is computed.
-
-    Raises ValueError for weights on the meta device that nothing brings to another.
-    """
-    module: Any = base.get_submodule(path)
-    device = next(module.parameters()).device
-    if device.type != "meta":
-        return device
-    hook: Any = getattr(module, "_hf_hook", None)  # accelerate's, which loads offloaded weights
-    if getattr(hook, "execution_device", None) is None:
-        raise ValueError(f"{path} has no weights (device meta): load the base before injecting")
-    return torch.device(hook.execution_device)
 
 
 def shortest_targets(base: nn.Module, paths: list[str]) -> list[str]:
@@ -175,13 +193,6 @@ def shortest_targets(base: nn.Module, paths: list[str]) -> list[str]:
                 targets.add(name)
                 break
     return sorted(targets)
-
-
-def _is_attention_projection(path: str) -> bool:
-    parents, _, name = path.rpartition(".")
-    crosses = any(word in parents for word in CROSS_ATTENTION)
-    attends = "attn" in parents or "attention" in parents
-    return name in ATTENTION_PROJECTIONS and attends and not crosses
 
 
 def _layer_of(path: str) -> int | None:

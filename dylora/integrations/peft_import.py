@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple, Unpack, get_args
 import torch
 from transformers import PreTrainedModel
 
-from dylora.adapters.targets import is_projection, projection_sizes, shortest_targets
+from dylora.adapters.targets import shortest_targets
+from dylora.adapters.trace import is_projection, projection_sizes
 from dylora.base_models import BaseSpec, LoadOptions
 from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest

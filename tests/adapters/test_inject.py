@@ -9,11 +9,12 @@ from torch import nn
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.adapters.projection import StackedLoRA
 from dylora.adapters.targets import find_targets, shortest_targets
+from dylora.adapters.trace import trace_base
 from families import SPLIT
 
 
 def targets_of(base, **settings):
-    return find_targets(base, MoELoraConfig(**settings))
+    return find_targets(base, MoELoraConfig(**settings), trace_base(base))
 
 
 def hooks_of(base):

@@ -48,7 +48,7 @@ def random_adapter(rank=R, ranks=None):
     config = MoELoraConfig(
         num_experts=E, top_k_experts=1, r=rank, lora_alpha=4, adapter_type="loha"
     )
-    block = RoutedBlock("block", 0, RoutingState(E))
+    block = RoutedBlock("block", 0, RoutingState(E), D)
     adapter = loha.StackedLoHa(block, "block.q", D, O, config)
     ranks, alphas = ranks or [rank] * E, [1.0, 2.0, 5.0]
     for run in equal_runs(ranks):

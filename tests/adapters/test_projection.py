@@ -20,7 +20,7 @@ def fresh(num_experts=E, width=D, rank=R, **settings):
         num_experts=max(num_experts, 2), top_k_experts=1, r=rank, lora_alpha=2 * rank, **settings
     )
     lora = StackedLoRA(
-        RoutedBlock("block", 0, RoutingState(num_experts)), "block.q", width, O, config
+        RoutedBlock("block", 0, RoutingState(num_experts), width), "block.q", width, O, config
     )
     projection = torch.nn.Linear(width, O)
     stack = lora.create_stack(0, rank, [2.0 * rank] * num_experts, projection)

@@ -1,9 +1,7 @@
 """The families of models that the code is held to, each as a tiny random configuration.
 
 The one table of families: `test_families.py` puts every family through every check, other tests
-take single ones from here, and `docs/families.md` is written from it:
-
-    python tests/helpers/families.py > docs/families.md
+take single ones from here, and `docs/families.md` begins with it (see `every_family.py`).
 """
 
 from collections.abc import Mapping
@@ -414,17 +412,23 @@ OTHERS = {
     "BLOOM with `slow_but_exact` and `pretraining_tp` above 1": "refused: it reads weights past "
     "its projections, so that their updates would be lost",
     "cross-attention (GPT-2 with `add_cross_attention`, Mllama)": "left as it is: a pass over text "
-    "alone does not run it",
-    "towers for images and sound": "left as they are; only the language model is adapted",
-    "attention blocks twice as wide as the hidden state (Zamba)": "not supported: the router is as "
-    "wide as the hidden state, so the first pass raises an error",
-    "models without attention (Mamba, RWKV), or not under that name (RecurrentGemma)": "refused "
+    "alone does not run it; refused as a target",
+    "towers for images and sound": "likewise; only the language model is adapted",
+    "the experts of a mixture-of-experts base, one tensor of three axes (GPT-OSS, Mixtral, "
+    "Qwen3-MoE)": "refused as a target in one line; shared experts, which are projections, can be "
+    "named",
+    "a projection that does not map tokens one by one (DeepSeek-V4's `o_a_proj`)": "left as it is, "
+    "which is said; refused as a target",
+    "an indexer, which gives numbers of tokens (DeepSeek-V3.2, DeepSeek-V4)": "left as it is",
+    "a base whose tokens see later ones (BERT without `is_decoder`)": "refused",
+    "a base that cannot compute six tokens of text": "refused with the reason",
+    "models without queries and keys (Mamba, RWKV), or whose are no projections (XLNet)": "refused "
     "with the names that `target_modules` could take",
 }
 
 
 def document() -> str:
-    """The text of docs/families.md."""
+    """The first part of docs/families.md."""
     reasons = [reason for family in FAMILIES.values() for reason in family.but.values()]
     notes = list(dict.fromkeys(reasons))
     lines = [
@@ -432,7 +436,7 @@ def document() -> str:
         "",
         "Each row is a tiny random model of transformers that `tests/test_families.py` puts",
         "through every check; where no bits are spoken of, logits agree to 2e-5 of the largest.",
-        "Written by `python tests/helpers/families.py`; a test holds it to the table there.",
+        "Written by `python tests/helpers/every_family.py`; a test holds it to the table there.",
         "",
         f"| family | adapted | attention | {' | '.join(CHECKS)} |",
         "|" + "---|" * (3 + len(CHECKS)),
@@ -451,7 +455,3 @@ def document() -> str:
     lines += ["", "## What is not in the table", "", "| what | what happens |", "|---|---|"]
     lines += [f"| {what} | {happens} |" for what, happens in OTHERS.items()]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(document(), end="")
