@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dylora.data.prompts import format_prompt
     from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
     from dylora.experts import ExpertManager
+    from dylora.integrations.lora_experts import load_lora_experts, save_lora_experts
     from dylora.integrations.peft_export import export_checkpoint, export_mixture, export_peft
     from dylora.integrations.peft_import import load_peft_experts
     from dylora.model import DyLoRA_MoE
@@ -39,11 +40,13 @@ __all__ = [
     "export_mixture",
     "export_peft",
     "format_prompt",
+    "load_lora_experts",
     "load_peft_experts",
     "load_tokenizer",
     "plot_loss",
     "plot_maturity",
     "plot_usage",
+    "save_lora_experts",
 ]
 _HOMES = {
     "BatchTotals": "dylora.routing.losses",
@@ -61,11 +64,13 @@ _HOMES = {
     "export_mixture": "dylora.integrations.peft_export",
     "export_peft": "dylora.integrations.peft_export",
     "format_prompt": "dylora.data.prompts",
+    "load_lora_experts": "dylora.integrations.lora_experts",
     "load_peft_experts": "dylora.integrations.peft_import",
     "load_tokenizer": "dylora.base_models",
     "plot_loss": "dylora.evaluation.plots",
     "plot_maturity": "dylora.evaluation.plots",
     "plot_usage": "dylora.evaluation.plots",
+    "save_lora_experts": "dylora.integrations.lora_experts",
 }
 
 

@@ -62,7 +62,7 @@ def format_table(table: list[Expert], maturity_E: Tensor) -> str:
     return "\n".join(lines)
 
 
-def merge_settings(
+def check_merge(
     table: list[Expert],
     config: MoELoraConfig,
     evidence_E: Tensor,

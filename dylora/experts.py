@@ -8,25 +8,19 @@ trainable parameter is in the optimizer exactly once.
 Shape letters: D input width, O output width, E experts, R rank.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dylora.adapters import restack
 from dylora.adapters.optimizer_state import check_held_once, check_separable, grow
-from dylora.expert_table import (
-    Expert,
-    MergeReport,
-    State,
-    format_table,
-    merge_settings,
-    number_stacks,
-)
+from dylora.expert_table import Expert, MergeReport, State, check_merge, format_table, number_stacks
 from dylora.fields import is_name, shown
 from dylora.mixture import Mixture
-from dylora.rollback import all_or_nothing, without_autograd
+from dylora.rollback import all_or_nothing, restoring_values, without_autograd
 from dylora.routing import maturity
 
 INITIAL_SHARE = 1e-9  # of the gate mass, at most
@@ -228,7 +222,7 @@ class ExpertManager:
         self._require_live((i, j))
         next(iter(self.mixture.adapters.values())).check_merge()
         live, config = self.mixture.maturity, self.mixture.config
-        rank, shares = merge_settings(self.table, config, live.evidence, (i, j), rank, shares)
+        rank, shares = check_merge(self.table, config, live.evidence, (i, j), rank, shares)
         errors = {}
         for path, adapter in self.mixture.adapters.items():
             alpha = self.table[i].alpha
@@ -254,6 +248,24 @@ class ExpertManager:
     def state_dict(self) -> list[dict[str, Any]]:
         """The table as JSON types."""
         return [asdict(row) for row in self.table]
+
+    @without_autograd
+    def load_expert_weights(self, expert: int, weights: Mapping[str, Sequence[Tensor]]) -> None:
+        """Give an expert matrices as `Mixture.expert_weights` returns them: path of a projection ->
+        of a LoRA A [r, D] and B [O, r]. Its moments stay.
+
+        Raises ValueError, and changes nothing, for a projection too many or too few, another shape,
+        values that are not finite, and DoRA, whose magnitudes belong to the matrices.
+        """
+        self._require_live((expert,))
+        adapters = self.mixture.adapters
+        if self.mixture.config.use_dora:
+            raise ValueError("a DoRA expert is more than its matrices: load_lora_experts reads all")
+        for path in adapters.keys() ^ weights.keys():
+            raise ValueError(f"{shown(path)} is adapted or given, but not both")
+        with restoring_values(self.mixture):
+            for path, adapter in adapters.items():
+                adapter.load_matrices(expert, weights[path])
 
     @without_autograd
     def load_state_dict(self, records: list[dict[str, Any]]) -> None:

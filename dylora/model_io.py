@@ -129,19 +129,7 @@ def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
     for expert, row in enumerate(mixture.table):
         if row.state == "retired":
             continue
-        source, files = folder / ADAPTERS / row.name, checkpoint.adapter(expert)
-        _check_same_keys(source, set(files.weights), set(mixture.adapters))
-        for path, adapter in mixture.adapters.items():
-            stack, place = adapter.stack_of(expert)
-            if files.type != adapter.PEFT_TYPE:
-                raise ValueError(f"{source} is a {files.type}, config.json has {adapter.PEFT_TYPE}")
-            found, own = files.scale(path), float(stack.scaling_E[place])
-            if abs(found - own) > 1e-6 * own:  # the buffer is float32
-                raise ValueError(f"{source}: {path} has the scale {found}, config.json {own}")
-            try:
-                adapter.load_expert(expert, files.tensors(path))
-            except ValueError as error:
-                raise ValueError(f"{source}: {error}") from None
+        fill_expert(mixture, expert, checkpoint.adapter(expert), folder / ADAPTERS / row.name)
     if shifts := bias_shifts(mixture):
         file, tensors = folder / SHIFTS_FILE, checkpoint.bias_shifts()
         _check_same_keys(file, set(tensors), set(shifts))
@@ -150,6 +138,25 @@ def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
     mixture.skill_library = None
     if (folder / SKILLS_FILE).exists():
         SkillLibrary.read(folder / SKILLS_FILE, mixture)
+
+
+def fill_expert(mixture: Mixture, expert: int, files: PeftAdapter, source: Path) -> None:
+    """Give an expert the tensors of an adapter, but for biases.
+
+    Raises ValueError, naming the folder `source`, where they are not of its form.
+    """
+    _check_same_keys(source, set(files.weights), set(mixture.adapters))
+    for path, adapter in mixture.adapters.items():
+        stack, place = adapter.stack_of(expert)
+        if files.type != adapter.PEFT_TYPE:
+            raise ValueError(f"{source} is a {files.type}, config.json has {adapter.PEFT_TYPE}")
+        found, own = files.scale(path), float(stack.scaling_E[place])
+        if abs(found - own) > 1e-6 * own:  # the buffer is float32
+            raise ValueError(f"{source}: {path} has the scale {found}, config.json {own}")
+        try:
+            adapter.load_expert(expert, files.tensors(path))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
 
 def _load_routers(mixture: Mixture, file: Path, tensors: dict[str, Tensor]) -> None:

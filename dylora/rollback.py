@@ -5,7 +5,8 @@ only small tensors are copied.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,21 @@ def all_or_nothing(method: Method) -> Method:
             raise
 
     return without_autograd(change)  # type: ignore[return-value]
+
+
+@contextmanager
+def restoring_values(mixture: Mixture) -> Iterator[None]:
+    """Values are written to the experts within; after an error they have those of before."""
+    before = [(p, p.detach().clone()) for _, p in mixture.expert_parameters()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, values in before:
+                parameter.copy_(values)
+        raise
+    finally:
+        mixture.state.forget_kept()
 
 
 class Snapshot:

@@ -8,7 +8,7 @@ Shape letters: E experts, R rank, D input width, O output width.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -143,7 +143,7 @@ class Adapter(nn.Module):
     def load_expert(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Give an expert the values that `expert_tensors` returns.
 
-        Raises ValueError for a tensor that is missing or of another shape.
+        Raises ValueError for a tensor that is missing, of another shape or not finite.
         """
         for name, target in self.expert_tensors(expert).items():
             if name not in tensors:
@@ -153,7 +153,16 @@ class Adapter(nn.Module):
                     f"{self.path}.{name} has shape {list(tensors[name].shape)}, expected "
                     f"{list(target.shape)}"
                 )
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{self.path}.{name} holds values that are not finite")
             target.copy_(tensors[name])
+
+    def load_matrices(self, expert: int, matrices: Sequence[Tensor]) -> None:
+        """Give an expert its matrices alone, in PEFT's order. Raises as `load_expert`."""
+        names = PEFT_TYPES[self.PEFT_TYPE].matrices
+        if len(matrices) != len(names):
+            raise ValueError(f"{self.path} has {len(matrices)} matrices, not {len(names)}")
+        self.load_expert(expert, dict(zip(names, matrices, strict=True)))
 
     def delta_weight(self, expert: int) -> Tensor:
         """What one expert adds to the projection's weight, [O, D], without DoRA's magnitude."""

@@ -19,7 +19,11 @@ class Timing(NamedTuple):
 
 
 def interleave(
-    contenders: dict[str, Callable[[], object]], baseline: str, rounds: int, device: torch.device
+    contenders: dict[str, Callable[[], object]],
+    baseline: str,
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time all contenders; ratios are taken within a round, so a noisy minute hits both alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -30,10 +34,10 @@ def interleave(
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
             synchronize(device)
-            started = time.perf_counter()
+            started = clock()
             contenders[name]()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     timings = {}
     for name, values in seconds.items():
         ratios = [mine / base for mine, base in zip(values, seconds[baseline], strict=True)]
@@ -65,8 +69,10 @@ def peak_bytes(way: Callable[[], object], device: torch.device) -> int:
 def timed(
     title: str, ways: dict[str, Callable[[], object]], baseline: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Time, print, and return as JSON types; `options` has the rounds and the device."""
-    timings = interleave(ways, baseline, options.rounds, options.device)
+    """Time, print, and return as JSON types; `options` has the rounds and the device, and may have
+    the clock."""
+    clock = getattr(options, "clock", time.perf_counter)
+    timings = interleave(ways, baseline, options.rounds, options.device, clock)
     show(title, timings, baseline)
     return {name: timing._asdict() for name, timing in timings.items()}
 
