@@ -115,10 +115,11 @@ def table(runs: list[dict[str, Any]]) -> str:
         found = {run["alpha"]: run["loss"] for run in runs if Form(*run["form"]) == form}
         if not found:
             continue
-        near = [a for a in alphas if found.get(a, 1e9) <= min(found.values()) + TOLERANCE]
+        whole = len(found) == len(ALPHAS)
+        near = [a for a in alphas if whole and found[a] <= min(found.values()) + TOLERANCE]
         cells = [f"{found[alpha]:.3f}" if alpha in found else "–" for alpha in alphas]
         name = ", ".join(map(str, form))
-        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(map(str, near))} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(map(str, near)) or '–'} |")
     return "\n".join(lines)
 
 

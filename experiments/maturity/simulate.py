@@ -26,6 +26,8 @@ RESULTS = Path(__file__).parents[1] / "results" / "maturity_simulated.json"
 STEPS, EXPERTS, TOKENS = 300, 64, 1000.0  # TOKENS: of a step
 NOISE = (0.0, 0.05, 0.2)  # standard deviation of a step's loss, relative
 NEW_TASK = 0.4  # progress at which the loss jumps
+# Training loss of compare.py's dense run, seed 0, under a cosine: means of ten steps of 100.
+RECORDED = (2.704, 1.515, 0.965, 0.713, 0.543, 0.506, 0.456, 0.394, 0.352, 0.358)
 
 
 def restarting(t: float) -> float:
@@ -41,6 +43,13 @@ def new_task(t: float) -> float:
     return 1 + 2 * math.exp(-(t - NEW_TASK) / 0.1)
 
 
+def recorded(t: float) -> float:
+    """The recorded loss, straight between the middles of its means."""
+    place = min(max(10 * t - 0.5, 0.0), len(RECORDED) - 1.0)
+    left = min(int(place), len(RECORDED) - 2)
+    return RECORDED[left] + (place - left) * (RECORDED[left + 1] - RECORDED[left])
+
+
 CURVES: dict[str, Callable[[float], float]] = {
     "flat after 10 %": lambda t: max(2 - 10 * t, 1.0),
     "power law t^-0.1": lambda t: t**-0.1,
@@ -49,6 +58,7 @@ CURVES: dict[str, Callable[[float], float]] = {
     "power law t^-0.5": lambda t: t**-0.5,
     "new task at 40 %": new_task,
     "restarts": restarting,
+    "recorded, six skills": recorded,
 }
 RATES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
