@@ -166,6 +166,9 @@ class TrainConfig:
     train_experts: bool | None = None
     """With init_from. False: freeze all experts and train the routers alone; true: none is frozen;
     none: as the checkpoint has it."""
+    freeze_routers: bool = False
+    """Routers stay as they were drawn, or as init_from has them: a control for what learned routing
+    gives."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dylora.cli.compare import load_board
 from dylora.cli.config_file import load_run_config
 from dylora.run_config import RunConfig, dump_run_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dylora"
-CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/*.yaml"))
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.yaml"))
+BOARDS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs/compare").glob("*.yaml"))
+METHODS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs/methods").glob("*.yaml"))
 
 # A module imports only from the rows above its own. Names are relative to dylora; a folder stands
 # for its modules, which may import each other, but see the test of circles.
@@ -40,6 +43,7 @@ LAYERS = (
     ("integrations",),
     ("training",),
     ("evaluation",),
+    ("compare",),
     ("cli",),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -57,12 +61,43 @@ def test_the_resolved_config_reads_back_as_the_same(path: Path, tmp_path: Path):
     assert load_run_config(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=str)
-def test_every_command_in_a_configs_comments_has_keys_that_exist(path: Path):
-    comments = " ".join(re.findall(r"^#(.*)", (ROOT / path).read_text(), re.M)).replace("\\", " ")
+@pytest.mark.parametrize("path", [*CONFIGS, *BOARDS], ids=str)
+def test_every_command_in_a_configs_comments_has_keys_that_exist(path: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # paths of methods are relative to it
+    comments = " ".join(re.findall(r"^#(.*)", path.read_text(), re.M)).replace("\\", " ")
     assert f"--config {path.as_posix()}" in comments
     overrides = re.findall(r"--(\S+\.\S+) (\S+)", comments)
-    load_run_config(ROOT / path, [f"{key}={value}" for key, value in overrides])
+    load = load_board if path in BOARDS else load_run_config
+    load(str(path), [f"{key}={value}" for key, value in overrides])
+
+
+def test_there_are_configs_boards_and_methods():
+    assert min(map(len, (CONFIGS, BOARDS, METHODS))) > 0
+
+
+@pytest.mark.parametrize("path", BOARDS, ids=str)
+def test_every_shipped_board_is_named_after_its_file_and_all_of_its_grids_are_as_large(
+    path: Path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    board = load_board(str(path), [])
+    assert board.config.name == path.stem
+    assert len({len(method.grid) for method in board.methods}) == 1
+
+
+@pytest.mark.parametrize("path", METHODS, ids=str)
+def test_every_shipped_method_is_in_a_board_named_after_its_file_and_says_its_source(
+    path: Path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    boards = [load_board(str(board), []) for board in BOARDS]
+    chosen = [zip(board.methods, board.config.methods, strict=True) for board in boards]
+    names = [m.name for pairs in chosen for m, file in pairs if Path(file.config) == path]
+    assert names
+    assert set(names) == {path.stem}
+    comment = re.match(r"((?:#.*\n)+)", path.read_text())
+    assert comment
+    assert re.search(r"arXiv:\d{4}\.\d{5}|Control:|Fisher 1936", comment[1])
 
 
 def test_the_resolved_config_names_every_field():

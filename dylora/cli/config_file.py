@@ -7,12 +7,12 @@ inside a config are relative to the working directory.
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -21,6 +21,7 @@ from dylora.fields import FieldError, UnknownKey, build, field_types, join, show
 from dylora.run_config import RunConfig
 from dylora.storage.safe_io import read_bytes, read_json, require_followable
 
+T = TypeVar("T")
 COMMAND_LINE = "command line"
 MAX_BYTES = 128 << 10  # of a config: reading as much takes a second
 MAX_BRACKETS = 100  # open at a time; the parser takes a second for a few thousand
@@ -44,9 +45,7 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     Raises ValueError in one line for everything that is wrong with the settings, and
     FileNotFoundError for a file that is not there.
     """
-    file_tree = given = {} if path is None else _read_yaml(Path(path))
-    for key, text in split_overrides(overrides):
-        given = _overridden(given, RunConfig, _key_parts(key), text)
+    file_tree, given = read_tree(RunConfig, path, overrides)
     tree, checkpoint = _over_checkpoint(given)
 
     def origin(key: str) -> str:
@@ -57,8 +56,23 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
         in_file = path is not None and _look_up(file_tree, parts) is _look_up(given, parts)
         return str(path) if in_file else COMMAND_LINE
 
+    return build_config(RunConfig, tree, origin)
+
+
+def read_tree(
+    cls: type, path: str | Path | None, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The raw settings of a file for the dataclass `cls`: as they stand there, and overridden."""
+    file_tree = given = {} if path is None else _read_yaml(Path(path))
+    for key, text in split_overrides(overrides):
+        given = _overridden(given, cls, _key_parts(key), text)
+    return file_tree, given
+
+
+def build_config(cls: type[T], tree: dict[str, Any], origin: Callable[[str], str]) -> T:
+    """The dataclass that raw settings describe; an error begins with the `origin` of its key."""
     try:
-        return build(RunConfig, tree, parse=parse_text)
+        return build(cls, tree, parse=parse_text)
     except UnknownKey as error:
         text = unknown_key(error.key, error.siblings)
         raise ValueError(f"{origin(error.key)}: {text}") from None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from dylora.cli import (
     benchmark,
+    compare,
     evaluate,
     export,
     generate,
@@ -48,6 +49,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(train.run, train.TrainOptions),
     "learn": Command(learn.run, learn.LearnOptions),
+    "compare": Command(compare.run, compare.CompareOptions),
     "evaluate": Command(evaluate.run, evaluate.EvaluateOptions),
     "benchmark": Command(benchmark.run, benchmark.BenchmarkCommand),
     "generate": Command(generate.run, generate.GenerateOptions),

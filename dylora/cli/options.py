@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from dylora.cli.config_file import COMMAND_LINE, parse_text
 from dylora.cli.hints import unknown_key
@@ -26,7 +26,7 @@ from dylora.fields import (
     nearest,
     option,
 )
-from dylora.run_config import RunConfig, SourceConfig, StageConfig
+from dylora.run_config import RunConfig
 
 if TYPE_CHECKING:
     from dylora.storage.checkpoint import Checkpoint
@@ -39,6 +39,8 @@ INDENT = " " * 24  # of an option's meaning in the help
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions:
+    CONFIG: ClassVar[type] = RunConfig  # what the file describes
+
     config: str = option(metavar="FILE")
     """YAML file of the run. The command line overrides its fields, in any order; an item of
     data.sources goes by its index or name. Relative paths in the file are relative to the working
@@ -132,26 +134,21 @@ def command_help(cls: type, name: str) -> str:
 
 def config_help(cls: type = ConfigOptions) -> str:
     """The fields of a config that act on a command, with type, default and meaning."""
-    acting = getattr(cls, "ACTING", ("",))
-    sections: dict[str, Any] = {"": RunConfig}
-    for name, kind in field_types(RunConfig).items():
-        if is_dataclass(kind):
-            sections[name] = kind
-        if name == "data":
-            sections["data.sources.N"] = SourceConfig
-    sections["stages.N"] = StageConfig
-    lines = []
-    for path, section in sections.items():
-        rows = [
-            _row(f"--{key}", _metavar(section, item), _meaning(section, item))
-            for item in fields(section)
-            if (key := join(path, item.name)).startswith(acting)
-            and not is_dataclass(field_types(section)[item.name])
-        ]
-        if rows:
-            title = (section.__doc__ or "").partition("\n")[0].rstrip(".:") + ":"
-            lines += [title, *rows, ""]
-    return "\n".join(lines)
+    return "\n".join(_section_help(config_of(cls), "", getattr(cls, "ACTING", ("",))))
+
+
+def _section_help(section: type, path: str, acting: tuple[str, ...]) -> list[str]:
+    """Lines for the fields of a section of a config, then for the sections in it."""
+    rows, lines = [], []
+    for item in fields(section):
+        kind, key = field_types(section)[item.name], join(path, item.name)
+        part = get_args(kind)[0] if get_origin(kind) is list else kind
+        if key.startswith(acting) and not is_dataclass(kind):
+            rows.append(_row(f"--{key}", _metavar(section, item), _meaning(section, item)))
+        if is_dataclass(part) and isinstance(part, type):
+            lines += _section_help(part, key if part is kind else f"{key}.N", acting)
+    title = (section.__doc__ or "").partition("\n")[0].rstrip(".:") + ":"
+    return [*([title, *rows, ""] if rows else []), *lines]
 
 
 def flag_of(item: "Field[Any]") -> str:
@@ -162,6 +159,11 @@ def flag_of(item: "Field[Any]") -> str:
 def takes_config(cls: type) -> bool:
     """Whether a command reads a config, and so takes overrides of its fields."""
     return "config" in field_types(cls)
+
+
+def config_of(cls: type) -> type:
+    """The dataclass that a command's config describes."""
+    return getattr(cls, "CONFIG", RunConfig)
 
 
 def _split(cls: type, tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -217,7 +219,7 @@ def _require_field(cls: type, written: str, name: str, known: list[str]) -> None
     if section == "routing" and not issubclass(cls, RoutingOptions):
         where = "evaluate, benchmark and generate; a config has the section moe"
         raise ValueError(f"{COMMAND_LINE}: {written} is an option of {where}")
-    sections = field_types(RunConfig)
+    sections = field_types(config_of(cls))
     near = section == "routing" or closest(name, known, cutoff=0.8)
     if not takes_config(cls) or (near and section not in sections):
         raise ValueError(f"{COMMAND_LINE}: unknown option {written}{nearest(name, known)}")

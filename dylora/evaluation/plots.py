@@ -10,7 +10,7 @@ from torch import Tensor
 
 def plot_loss(metrics_file: Path, out: Path) -> None:
     """Training and validation loss (nats per target token) over steps, from metrics.jsonl."""
-    rows, (figure, axes) = read_rows(metrics_file), _figure(7, 4)
+    rows, (figure, axes) = read_rows(metrics_file), new_figure(7, 4)
     _plot(axes, rows, "train/lm_loss", label="training", color="0.6")
     style: dict[str, Any] = {"color": "black", "marker": "o", "markersize": 3}
     _plot(axes, rows, "val/loss", label="validation, all sets", **style)
@@ -24,7 +24,7 @@ def plot_loss(metrics_file: Path, out: Path) -> None:
 
 def plot_maturity(metrics_file: Path, out: Path) -> None:
     """Maturity of each expert over steps."""
-    rows, (figure, axes) = read_rows(metrics_file), _figure(7, 3)
+    rows, (figure, axes) = read_rows(metrics_file), new_figure(7, 3)
     known = {key for row in rows for key in row}
     for expert in itertools.takewhile(lambda e: f"expert/{e}/maturity" in known, itertools.count()):
         _plot(axes, rows, f"expert/{expert}/maturity", label=f"expert {expert}")
@@ -94,7 +94,7 @@ def plot_forgetting(stages: list[str], scores: dict[str, Any], out: Path) -> Non
 
 def plot_similarity(names: list[str], distances_KK: Tensor, out: Path) -> None:
     """A heatmap of the distances between skills."""
-    figure, axes = _figure(2.5 + 0.45 * len(names), 2 + 0.4 * len(names))
+    figure, axes = new_figure(2.5 + 0.45 * len(names), 2 + 0.4 * len(names))
     image = axes.imshow(distances_KK.numpy(), cmap="viridis_r")
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -107,7 +107,7 @@ def plot_novelty(known: dict[str, list[float]], novel: dict[str, list[float]], o
     the threshold at 1."""
     import numpy
 
-    figure, axes = _figure(7, 3.5)
+    figure, axes = new_figure(7, 3.5)
     groups = {"known skill": known, "the same batches, skill not in the library": novel}
     chained = itertools.chain.from_iterable
     margins = {name: list(chained(group.values())) for name, group in groups.items()}
@@ -132,12 +132,15 @@ def read_rows(metrics_file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure in inches and its axes; a list of them for several columns."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(width, height), dpi=120, layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    size: Any = {"figsize": (width, height), "dpi": 120, "layout": "constrained"}
+    figure, grid = pyplot.subplots(1, columns, squeeze=False, sharey=True, **size)
+    for axes in grid[0]:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid[0][0] if columns == 1 else list(grid[0])

@@ -93,6 +93,9 @@ def prepare(config: RunConfig, *, fresh: bool, parts: Parts | None = None) -> Ru
     joint = parts is None and config.moe.routes_prompts  # a stage fills the library by itself
     if fresh and joint and not model.skill_library:
         fit_library(model, data)
+    if config.train.freeze_routers:
+        for _, parameter in model.router_parameters():
+            parameter.requires_grad_(False)
     if fresh and not any(parameter.requires_grad for _, parameter in model.own_parameters()):
         raise ValueError(
             "nothing would be trained: all experts are frozen and no router is learned; set "

@@ -21,6 +21,10 @@ from dylora.training.run import Run
 from dylora.training.schedule import FOLLOWS_VALIDATION
 
 
+class NotFinite(ValueError):
+    """Too many steps in a row whose loss or gradient was not finite."""
+
+
 class StepResult(NamedTuple):
     """What an optimizer step measured; means over the accumulated batch."""
 
@@ -43,7 +47,7 @@ def run_step(run: Run) -> StepResult:
     """One optimizer step over an accumulated batch. Its gradients stay until the next one.
 
     When the loss or the gradient is not finite, nothing is updated but the scale of float16, and
-    the result says so. Raises ValueError, naming the last good checkpoint, after
+    the result says so. Raises NotFinite, naming the last good checkpoint, after
     train.max_nonfinite_steps of these in a row.
     """
     started = time.perf_counter()
@@ -163,7 +167,7 @@ def count(run: Run, result: StepResult) -> None:
         f"norm {result.grad_norm}); nothing was updated"
     )
     if progress.skipped_in_a_row >= limit:
-        raise ValueError(
+        raise NotFinite(
             f"{what}, {progress.skipped_in_a_row} steps in a row. {last_good(run)} "
             f"Try a lower train.learning_rate, a warm-up, or model.dtype float32"
         )

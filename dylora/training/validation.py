@@ -24,6 +24,7 @@ class SetScore(NamedTuple):
     loss: float  # mean cross-entropy over its targets, in nats
     targets: int
     usage_NE: Tensor | None  # share of each block's gate sum, on the CPU; None without routers
+    active_N: Tensor | None = None  # experts with a gate at a token, their mean, likewise
 
     @property
     def perplexity(self) -> float:
@@ -73,10 +74,13 @@ def score_set(
         found = output.routing.statistics if output.routing else None
         if found is not None:
             statistics = found if statistics is None else statistics.plus(found)
-    usage_NE = None if statistics is None else statistics.usage_NE.cpu()
+    usage_NE = active_N = None
+    if statistics is not None:
+        usage_NE = statistics.usage_NE.cpu()
+        active_N = (statistics.active_N / statistics.tokens.clamp_min(1)).cpu()
     count = int(targets)
     total = sum(float(losses.cpu().double().sum()) for losses in loss)
-    return SetScore(total / count if count else math.nan, count, usage_NE)
+    return SetScore(total / count if count else math.nan, count, usage_NE, active_N)
 
 
 def sparse_cost(model: DyLoRA_MoE, sets: list[TokenizedSet], pad_token_id: int) -> float | None:

@@ -671,3 +671,35 @@ def test_noisy_routers_get_the_same_gradients_with_checkpointed_layers(make_conf
     for key, gradient in found[0].items():
         assert gradient.any(), key
         torch.testing.assert_close(found[1][key], gradient, rtol=1e-4, atol=1e-7, msg=key)
+
+
+def test_frozen_routers_stay_as_drawn_over_a_resume_while_experts_are_trained(make_config):
+    config = make_config("frozen", freeze_routers=True, save_steps=5)
+    drawn = prepare(config, fresh=True).model
+    routers = {name: p.clone() for name, p in drawn.router_parameters()}
+    experts = sum(parameter.numel() for _, parameter in drawn.expert_parameters())
+    assert drawn.count_parameters()[0] == experts
+    folder = train(config).folder
+    shutil.rmtree(folder / "checkpoint-10")
+    resumed = train(config, "latest").model
+    assert {name for name, p in resumed.router_parameters() if p.equal(routers[name])} == {*routers}
+    assert any(
+        not p.equal(q)
+        for (_, p), (_, q) in zip(
+            resumed.expert_parameters(), drawn.expert_parameters(), strict=True
+        )
+    )
+    with pytest.raises(ValueError, match=r"was trained with train.freeze_routers = True"):
+        train(
+            dataclasses.replace(
+                config, train=dataclasses.replace(config.train, freeze_routers=False, max_steps=12)
+            ),
+            "latest",
+        )
+
+
+def test_frozen_routers_stay_so_when_an_expert_has_been_trained_alone(make_config):
+    model = prepare(make_config("alone", freeze_routers=True), fresh=True).model
+    model.experts.set_active_expert(0)
+    model.experts.activate_all_experts()
+    assert not any(parameter.requires_grad for _, parameter in model.router_parameters())

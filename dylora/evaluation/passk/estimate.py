@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,20 @@ def bootstrap(scores: Sequence[float], *, seed: int = 0) -> Interval:
         means[begin : begin + 500] = values[drawn].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def wilson(passed: int, total: int) -> Interval:
+    """The share that passed, of independent answers, with Wilson's score interval (1927).
+
+    Raises ValueError for no answers, and for more passed ones than there are.
+    """
+    if not 0 <= passed <= total or total == 0:
+        raise ValueError(f"{passed} of {total} answers cannot have passed")
+    z, share = NormalDist().inv_cdf(0.975), passed / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    spread = math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    half = z * spread / (1 + z * z / total)
+    return Interval(share, middle - half, middle + half)
 
 
 def compare(first: Sequence[int], second: Sequence[int]) -> Comparison:

@@ -1,0 +1,1 @@
+"""Methods against each other at equal trainable parameters: the comparison that `compare` runs."""
