@@ -78,13 +78,12 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 def same_end(one: Path, other: Path, stage: int = 2) -> bool:
     """Whether two streams have come to the same mixture, by the same decisions and scores."""
-    training = [
-        Checkpoint.open(folder / f"checkpoint-{stage}").description["training"]
-        for folder in (one, other)
-    ]
-    records = [[record.to_dict() for record in records_of(found)] for found in training]
-    name = f"checkpoint-{stage}"
-    return records[0] == records[1] and same_tensors(one / name, other / name)
+    name, found = f"checkpoint-{stage}", []
+    for folder in (one, other):
+        description = Checkpoint.open(folder / name).description
+        records = [record.to_dict() for record in records_of(description["training"])]
+        found.append((records, description["experts"]))
+    return found[0] == found[1] and same_tensors(one / name, other / name)
 
 
 @pytest.fixture
