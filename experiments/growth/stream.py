@@ -5,7 +5,8 @@ have as many trainable parameters (a library's numbers count) and see as many ro
 the scores that the measures need are taken: of its own skill, of the next before it is learned,
 after the last stage of all; greedy answers to --tasks test tasks a skill, and the loss on
 validation rows. With --published the languages of CodeAlpaca and MBPP as a second stream, whose
-losses alone are taken. Each method has the rate that was best for it on validation rows.
+losses alone are taken. Rates are those of a feasibility study, or guesses of like size; none was
+searched here.
 Cells (method, seed, order) that are in the result already are not run again.
 Result: experiments/results/continual.json and experiments/LOG.md.
 
