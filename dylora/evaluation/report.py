@@ -4,6 +4,8 @@ import json
 import time
 from typing import NamedTuple
 
+from torch import Tensor
+
 from dylora.evaluation.passk.skills import score_skills
 from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
 from dylora.training.run import Run
@@ -46,7 +48,7 @@ def report_run(run: Run) -> list[SetRow]:
     rows = []
     for name, score in trained.items():
         skill, usage = name.removeprefix(SKILL_PREFIX), score.usage_NE
-        share_E = None if usage is None else usage.mean(0)
+        share_E = None if usage is None else routed_shares(usage, model.config.shared_experts)
         rows.append(
             SetRow(
                 name,
@@ -72,6 +74,14 @@ def report_run(run: Run) -> list[SetRow]:
     names = ["results.json", *_draw_plots(run, trained)]
     run.log.info(f"wrote {run.folder}/: {', '.join(names)}")
     return rows
+
+
+def routed_shares(usage_NE: Tensor, shared: int) -> Tensor:
+    """Each expert's mean share of what routers give, [E]; the shared ones, which have no part in
+    that, 0."""
+    routed_NE = usage_NE.clone()
+    routed_NE[:, :shared] = 0
+    return (routed_NE / routed_NE.sum(-1, keepdim=True).clamp_min(1e-12)).mean(0)
 
 
 def _draw_plots(run: Run, scores: dict[str, SetScore]) -> list[str]:

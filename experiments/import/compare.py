@@ -1,12 +1,12 @@
 """Question: does a mixture of adapters made elsewhere work before its router is trained?
 
-Method: three plain LoRAs, each trained on one embedded skill (configs/quickstart.yaml's rates, one
-expert of rank 16), saved, and imported as the experts of one mixture. Held-out loss of each skill
-under every way to mix them: evenly; by Arrow's prototypes, dense or top 1, at several temperatures;
-and with a router that is trained alone, experts frozen, on rows of all three skills, from fresh
-values and from the prototypes. Bounds: each skill's own adapter (the oracle), the one adapter that
-is best over all skills, and the base. Only the training seed differs between seeds: rows and their
-order stay.
+Method: three plain LoRAs, each trained on one embedded skill (rates of configs/token_routing.yaml,
+one expert of rank 16), saved, and imported as the experts of one mixture. Held-out loss of each
+skill under every way to mix them: evenly; by Arrow's prototypes, dense or top 1, at several
+temperatures; and with a router that is trained alone, experts frozen, on rows of all three skills,
+from fresh values and from the prototypes. Bounds: each skill's own adapter (the oracle), the one
+adapter that is best over all skills, and the base. Only the training seed differs between seeds:
+rows and their order stay.
 Rule, fixed before the runs: a way beats another when its mean loss over skills is lower by more
 than the larger of the two standard deviations over seeds. Arrow is useful if it beats the even
 mixture.
@@ -153,7 +153,7 @@ def configure(
     moe: MoELoraConfig,
 ) -> RunConfig:
     """The quickstart on some of its skills."""
-    config = load_run_config(ROOT / "configs" / "quickstart.yaml")
+    config = load_run_config(ROOT / "configs" / "token_routing.yaml")
     sources = [
         dataclasses.replace(source, rows=sizes["rows"])
         for skill in skills

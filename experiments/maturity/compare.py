@@ -1,6 +1,6 @@
 """Question: what does it cost to become sparse, when, and by which signal or schedule?
 
-Method: configs/quickstart.yaml (same base and skills) with fewer rows and steps and the SETTINGS
+Method: configs/token_routing.yaml (same base and skills) with fewer rows and steps and the SETTINGS
 below, once for each condition and seed, all at equal steps; of mature experts a token keeps 3 of 6.
 `plain LoRA` is one adapter with as many trainable parameters. Only the training seed differs
 between seeds: rows and their order stay. The dense run of the first seed also measures, at CUT_AT,
@@ -153,7 +153,7 @@ def head(examples: TokenizedSet, count: int) -> TokenizedSet:
 
 def configure(condition: str, seed: int, sizes: dict[str, int], folder: str) -> RunConfig:
     """The quickstart, smaller; `plain LoRA` with the rank that makes it as large as the mixture."""
-    config = load_run_config(ROOT / "configs" / "quickstart.yaml")
+    config = load_run_config(ROOT / "configs" / "token_routing.yaml")
     changes = dict(CONDITIONS[condition])
     if condition == PLAIN:
         changes = plain_lora(config, changes)

@@ -1,8 +1,8 @@
 """Question: does one lora_alpha serve every number of experts, top-k and rank?
 
 Method: the embedded base and skills, one rate and seed, a run for each form of a mixture and each
-alpha of a grid; the rest is configs/quickstart.yaml. The loss is that of held-out rows. Routing is
-as it is from the first step: dense (K = E) or top-k.
+alpha of a grid; the rest is configs/token_routing.yaml. The loss is that of held-out rows. Routing
+is as it is from the first step: dense (K = E) or top-k.
 Rule, fixed before the runs: alpha transfers to a form when its loss there is at most 0.02 nats
 above the best of the grid.
 Result: experiments/LOG.md and experiments/results/scale.json.
@@ -87,7 +87,7 @@ def configure(form: Form, alpha: float, folder: str) -> RunConfig:
         changes |= {"num_experts": form.experts, "top_k_experts": form.top_k}
         changes |= {"routing_mode": "dense" if dense else "sparse", "router_temperature": 1.0}
         changes |= {"expert_capacity_factor": None, "gate_scale": form.gate_scale}
-    config = load_run_config(ROOT / "configs" / "quickstart.yaml")
+    config = load_run_config(ROOT / "configs" / "token_routing.yaml")
     sources = [dataclasses.replace(source, rows=ROWS) for source in config.data.sources]
     return dataclasses.replace(
         config,

@@ -12,7 +12,7 @@ from dylora.base_models import EMBEDDED_BASES, load_tokenizer
 from dylora.cli.main import main
 from dylora.evaluation.passk.generation import generate_in_batches, pad_left
 from dylora.evaluation.passk.skills import skill_problems
-from dylora.evaluation.report import SetRow, format_table
+from dylora.evaluation.report import SetRow, format_table, routed_shares
 
 CONFIG = """
 name: end_to_end
@@ -138,6 +138,12 @@ def test_prompts_are_padded_in_front():
     ids, mask = pad_left([[5, 6], [7]], pad=0)
     assert ids.tolist() == [[5, 6], [0, 7]]
     assert mask.tolist() == [[1, 1], [0, 1]]
+
+
+def test_the_table_names_the_expert_that_routers_gave_most_and_no_shared_one():
+    usage_NE = torch.tensor([[0.5, 0.4, 0.1], [0.5, 0.0, 0.5]])
+    torch.testing.assert_close(routed_shares(usage_NE, 1), torch.tensor([0.0, 0.4, 0.6]))
+    torch.testing.assert_close(routed_shares(usage_NE, 0), usage_NE.mean(0))
 
 
 def test_sets_without_a_checker_have_no_columns_of_answers():
