@@ -12,13 +12,13 @@ from torch import Tensor
 
 def bos_ids(config: Any) -> tuple[int, ...]:
     """The tokens that begin a text, of a transformers config."""
-    bos = config.get_text_config().bos_token_id
+    bos = getattr(config.get_text_config(), "bos_token_id", None)
     return () if bos is None else tuple(bos) if isinstance(bos, (list, tuple)) else (bos,)
 
 
 def padding_ids(config: Any) -> tuple[int, ...]:
     """What may fill up a text without a mask at its end; lm-evaluation-harness takes 0."""
-    pad = config.get_text_config().pad_token_id
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
     return (0,) if pad is None else (0, pad)
 
 
