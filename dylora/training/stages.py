@@ -11,12 +11,13 @@ from dylora.features import split_row
 from dylora.fields import FieldError, build, check_fields, shown
 from dylora.run_config import RunConfig, SourceConfig, StageConfig
 from dylora.storage.skill_file import LEAST_ROWS
+from dylora.training.prompt_skills import HELD_OUT, ROWS
 from dylora.training.run import run_folder
 
 SKILL_PREFIX = "skill/"  # of the name of a generated source
 Split = Literal["train", "validation"]
 # Of a stage, of which the library keeps the sums.
-LIBRARY_ROWS: tuple[tuple[Split, int], ...] = (("train", 256), ("validation", 128))
+LIBRARY_ROWS: tuple[tuple[Split, int], ...] = (("train", ROWS), ("validation", HELD_OUT))
 
 Action = Literal["shared", "new", "continue", "skip"]
 
