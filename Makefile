@@ -4,12 +4,13 @@ JOBS := 2
 FIND_PYTHON = for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done
 
-.PHONY: help demo continual test lint format types clean
+.PHONY: help demo continual test test-all lint format types clean
 
 help:
 	@echo 'make demo    train the quickstart mixture on the embedded model (CPU, minutes)'
 	@echo 'make continual  teach the embedded model six skills one after another (CPU, minutes)'
 	@echo 'make test    run the tests, two files at a time (JOBS=4: four)'
+	@echo 'make test-all  the slow ones, too: every family of transformers, every published reference'
 	@echo 'make lint    ruff: rules and layout'
 	@echo 'make format  ruff: mend what it can'
 	@echo 'make types   pyright'
@@ -30,6 +31,9 @@ continual: .venv/.installed
 	$(PY) run.py train --config configs/continual.yaml
 
 test: .venv/.installed
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+
+test-all: .venv/.installed
 	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/.installed
