@@ -111,6 +111,7 @@ class Method:
     seed: int
     recipe: Recipe = field(default_factory=Recipe)
     rate: float = 1.25e-3
+    scale: float = 2.0  # alpha / r of an update as it enters the model
     kept: int = 0
     work: Path | None = None  # a folder in which trained experts are kept
     stages: list[Stage] = field(default_factory=list)  # learned so far
@@ -124,7 +125,9 @@ class Method:
 
     def config(self) -> MoELoraConfig:
         rank = SINGLE_RANK
-        return MoELoraConfig(use_moe_routing=False, num_experts=1, r=rank, lora_alpha=2 * rank)
+        return MoELoraConfig(
+            use_moe_routing=False, num_experts=1, r=rank, lora_alpha=self.scale * rank
+        )
 
     def learn(self, stage: Stage) -> None:
         self.stages.append(stage)
@@ -174,7 +177,7 @@ class Orthogonal(Method):
         return MoELoraConfig(
             num_experts=self.count,
             r=rank,
-            lora_alpha=2 * rank,
+            lora_alpha=self.scale * rank,
             router_type="fixed",
             fixed_routing_weights=[1.0] * self.count,
         )
@@ -210,7 +213,7 @@ class Joint(Method):
         return MoELoraConfig(
             num_experts=6,
             r=self.rank,
-            lora_alpha=2 * self.rank * 6,
+            lora_alpha=self.scale * self.rank * 6,
             maturity_mode="manual",
             load_balance_loss_type="none",
             router_z_loss_coef=0.0,
@@ -237,7 +240,7 @@ class Grow(Joint):
         return MoELoraConfig(
             num_experts=2,
             r=self.rank,
-            lora_alpha=2 * self.rank,
+            lora_alpha=self.scale * self.rank,
             maturity_mode="manual",
             load_balance_loss_type="none",
             router_z_loss_coef=0.0,

@@ -44,7 +44,7 @@ class Experts(Method):
             num_experts=1,
             top_k_experts=1,
             r=self.rank,
-            lora_alpha=2 * self.rank,
+            lora_alpha=self.scale * self.rank,
             router_scope="prompt",
         )
 
@@ -78,7 +78,7 @@ class Experts(Method):
             for adapter in self.model.mixture.adapters.values():
                 adapter.load_expert(expert, adapter.expert_tensors(source))
             print("  begins from expert", source, flush=True)
-        recipe = f"{self.recipe.updates}x{self.recipe.batch}-{self.rate}-r{self.rank}"
+        recipe = f"{self.recipe.updates}x{self.recipe.batch}-{self.rate}-{self.scale}-r{self.rank}"
         name = f"{type(self).__name__}-{stage.name}-{self.seed}-{recipe}.safetensors"
         file = None if self.work is None or self.begin else self.work / name
         if file is not None and file.exists():
@@ -146,9 +146,9 @@ class Shared(Experts):
             shared_experts=1,
             top_k_experts=1,
             r=self.rank,
-            lora_alpha=2 * self.rank,
+            lora_alpha=self.scale * self.rank,
             expert_ranks=ranks,
-            expert_alphas=[2.0 * rank for rank in ranks],
+            expert_alphas=[self.scale * rank for rank in ranks],
             router_scope="prompt",
         )
 

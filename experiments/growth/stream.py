@@ -212,11 +212,11 @@ def not_run(cells: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def write(out: Path, cells: list[dict[str, Any]]) -> None:
+def write(out: Path, cells: list[dict[str, Any]], left: list[str] | None = None) -> None:
     part = out.with_suffix(".part")
     lines = ",\n".join(json.dumps(plain(cell)) for cell in cells)
-    left = json.dumps(not_run(cells), indent=1)
-    part.write_text(f'{{"cells": [\n{lines}\n],\n"not run": {left}}}\n', encoding="utf-8")
+    rest = "" if left is None else f',\n"not run": {json.dumps(left, indent=1)}'
+    part.write_text(f'{{"cells": [\n{lines}\n]{rest}}}\n', encoding="utf-8")
     os.replace(part, out)
 
 
@@ -256,7 +256,7 @@ def main() -> None:
                 ordered = stages if order == "forward" else stages[::-1]
                 cells.append(key | {"skills": [s.name for s in ordered]})
                 cells[-1] |= run(method, ordered, tasks)
-                write(options.out, cells)
+                write(options.out, cells, not_run(cells))
 
 
 if __name__ == "__main__":
