@@ -13,7 +13,16 @@ def test_every_causal_family_that_transformers_knows_has_a_row():
 
 
 # Run every time: each holds something else in its blocks.
-OFTEN = ("llama", "gemma2", "gpt2", "qwen2_moe", "qwen3_next", "gpt_oss", "nemotron_h", "deepseek_v3")
+OFTEN = (
+    "llama",
+    "gemma2",
+    "gpt2",
+    "qwen2_moe",
+    "qwen3_next",
+    "gpt_oss",
+    "nemotron_h",
+    "deepseek_v3",
+)
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft, about models and configurations
