@@ -22,7 +22,7 @@ from dylora.model import DyLoRA_MoE
 from dylora.skills import NoveltyDetector, SkillLibrary
 from dylora.storage.folders import write_file
 from dylora.training.log import say
-from dylora.training.stages import LIBRARY_ROWS, StageRecord, past_of
+from dylora.training.stages import StageRecord, past_of
 from dylora.training.stream import PassRate, Stream
 
 BATCHES = 200  # drawn for each skill's distribution of margins
@@ -130,7 +130,7 @@ def novelty_margins(stream: Stream) -> Margins:
     """
     library, margins = stream.model.skill_library, Margins({}, {}, {})
     for stage in stream.stages:
-        rows = stage.rows(*LIBRARY_ROWS[1])
+        rows = stage.rows("validation")
         if library is None or stage.name not in library.skills or not rows:
             continue
         whole = embed(library.mixture, rows).whole

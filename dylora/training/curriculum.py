@@ -29,7 +29,6 @@ from dylora.training.run import Parts, record_settings, run_folder
 from dylora.training.settings import recorded_settings
 from dylora.training.signals import Interrupted, Interruption
 from dylora.training.stages import (
-    LIBRARY_ROWS,
     SetScores,
     Stage,
     StageRecord,
@@ -187,7 +186,7 @@ def keep(model: DyLoRA_MoE, stage: Stage, record: StageRecord) -> None:
     model.mixture.fractions = None
     if record.action == "shared":
         return
-    rows, held_out = (stage.rows(split, most) for split, most in LIBRARY_ROWS)
+    rows, held_out = stage.rows("train"), stage.rows("validation")
     library = model.skill_library or SkillLibrary(model)
     if record.action == "continue":
         assert record.nearest is not None

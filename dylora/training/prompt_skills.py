@@ -1,11 +1,16 @@
 """The skill library of a run that knows its sources from the start: each of them is a skill."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 from dylora.data.prepare import PreparedData
 from dylora.data.tokenize import TokenizedSet
 from dylora.model import DyLoRA_MoE
 from dylora.skills import SkillLibrary
 
-ROWS, HELD_OUT = 256, 128  # of a source, at most, of which the library keeps the sums
+Split = Literal["train", "validation"]
+# Of a skill, at most, of which the library keeps the sums.
+LIBRARY_ROWS: dict[Split, int] = {"train": 256, "validation": 128}
 
 
 def fit_library(model: DyLoRA_MoE, data: PreparedData) -> None:
@@ -23,12 +28,15 @@ def fit_library(model: DyLoRA_MoE, data: PreparedData) -> None:
         )
     library = SkillLibrary(model)
     for number, (train, validation) in enumerate(zip(data.train, data.validation, strict=True)):
-        rows, held_out = evenly(train, ROWS), evenly(validation, HELD_OUT)
+        rows = evenly([train], LIBRARY_ROWS["train"])
+        held_out = evenly([validation], LIBRARY_ROWS["validation"])
         library.add(train.name, rows, held_out, expert=shared + number)
         model.experts[shared + number].skill = train.name
 
 
-def evenly(rows: TokenizedSet, most: int) -> list[dict[str, list[int]]]:
-    """So many of a set at most, evenly from all of it."""
-    count = min(most, len(rows))
-    return [rows[number * len(rows) // count] for number in range(count)]
+def evenly(sets: Sequence[TokenizedSet], most: int) -> list[dict[str, list[int]]]:
+    """So many rows of these sets at most, evenly from all of them."""
+    places = [(examples, index) for examples in sets for index in range(len(examples))]
+    count = min(most, len(places))
+    chosen = (places[number * len(places) // count] for number in range(count))
+    return [examples[index] for examples, index in chosen]

@@ -25,6 +25,13 @@ def build_scheduler(
 
     Raises ValueError when lr_scheduler_kwargs do not fit the schedule.
     """
+    for key, value in config.lr_scheduler_kwargs.items():
+        # transformers takes them, and makes a rate that rises where it should fall.
+        if is_number(value, most=0) and key != "last_epoch" and (value or key == "num_cycles"):
+            raise ValueError(
+                f"train.lr_scheduler_kwargs: {key} is {value}, but must be a number "
+                + ("above 0" if key == "num_cycles" else "of at least 0")
+            )
     try:
         return get_scheduler(
             config.lr_scheduler_type,

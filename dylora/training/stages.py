@@ -11,14 +11,10 @@ from dylora.features import split_row
 from dylora.fields import FieldError, build, check_fields, shown
 from dylora.run_config import RunConfig, SourceConfig, StageConfig
 from dylora.storage.skill_file import LEAST_ROWS
-from dylora.training.prompt_skills import HELD_OUT, ROWS
+from dylora.training.prompt_skills import LIBRARY_ROWS, Split, evenly
 from dylora.training.run import run_folder
 
 SKILL_PREFIX = "skill/"  # of the name of a generated source
-Split = Literal["train", "validation"]
-# Of a stage, of which the library keeps the sums.
-LIBRARY_ROWS: tuple[tuple[Split, int], ...] = (("train", ROWS), ("validation", HELD_OUT))
-
 Action = Literal["shared", "new", "continue", "skip"]
 
 
@@ -38,13 +34,10 @@ class Stage(NamedTuple):
         generated = all(name.startswith(SKILL_PREFIX) for name in names)
         return [name.removeprefix(SKILL_PREFIX) for name in names] if generated else []
 
-    def rows(self, split: Split, most: int) -> list[dict[str, list[int]]]:
-        """So many rows at most, evenly from all of a split."""
+    def rows(self, split: Split, most: int | None = None) -> list[dict[str, list[int]]]:
+        """So many rows at most, evenly from all of a split; by default as the library keeps."""
         sets = self.data.train if split == "train" else self.data.validation
-        places = [(examples, index) for examples in sets for index in range(len(examples))]
-        count = min(most, len(places))
-        chosen = (places[number * len(places) // count] for number in range(count))
-        return [examples[index] for examples, index in chosen]
+        return evenly(sets, most or LIBRARY_ROWS[split])
 
 
 class SetScores(NamedTuple):
@@ -156,7 +149,7 @@ def check_stages(stages: Sequence[Stage], known: Sequence[str]) -> None:
                 f"stage {shown(stage.name)}: the checkpoint knows a skill of this name already; "
                 "give it another"
             )
-        rows = {split: stage.rows(split, most) for split, most in LIBRARY_ROWS}
+        rows = {split: stage.rows(split) for split in LIBRARY_ROWS}
         for split, found in rows.items():
             if len(found) < LEAST_ROWS:
                 raise ValueError(

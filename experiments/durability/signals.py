@@ -48,7 +48,7 @@ def main() -> None:
         found = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         seconds = time.monotonic() - sent
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        newest = latest_checkpoint(folder, print)
+        newest, _ = latest_checkpoint(folder, print)
         lost = rows[-1]["step"] - int(newest.name.rpartition("-")[2])
         end = os.waitstatus_to_exitcode(os.waitpid(start(config, "latest", folder), 0)[1])
         same = end == 0 and (folder / "digest").read_text() == expected

@@ -386,6 +386,22 @@ def test_schedule_settings_that_do_not_fit_are_an_error_that_names_them(make_con
         train(make_config(lr_scheduler_kwargs={"cycles": 3}))
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("cosine_with_restarts", "num_cycles", -1),
+        ("cosine_with_restarts", "num_cycles", 0),
+        ("cosine", "num_cycles", -0.5),
+        ("polynomial", "power", -1.0),
+        ("cosine_with_min_lr", "min_lr", -1e-4),
+    ],
+)
+def test_a_setting_of_a_schedule_out_of_range_is_refused(make_config, kind, key, value):
+    config = make_config(lr_scheduler_type=kind, lr_scheduler_kwargs={key: value})
+    with pytest.raises(ValueError, match=rf"lr_scheduler_kwargs: {key} is .*, but must be"):
+        train(config)
+
+
 def test_the_random_state_round_trips_through_a_safe_file(tmp_path):
     file = tmp_path / "rng.pt"
     torch.save(random_state(), file)
