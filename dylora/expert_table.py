@@ -24,7 +24,7 @@ class Expert:
     rank: int
     alpha: float
     state: State = "active"  # active: trained; frozen: computed but never changed; retired: gone
-    takes_part: bool = True  # False: set_active_expert chose another one
+    enabled: bool = True  # False: set_active_expert chose another one
     skill: str | None = None
     steps: int = 0  # optimizer steps that could change it
     stack: int = 0  # neighbours of one number and one rank lie in one tensor
@@ -33,7 +33,7 @@ class Expert:
     @property
     def is_trained(self) -> bool:
         """Whether an optimizer step changes it."""
-        return self.state == "active" and self.takes_part
+        return self.state == "active" and self.enabled
 
 
 class MergeReport(NamedTuple):
@@ -56,7 +56,7 @@ def format_table(table: list[Expert], maturity_E: Tensor) -> str:
     lines = [f"{'expert':10} {'state':8} {'rank':>4} {'alpha':>6} {'maturity':>8} {'steps':>7}"]
     for index, row in enumerate(table):
         mature = float(maturity_E[index])
-        state = row.state if row.takes_part or row.state == "retired" else "off"
+        state = row.state if row.enabled or row.state == "retired" else "off"
         line = f"{row.name:10} {state:8} {row.rank:4} {row.alpha:6g} {mature:8.3f} {row.steps:7}"
         lines.append(line + (f"  {row.skill}" if row.skill else ""))
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from dylora.fields import is_name, shown
 from dylora.mixture import Mixture
 from dylora.rollback import all_or_nothing, restoring_values, without_autograd
 from dylora.routing import maturity
+from dylora.storage.schema import current_keys
 
 INITIAL_SHARE = 1e-9  # of the gate mass, at most
 
@@ -35,7 +36,7 @@ class ExpertManager:
         self.step = 0  # of the run, for the histories
         self.progress = 0.0  # share of the run that is done
         self.optimizer: torch.optim.Optimizer | None = None
-        self.paused: list[nn.Parameter] = []  # of routers, while one expert takes part
+        self.paused: list[nn.Parameter] = []  # of routers, while one expert is enabled
         if records is not None:
             self.load_state_dict(records)
 
@@ -106,11 +107,11 @@ class ExpertManager:
 
         Args:
             rank, alpha: the configuration's by default.
-            share: bound on the newcomer's share of any token's gate mass at first. The default
-                leaves every output as it is, and too little to learn from: train the newcomer
+            share: bound on its share of any token's gate mass at first. The default
+                leaves every output as it is, and too little to learn from: train the expert
                 after `set_active_expert`, or give a larger share. Routers of fixed weights give 0.
 
-        Where the newcomer begins in each router is the router's (`Router.add_expert`).
+        Where it begins in each router is the router's (`Router.add_expert`).
         """
         mixture, config = self.mixture, self.mixture.config
         if not config.use_moe_routing:
@@ -133,9 +134,8 @@ class ExpertManager:
         state = mixture.state
         mixture.maturity = maturity.extended(mixture.maturity, self.progress)
         state.resize([*state.maturity_E.tolist(), 0.0], [*state.fixed_weights_E.tolist(), 0.0])
-        newcomer = Expert(f"expert_{index}", rank, alpha, skill=skill)
-        newcomer.stack = 1 + max(row.stack for row in self.table)
-        self.table.append(newcomer)
+        stack = 1 + max(row.stack for row in self.table)
+        self.table.append(Expert(f"expert_{index}", rank, alpha, skill=skill, stack=stack))
         self._record(index, "created")
         self._sync()
         return index
@@ -166,36 +166,36 @@ class ExpertManager:
             raise ValueError("the last expert cannot be retired")
         for expert in experts:
             self.table[expert].state = "retired"
-            self.table[expert].takes_part = False
+            self.table[expert].enabled = False
             self._record(expert, "retired")
             self.mixture.reassign_skills(expert, None)
-        if any(self.table[index].takes_part for index in left):
+        if any(self.table[index].enabled for index in left):
             self._sync()
         else:
-            self.activate_all_experts()  # the only one that took part is gone
+            self.activate_all_experts()  # the only enabled one is gone
 
     @all_or_nothing
     def activate(self, *experts: int, shared: bool = True) -> None:
-        """Only these experts take part: one alone has all of the gate mass.
+        """Enable only these experts: one alone has all of the gate mass.
 
-        shared: the shared ones take part besides. Raises ValueError where nobody would.
+        shared: the shared ones are enabled besides. Raises ValueError where none would be.
         """
         self._require_live(experts)
         always = self.mixture.config.shared_experts if shared else 0
         chosen = {*experts, *(expert for expert in self.live if expert < always)}
         if not chosen:
-            raise ValueError("no expert is named, and one at least must take part")
+            raise ValueError("no expert is named, and one at least must be enabled")
         for index, row in enumerate(self.table):
-            row.takes_part = index in chosen
+            row.enabled = index in chosen
         self._sync()
 
     set_active_expert = activate
 
     @all_or_nothing
     def activate_all_experts(self) -> None:
-        """All experts but the retired ones take part again."""
+        """Enable all experts but the retired ones."""
         for row in self.table:
-            row.takes_part = row.state != "retired"
+            row.enabled = row.state != "retired"
         self._sync()
 
     @all_or_nothing
@@ -274,7 +274,8 @@ class ExpertManager:
         Raises ValueError for a record that cannot be parsed. An optimizer has to be built anew.
         """
         try:
-            table = [Expert(**{k: v for k, v in r.items() if k != "maturity"}) for r in records]
+            rows = [{k: v for k, v in current_keys(r).items() if k != "maturity"} for r in records]
+            table = [Expert(**row) for row in rows]
         except TypeError as error:
             raise ValueError(f"the table of experts cannot be parsed: {error}") from None
         if self.mixture.set_table(table):
@@ -323,7 +324,7 @@ class ExpertManager:
                 grow(self.optimizer, old, router.get_parameter(name))
 
     def _apply_states(self) -> None:
-        """Gates for the experts that take part; gradients for what is trained, and for what experts
+        """Gates for the enabled experts; gradients for what is trained, and for what experts
         share while all of them are."""
         mixture = self.mixture
         free = all(self.table[expert].is_trained for expert in self.live)
@@ -338,11 +339,11 @@ class ExpertManager:
         for parameter in shared:
             restack.set_requires_grad(parameter, free)
         shared = mixture.config.shared_experts
-        alone = sum(row.takes_part for row in self.table[shared:]) <= 1
+        alone = sum(row.enabled for row in self.table[shared:]) <= 1
         routers = [parameter for _, parameter in mixture.router_parameters()]
         if alone:  # those that somebody else has frozen stay so afterwards
             self.paused += [p for p in routers if p.requires_grad]
         for parameter in self.paused:
             restack.set_requires_grad(parameter, not alone)
         self.paused = self.paused if alone else []
-        mixture.state.set_active([row.takes_part for row in self.table])
+        mixture.state.set_active([row.enabled for row in self.table])

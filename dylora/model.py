@@ -316,9 +316,9 @@ class DyLoRA_MoE(nn.Module):
 
         Args:
             folder: or a run's folder, which stands for its best checkpoint.
-            base: the base by name or as a model; by default the one the folder names, which a
-                stranger may have chosen: `run.py info` says which it is. No code that comes with
-                a base is ever run.
+            base: the base by name or as a model; by default the one the folder names, which is not
+                to be trusted: `run.py info` says which it is. No code that comes with a base is
+                ever run.
             allow_other_base: take a base whose size or weights differ from what the mixture was
                 trained on; without it, that is refused.
             options: as in `from_base`; quantization by default as in training.

@@ -105,13 +105,13 @@ def test_a_new_expert_of_another_rank_changes_no_logit_and_no_parameter_of_other
     now = dict(model.expert_parameters())
     assert all(now[name] is parameter for name, parameter in old.items())
     assert model.expert_weights(3)["model.layers.0.self_attn.q_proj"][0].shape == (5, 32)
-    newcomer = model.experts[3]
-    assert (newcomer.rank, newcomer.alpha, newcomer.skill) == (5, 2.5, "sql")
+    new = model.experts[3]
+    assert (new.rank, new.alpha, new.skill) == (5, 2.5, "sql")
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.01, 0.3, 0.9])
 @pytest.mark.parametrize("hidden", [None, 8])
-def test_a_newcomer_gets_at_most_its_share_of_any_token(mixture, ids, share, hidden):
+def test_a_new_expert_gets_at_most_its_share_of_any_token(mixture, ids, share, hidden):
     model = mixture(routing_mode="dense", router_hidden_size=hidden)
     for _, router in model.routers():
         torch.nn.init.normal_(router.outer.weight, std=3.0)  # decided routers
@@ -121,7 +121,7 @@ def test_a_newcomer_gets_at_most_its_share_of_any_token(mixture, ids, share, hid
     assert given.max() <= share * (1 + 1e-5)
 
 
-def test_a_newcomer_beside_even_experts_gets_exactly_its_share(mixture, ids):
+def test_a_new_expert_beside_even_experts_gets_exactly_its_share(mixture, ids):
     model = mixture(routing_mode="dense")
     for _, router in model.routers():
         torch.nn.init.zeros_(router.outer.weight)
@@ -166,7 +166,7 @@ def test_the_rows_of_a_router_keep_their_moments_when_it_grows(mixture, ids):
         torch.testing.assert_close(state["exp_avg_sq"][3], old["exp_avg_sq"].mean(0))
 
 
-def test_a_new_expert_is_trained_at_once_when_it_alone_takes_part(mixture, ids):
+def test_a_new_expert_is_trained_at_once_when_it_alone_is_enabled(mixture, ids):
     model = mixture()
     optimizer = adamw(model)
     train(model, optimizer, ids)
@@ -183,7 +183,7 @@ def test_a_plain_lora_cannot_grow(mixture):
 
 
 @pytest.mark.parametrize("wrong", [{"rank": -1}, {"alpha": -2.0}, {"share": 0.0}, {"share": 1.0}])
-def test_a_newcomer_that_makes_no_sense_is_refused(mixture, wrong):
+def test_a_new_expert_that_makes_no_sense_is_refused(mixture, wrong):
     model = mixture()
     with pytest.raises(ValueError, match=next(iter(wrong))):
         model.experts.create_expert(**wrong)
@@ -359,7 +359,7 @@ def test_the_last_expert_cannot_be_retired(mixture):
         model.experts.freeze(7)
 
 
-def test_retiring_the_only_one_that_takes_part_lets_the_others_in_again(mixture, ids):
+def test_retiring_the_only_enabled_one_lets_the_others_in_again(mixture, ids):
     model = mixture()
     model.experts.set_active_expert(1)
     model.experts.retire(1)
@@ -569,7 +569,7 @@ def test_fixed_weights_that_were_merged_come_back(mixture, ids, tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_nothing_of_a_router_is_trained_while_one_expert_takes_part(mixture, ids):
+def test_nothing_of_a_router_is_trained_while_one_expert_is_enabled(mixture, ids):
     model = mixture(router_z_loss_coef=0.1).train()
     optimizer = torch.optim.AdamW([p for _, p in model.own_parameters()], lr=0.05)
     model.experts.attach_optimizer(optimizer)

@@ -167,11 +167,11 @@ def test_each_expert_moves_through_a_life_as_by_an_optimizer_of_its_own(kind, mi
     train()
     experts.freeze(0, 2)
     train()
-    newcomer = experts.create_expert(rank=3)
-    before = {name: p.detach()[newcomer].clone() for name, p in model.router_parameters()}
+    new = experts.create_expert(rank=3)
+    before = {name: p.detach()[new].clone() for name, p in model.router_parameters()}
     train()
     for name, parameter in model.router_parameters():
-        moved = (parameter.detach()[newcomer] - before[name]).abs()
+        moved = (parameter.detach()[new] - before[name]).abs()
         assert 0 < moved.max() < 0.3, name  # neither pulled to 0 nor thrown far
     experts.unfreeze(2)
     train()

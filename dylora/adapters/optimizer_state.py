@@ -1,7 +1,8 @@
 """What an optimizer keeps for a parameter, cut by expert and grown by a row.
 
 Its state can be taken along where it has a number for every element (or one for all), its step on
-one expert does not look at the others of the tensor, and it is known what a newcomer begins with.
+one expert does not look at the others of the tensor, and it is known what a new expert begins
+with.
 
 Shape letters: E experts.
 """

@@ -235,7 +235,7 @@ def _print_record(record: Mapping[str, Any]) -> None:
 def _base(config: Mapping[str, Any]) -> str:
     name = config.get("base_model_name_or_path") or "not named"
     told = f"{name} ({config.get('revision') or 'any revision'})"
-    return told if told.isprintable() else repr(told)  # a stranger's could steer the terminal
+    return told if told.isprintable() else repr(told)  # an untrusted one could steer the terminal
 
 
 def _find_damage(folder: Path) -> dict[str, str]:

@@ -52,7 +52,7 @@ def change_routing(
 ) -> None:
     """Route in another way than in training, from the next pass on.
 
-    experts: the numbers of those that take part; weights: constant gates, one an expert; settings:
+    experts: the numbers of those enabled; weights: constant gates, one an expert; settings:
     as in `set_routing`. Raises ValueError for what does not fit the mixture.
     """
     mixture = model.mixture

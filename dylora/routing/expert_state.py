@@ -1,4 +1,4 @@
-"""The state of a model's experts that every pass reads: maturity, which take part, fixed weights.
+"""The state of a model's experts that every pass reads: maturity, which are enabled, fixed weights.
 
 Shape letters: E experts.
 """
@@ -41,12 +41,12 @@ class ExpertState(nn.Module):
 
     @property
     def all_active(self) -> bool:
-        """Whether every expert takes part."""
+        """Whether every expert is enabled."""
         return self.active_count == len(self.active)
 
     @property
     def routed_E(self) -> Tensor:
-        """Which experts a router chooses among: those that take part and are not shared."""
+        """Which experts a router chooses among: those that are enabled and not shared."""
         if not self.shared:
             return self.active_E
         routed_E = self.active_E.clone()
@@ -64,7 +64,7 @@ class ExpertState(nn.Module):
         return not self.shared and self.all_active
 
     def set_active(self, active: list[bool]) -> None:
-        """Which experts take part; the others have probability 0."""
+        """Which experts are enabled; the others have probability 0."""
         self.active_E = torch.tensor(active, device=self.active_E.device)
         self._mirror_active(active)
 
@@ -88,7 +88,7 @@ class ExpertState(nn.Module):
         self._mirror_active(self.active_E.tolist())
 
     def resize(self, maturity: list[float], fixed_weights: list[float]) -> None:
-        """Room for another number of experts, all of them taking part."""
+        """Room for another number of experts, all of them enabled."""
         device = self.maturity_E.device
         self.maturity_E = torch.tensor(maturity, dtype=self.maturity_E.dtype, device=device)
         self.fixed_weights_E = torch.tensor(fixed_weights, device=device).to(self.maturity_E)

@@ -91,8 +91,8 @@ def drop_experts(probabilities: Tensor, rate: float) -> Tensor:
     keeps the one with the largest. So an expert is kept with probability 1 - rate + rateᴱ/E,
     whatever the tokens are. probabilities [B, S, E] -> [B, S, E].
     """
-    takes_part_B1E = probabilities.detach()[:, :1] > 0
-    draw_B1E = torch.rand_like(probabilities[:, :1]) * takes_part_B1E
+    enabled_B1E = probabilities.detach()[:, :1] > 0
+    draw_B1E = torch.rand_like(probabilities[:, :1]) * enabled_B1E
     kept = probabilities * ((draw_B1E >= rate) | top_k_mask(draw_B1E, 1))
     return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
 
@@ -107,7 +107,7 @@ def cap_tokens(
     """Let an expert keep its ceil(factor·K·T/E) largest gates; the other tokens lose it.
 
     gates [B, S, E] -> [B, S, E]; padding (token_mask 0) neither counts in T nor takes a place.
-    experts: how many take part, which is the E of the formula; none: all.
+    experts: how many are enabled, which is the E of the formula; none: all.
     """
     gates_TE = gates.flatten(0, -2)
     ranked_TE = gates_TE.detach()

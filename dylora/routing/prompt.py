@@ -74,14 +74,14 @@ class PromptRouter(Router):
     def forward(self, x: Tensor, pass_: Pass) -> RouterOutput:
         """x [B, S, D] -> gates, probabilities and their logarithms [B, S, E].
 
-        Raises ValueError where several experts take part and none of them serves a known skill.
+        Raises ValueError where several experts are enabled and none of them serves a known skill.
         """
         state = pass_.state
         served = [e is not None and state.active[e] and e >= state.shared for e in self.experts]
         if not any(served):
             if state.routed_count > 1:
                 raise ValueError(
-                    f"router_scope is {self.config.router_scope!r}, but no expert that takes part "
+                    f"router_scope is {self.config.router_scope!r}, but no enabled expert "
                     "serves a skill: add skills to model.skill_library, naming their experts"
                 )
             alone = state.routed_E.to(x.device, torch.float32).expand(*x.shape[:2], -1)
@@ -110,7 +110,7 @@ class PromptRouter(Router):
     ) -> tuple[Tensor, Tensor]:
         """Gates and probabilities [..., E] for the means of prompts, [..., D].
 
-        Skills of experts that take no part do not compete; those that no expert serves do, and what
+        Skills of experts that are off do not compete; those that no expert serves do, and what
         they get is nobody's. A prompt that is far from every skill has no gate in evaluation.
         """
         device = prompts.device

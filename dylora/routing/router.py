@@ -99,7 +99,7 @@ class DynamicHybridRouter(Router):
         return RouterOutput(gates, probabilities, logits, self.mature_experts(pass_.state))
 
     def probabilities(self, x: Tensor, pass_: Pass) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] -> logits, and their softmax over the experts that take part, [B, S, E]."""
+        """x [B, S, D] -> logits, and their softmax over the enabled experts, [B, S, E]."""
         logits = self.score(x)
         if self.training and self.config.router_noise:
             logits = logits + self.config.router_noise * torch.randn_like(logits)
@@ -158,7 +158,7 @@ class DynamicHybridRouter(Router):
         maturity, k = maturity.to(probabilities), config.top_k_experts
         gates = maturity_gates(probabilities, maturity, k, config.gate_scale)
         if mode == "sparse" and self.training and config.expert_capacity_factor is not None:
-            # Experts that take no part hold no tokens, so they count neither in K nor in E.
+            # Experts that are not enabled hold no tokens, so they count neither in K nor in E.
             top_k = min(config.top_k_experts, state.routed_count)
             factor, count = config.expert_capacity_factor, state.routed_count
             gates = cap_tokens(gates, top_k, factor, pass_.token_mask, count)

@@ -5,7 +5,7 @@ AdaMoLE (Liu & Luo 2024, arXiv 2405.00361), equations 4 to 6:
     p = softmax((W x + b) / temperature),  τ = sigmoid(v·x + c) / E
     g_e = max(p_e - τ, 0) / Σ_j max(p_j - τ, 0)
 
-As τ < 1/E, at least one expert is kept. K and the experts' maturity play no part. A newcomer lies
+As τ < 1/E, at least one expert is kept. K and the experts' maturity play no part. A new expert lies
 below every threshold at first; it lowers that of the others, which is a share of 1/E.
 
 Shape letters: B batch, S sequence, E experts, D hidden width.

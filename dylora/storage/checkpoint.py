@@ -25,8 +25,8 @@ from dylora.storage.schema import (
     ADAPTERS,
     ROUTER_FILE,
     SHIFTS_FILE,
-    check_description,
     read_config,
+    read_description,
 )
 from dylora.storage.tensors import MAX_HEADER, read_pickled, read_tensors
 
@@ -88,9 +88,7 @@ class Checkpoint:
     @classmethod
     def of_verified(cls, folder: Path, damaged: Sequence[Path] = ()) -> "Checkpoint":
         """A folder that `verify` has just found whole."""
-        description = read_json(folder / "config.json")
-        check_description(folder, description)
-        return cls(folder, description, _states(folder), damaged)
+        return cls(folder, read_description(folder), _states(folder), damaged)
 
     @classmethod
     def _open_run(cls, run_folder: Path, report: Callable[[str], None]) -> "Checkpoint":

@@ -1,4 +1,4 @@
-"""Files of strangers: what is opened, how much of it is read, and JSON without ambiguities.
+"""Untrusted files: what is opened, how much of it is read, and JSON without ambiguities.
 
 A folder that somebody sends may hold a pipe (opening it waits for ever), a link that leads out of
 it, a file that claims to be larger than memory, or JSON that two readers understand differently.
@@ -90,7 +90,7 @@ def require_followable(name: str, named_by: Path) -> None:
     """Raises ValueError for the name of a base that `named_by` gives, where no user does, and that
     is an address or leads out of the working directory.
 
-    A stranger may name an embedded base, one of the hub, or a folder of this machine.
+    An untrusted file may name an embedded base, one of the hub, or a folder of this machine.
     """
     if "://" in name or name.startswith("~") or ".." in PurePath(name).parts:
         raise ValueError(

@@ -14,7 +14,7 @@ from dylora.fields import is_name, is_number, is_whole_number, shown
 from dylora.routing.maturity import fields_in
 from dylora.routing.router import Shape, router_class
 from dylora.storage.peft_format import read_ranks
-from dylora.storage.safe_io import require_keys
+from dylora.storage.safe_io import read_json, require_keys
 from dylora.storage.tensors import read_headers
 
 ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
@@ -26,9 +26,13 @@ FIXED_WEIGHTS = "fixed_weights"  # [E] in the routers' file, of router_type fixe
 STATES = ("active", "frozen", "retired")
 
 
-def check_description(folder: Path, description: dict[str, Any]) -> None:
-    """Raises ValueError naming config.json, or the file it does not fit, and the key."""
+def read_description(folder: Path) -> dict[str, Any]:
+    """config.json, with the keys of today.
+
+    Raises ValueError naming it, or the file it does not fit, and the key.
+    """
     file = folder / "config.json"
+    description = read_json(file)
     version = description.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
@@ -38,6 +42,7 @@ def check_description(folder: Path, description: dict[str, Any]) -> None:
     if "base_fingerprint" in description:
         require_keys(file, "base_fingerprint.", description["base_fingerprint"], _FINGERPRINT)
     config = read_config(file, description["moe"])
+    description["experts"] = [current_keys(record) for record in description["experts"]]
     _check_table(file, description["experts"], config)
     _check_training(file, description["training"])
     _check_routers(folder / ROUTER_FILE, description, config)
@@ -45,6 +50,7 @@ def check_description(folder: Path, description: dict[str, Any]) -> None:
         if record["state"] != "retired":
             source = folder / ADAPTERS / record["name"]
             _check_adapter(source, record["rank"], description["projections"], config)
+    return description
 
 
 # Its parts
@@ -94,13 +100,20 @@ RECORD = {  # a row of the table of experts
     "rank": lambda value: is_whole_number(value, 1, LARGEST),
     "alpha": lambda value: is_number(value, 0, MAX_ALPHA) and value > 0,
     "state": lambda value: value in STATES,
-    "takes_part": lambda value: type(value) is bool,
+    "enabled": lambda value: type(value) is bool,
     "skill": _is_text,
     "steps": is_whole_number,
     "stack": lambda value: is_whole_number(value, -1),
     "history": lambda value: isinstance(value, list) and all(isinstance(x, dict) for x in value),
     "maturity": lambda value: is_number(value, 0, 1),
 }
+
+
+def current_keys(record: Any) -> Any:
+    """A row of the table of experts, whose keys may be those of an earlier version."""
+    if isinstance(record, dict) and "takes_part" in record and "enabled" not in record:
+        record = {"enabled" if k == "takes_part" else k: value for k, value in record.items()}
+    return record
 
 
 def read_config(file: Path, values: dict[str, Any]) -> MoELoraConfig:
@@ -126,7 +139,7 @@ def _check_table(file: Path, records: list[Any], config: MoELoraConfig) -> None:
         split = not retired and before["state"] != "retired" and before["stack"] == record["stack"]
         refused = {
             f"name is {shown(name)}, but must be expert_{index}": name != f"expert_{index}",
-            "takes_part is true, but the expert is retired": retired and record["takes_part"],
+            "enabled is true, but the expert is retired": retired and record["enabled"],
             f"rank is {rank}, but with share_A it is r ({config.r})": (
                 not retired and config.share_A and rank != config.r
             ),
@@ -137,7 +150,7 @@ def _check_table(file: Path, records: list[Any], config: MoELoraConfig) -> None:
     live = [record for record in records if record["state"] != "retired"]
     count = len(records)
     refused = {
-        "experts: none of them takes part": not any(record["takes_part"] for record in live),
+        "experts: none of them is enabled": not any(record["enabled"] for record in live),
         f"moe.num_experts is {config.num_experts}, but experts lists {count}": (
             config.expert_count > count
         ),
@@ -149,7 +162,7 @@ def _check_table(file: Path, records: list[Any], config: MoELoraConfig) -> None:
 
 
 def _is_trained(record: dict[str, Any]) -> bool:
-    return record["state"] == "active" and record["takes_part"]
+    return record["state"] == "active" and record["enabled"]
 
 
 def _refuse(file: Path, where: str, refused: dict[str, bool]) -> None:

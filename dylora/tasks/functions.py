@@ -99,13 +99,13 @@ def _lists(literals: Literals) -> list[list[int]]:
     rng, edges = literals.rng, literals.edges()
     top = 3 * max(literals.numbers)
     products = [n * factor for n in literals.numbers for factor in (-2, 2, 3, 5)]
-    strangers = [rng.randint(-top, top) for _ in range(8)]
-    pool = edges + products + strangers + [-n for n in literals.numbers] + [0, 1]
+    others = [rng.randint(-top, top) for _ in range(8)]
+    pool = edges + products + others + [-n for n in literals.numbers] + [0, 1]
     long = [[rng.choice(pool) for _ in range(20)] for _ in range(2)]
     wide = [rng.randint(-9, top) for _ in range(40)]
     dense = [n + step for n in literals.numbers for step in range(-6, 7)]
     rng.shuffle(dense)
-    return [[], *([value] for value in edges + strangers), *long, wide, dense]
+    return [[], *([value] for value in edges + others), *long, wide, dense]
 
 
 def _word_lists(literals: Literals) -> list[list[str]]:

@@ -108,4 +108,4 @@ def row_of_metrics(run: Run, result: StepResult) -> dict[str, float]:
 
 def active(run: Run) -> list[bool]:
     """Which experts are mixed in."""
-    return [row.takes_part for row in run.model.experts.table]
+    return [row.enabled for row in run.model.experts.table]

@@ -154,7 +154,7 @@ def decide(stream: Stream, stage: Stage) -> StageRecord:
 
 
 def choose_expert(stream: Stream, record: StageRecord) -> StageRecord:
-    """Let the stage's experts take part alone, a new one where none is named, and name it."""
+    """Enable the stage's experts alone, a new one where none is named, and name it."""
     experts, chosen = stream.model.experts, record.experts
     experts.set_progress(0, 0.0)  # a stage has a clock of its own
     if record.action == "skip":

@@ -1,4 +1,4 @@
-"""The state of a run besides its model: taken, checked as a stranger's, and put back.
+"""The state of a run besides its model: taken, checked as untrusted, and put back.
 
 A checkpoint's files may be anybody's. Each value must be of the kind that the run itself has there:
 generators read beyond their state, and schedules fail hours later, where one is not.

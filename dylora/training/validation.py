@@ -90,7 +90,7 @@ def sparse_cost(model: DyLoRA_MoE, sets: list[TokenizedSet], pad_token_id: int) 
     """
     state, config = model.mixture.state, model.config
     routed = zip(state.routed_E.tolist(), state.mature, strict=True)
-    immature = any(takes_part and not mature for takes_part, mature in routed)
+    immature = any(enabled and not mature for enabled, mature in routed)
     if not (config.follows_maturity and immature and any(map(len, sets))):
         return None
     losses: dict[RoutingMode, list[Tensor]] = {"maturity": [], "sparse": []}

@@ -117,7 +117,7 @@ class Method:
     stages: list[Stage] = field(default_factory=list)  # learned so far
 
     JOINT: ClassVar[bool] = False  # all stages at once
-    ORACLE: ClassVar[bool] = False  # after `learn` the newcomer answers alone, until `admit`
+    ORACLE: ClassVar[bool] = False  # after `learn` the new expert answers alone, until `admit`
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
@@ -167,7 +167,7 @@ class Method:
 @dataclass
 class Orthogonal(Method):
     """O-LoRA (Wang et al. 2023, arXiv:2310.14152): a LoRA a stage, earlier ones frozen, all summed;
-    the newcomer's A is held orthogonal to theirs by 0.5 Σ ||A_old Aᵀ||²."""
+    the new expert's A is held orthogonal to theirs by 0.5 Σ ||A_old Aᵀ||²."""
 
     count: int = 6
     rate: float = 5e-3
@@ -229,7 +229,7 @@ class Joint(Method):
 
 @dataclass
 class Grow(Joint):
-    """A newcomer a stage beside frozen experts, and token routers that are trained with it; kept
+    """A new expert a stage beside frozen experts, and token routers that are trained with it; kept
     rows of earlier skills as with replay, if there are any."""
 
     rate: float = 5e-3

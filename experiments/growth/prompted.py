@@ -53,14 +53,14 @@ class Experts(Method):
         self.library = SkillLibrary(self.model)
 
     def learn(self, stage: Stage) -> None:
-        """The newcomer's values and rows depend on seed and skill alone, whatever came before."""
+        """The new expert's values and rows depend on seed and skill alone, whatever came before."""
         self.stages.append(stage)
-        newest = self.newcomer(stage)
+        newest = self.new_expert(stage)
         self.model.experts.activate(newest)
         self.train_newest(newest, stage)
         self.model.experts.freeze(newest)
 
-    def newcomer(self, stage: Stage) -> int:
+    def new_expert(self, stage: Stage) -> int:
         """The number of the expert that this stage trains."""
         experts, newest = self.model.experts, len(self.stages) - 1
         if newest >= len(experts):
@@ -130,7 +130,7 @@ class Experts(Method):
 @dataclass
 class Shared(Experts):
     """An always-on expert of rank 48 learned in the first `first` stages and then frozen, with
-    newcomers of rank 8 on top. With first > 1 these stages are learned as one, of all their rows:
+    new experts of rank 8 on top. With first > 1 these stages are learned as one, of all their rows:
     a general mixture, to which the others come one after another."""
 
     rank: int = 8
@@ -170,7 +170,7 @@ class Shared(Experts):
         if len(self.stages) > self.first:
             super().admit(stage)
 
-    def newcomer(self, stage: Stage) -> int:
+    def new_expert(self, stage: Stage) -> int:
         torch.manual_seed(self.seed)
         return self.model.experts.create_expert(skill=stage.name)
 

@@ -101,7 +101,7 @@ class Scores:
         ])  # fmt: skip
 
     def take_oracle(self, stage: Stage) -> None:
-        """Before the newcomer is among others."""
+        """Before the new expert is among others."""
         model = self.method.model
         self.oracle_loss.append(loss_of(model, stage.held_out[:LOSS_ROWS]))
         if self.tasks:

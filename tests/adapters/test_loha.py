@@ -308,9 +308,9 @@ def test_an_expert_created_between_steps_leaves_the_others_and_their_moments(had
             kept = optimizer.state[getattr(stack, name)]["exp_avg"][place]
             assert torch.equal(kept, moments[f"{path}.experts_0-2.{name}"]["exp_avg"][2])
     model.experts.set_active_expert(3)
-    newcomer = experts_in(model, 3)
+    new = experts_in(model, 3)
     train(model, optimizer, ids, 2)
-    assert not equal(experts_in(model, 3), newcomer)
+    assert not equal(experts_in(model, 3), new)
 
 
 def test_a_retired_expert_leaves_compute_and_files(hada, llama, ids, tmp_path):

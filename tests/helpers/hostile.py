@@ -1,4 +1,4 @@
-"""Files that a stranger could send: each case harms a good adapter, checkpoint, run, data file or
+"""Files that cannot be trusted: each case harms a good adapter, checkpoint, run, data file or
 config, and says what the error must name.
 """
 
@@ -270,8 +270,10 @@ CHECKPOINT = [
     Case("an absolute name", CONFIG, _experts({"name": "/etc"}), "name is '/etc'"),
     Case("an unknown state", CONFIG, _experts({"state": "asleep"}), "state is 'asleep'"),
     Case("a state that is a list", CONFIG, _experts({"state": ["frozen"]}), "state is"),
-    Case("nobody takes part", CONFIG, _experts(*[{"takes_part": False}] * 2), "takes part"),
-    Case("a retired one takes part", CONFIG, _experts({"state": "retired"}), "but the expert is"),
+    Case("none is enabled", CONFIG, _experts(*[{"enabled": False}] * 2), "none of them is enabled"),
+    Case(
+        "a retired one that is enabled", CONFIG, _experts({"state": "retired"}), "but the expert is"
+    ),
     Case("one stack, half of it frozen", CONFIG, _experts({"state": "frozen"}), "stack is 0"),
     Case("65,537 experts", CONFIG, in_json("experts", to=[0] * 65_537), "experts is"),
     Case("a row with more", CONFIG, _experts({"code": "x"}), "'code' is not known"),

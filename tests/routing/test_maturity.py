@@ -201,7 +201,7 @@ def test_an_added_expert_does_not_age_the_others():
         assert torch.equal(one, other[:3])
 
 
-def test_a_late_newcomer_can_mature():
+def test_a_late_new_expert_can_mature():
     """Born at 80 %: it is expected to see a fifth of what the others are."""
     before = ExpertMaturity.create(2)
     state = extended(before, 0.8)

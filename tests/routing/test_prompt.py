@@ -100,7 +100,7 @@ def test_only_experts_that_some_prompt_has_chosen_are_computed(routed, monkeypat
         model.eval()
 
 
-def test_a_newcomer_that_is_trained_alone_is_computed_alone(routed, monkeypatch):
+def test_a_new_expert_that_is_trained_alone_is_computed_alone(routed, monkeypatch):
     model, plans = routed(), []
     model.experts.freeze(0, 1, 2)
     model.experts.activate(model.experts.create_expert())
@@ -177,7 +177,7 @@ def test_the_rule_of_float32_agrees_with_the_library(routed):
     )
 
 
-# Which experts take part
+# Which experts are enabled
 
 
 def test_skills_of_experts_that_take_no_part_do_not_compete(routed):
@@ -188,7 +188,7 @@ def test_skills_of_experts_that_take_no_part_do_not_compete(routed):
     assert gates[1] == 0
 
 
-def test_a_newcomer_that_serves_no_skill_yet_is_trained_alone_with_the_gate_one(routed):
+def test_a_new_expert_that_serves_no_skill_yet_is_trained_alone_with_the_gate_one(routed):
     model = routed()
     new = model.experts.create_expert(skill="new")
     ids = torch.tensor([prompt(0)])
@@ -202,7 +202,7 @@ def test_without_skills_one_expert_takes_all_and_several_are_refused(mixture):
     model = mixture(num_experts=1, router_scope="prompt")
     assert (model(torch.tensor([prompt(0)])).routing.gates == 1).all()
     model.experts.create_expert()
-    with pytest.raises(ValueError, match="no expert that takes part serves a skill: add skills to"):
+    with pytest.raises(ValueError, match="no enabled expert serves a skill: add skills to"):
         model(torch.tensor([prompt(0)]))
 
 

@@ -356,7 +356,7 @@ MODES = {
 
 
 def route_among(active, training, maturity=MATURITIES["mixed"], **settings):
-    """Output of a router of E experts of which some take part, on 30 tokens."""
+    """Output of a router of E experts of which some are enabled, on 30 tokens."""
     settings = {"expert_capacity_factor": None} | settings
     torch.manual_seed(1)
     router = DynamicHybridRouter(8, MoELoraConfig(num_experts=E, **settings)).train(training)
@@ -403,7 +403,7 @@ def test_the_others_are_routed_as_if_it_had_never_been_there(mode, training, out
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("maturity", MATURITIES.values(), ids=MATURITIES)
-def test_the_only_expert_that_takes_part_has_the_whole_gate_though_k_is_larger(mode, maturity):
+def test_the_only_enabled_expert_has_the_whole_gate_though_k_is_larger(mode, maturity):
     found = route_among([False, False, True, False], True, maturity, **MODES[mode])
     only = torch.tensor([0.0, 0.0, 1.0, 0.0]).expand_as(found.gates)
     assert torch.equal(found.probabilities, only)
@@ -430,7 +430,7 @@ def test_the_z_loss_of_masked_logits_is_finite_and_sees_the_others_alone(active)
     torch.testing.assert_close(z_loss, expected)
     [gradient] = torch.autograd.grad(z_loss, found.logits)
     assert gradient.isfinite().all()
-    assert not gradient[..., [not takes_part for takes_part in active]].any()
+    assert not gradient[..., [not enabled for enabled in active]].any()
     assert all(value.isfinite().all() for value in statistics)
 
 

@@ -94,8 +94,8 @@ def test_a_mixture_trains_grows_and_comes_back_bit_for_bit(mixture, llama, ids, 
         optimizer.zero_grad()
         losses.append(output.lm_loss.item())
         if step == 3:
-            newcomer = model.experts.create_expert()
-            assert not model.eval()(ids).routing.gates[..., newcomer].any()
+            new = model.experts.create_expert()
+            assert not model.eval()(ids).routing.gates[..., new].any()
     assert losses[-1] < losses[0]
     assert all(math.isfinite(loss) for loss in losses)
     model.save_pretrained(tmp_path / "saved")

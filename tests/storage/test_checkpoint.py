@@ -1035,6 +1035,23 @@ def test_the_maturity_of_an_earlier_version_is_read(mixture, ids, tmp_path):
     assert again.maturity.expected.isfinite().all()
 
 
+def test_a_table_of_experts_of_an_earlier_version_is_read(mixture, ids, tmp_path):
+    """`enabled` was called takes_part."""
+    model = mixture()
+    model.experts.set_active_expert(0, 2)
+    model.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "config.json"
+    file.write_text(file.read_text().replace('"enabled"', '"takes_part"'))
+    seal(tmp_path / "a")
+    again = DyLoRA_MoE.from_pretrained(tmp_path / "a", base=copy.deepcopy(mixture().unload()))
+    assert [row.enabled for row in again.experts.table] == [True, False, True]
+    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+    records = json.loads(file.read_text())["experts"]
+    again.experts.activate_all_experts()
+    again.experts.load_state_dict(records)
+    assert [row.enabled for row in again.experts.table] == [True, False, True]
+
+
 def test_a_mixture_of_an_earlier_version_keeps_the_scale_of_its_gates(mixture, ids, tmp_path):
     """Its config.json has no gate_scale: mature gates summed to 1."""
     model = mixture(gate_scale="sum_to_one", maturity=[1.0] * 3)

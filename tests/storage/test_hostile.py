@@ -50,9 +50,9 @@ def ids(cases: list[hostile.Case]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def stranger(tiny_base, mixture_on, tmp_path_factory) -> Path:
+def untrusted(tiny_base, mixture_on, tmp_path_factory) -> Path:
     """What all cases harm a copy of: a base, a checkpoint on it, and a secret beside it."""
-    tree = tmp_path_factory.mktemp("stranger")
+    tree = tmp_path_factory.mktemp("untrusted")
     base = tiny_base("llama")
     base.save_pretrained(tree / "base")
     model = mixture_on(base)
@@ -64,9 +64,9 @@ def stranger(tiny_base, mixture_on, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tree(stranger, tmp_path) -> Path:
+def tree(untrusted, tmp_path) -> Path:
     """A fresh copy without the base, which no case changes."""
-    shutil.copytree(stranger / "checkpoint", tmp_path / "checkpoint")
+    shutil.copytree(untrusted / "checkpoint", tmp_path / "checkpoint")
     (tmp_path / "secret").write_text(harm.SECRET)
     return tmp_path
 
@@ -77,15 +77,15 @@ def base(tiny_base):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _imported(stranger, base, tmp_path_factory):
+def _imported(untrusted, base, tmp_path_factory):
     """What is imported late is imported before anything is timed; and the good files are good."""
     out = tmp_path_factory.mktemp("out")
     for name in ("info", "export"):
-        command = COMMANDS[name](stranger / "checkpoint", stranger / "base", out / name)
+        command = COMMANDS[name](untrusted / "checkpoint", untrusted / "base", out / name)
         assert main(command) == 0
-    assert main(["validate", "--checkpoint", str(stranger / "checkpoint"), *ON_CPU]) == 0
+    assert main(["validate", "--checkpoint", str(untrusted / "checkpoint"), *ON_CPU]) == 0
     # generate loads all but a tokenizer, which this base has none of
-    assert main(["generate", "--checkpoint", str(stranger / "checkpoint"), "--prompt", "x"]) == 2
+    assert main(["generate", "--checkpoint", str(untrusted / "checkpoint"), "--prompt", "x"]) == 2
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -124,7 +124,7 @@ CHECKPOINTS = [*ADAPTERS, *hostile.CHECKPOINT, *hostile.MANIFESTS]
 
 @pytest.mark.parametrize(("number", "case"), list(enumerate(CHECKPOINTS)), ids=ids(CHECKPOINTS))
 def test_a_hostile_checkpoint_is_refused_by_python_and_by_a_command(
-    number, case, tree, stranger, base, capsys
+    number, case, tree, untrusted, base, capsys
 ):
     checkpoint = tree / "checkpoint"
     case.damage(checkpoint / case.file)
@@ -134,7 +134,7 @@ def test_a_hostile_checkpoint_is_refused_by_python_and_by_a_command(
     messages = [harm.refusal(lambda: DyLoRA_MoE.from_pretrained(checkpoint, base=base), tree)]
     assert weights_hash(base) == before
     command = WHO_SEES[case.where][number % len(WHO_SEES[case.where])]
-    arguments = COMMANDS[command](checkpoint, stranger / "base", tree / "out")
+    arguments = COMMANDS[command](checkpoint, untrusted / "base", tree / "out")
     messages.append(harm.refusal(lambda: one_line(capsys, arguments), tree))
     for message in messages:
         assert str(checkpoint) in message
@@ -173,7 +173,7 @@ def test_a_file_that_no_loader_reads_is_not_hashed_through_a_link(tree):
     assert f"{checkpoint}/notes.txt is a link that leads out" in message
 
 
-# The base that a stranger names
+# The base that an untrusted file names
 
 
 @pytest.mark.parametrize("name", hostile.BASES)
@@ -200,11 +200,11 @@ def test_a_base_that_is_given_is_used_whatever_the_checkpoint_names(tree, base):
     assert model.unload() is base
 
 
-def test_the_code_that_comes_with_a_base_is_never_run(stranger, tree, monkeypatch):
+def test_the_code_that_comes_with_a_base_is_never_run(untrusted, tree, monkeypatch):
     """Nor is anybody asked whether it may: transformers would, on the terminal."""
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
-    base = Path(shutil.copytree(stranger / "base", tree / "base"))
+    base = Path(shutil.copytree(untrusted / "base", tree / "base"))
     config = json.loads((base / "config.json").read_text())
     config |= {"model_type": "evil", "architectures": ["Evil"]}
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Evil"}
@@ -230,7 +230,7 @@ def test_info_says_what_there_is_of_a_record_that_says_little(tree, capsys):
 # What is not refused takes no more than its files
 
 
-def test_a_vast_rank_for_newcomers_costs_nothing_until_one_comes(tree, base, monkeypatch):
+def test_a_vast_rank_for_new_experts_costs_nothing_until_one_comes(tree, base, monkeypatch):
     """Every expert may have been merged to a rank below that of the configuration."""
     harm.in_json("moe", "r", to=65_536)(tree / "checkpoint" / "config.json")
     harm.seal(tree / "checkpoint")

@@ -1,4 +1,4 @@
-"""A folder is opened through one object: verified once, and nothing of a stranger is waited for."""
+"""A folder is opened through one object: verified once, and nothing untrusted is waited for."""
 
 import json
 import os
@@ -74,7 +74,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_form_of_export_runs_the_code_of_a_strangers_base(
+def test_no_form_of_export_runs_the_code_of_an_untrusted_base(
     form, saved, tmp_path, monkeypatch, capsys
 ):
     asked: list[str] = []

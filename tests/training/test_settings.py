@@ -166,7 +166,7 @@ def test_the_same_rows_in_another_order_are_other_data(make_config, tmp_path, ro
         train(config, str(run.folder / "checkpoint-1"))
 
 
-# A stranger's schedule
+# The schedule of an untrusted file
 
 
 @pytest.mark.parametrize(

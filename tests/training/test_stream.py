@@ -102,7 +102,7 @@ def test_each_stage_gets_a_frozen_mature_expert_that_serves_its_skill(whole):
     ]
     assert whole.model.maturity.maturity.tolist() == [1.0, 1.0]
     assert {name: library.expert_of(name) for name in library.skills} == {"sums": 0, "words": 1}
-    assert all(row.takes_part for row in table)
+    assert all(row.enabled for row in table)
 
 
 def test_an_expert_is_bit_equal_from_its_stage_to_the_end(whole):
@@ -256,7 +256,7 @@ KILLS = {
     "in its evaluation": (curriculum, "evaluate_so_far", 1, True),
     "between its checkpoint and stage.json": (stream, "write_record", 1, False),
     "between two stages": (stream, "write_record", 1, True),
-    "after growth, before the newcomer's first step": (loop, "run_step", 5, False),
+    "after growth, before the new expert's first step": (loop, "run_step", 5, False),
     "within the second stage": (loop, "run_step", 8, False),
     "after the last stage's steps": (curriculum, "keep", 2, True),
 }
@@ -573,7 +573,7 @@ def test_the_distance_of_skills_is_that_of_their_means_in_units_of_their_spread(
     assert found.diagonal().tolist() == [0.0, 0.0]
 
 
-def test_a_record_of_a_stranger_is_read_strictly():
+def test_a_record_of_an_untrusted_file_is_read_strictly():
     record = {"number": 1, "name": "x", "sources": [{"name": "skill/sql"}], "action": "new"}
     record |= {"experts": [0], "rank": 2, "alpha": 4.0}
     assert isinstance(records_of({"stage": record})[0], StageRecord)
