@@ -52,6 +52,8 @@ class CompareConfig:
     equal_time: bool = True
     """Train the best cells once more, for as many steps as take as long as those of the first
     method."""
+    processes: int = option(1, least=1, most=1024)
+    """Runs that are trained at once, in processes that share the threads; with equal_time one."""
     run: RunConfig = field(default_factory=RunConfig)
     """What all methods have in common."""
 
@@ -65,6 +67,9 @@ class CompareConfig:
         require(self.grid_seeds <= len(self.seeds), "grid_seeds", self.grid_seeds, rule)
         timed = not self.equal_time or self.run.train.max_steps is not None
         require(timed, "equal_time", True, "false, or run.train.max_steps a number of steps")
+        if self.equal_time:
+            rule = "1 with equal_time: runs beside each other cannot be timed"
+            require(self.processes == 1, "processes", self.processes, rule)
         names = [source.name for source in self.run.data.sources if not is_skill(source.name)]
         rule = f"false with {', '.join(names)}: rows that one seed reports on would be among those "
         rule += "that another one chooses by"

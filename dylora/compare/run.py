@@ -2,7 +2,9 @@
 
 import math
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dylora.compare.cells import Result, drop_checkpoints, score_cell, train_cell
@@ -10,6 +12,8 @@ from dylora.compare.config import Board, Method
 from dylora.compare.report import Outcome, write_report
 from dylora.compare.statistics import Choice, choose
 from dylora.compare.survey import format_estimate, survey_methods
+from dylora.compare.workers import RunAll, workers
+from dylora.run_config import RunConfig
 from dylora.storage.lock import lock_folder
 
 
@@ -32,18 +36,20 @@ def compare(board: Board, *, estimate: bool = False) -> list[Outcome]:
     print(format_estimate(board, surveys))
     if estimate:
         return []
-    with lock_folder(board.folder):
-        progress = _Progress(sum(one.runs for one in surveys))
+    with lock_folder(board.folder), workers(board.config.processes) as run_all:
+        progress = _Progress(sum(one.runs for one in surveys), run_all)
         grids = [_run_grid(board, method, progress) for method in board.methods]
-        steps = _equal_time_steps(board, grids)
-        for method, grid, timed in zip(board.methods, grids, steps, strict=True):
-            for seed in board.config.seeds:
-                _train(board, method, grid.choice, seed, progress)
-                if timed is not None:
-                    _train(board, method, grid.choice, seed, progress, timed)
+        timed = _equal_time_steps(board, grids)
+        chosen = [
+            (method.name, board.cell(method, *grid.choice[:2], seed, number))
+            for method, grid, steps in zip(board.methods, grids, timed, strict=True)
+            for seed in board.config.seeds
+            for number in ((None,) if steps is None else (None, steps))
+        ]
+        progress.train(chosen)
         outcomes = [
-            _outcome(board, method, grid, one.trainable, timed)
-            for method, grid, one, timed in zip(board.methods, grids, surveys, steps, strict=True)
+            _outcome(board, method, grid, one.trainable, steps, run_all)
+            for method, grid, one, steps in zip(board.methods, grids, surveys, timed, strict=True)
         ]
         write_report(board, outcomes)
     return outcomes
@@ -58,44 +64,39 @@ class _Grid(NamedTuple):
 
 
 class _Progress:
-    """Counts the runs and prints a line for each that this process has trained."""
+    """Trains runs and prints a line for each, a run that was trained already among them."""
 
-    def __init__(self, runs: int) -> None:
-        self.runs, self.done = runs, 0
-        self.seen: set[tuple[str, str]] = set()
+    def __init__(self, runs: int, run_all: RunAll) -> None:
+        self.runs, self.run_all = runs, run_all
+        self.seen: set[str] = set()
 
-    def count(self, method: str, run: str, result: Result, seconds: float) -> None:
-        if (method, run) in self.seen:  # a seed of the grid comes again among all seeds
-            return
-        self.seen.add((method, run))
-        self.done += 1
-        loss = result.get("failure") or f"loss {result['loss']:.4f}"
-        print(f"[{self.done} of {self.runs}] {method} {run}: {loss} ({seconds:.0f} s)", flush=True)
-
-
-def _train(
-    board: Board,
-    method: Method,
-    at: Choice | tuple[float, float],
-    seed: int,
-    progress: _Progress,
-    steps: int | None = None,
-) -> Result:
-    cell, begun = board.cell(method, at[0], at[1], seed, steps), time.perf_counter()
-    result = train_cell(cell)
-    progress.count(method.name, cell.name, result, time.perf_counter() - begun)
-    return result
+    def train(self, cells: Sequence[tuple[str, RunConfig]]) -> list[Result]:
+        """cells: each with the name of its method."""
+        results, begun = [], time.perf_counter()
+        trained = self.run_all(train_cell, [run for _, run in cells])
+        for (method, run), result in zip(cells, trained, strict=True):
+            results.append(result)
+            name = f"{method} {run.name}"
+            if name not in self.seen:  # a seed of the grid comes again among all seeds
+                self.seen.add(name)
+                loss = result.get("failure") or f"loss {result['loss']:.4f}"
+                seconds = time.perf_counter() - begun
+                print(f"[{len(self.seen)} of {self.runs}] {name}: {loss} ({seconds:.0f} s)")
+                sys.stdout.flush()
+            begun = time.perf_counter()
+        return results
 
 
 def _run_grid(board: Board, method: Method, progress: _Progress) -> _Grid:
     """Train every cell with the first seeds; checkpoints are kept of the best cell alone."""
     seeds = board.config.seeds[: board.config.grid_seeds]
-    losses, times = {}, []
-    for cell in method.grid:
-        results = [_train(board, method, cell, seed, progress) for seed in seeds]
-        found = [math.inf if one["loss"] is None else one["loss"] for one in results]
-        losses[cell] = statistics.fmean(found)
-        times += [one["step_s"] for one in results if "step_s" in one]
+    cells = [(cell, seed) for cell in method.grid for seed in seeds]
+    trained = progress.train([(method.name, board.cell(method, *at, seed)) for at, seed in cells])
+    found: dict[tuple[float, float], list[float]] = {}
+    for (cell, _), result in zip(cells, trained, strict=True):
+        found.setdefault(cell, []).append(math.inf if result["loss"] is None else result["loss"])
+    losses = {cell: statistics.fmean(each) for cell, each in found.items()}
+    times = [result["step_s"] for result in trained if "step_s" in result]
     try:
         choice = choose(losses)
     except ValueError as error:
@@ -117,14 +118,19 @@ def _equal_time_steps(board: Board, grids: list[_Grid]) -> list[int | None]:
 
 
 def _outcome(
-    board: Board, method: Method, grid: _Grid, trainable: int, timed: int | None
+    board: Board,
+    method: Method,
+    grid: _Grid,
+    trainable: int,
+    timed: int | None,
+    run_all: RunAll,
 ) -> Outcome:
     """Score the chosen cells on the rows to report on."""
     config, choice = board.config, grid.choice
 
     def score(steps: int | None) -> list[Result]:
         cells = [board.cell(method, *choice[:2], seed, steps) for seed in config.seeds]
-        return [score_cell(cell, config) for cell in cells]
+        return list(run_all(score_cell, cells, config))
 
     scores = score(None)
     return Outcome(

@@ -1,7 +1,13 @@
 """A comparison of two methods on a tiny base, from its files to its report."""
 
+import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +29,7 @@ from dylora.compare.run import compare
 from dylora.compare.statistics import Choice
 from dylora.data.tokenize import TokenizedSet
 from dylora.run_config import DataConfig
+from dylora.storage.lock import lock_folder
 from dylora.tasks import generate_tasks
 from dylora.training.validation import SetScore, overall_loss, validate
 
@@ -237,6 +244,47 @@ def test_equal_time_trains_as_many_steps_as_the_first_method_has_time_for(write_
     runs = {path.name for path in (board.folder / "uniform").glob("*-2steps")}
     assert runs == {"0.001-2-seed0-2steps", "0.001-2-seed1-2steps"}
     assert second.timed != second.scores
+
+
+# Several processes
+
+LONG = {"train": {"max_steps": 100_000, "batch_size": 2, "save_steps": 100_000}}
+
+
+def test_processes_train_and_score_what_one_after_another_does(write_board):
+    one = compare(load_board(write_board(name="one"), []))
+    two = compare(load_board(write_board(name="two", processes=2), []))
+    assert [(method.grid, method.choice, method.scores) for method in two] == [
+        (method.grid, method.choice, method.scores) for method in one
+    ]
+
+
+def test_a_signal_stops_every_process_and_each_run_saves_itself(write_board):
+    file = write_board(name="long", processes=2, run=LONG)
+    command = [sys.executable, "run.py", "compare", "--config", file]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    board = load_board(file, [])
+    begun = board.folder / "lora"
+    while len(list(begun.glob("*/metrics.jsonl"))) < 2:  # both are at their steps
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(ProcessLookupError):  # no process of its session is left
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    assert time.monotonic() < deadline
+    assert len(list(begun.glob("*/checkpoint-*"))) >= 2
+    with lock_folder(board.folder):
+        pass
+
+
+def test_runs_beside_each_other_are_not_timed(write_board):
+    with pytest.raises(ValueError, match="processes is 2, but must be 1 with equal_time"):
+        load_board(write_board(processes=2, equal_time=True), [])
 
 
 # Parts

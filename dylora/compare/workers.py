@@ -1,0 +1,52 @@
+"""Runs of a comparison, one after another or in several processes at once."""
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dylora.run_config import RunConfig
+
+RunAll = Callable[..., Iterator[Any]]
+
+
+@contextmanager
+def workers(processes: int) -> Iterator[RunAll]:
+    """Gives `run_all(function, runs, *arguments)`, whose results come in the order of the runs.
+
+    With more than one process the threads of this one are divided among them. However it is left,
+    a signal included, the others are told to stop by SIGTERM, at which a training saves itself.
+    """
+    if processes == 1:
+        yield lambda function, runs, *rest: (function(run, *rest) for run in runs)
+        return
+    threads = max(1, torch.get_num_threads() // processes)
+    context = multiprocessing.get_context("spawn")  # threads of this process do not survive a fork
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    pool = ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,))
+
+    def run_all(
+        function: Callable[..., Any], runs: Sequence[RunConfig], *rest: Any
+    ) -> Iterator[Any]:
+        return pool.map(function, runs, *([value] * len(runs) for value in rest))
+
+    try:
+        yield run_all
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a process of the comparison was killed, perhaps for want of memory: give fewer "
+            "--processes; what is trained is kept"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        while left := multiprocessing.active_children():  # one may begin a run that was queued
+            for process in left:
+                process.terminate()
+                process.join(1)
+        signal.signal(signal.SIGTERM, before)
