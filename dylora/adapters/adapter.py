@@ -37,6 +37,7 @@ class Adapter(nn.Module):
     """
 
     PEFT_TYPE: ClassVar[str]  # a key of PEFT_TYPES
+    STACK: ClassVar[type[ExpertStack]]
     fixed: tuple[str, ...] = ()  # names of parameters that are never trained
 
     def __init__(
@@ -65,17 +66,11 @@ class Adapter(nn.Module):
         """Raises ValueError for a projection that cannot be adapted."""
 
     @abstractmethod
-    def create_stack(
-        self,
-        first: int,
-        rank: int,
-        alphas: list[float],
-        projection: nn.Module,
-        *,
-        drawn: bool = True,
-    ) -> ExpertStack:
-        """Experts `first`, `first + 1`, … of one rank and these alphas, which change nothing yet;
-        all 0 unless `drawn`, for a loader."""
+    def initial_values(
+        self, count: int, rank: int, projection: nn.Module, *, drawn: bool
+    ) -> dict[str, Tensor | None]:
+        """The parameters of a stack of so many experts of this rank, which change nothing yet; all
+        0 unless `drawn`, for a loader."""
 
     @abstractmethod
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
@@ -112,6 +107,17 @@ class Adapter(nn.Module):
         rank = self.rank(expert_rank)
         alpha = matching(self.config.alpha_pattern, self.path, expert_alpha)
         return alpha / (rank**0.5 if self.config.use_rslora else rank)
+
+    def create_stack(
+        self, first: int, rank: int, alphas: list[float], projection: nn.Module, drawn: bool = True
+    ) -> ExpertStack:
+        """Experts `first`, `first + 1`, … of one rank and these alphas, with initial values."""
+        values = self.initial_values(len(alphas), self.rank(rank), projection, drawn=drawn)
+        scalings = [self.scaling(rank, alpha) for alpha in alphas]
+        stack = self.STACK(first, self.rank(rank), scalings, values)
+        for name, parameter in stack.named_parameters():
+            parameter.requires_grad_(name not in self.fixed)
+        return stack
 
     def set_stacks(self, stacks: list[ExpertStack]) -> None:
         """Other stacks from here on."""

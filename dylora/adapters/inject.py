@@ -7,7 +7,6 @@ PyTorch's forward hooks call them. Class, parameter names and weights stay as th
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -21,7 +20,7 @@ from dylora.adapters.trace import decoder_of, device_of, projection_sizes, trace
 from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
 from dylora.routing.prompt import PromptedGenerate
-from dylora.routing.prompt_tokens import bos_ids, padding_ids
+from dylora.routing.prompt_tokens import PromptTokens
 from dylora.routing.router import Router, router_class
 from dylora.routing.state import RoutingState
 
@@ -65,9 +64,12 @@ def inject(
     biased = _biased_modules(base, targets, config)
 
     base.requires_grad_(False)
-    state = _new_state(base, config, device_of(base, targets[0]))
+    weights = config.fixed_routing_weights if config.use_moe_routing else None
+    device = device_of(base, targets[0])
+    state = RoutingState(config.expert_count, weights, device, config.shared_experts)
     base.add_module(STATE_NAME, state)
     if config.routes_prompts:
+        state.prompts = PromptTokens.of(base.config)
         running = config.router_scope == "running_mean"
         generate: Any = PromptedGenerate(base, state, running=running)
         base.generate = generate
@@ -95,19 +97,6 @@ def inject(
                 biases[path] = shift
     base.train(base.training)  # what was added takes the base's mode
     return Injected(state, blocks, adapters, biases, handles)
-
-
-def _new_state(base: PreTrainedModel, config: MoELoraConfig, device: torch.device) -> RoutingState:
-    """What the blocks will share."""
-    return RoutingState(
-        config.expert_count,
-        config.fixed_routing_weights if config.use_moe_routing else None,
-        device,
-        config.shared_experts,
-        by_prompt=config.routes_prompts,
-        bos=bos_ids(base.config),
-        padding=padding_ids(base.config),
-    )
 
 
 def _group_by_block(targets: list[str]) -> dict[str, list[str]]:

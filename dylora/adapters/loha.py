@@ -37,6 +37,7 @@ class StackedLoHa(Adapter):
     """The LoHa experts of one projection."""
 
     PEFT_TYPE = "LOHA"
+    STACK = LoHaStack
 
     @staticmethod
     def check_projection(path: str, projection: nn.Module, config: MoELoraConfig) -> None:
@@ -45,29 +46,19 @@ class StackedLoHa(Adapter):
                 f"{path} is a Conv1D, which PEFT's LoHa does not adapt: use adapter_type 'lora'"
             )
 
-    def create_stack(
-        self,
-        first: int,
-        rank: int,
-        alphas: list[float],
-        projection: nn.Module,
-        *,
-        drawn: bool = True,
-    ) -> LoHaStack:
+    def initial_values(
+        self, count: int, rank: int, projection: nn.Module, *, drawn: bool
+    ) -> dict[str, Tensor | None]:
         """W2b is 0; the others are uniform as in PEFT's kaiming_uniform_(a=sqrt(5)), different for
         each expert: within 1/sqrt(r) for W1a and W2a [O, r], within 1/sqrt(D) for W1b [r, D]."""
-        scalings = [self.scaling(rank, alpha) for alpha in alphas]
-        rank = self.rank(rank)
-        widths = [self.out_features, self.in_features] * 2
-        values = {
-            name: torch.zeros(len(alphas), rank, width, device=self.device)
-            for name, width in zip(LoHaStack.NAMES, widths, strict=True)
-        }
-        for expert in range(len(alphas) if drawn else 0):
+        values, widths = {}, (self.out_features, self.in_features) * 2
+        for name, width in zip(LoHaStack.NAMES, widths, strict=True):
+            values[name] = torch.zeros(count, rank, width, device=self.device)
+        for expert in range(count if drawn else 0):
             for name in LoHaStack.NAMES[:3]:
                 bound = 1 / math.sqrt(self.in_features if name == "hada_w1_b" else rank)
                 nn.init.uniform_(values[name][expert], -bound, bound)
-        return LoHaStack(first, rank, scalings, values)
+        return values
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         """x [..., D], gates [..., E] -> Σ_e g_e ΔW_e drop(x), [..., O], in x's precision."""

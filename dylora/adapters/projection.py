@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from dylora.adapters.adapter import Adapter, fitting_gates
-from dylora.adapters.block import RoutedBlock
 from dylora.adapters.dora import magnitude_ratio, row_norms, weight_OD
 from dylora.adapters.lora import mixture_update
 from dylora.adapters.merge_experts import truncated_sum
@@ -35,21 +34,15 @@ class StackedLoRA(Adapter):
     """The LoRA experts of one projection: lora_A and lora_B, DoRA's magnitudes, trained biases."""
 
     PEFT_TYPE = "LORA"
+    STACK = LoRAStack
 
-    def __init__(
-        self,
-        block: RoutedBlock,
-        path: str,
-        in_features: int,
-        out_features: int,
-        config: MoELoraConfig,
-        device: torch.device | None = None,
-    ):
-        super().__init__(block, path, in_features, out_features, config, device)
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        config = self.config
         self.fixed = ("lora_A", "shared_A") if config.freeze_A else ()
         self.shared_A: nn.Parameter | None = None  # [1, R, D]
         if config.share_A:
-            shared = initial_A(1, self.rank(config.r), in_features, config, device)
+            shared = initial_A(1, self.rank(config.r), self.in_features, config, self.device)
             self.shared_A = nn.Parameter(shared, requires_grad=not config.freeze_A)
 
     @staticmethod
@@ -58,46 +51,26 @@ class StackedLoRA(Adapter):
         if config.use_dora:
             check_plain_weight(path, projection)
 
-    def create_stack(
-        self,
-        first: int,
-        rank: int,
-        alphas: list[float],
-        projection: nn.Module,
-        *,
-        drawn: bool = True,
-    ) -> LoRAStack:
-        """See `Adapter.create_stack`.
-
-        A is random and different for each expert (equal ones would stay twins for ever) and B is
-        0, so that they change nothing (with init orthogonal: B·A is 0 up to rounding).
-        """
-        config, count = self.config, len(alphas)
-        scalings = [self.scaling(rank, alpha) for alpha in alphas]
-        rank = self.rank(rank)
-        A = None
-        if self.shared_A is None:
-            A = torch.zeros(count, rank, self.in_features, device=self.device)
-        B = torch.zeros(count, rank, self.out_features, device=self.device)
-        for expert in range(count if drawn else 0):
+    def initial_values(
+        self, count: int, rank: int, projection: nn.Module, *, drawn: bool
+    ) -> dict[str, Tensor | None]:
+        """A is random and different for each expert (equal ones would stay twins for ever) and B is
+        0, so that they change nothing (with init orthogonal: B·A is 0 up to rounding)."""
+        config, D, O, device = self.config, self.in_features, self.out_features, self.device  # noqa: E741
+        A = None if config.share_A else torch.zeros(count, rank, D, device=device)
+        B = torch.zeros(count, rank, O, device=device)
+        for expert in range(count if drawn and A is not None else 0):
+            assert A is not None
             if config.init_lora_weights == "orthogonal":
-                assert A is not None
-                A[expert], B[expert] = orthogonal_pair(
-                    rank, self.in_features, self.out_features, self.device
-                )
-            elif A is not None:
-                A[expert] = initial_A(1, rank, self.in_features, config, self.device)[0]
-        magnitude = None
+                A[expert], B[expert] = orthogonal_pair(rank, D, O, device)
+            else:
+                A[expert] = initial_A(1, rank, D, config, device)[0]
+        magnitude = bias = None
         if config.use_dora:
             magnitude = row_norms(weight_OD(projection)).to(B).expand(count, -1).clone()
-        bias = None
         if config.bias != "none" and getattr(projection, "bias", None) is not None:
-            bias = torch.zeros(count, self.out_features, device=self.device)
-        values = {"lora_A": A, "lora_B": B, "lora_magnitude": magnitude, "lora_bias": bias}
-        stack = LoRAStack(first, rank, scalings, values)
-        if config.freeze_A and stack.lora_A is not None:
-            stack.lora_A.requires_grad_(False)
-        return stack
+            bias = torch.zeros(count, O, device=device)
+        return {"lora_A": A, "lora_B": B, "lora_magnitude": magnitude, "lora_bias": bias}
 
     def matrix(self, stack: LoRAStack, name: str) -> Tensor:
         return self.A_of(stack) if name == "lora_A" else getattr(stack, name)

@@ -9,8 +9,9 @@ Shape letters: B batch, S sequence, N blocks, E experts.
 
 import threading
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,58 +20,36 @@ from transformers.cache_utils import Cache
 
 from dylora.routing.expert_state import ExpertState
 from dylora.routing.gating import RouterOutput
-from dylora.routing.prompt_tokens import prompt_mask
+from dylora.routing.prompt_tokens import PromptTokens
 
 HELD = "_dylora_held"  # attribute of a cache: what `Pass.held` is
 DECIDED = ("gates", "probabilities", "used")  # of what is held: a sequence's decision
 
 
+@dataclass(eq=False)
 class Pass:
-    """One pass of the base."""
+    """One pass of the base: its inputs, and what its blocks decide."""
 
-    def __init__(
-        self,
-        state: "RoutingState",
-        *,
-        enabled: bool = True,
-        routing_weights: Tensor | None = None,
-        token_mask: Tensor | None = None,
-        decisions: dict[int, RouterOutput] | None = None,
-        shape: tuple[int, int] | None = None,
-        kept: dict[str, Any] | None = None,
-        prompt_mask: Tensor | None = None,
-        held: dict[str, Any] | None = None,
-        scope: str = "base",
-    ):
-        self.state = state
-        self.enabled = enabled  # False: the frozen base alone
-        self.routing_weights = routing_weights  # [B, E], [B, S, E] or [B, S, N, E]: the gates
-        self.token_mask = token_mask  # [B, S], 0 on padding
-        self.shape = shape  # B and S of its inputs, where they are known
-        self.kept = kept  # values that live as long as one decoding; None: nothing is kept
-        # Of routing by the prompt: which tokens are its own, [B, S], and what is held to be used
-        # for the tokens that follow in later passes.
-        self.prompt_mask = prompt_mask
-        self.held: dict[str, Any] = {} if held is None else held
-        self.scope = scope  # whose hooks end it: of the base, its decoder, or a single block
-        self.decisions = {} if decisions is None else decisions  # by the index of the block
-        self.shared: RouterOutput | None = None  # the first block's decision
-        self.blocks: dict[int, Any] = {}  # what each block computes with, while it runs
+    state: "RoutingState"
+    _: KW_ONLY
+    enabled: bool = True  # False: the frozen base alone
+    routing_weights: Tensor | None = None  # [B, E], [B, S, E] or [B, S, N, E]: the gates
+    token_mask: Tensor | None = None  # [B, S], 0 on padding
+    shape: tuple[int, int] | None = None  # B and S of its inputs, where they are known
+    kept: dict[str, Any] | None = None  # what lives as long as one decoding; None: nothing is kept
+    # Of routing by the prompt: which tokens are its own, [B, S], and what is held to be used for
+    # the tokens that follow in later passes.
+    prompt_mask: Tensor | None = None
+    held: dict[str, Any] = field(default_factory=dict)
+    scope: str = "base"  # whose hooks end it: of the base, its decoder, or a single block
+    decisions: dict[int, RouterOutput] = field(default_factory=dict)  # by the index of the block
+    shared: RouterOutput | None = None  # the first block's decision
+    blocks: dict[int, Any] = field(default_factory=dict)  # what each computes with, while it runs
 
     def replay(self, scope: str = "recomputation") -> "Pass":
         """The same inputs, for layers that run again in the backward pass."""
-        again = Pass(
-            self.state,
-            enabled=self.enabled,
-            routing_weights=self.routing_weights,
-            token_mask=self.token_mask,
-            shape=self.shape,
-            prompt_mask=self.prompt_mask,
-            held={name: value for name, value in self.held.items() if name in DECIDED},
-            scope=scope,
-        )
-        again.shared = self.shared
-        return again
+        held = {name: value for name, value in self.held.items() if name in DECIDED}
+        return replace(self, scope=scope, held=held, kept=None, decisions={}, blocks={})
 
 
 class Request(NamedTuple):
@@ -97,21 +76,11 @@ class _PerThread(threading.local):
 class RoutingState(ExpertState):
     """The state of the experts, and the passes under way."""
 
-    def __init__(
-        self,
-        num_experts: int,
-        fixed_weights: list[float] | None = None,
-        device: torch.device | None = None,
-        shared: int = 0,
-        *,
-        by_prompt: bool = False,
-        bos: Collection[int] = (),
-        padding: Collection[int] = (),
-    ):
-        """by_prompt: tokens are routed by the prompt they belong to; bos: ids that begin a text;
-        padding: ids that may fill up one without a mask."""
-        super().__init__(num_experts, fixed_weights, device, shared)
-        self.by_prompt, self.bos, self.padding = by_prompt, tuple(bos), tuple(padding)
+    prompts: PromptTokens | None = None  # where tokens are routed by the prompt they belong to
+
+    def __init__(self, *experts: Any):
+        """experts: see `ExpertState`."""
+        super().__init__(*experts)
         self.mine = _PerThread()
         self._traced: Pass | None = None  # of code that torch.compile traces, hooks included
         self._latest: Pass | None = None  # the inputs of the latest pass with gradient
@@ -177,20 +146,19 @@ class RoutingState(ExpertState):
         token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         cache: Any = kwargs.get("past_key_values")
         own, held = None, None
-        if self.by_prompt and ids is not None:
+        if self.prompts and ids is not None:
             labels = kwargs.get("labels") if request.labels is None else request.labels
-            own = prompt_mask(ids, token_mask, labels, self.bos, self.padding)
-            held = self._held(cache)
+            own, held = self.prompts.mask(ids, token_mask, labels), self._held(cache)
         pass_ = Pass(
             self,
             enabled=not mine.disabled,
             routing_weights=weights,
-            decisions=request.decisions,
+            decisions={} if request.decisions is None else request.decisions,
             token_mask=token_mask,
             shape=None if ids is None else (ids.shape[0], ids.shape[1]),
             kept=self._kept(ids, cache),
             prompt_mask=own,
-            held=held,
+            held={} if held is None else held,
             scope=scope,
         )
         if torch.compiler.is_compiling():

@@ -12,7 +12,7 @@ from dylora.adapters import block
 from dylora.features import embed
 from dylora.kernels import decode
 from dylora.routing.prompt import PromptRouter
-from dylora.routing.prompt_tokens import prompt_mask
+from dylora.routing.prompt_tokens import PromptTokens
 
 SKILLS = 3
 
@@ -132,7 +132,7 @@ def test_labels_padding_and_bos_are_not_the_prompts(routed):
     labels[:, -len(answer) :] = ids[:, -len(answer) :]
     gates = model(ids, mask, labels).routing.gates
     assert torch.equal(gates[:, 0, 0], one_hot(0, 1))
-    own = prompt_mask(ids, mask, labels, (bos,))
+    own = PromptTokens((bos,)).mask(ids, mask, labels)
     assert own.sum(-1).tolist() == [9, 5]
     for row, text in zip(zip(ids, own, strict=True), texts, strict=True):
         assert row[0][row[1] > 0].tolist() == text
