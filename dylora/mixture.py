@@ -130,6 +130,7 @@ class Mixture:
         """Those that a step trains (of experts and routers), and those of the frozen base."""
         ours = [parameter for _, parameter in self.own_parameters()]
         trainable = sum(parameter.numel() for parameter in ours if parameter.requires_grad)
+        trainable -= sum(adapter.filling_parameters() for adapter in self.adapters.values())
         # bitsandbytes packs weights, so its numel says too little; transformers counts them right.
         return trainable, self.base.num_parameters() - sum(p.numel() for p in ours)
 

@@ -80,6 +80,10 @@ class Adapter(nn.Module):
         """The keys of adapter_config.json that only this type has, where not as by default."""
         return {}
 
+    def filling_parameters(self) -> int:
+        """How many only fill up a rank: of those that require a gradient, which is always 0."""
+        return 0
+
     @property
     def can_be_packed(self) -> bool:
         """Whether the decode kernel computes the update."""

@@ -208,6 +208,15 @@ class StackedLoRA(Adapter):
         run.detached_input = x
         return (x.detach(), *args[1:])
 
+    def filling_parameters(self) -> int:
+        """Rows that are 0 in A and in B, as those of imported adapters of a smaller rank here."""
+        count = 0
+        for stack in self.stacks:
+            pair = [matrix for matrix in (self.A_of(stack), stack.lora_B) if matrix.requires_grad]
+            unused_ER = ~(self.A_of(stack).any(-1) | stack.lora_B.any(-1))
+            count += int(unused_ER.sum()) * sum(matrix.shape[-1] for matrix in pair)
+        return count
+
     @property
     def can_be_packed(self) -> bool:
         """Whether the update is the plain sum that the decode kernel computes."""

@@ -113,6 +113,29 @@ def test_rslora_with_other_ranks_in_places_stays_rslora(base_of, ids, tmp_path):
     assert max(difference(mixture, e, model, ids) for e, model in enumerate(theirs)) < 1e-5
 
 
+def test_zeros_that_fill_up_a_rank_are_not_counted_as_trainable(base_of, ids, tmp_path):
+    base, folders = base_of("llama"), [tmp_path / "0", tmp_path / "1"]
+    theirs = [
+        make_adapter(base, folder, r=4, rank_pattern={"q_proj": rank}, target_modules=names)
+        for folder, rank, names in zip(folders, (2, 7), (["q_proj", "v_proj"], QKVO), strict=True)
+    ]
+    mixture = load_peft_experts(copy.deepcopy(base), folders, report=silent, freeze=False)
+    own = sum(p.numel() for model in theirs for n, p in model.named_parameters() if "lora_" in n)
+    routers = sum(p.numel() for _, p in mixture.mixture.router_parameters())
+    assert mixture.count_parameters()[0] == own + routers
+    before = [p.detach().clone() for _, p in mixture.mixture.expert_parameters()]
+    optimizer = torch.optim.AdamW(mixture.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(2):
+        mixture.train()(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = [p.detach() for _, p in mixture.mixture.expert_parameters()]
+    moved = sum(int((a != b).sum()) for a, b in zip(after, before, strict=True))
+    assert moved == own  # the count is what a step changes
+    mixture.experts.freeze(0, 1)
+    assert mixture.count_parameters()[0] == routers
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_dora_adapters_are_dora_experts(family, base_of, ids, tmp_path):
     base = base_of(family)
