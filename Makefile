@@ -4,7 +4,7 @@ JOBS := 2
 FIND_PYTHON = for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done
 
-.PHONY: help demo continual test test-all lint format types clean
+.PHONY: help demo continual test test-all lint format types docs clean
 
 help:
 	@echo 'make demo    train the quickstart mixture on the embedded model (CPU, minutes)'
@@ -14,6 +14,7 @@ help:
 	@echo 'make lint    ruff: rules and layout'
 	@echo 'make format  ruff: mend what it can'
 	@echo 'make types   pyright'
+	@echo 'make docs    the documentation as a site, in build/site; a broken link is an error'
 	@echo 'make clean   remove caches (not .venv, not runs/)'
 	@echo 'The first of them makes .venv; afterwards it is made anew only when the pins change.'
 
@@ -46,6 +47,9 @@ format: .venv/.installed
 
 types: .venv/.installed
 	$(PY) -m pyright
+
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PY) -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf .pytest_cache .ruff_cache build *.egg-info
