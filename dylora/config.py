@@ -273,6 +273,11 @@ class MoELoraConfig:
         values["maturity_schedule"] = list(self.maturity_schedule)
         return values
 
+    @property
+    def _name_or_path(self) -> str:
+        """Where trainers look for the name of a base. Raises ValueError: this is none's."""
+        raise ValueError("this is the configuration of a mixture: give trainers model.base")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MoELoraConfig":
         """Raises ValueError on an unknown key, naming the nearest valid one."""

@@ -56,7 +56,7 @@ class Mixture:
         self.blocks = parts.blocks  # in the order of the N axis
         self.adapters = parts.adapters  # by the path of their projection
         self.biases = parts.biases  # by the path of their module; bias all only
-        self._handles = parts.handles
+        self.handles: list[Any] = [*parts.handles]  # what `unload` calls remove() of
         # Of the base as it was given; its tokenizer's is added by whoever loads one.
         self.base_fingerprint = fingerprint(base, list(self.adapters))
         self.maturity = ExpertMaturity.create(config.expert_count)
@@ -71,9 +71,6 @@ class Mixture:
                 Expert(f"expert_{index}", rank, alpha)
                 for index, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True))
             ]
-
-        # Saving an injected model would write files that reload with fresh weights.
-        base.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
 
     @property
     def device(self) -> torch.device:
@@ -234,25 +231,6 @@ class Mixture:
             adapter.train(adapter.training)
         return True
 
-    def enable_checkpointing(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them.
-
-        Never reentrant, which would lose the routers' gradient; the recomputation sees the inputs
-        of its own pass, whatever ran since.
-        """
-        contexts = self.state.checkpoint_contexts
-        settings = {"use_reentrant": False, "context_fn": contexts}
-        # transformers 5.23 renamed the method; 5.17 has the old name only.
-        base: Any = self.base
-        enable = getattr(base, "activation_checkpointing_enable", None)
-        if enable is None:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-        else:
-            enable(settings)
-        # transformers asks for gradients of the embeddings here, as reentrant checkpointing needs.
-        # Ours does not, and they would cost a backward pass below the first adapted layer.
-        base.disable_input_require_grads()
-
     def detach_router(self) -> nn.ModuleDict:
         """Take the routers off; until others are attached, blocks mix uniformly or as told.
 
@@ -313,15 +291,7 @@ class Mixture:
 
     def unload(self) -> PreTrainedModel:
         """Take everything off and return the base as it was; this object is of no use after."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
         inject.remove(self.base, self.blocks, self.adapters, self.biases)
-        del self.base.save_pretrained
         return self.base
-
-
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    raise ValueError(
-        "this model carries experts, and transformers would write files that reload without them: "
-        "call save_pretrained of the DyLoRA_MoE, or unload() first"
-    )

@@ -3,25 +3,25 @@
 Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dylora.base_models import BaseSpec, LoadOptions
-from dylora.config import MoELoraConfig, RoutingMode
+from dylora.config import MoELoraConfig
 from dylora.experts import ExpertManager
 from dylora.integrations import merge
+from dylora.integrations.base_methods import prepare_base
 from dylora.integrations.static_weights import Weights
 from dylora.kernels import cross_entropy
 from dylora.kernels.cross_entropy import LogitTransformFinder, capture_head_input
 from dylora.mixture import Mixture
 from dylora.model_io import load_model, write_model
+from dylora.model_methods import MixtureMethods
 from dylora.outputs import DyLoRAOutput, collect_routing
 from dylora.routing import losses
 from dylora.routing.gating import check_routing_weights
@@ -30,16 +30,7 @@ from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import check_place, write_folder
 
 
-def _of_mixture(name: str) -> Any:
-    """An attribute or a method that the mixture has."""
-    return property(
-        lambda self: getattr(self.mixture, name),
-        lambda self, value: setattr(self.mixture, name, value),
-        doc=getattr(Mixture, name, None).__doc__,
-    )
-
-
-class DyLoRA_MoE(nn.Module):
+class DyLoRA_MoE(MixtureMethods):
     """A frozen base with injected experts. `base` stays an ordinary transformers model."""
 
     def __init__(
@@ -64,6 +55,7 @@ class DyLoRA_MoE(nn.Module):
         except ValueError:  # a base that was given is as it was
             self.mixture.unload()
             raise
+        prepare_base(self.experts)
 
     @classmethod
     def from_base(
@@ -179,16 +171,6 @@ class DyLoRA_MoE(nn.Module):
             raise ValueError("the adapters are disabled, so nothing is routed")
         return routing.gates
 
-    @contextmanager
-    def disable_adapters(self) -> Iterator[None]:
-        """Within this context a pass is the frozen base's own."""
-        mine = self.mixture.state.mine
-        before, mine.disabled = mine.disabled, True
-        try:
-            yield
-        finally:
-            mine.disabled = before
-
     # Training by hand
 
     def observe(
@@ -224,57 +206,6 @@ class DyLoRA_MoE(nn.Module):
         tokens = target_tokens or max(float(output.target_tokens), 1.0) * steps
         self.mixture.observe(output, progress=step / steps, run_tokens=tokens, rate=rate)
         self.experts.count_step(step, step / steps)
-
-    def set_routing(
-        self,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        mode: RoutingMode | None = None,
-    ) -> None:
-        """Change how tokens are routed, from the next pass on; a checkpoint keeps it.
-
-        Args: as top_k_experts, router_temperature and routing_mode of the configuration; None
-        leaves one as it is. Raises ValueError for values out of range and without learned routing.
-        """
-        if not self.config.is_learned:
-            raise ValueError("nothing is routed here: router_type is fixed, or it is a plain LoRA")
-        given = {"top_k_experts": top_k, "router_temperature": temperature, "routing_mode": mode}
-        changes: Any = {name: value for name, value in given.items() if value is not None}
-        self.mixture.set_config(replace(self.config, **changes))
-
-    # Parts
-
-    @property
-    def config(self) -> MoELoraConfig:
-        """What the mixture is; `set_routing` changes what may change."""
-        return self.mixture.config
-
-    @config.setter
-    def config(self, value: Any) -> None:
-        what = "set_routing(top_k=…, temperature=…, mode=…) changes routing"
-        raise AttributeError(f"config cannot be assigned: {what}")
-
-    base_name = _of_mixture("base_name")  # by which a checkpoint names its base
-    base_revision = _of_mixture("base_revision")
-    base_fingerprint = _of_mixture("base_fingerprint")
-    training_record = _of_mixture("training_record")  # what it was trained on
-    skill_library = _of_mixture("skill_library")  # None, or the SkillLibrary that was made for it
-    maturity = _of_mixture("maturity")  # `set_maturity` changes it
-    device = _of_mixture("device")
-    site_names = _of_mixture("site_names")
-    routers = _of_mixture("routers")
-    router_parameters = _of_mixture("router_parameters")
-    expert_parameters = _of_mixture("expert_parameters")
-    own_parameters = _of_mixture("own_parameters")
-    count_parameters = _of_mixture("count_parameters")
-    expert_weights = _of_mixture("expert_weights")
-    set_maturity = _of_mixture("set_maturity")
-    carried_fractions = _of_mixture("carried_fractions")
-    enable_checkpointing = _of_mixture("enable_checkpointing")
-    detach_router = _of_mixture("detach_router")
-    attach_router = _of_mixture("attach_router")
-    size_message = _of_mixture("size_message")
-    unload = _of_mixture("unload")
 
     def merge_and_unload(
         self, expert: int | None = None, weights: Weights | None = None, *, dequantize: bool = False

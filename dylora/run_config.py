@@ -231,7 +231,7 @@ class LogConfig:
     logging_steps: int = option(10, least=1)
     """Steps between two lines of metrics."""
     collapse_steps: int = option(100, least=1)
-    """Warn when a site has been collapsed for so many steps: see training/metrics.py."""
+    """Warn when a site has been collapsed for so many steps: see routing/metrics.py."""
     wandb: bool = False
     """Mirror the metrics to Weights & Biases (offline without a key)."""
     wandb_project: str = "dylora"

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 from dylora import DyLoRA_MoE, MoELoraConfig, SkillLibrary
@@ -19,12 +18,6 @@ NEW = 8  # tokens that a generation adds
 def parameters_of(model: DyLoRA_MoE) -> list[nn.Parameter]:
     """Experts and routers."""
     return [p for _, p in [*model.expert_parameters(), *model.router_parameters()]]
-
-
-def base_weights(model: DyLoRA_MoE) -> dict[str, Tensor]:
-    """Copies of what the frozen base consists of."""
-    state = model.base.state_dict()
-    return {name: value.clone() for name, value in state.items() if "dylora" not in name}
 
 
 # Generation. Each way is compared with a loop of full passes or with the dynamic cache.
@@ -108,47 +101,6 @@ def test_the_compiled_base_has_the_logits_and_gradients_of_the_eager_one(llama, 
     assert all(tensor.abs().max() > 1e-3 for tensor in eager)
     for ours, theirs in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-# transformers' Trainer
-
-
-def test_ten_steps_of_the_trainer_are_ten_steps_of_a_plain_loop(mixture, ids, tmp_path):
-    plain, trained = mixture(fresh=True).train(), mixture(fresh=True)
-    before = base_weights(trained)
-    expected = []
-    optimizer = torch.optim.AdamW(parameters_of(plain), lr=2e-2, weight_decay=0.0)
-    for _ in range(10):
-        loss = plain(ids, labels=ids).lm_loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=10,
-        per_device_train_batch_size=len(ids),
-        learning_rate=2e-2,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    rows = [{"input_ids": row, "labels": row} for row in ids]
-    trainer = transformers.Trainer(model=trained.base, args=arguments, train_dataset=rows)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.8 * losses[0]
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=0, atol=2e-4)
-    for ours, theirs in zip(parameters_of(trained), parameters_of(plain), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    after = base_weights(trained)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 # lm-evaluation-harness

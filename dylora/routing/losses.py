@@ -177,18 +177,32 @@ def combined_loss(
     target_tokens = totals.target_tokens
     if target_tokens is None:
         target_tokens = count_targets(labels).clamp_min(1)  # nothing to learn: 0, not NaN
-    loss = lm_loss = token_losses.sum() / target_tokens
-    losses = {"lm_loss": lm_loss}
-    for name, (value, coefficient) in ROUTING_LOSSES.items():
-        factor = coefficient(config)
-        if statistics is None or factor is None:
-            losses[name] = lm_loss.new_zeros(())
-            continue
-        tokens = statistics.tokens if totals.tokens is None else totals.tokens
-        fractions = totals.fractions or fractions_of(statistics)
-        losses[name] = value(statistics, tokens, fractions, experts)
-        loss = loss + factor * losses[name]
-    return loss, losses
+    lm_loss = token_losses.sum() / target_tokens
+    losses = {"lm_loss": lm_loss} | dict.fromkeys(ROUTING_LOSSES, lm_loss.new_zeros(()))
+    if statistics is None:
+        return lm_loss, losses
+    parts = routing_losses(statistics, config, totals, experts)
+    return add_weighted(lm_loss, parts, config), losses | parts
+
+
+def routing_losses(
+    statistics: RoutingStatistics, config: MoELoraConfig, totals: BatchTotals, experts: int
+) -> dict[str, Tensor]:
+    """Those of ROUTING_LOSSES that are trained with, by name; arguments as in `combined_loss`."""
+    tokens = statistics.tokens if totals.tokens is None else totals.tokens
+    fractions = totals.fractions or fractions_of(statistics)
+    return {
+        name: value(statistics, tokens, fractions, experts)
+        for name, (value, coefficient) in ROUTING_LOSSES.items()
+        if coefficient(config) is not None
+    }
+
+
+def add_weighted(loss: Tensor, parts: dict[str, Tensor], config: MoELoraConfig) -> Tensor:
+    """`loss` and the routers' losses, each times its coefficient."""
+    for name, part in parts.items():
+        loss = loss + (ROUTING_LOSSES[name].coefficient(config) or 0.0) * part
+    return loss
 
 
 # What a step shows of the experts

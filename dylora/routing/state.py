@@ -45,6 +45,8 @@ class Pass:
     decisions: dict[int, RouterOutput] = field(default_factory=dict)  # by the index of the block
     shared: RouterOutput | None = None  # the first block's decision
     blocks: dict[int, Any] = field(default_factory=dict)  # what each computes with, while it runs
+    router_logits: bool = False  # whether the output is asked for them, as in Mixtral
+    restore: bool = False  # whether the configuration asked, to which that goes back
 
     def replay(self, scope: str = "recomputation") -> "Pass":
         """The same inputs, for layers that run again in the backward pass."""

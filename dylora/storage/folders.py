@@ -12,7 +12,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dylora.storage.manifest import MANIFEST, is_intact, listed_files, verify, write_manifest
+from dylora.storage.manifest import (
+    MANIFEST,
+    is_intact,
+    is_run_checkpoint,
+    listed_files,
+    verify,
+    write_manifest,
+)
 from dylora.storage.schema import ADAPTERS
 
 PREFLIGHT = "checkpoint-rehearsal"  # written and deleted before the first step
@@ -49,6 +56,30 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     temporary.rename(folder)
     _flush(folder.parent)
     _recover(folder, always=True)
+
+
+def write_into_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
+    """As `write_folder`, but what others have put into the folder stays where it is.
+
+    In a folder that is not empty the manifest comes last: after a crash before it, nothing
+    verifies. Raises FileExistsError for the checkpoint of a run.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        write_folder(folder, write_files)
+        return
+    if (folder / MANIFEST).exists() and is_run_checkpoint(folder):
+        raise FileExistsError(f"{folder} is a run's checkpoint, which is not replaced")
+    fresh = folder.with_name(f".{folder.name}.writing")
+    write_folder(fresh, write_files)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in sorted(fresh.iterdir(), key=lambda path: path.name == MANIFEST):
+        old = folder / path.name
+        if old.is_dir():
+            shutil.rmtree(old)
+        path.replace(old)
+    _flush(folder)
+    fresh.rmdir()
+    verify(folder)
 
 
 def check_place(folder: Path, *, overwrite: bool = False, over_mixture: bool = False) -> None:

@@ -13,14 +13,17 @@ from dylora.storage.safe_io import MAX_JSON, check_link, open_regular, read_json
 from dylora.storage.tensors import MAX_FILE, check_archive, read_headers
 
 MANIFEST = "manifest.json"
+RUN_STATE = "trainer_state.json"  # listed in the checkpoint of a run, and there alone
+_OF_RUNS = {"optimizer.pt", "scheduler.pt", "rng_state.pt", RUN_STATE}
 LOADED = {  # names of all files that a loader reads
     *("config.json", "router.safetensors", "bias_shifts.safetensors"),
     "skill_library.safetensors",
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
-    *("optimizer.pt", "scheduler.pt", "rng_state.pt", "trainer_state.json"),
+    *_OF_RUNS,
 }
 _CHUNK = 1 << 20
 _LARGE = 64 << 20  # bytes, hashed in a twentieth of a second
+_CHECKPOINT = re.compile(r"checkpoint-\d+/")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -51,9 +54,14 @@ def integrity_errors(folder: Path) -> Iterator[tuple[str, str]]:
     Raises ValueError where the manifest itself is of no use.
     """
     listed = listed_files(folder)
+    # transformers' Trainer puts files of these names beside a mixture, which only a run's resume
+    # would read.
+    read = LOADED if RUN_STATE in listed else LOADED - _OF_RUNS
     for path in entries(folder):
         name = str(path.relative_to(folder))
-        if path.name in LOADED and name not in listed:
+        if _CHECKPOINT.match(name):  # a Trainer saves its last beside them
+            continue
+        if path.name in read and name not in listed:
             yield name, f"is not in {MANIFEST}: it came in later"
     sound = []
     for name, expected in listed.items():
@@ -79,6 +87,11 @@ def is_intact(folder: Path) -> bool:
     except (ValueError, OSError):
         return False
     return True
+
+
+def is_run_checkpoint(folder: Path) -> bool:
+    """Whether a mixture is the checkpoint of a run, with all that it needs to go on."""
+    return RUN_STATE in listed_files(folder)
 
 
 def hash_file(path: Path) -> str:

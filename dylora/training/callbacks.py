@@ -3,14 +3,9 @@
 from pathlib import Path
 
 from dylora.routing.maturity import LATE
+from dylora.routing.metrics import find_collapses, routing_metrics
 from dylora.training.log import memory_gb
-from dylora.training.metrics import (
-    expert_metrics,
-    find_collapses,
-    routing_metrics,
-    train_metrics,
-    window_row,
-)
+from dylora.training.metrics import expert_metrics, train_metrics, window_row
 from dylora.training.run import Run
 from dylora.training.step import StepResult
 from dylora.training.validation import SetScore

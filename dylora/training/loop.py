@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import closing, suppress
 
+from dylora.routing.metrics import information_metrics
 from dylora.run_config import RunConfig
 from dylora.storage.folders import recover
 from dylora.storage.lock import lock_folder
@@ -13,7 +14,6 @@ from dylora.training.callbacks import (
     LateMaturityWarning,
     MetricsLog,
 )
-from dylora.training.metrics import information_metrics
 from dylora.training.resume import load_best, preflight_save, resume, save
 from dylora.training.run import Parts, Run, log_summary, prepare, record_settings, run_folder
 from dylora.training.schedule import FOLLOWS_VALIDATION

@@ -23,7 +23,7 @@ from dylora.storage.folders import (
     write_file,
     write_folder,
 )
-from dylora.storage.manifest import is_intact
+from dylora.storage.manifest import is_intact, is_run_checkpoint
 from dylora.storage.tensors import read_state
 from dylora.training.optim import (
     load_state_by_name,
@@ -148,6 +148,10 @@ def resume(run: Run, source: str) -> None:
     else:
         checkpoint = Checkpoint.open(source, run.log.info)
     folder, description = checkpoint.path, checkpoint.description
+    if not is_run_checkpoint(folder):
+        raise ValueError(
+            f"{folder} is no checkpoint of a run: train.init_from begins a run with its experts"
+        )
     check_same_settings(run, checkpoint)
     load_model(run.model.experts, checkpoint)
     for name in {"earlier", "stage"} & description["training"].keys():  # of what it began with

@@ -81,10 +81,10 @@ def test_the_description_of_a_checkpoint_is_read_once(saved, info, monkeypatch):
 def test_all_damaged_files_are_named_and_the_rest_is_told(saved, info):
     (saved / "router.safetensors").write_bytes(b"")
     (saved / "peft_adapters/expert_0/adapter_model.safetensors").unlink()
-    shutil.copy(saved / "config.json", saved / "trainer_state.json")
+    shutil.copy(saved / "config.json", saved / "bias_shifts.safetensors")
     lines, error = info(saved, code=2)
     wrong = [
-        "trainer_state.json is not in manifest.json: it came in later",
+        "bias_shifts.safetensors is not in manifest.json: it came in later",
         "peft_adapters/expert_0/adapter_model.safetensors is missing",
         "router.safetensors has changed since it was written",
     ]

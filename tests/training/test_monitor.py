@@ -16,12 +16,12 @@ import dylora
 from dylora import DyLoRA_MoE
 from dylora.evaluation.report import report_run
 from dylora.routing.losses import RoutingStatistics
+from dylora.routing.metrics import find_collapses, information_metrics, routing_metrics
 from dylora.run_config import LogConfig
 from dylora.training import loggers
 from dylora.training.environment import describe_repository
 from dylora.training.log import RunLog
 from dylora.training.loop import train
-from dylora.training.metrics import find_collapses, information_metrics, routing_metrics
 from dylora.training.validation import COST_ROWS, overall_loss, sparse_cost, validate
 from runs import STEPS, rows_of
 
@@ -259,7 +259,7 @@ def test_a_resume_between_two_rows_of_metrics_changes_neither(make_config):
 def test_a_collapse_is_counted_across_a_resume_and_told_once(
     make_config, monkeypatch, capsys, stop, warned
 ):
-    monkeypatch.setattr("dylora.training.metrics.COLLAPSED_ABOVE", -1.0)
+    monkeypatch.setattr("dylora.routing.metrics.COLLAPSED_ABOVE", -1.0)
     config = make_config(save_steps=2)
     config = dataclasses.replace(config, log=LogConfig(collapse_steps=4))
     folder = train(config).folder
