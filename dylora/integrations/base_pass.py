@@ -81,7 +81,7 @@ class BasePass:
         if self.observer is not None:
             self.observer.before_pass()
         pass_, positions = self.mixture.state.current(), kwargs.get("position_ids")
-        if self.mixture.state.by_prompt and _several_in_a_row(positions):
+        if self.mixture.config.routes_prompts and _several_in_a_row(positions):
             raise ValueError(
                 "router_scope 'prompt' and 'running_mean' make a decision for each row, but these "
                 "rows hold several packed sequences: train without packing"
