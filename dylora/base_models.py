@@ -23,6 +23,7 @@ from transformers import (
     TorchAoConfig,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.logging import set_tqdm_hook
 
 from dylora.config import Quantization
 from dylora.storage.safe_io import require_followable
@@ -139,12 +140,16 @@ class BaseSpec:
         """Raises ValueError for the many errors of what cannot be loaded."""
         # Left out, transformers would ask on the terminal whether to run code that comes with it.
         options |= {"trust_remote_code": False, "revision": self.revision or "main"}
+        # Reading weights from a disk takes seconds; the hub's bars of what it fetches stay.
+        before = set_tqdm_hook(lambda make, args, given: make(*args, **given | {"disable": True}))
         try:
             return loader.from_pretrained(self.source, **options)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # broken files end in errors of every kind
             raise ValueError(_cannot_load(what, self.name, error)) from error
+        finally:
+            set_tqdm_hook(before)
 
 
 def load_base(

@@ -28,6 +28,7 @@ from dylora.routing.gating import check_routing_weights
 from dylora.routing.losses import BatchTotals, Observation
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import check_place, write_folder
+from dylora.storage.hub import push_folder, push_saved
 
 
 class DyLoRA_MoE(MixtureMethods):
@@ -224,15 +225,22 @@ class DyLoRA_MoE(MixtureMethods):
 
     # Files
 
-    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | Path, overwrite: bool = False, push_to_hub: str | None = None
+    ) -> None:
         """Write experts, routers and configuration; never a base weight.
 
         Layout: peft_adapters/expert_<i>/ in PEFT's format, router.safetensors, config.json,
         manifest.json, skill_library.safetensors if it has one. With `overwrite` an earlier mixture
         in `folder` is replaced; a training checkpoint never. Raises FileExistsError otherwise.
+        Then it is pushed to the repository user/name that `push_to_hub` names.
         """
         check_place(Path(folder), overwrite=overwrite, over_mixture=True)
         write_folder(Path(folder), lambda temporary: write_model(self.mixture, temporary))
+        if push_to_hub is not None:
+            push_folder(Path(folder), push_to_hub)
+
+    push_to_hub = push_saved
 
     @classmethod
     def from_pretrained(
@@ -240,13 +248,14 @@ class DyLoRA_MoE(MixtureMethods):
         folder: str | Path | Checkpoint,
         base: str | PreTrainedModel | BaseSpec | None = None,
         *,
+        revision: str | None = None,
         allow_other_base: bool = False,
         **options: Unpack[LoadOptions],
     ) -> "DyLoRA_MoE":
         """A mixture from a folder written by `save_pretrained` or by training.
 
         Args:
-            folder: or a run's folder, which stands for its best checkpoint.
+            folder: or a run's (its best checkpoint), or user/name of the hub, at `revision`.
             base: the base by name or as a model; by default the one the folder names, which is not
                 to be trusted: `run.py info` says which it is. No code that comes with a base is
                 ever run.
@@ -257,7 +266,7 @@ class DyLoRA_MoE(MixtureMethods):
         Raises ValueError or FileNotFoundError naming the file when the folder is not whole or
         does not fit the base.
         """
-        checkpoint = Checkpoint.open(folder, allow_other_base=allow_other_base)
+        checkpoint = Checkpoint.open(folder, revision=revision, allow_other_base=allow_other_base)
         saved, name, revision = checkpoint.description, None, None
         if not isinstance(base, PreTrainedModel):
             spec = base if isinstance(base, BaseSpec) else checkpoint.base_spec(base, **options)

@@ -21,6 +21,7 @@ from dylora.mixture import Mixture
 from dylora.routing.maturity import UNKNOWN_AT_FIRST, fields_in, from_fields
 from dylora.skills import SkillLibrary
 from dylora.storage.checkpoint import Checkpoint
+from dylora.storage.model_card import CARD, mixture_card
 from dylora.storage.peft_config import adapter_config
 from dylora.storage.peft_format import MAGNITUDE, PeftAdapter, write_adapter
 from dylora.storage.schema import (
@@ -67,6 +68,7 @@ def write_model(mixture: Mixture, folder: Path) -> None:
         "training": mixture.training_record,
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    (folder / CARD).write_text(mixture_card(description), encoding="utf-8")
 
 
 def expert_adapter(mixture: Mixture, expert: int) -> PeftAdapter:

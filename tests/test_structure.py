@@ -46,8 +46,10 @@ LAYERS = (
     ("integrations",),
     ("training",),
     ("evaluation",),
+    ("serving",),
     ("compare",),
     ("cli",),
+    ("__main__",),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -120,7 +122,7 @@ def test_environment_yml_installs_what_pyproject_declares():
     python, pip, lines = environment["dependencies"]
     assert python.removeprefix("python=") == project["requires-python"].removeprefix(">=")
     assert pip == "pip"
-    assert lines["pip"] == ["-c constraints.txt", "-e .[dev]"]
+    assert lines["pip"] == ["-c constraints.txt", "-e .[report]"]  # no tools of developers
     assert "dev" in project["optional-dependencies"]
     assert "-c constraints.txt -e '.[dev]'" in (ROOT / "Makefile").read_text()
 

@@ -17,12 +17,13 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 
 from dylora.cli.hints import unknown_key
-from dylora.fields import FieldError, UnknownKey, build, field_types, join, shown
+from dylora.fields import FieldError, UnknownKey, build, closest, field_types, join, shown
 from dylora.run_config import RunConfig
 from dylora.storage.safe_io import read_bytes, read_json, require_followable
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
+SHIPPED = Path(__file__).parents[1] / "configs"  # they come with the package
 MAX_BYTES = 128 << 10  # of a config: reading as much takes a second
 MAX_BRACKETS = 100  # open at a time; the parser takes a second for a few thousand
 MAX_NODES = 20_000  # of its tree, with every alias written out
@@ -63,10 +64,30 @@ def read_tree(
     cls: type, path: str | Path | None, overrides: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The raw settings of a file for the dataclass `cls`: as they stand there, and overridden."""
-    file_tree = given = {} if path is None else _read_yaml(Path(path))
+    file_tree = given = {} if path is None else _read_yaml(find_config(path))
     for key, text in split_overrides(overrides):
         given = _overridden(given, cls, _key_parts(key), text)
     return file_tree, given
+
+
+def find_config(path: str | Path) -> Path:
+    """A file, or one of those that come with the package, by its name or as it is called there:
+    quickstart, configs/quickstart.yaml. Raises FileNotFoundError for what is neither."""
+    file = Path(path)
+    if file.exists():
+        return file
+    name = file.as_posix().removeprefix("configs/").removesuffix(".yaml")
+    shipped = {one.relative_to(SHIPPED).with_suffix("").as_posix(): one for one in _shipped()}
+    if name not in shipped:
+        near = closest(name, list(shipped))
+        raise FileNotFoundError(
+            f"{path}: no such file" + (f"; did you mean {near}?" if near else "")
+        )
+    return shipped[name]
+
+
+def _shipped() -> list[Path]:
+    return sorted(SHIPPED.rglob("*.yaml"))
 
 
 def build_config(cls: type[T], tree: dict[str, Any], origin: Callable[[str], str]) -> T:

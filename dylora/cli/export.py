@@ -150,9 +150,10 @@ def _export_mixture(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
 
 def _export_merged(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
     from dylora.base_models import quantization_of
-    from dylora.integrations.peft_export import EXPORT_FILE
     from dylora.integrations.static_weights import static_weights
     from dylora.storage.folders import write_folder
+    from dylora.storage.model_card import CARD, merged_card
+    from dylora.storage.schema import EXPORT_FILE
 
     model, tokenizer = _load(checkpoint, options)
     assert tokenizer is not None
@@ -173,6 +174,7 @@ def _export_merged(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / EXPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        (folder / CARD).write_text(merged_card(record), encoding="utf-8")
 
     out = Path(options.out)
     write_folder(out, write)

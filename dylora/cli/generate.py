@@ -1,71 +1,167 @@
-"""`run.py generate`: one answer, and on request how its tokens were routed."""
+"""`dylora generate`: an answer, or those to a file of prompts; on request how it was routed."""
 
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dylora.cli.options import BaseOptions, CheckpointOptions, RoutingOptions
-from dylora.config import Quantization
+from dylora.cli.options import (
+    AnswerOptions,
+    BaseOptions,
+    CheckpointOptions,
+    DeviceOptions,
+    RoutingOptions,
+)
 from dylora.fields import option
+
+if TYPE_CHECKING:
+    from dylora.serving.answering import Row, Sampling
+    from dylora.serving.engine import Speaker
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(RoutingOptions, BaseOptions, CheckpointOptions):
-    """Continue a prompt with a checkpoint."""
+class GenerateOptions(AnswerOptions, RoutingOptions, BaseOptions, DeviceOptions, CheckpointOptions):
+    """Answer a prompt, or every prompt of a file, with a checkpoint."""
 
-    prompt: str
+    prompt: str | None = None
     """The instruction, or the text itself."""
-    max_new_tokens: int = option(128, least=1)
-    """Most tokens to add."""
-    temperature: float = option(0.0, least=0)
-    """0: the likeliest token each time."""
+    prompts: str | None = option(None, metavar="FILE")
+    """Instead of it a file: .jsonl with prompt, with instruction and maybe input, or with messages;
+    else a prompt a line."""
+    out: str | None = option(None, metavar="FILE")
+    """With --prompts: the .jsonl that gets a line for each, in their order."""
+    batch_size: int = option(8, least=1)
+    """With --prompts: prompts that are answered together."""
     raw: bool = False
     """Continue the prompt as it stands, without a template."""
     show_routing: bool = False
     """Show which experts each token used."""
-    quantization: Quantization | None = None
-    """How the base is stored, by default as in training: see model.quantization."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError("give either --prompt TEXT or --prompts FILE")
+        if (self.prompts is None) != (self.out is None):
+            raise ValueError("--prompts FILE and --out FILE belong together")
+        if self.prompts is not None and self.show_routing:
+            raise ValueError("--show_routing is of one --prompt")
 
 
 def run(options: GenerateOptions, overrides: list[str]) -> None:
-    """Print what the mixture answers."""
+    """Print what the mixture answers, or write it."""
+    from dylora.serving.answering import Sampling
+    from dylora.serving.engine import Speaker
+
+    asked = None if options.prompts is None else list(read_prompts(Path(options.prompts)))
+    if options.out is not None and Path(options.out).exists():
+        raise FileExistsError(f"{options.out} exists: give another --out, or remove it")
+    speaker = Speaker.open(
+        options.source(),
+        options.base,
+        device=options.device,
+        quantization=options.quantization,
+        routing=options.routing(),
+    )
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if asked is not None:
+        _answer_file(speaker, asked, sampling, options)
+        return
+    (row,) = _rows(speaker, [{"prompt": options.prompt}], sampling, raw=options.raw)
+    speaker.answer([row])
+    print(row.text)
+    _tell_routing(speaker, row, show=options.show_routing)
+
+
+def read_prompts(file: Path) -> Iterator[dict[str, Any]]:
+    """Each with prompt and maybe input, or with messages.
+
+    Raises ValueError naming file and line.
+    """
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            yield {"prompt": line}
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: not valid JSON ({error})") from None
+        keys = found.keys() if isinstance(found, dict) else ()
+        if "instruction" in keys:
+            yield {"prompt": str(found["instruction"]), "input": str(found.get("input") or "")}
+        elif "messages" in keys:
+            yield {"messages": found["messages"]}
+        elif isinstance(found, dict) and isinstance(found.get("prompt"), str):
+            yield {"prompt": found["prompt"]}
+        else:
+            raise ValueError(f"{file}:{number}: has neither prompt, instruction nor messages")
+
+
+def _rows(
+    speaker: "Speaker", asked: list[dict[str, Any]], sampling: "Sampling", *, raw: bool
+) -> "list[Row]":
+    """A row for each prompt. Raises ValueError for one that is too long or no conversation."""
+    from dylora.serving.answering import Row, room_after
+
+    rows = []
+    for number, one in enumerate(asked, 1):
+        try:
+            if "messages" in one:
+                ids = speaker.conversation(one["messages"])
+            elif raw:
+                ids = speaker.text(one["prompt"])
+            else:
+                ids = speaker.question(one["prompt"], one.get("input", ""))
+            rows.append(Row(ids, sampling))
+            room_after(speaker.model, rows[-1])
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}" if len(asked) > 1 else error) from None
+    return rows
+
+
+def _answer_file(
+    speaker: "Speaker", asked: list[dict[str, Any]], sampling: "Sampling", options: GenerateOptions
+) -> None:
+    """A line of JSON for each prompt, in their order; prompts of similar length share a batch."""
+    from tqdm import tqdm
+
+    from dylora.storage.folders import write_file
+
+    assert options.out is not None
+    rows = _rows(speaker, asked, sampling, raw=options.raw)
+    order = sorted(rows, key=lambda row: len(row.prompt))
+    for begin in tqdm(range(0, len(order), options.batch_size), unit="batch", disable=None):
+        speaker.answer(order[begin : begin + options.batch_size])
+    told = [
+        {**one, "text": row.text, "finish_reason": row.finish}
+        for one, row in zip(asked, rows, strict=True)
+    ]
+    write_file(
+        Path(options.out), "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in told)
+    )
+    print(f"wrote {len(told)} answers to {options.out}")
+
+
+def _tell_routing(speaker: "Speaker", row: "Row", *, show: bool) -> None:
+    """Which skill a prompt went to, or on request which expert led each token."""
     import torch
 
-    from dylora.base_models import choose_device
-    from dylora.data.prompts import encode_prompts, format_prompt, pad_token_id
-    from dylora.evaluation.loading import change_routing, decode_after, note
-    from dylora.model import DyLoRA_MoE
-    from dylora.storage.checkpoint import Checkpoint
+    from dylora.evaluation.loading import decode_after
 
-    routing = options.routing()
-    device = choose_device("auto")
-    opened = Checkpoint.open(options.source(), note)
-    spec = opened.base_spec(options.base, device=device, quantization=options.quantization)
-    model = DyLoRA_MoE.from_pretrained(opened, spec).eval()
-    change_routing(model, **routing)
-    if options.base is None:  # whoever made the checkpoint chose it
-        note(f"base: {spec.name}, as {opened.path} names it")
-    tokenizer = opened.tokenizer(spec)
-    text = options.prompt if options.raw else format_prompt(options.prompt)
-    ids = torch.tensor(encode_prompts(tokenizer, [text]), device=device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=options.max_new_tokens,
-        pad_token_id=pad_token_id(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        do_sample=options.temperature > 0,
-        temperature=options.temperature or None,
-    )
-    length, tokens = ids.shape[1], output[0].tolist()
-    special = set(tokenizer.all_special_ids)
-    spoken = [token for token in tokens[length:] if token not in special]
-    answer = decode_after(tokenizer, tokens[:length], spoken)
-    print(answer)
+    model, tokenizer, length = speaker.model, speaker.tokenizer, len(row.prompt)
+    tokens = [*row.prompt, *row.tokens]
     routed = any(True for _ in model.routers())  # not by constant weights
     if routed and model.config.router_scope == "prompt" and model.skill_library:
-        say_skill(model, ids[0], chances=options.show_routing)
-    elif options.show_routing:
+        say_skill(model, torch.tensor(row.prompt, device=model.device), chances=show)
+    elif show:
+        output = torch.tensor([tokens], device=model.device)
         shares = model.get_routing_weights(output)[0].mean(1)  # [S, E], averaged over sites
         print(f"\nmean shares: {' '.join(f'{share:.0%}' for share in shares.mean(0).tolist())}")
         for place, share in enumerate(shares[length:], length):

@@ -5,19 +5,24 @@ What a user got wrong is one line on stderr and exit code 2; a traceback means a
 
 import logging
 import os
+import platform
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dylora.cli import (
     benchmark,
+    chat,
     compare,
     evaluate,
     export,
     generate,
     import_,
     info,
+    init,
     learn,
+    push,
+    serve,
     train,
     validate,
 )
@@ -25,16 +30,18 @@ from dylora.cli.options import command_help, config_help, read_options, takes_co
 from dylora.fields import nearest
 
 USER_ERRORS = (ValueError, OSError)  # OSError: of files, folders and disks
+NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""transformers imports these if it can, and they then list what they lack."""
 MAX_LINE = 1000  # characters of an error
 OPENING = """\
-usage: run.py COMMAND [OPTIONS]
+usage: dylora COMMAND [OPTIONS]
 
 Mixtures of LoRA experts on a frozen language model.
 
 commands:
 """
 CLOSING = """
-run.py COMMAND --help explains a command and all of its options; --traceback, or DYLORA_TRACEBACK=1,
+dylora COMMAND --help explains a command and all of its options; --traceback, or DYLORA_TRACEBACK=1,
 shows where an error arose.
 """
 
@@ -47,16 +54,20 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "init": Command(init.run, init.InitOptions),
     "train": Command(train.run, train.TrainOptions),
     "learn": Command(learn.run, learn.LearnOptions),
     "compare": Command(compare.run, compare.CompareOptions),
     "evaluate": Command(evaluate.run, evaluate.EvaluateOptions),
     "benchmark": Command(benchmark.run, benchmark.BenchmarkCommand),
     "generate": Command(generate.run, generate.GenerateOptions),
+    "chat": Command(chat.run, chat.ChatOptions),
+    "serve": Command(serve.run, serve.ServeOptions),
     "validate": Command(validate.run, validate.ValidateOptions),
     "export": Command(export.run, export.ExportOptions),
     "import": Command(import_.run, import_.ImportOptions),
     "info": Command(info.run, info.InfoOptions),
+    "push": Command(push.run, push.PushOptions),
 }
 
 
@@ -66,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     0; 1 when a check of validate fails; 2 for a user's error; 130 when interrupted.
     """
     tokens = sys.argv[1:] if argv is None else list(argv)
-    for noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if it can,
-        logging.getLogger(noisy).setLevel(logging.ERROR)  # which then lists what it lacks
+    for noisy in NOISY:
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     show_traceback = "--traceback" in tokens or os.environ.get("DYLORA_TRACEBACK") == "1"
     try:
         return _dispatch([token for token in tokens if token != "--traceback"])
@@ -91,6 +102,9 @@ def _dispatch(tokens: list[str]) -> int:
         rows = [f"  {name:10} {one.options.__doc__}\n" for name, one in COMMANDS.items()]
         print(OPENING, *rows, CLOSING, sep="", end="", file=sys.stdout if tokens else sys.stderr)
         return 0 if tokens else 2
+    if tokens == ["--version"]:
+        print(version_line())
+        return 0
     name = tokens[0]
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name}{nearest(name, list(COMMANDS))}")
@@ -102,6 +116,15 @@ def _dispatch(tokens: list[str]) -> int:
         return 0
     command.run(*read_options(command.options, tokens[1:]))
     return 0
+
+
+def version_line() -> str:
+    """dylora's version, and those of what it stands on."""
+    from importlib import metadata
+
+    found = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
+    version = sys.modules["dylora"].__version__
+    return f"dylora {version} ({found}, Python {platform.python_version()})"
 
 
 def _one_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get
 
 from dylora.cli.config_file import COMMAND_LINE, parse_text
 from dylora.cli.hints import unknown_key
-from dylora.config import RoutingMode
+from dylora.config import Quantization, RoutingMode
 from dylora.fields import (
     FieldError,
     build,
@@ -42,26 +42,34 @@ class ConfigOptions:
     CONFIG: ClassVar[type] = RunConfig  # what the file describes
 
     config: str = option(metavar="FILE")
-    """YAML file of the run. The command line overrides its fields, in any order; an item of
-    data.sources goes by its index or name. Relative paths in the file are relative to the working
-    directory."""
+    """YAML file of the run, or the name of one that comes along, such as quickstart. The command
+    line overrides its fields, in any order; an item of data.sources goes by its index or name.
+    Relative paths in the file are relative to the working directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
     checkpoint: str = option(metavar="DIR")
-    """Folder of a checkpoint, or of a run, which stands for its best one."""
+    """Folder of a checkpoint, or of a run, which stands for its best one; or a repository of the
+    hub, user/name."""
     allow_other_base: bool = False
     """Use the checkpoint on a base or with a tokenizer that it was not trained with."""
+    checkpoint_revision: str | None = None
+    """Commit, tag or branch of a checkpoint on the hub."""
 
     def source(self) -> "str | Checkpoint":
         """What a command opens: the folder, or a checkpoint that allows other bases."""
-        if not self.allow_other_base:
+        if not self.allow_other_base and self.checkpoint_revision is None:
             return self.checkpoint
         from dylora.evaluation.loading import note
         from dylora.storage.checkpoint import Checkpoint
 
-        return Checkpoint.open(self.checkpoint, note, allow_other_base=True)
+        return Checkpoint.open(
+            self.checkpoint,
+            note,
+            revision=self.checkpoint_revision,
+            allow_other_base=self.allow_other_base,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +103,28 @@ class RoutingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """How answers are drawn."""
+
+    max_new_tokens: int = option(256, least=1)
+    """Most tokens of an answer."""
+    temperature: float = option(0.0, least=0)
+    """0: the likeliest token each time."""
+    top_p: float = option(1.0, above=0, most=1)
+    """Draw from the fewest likeliest tokens whose probabilities reach it."""
+    seed: int | None = None
+    """Of the draws; none: another one each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    device: str = "auto"
+    """auto: cuda when there is one, else cpu; or a torch device."""
+    quantization: Quantization | None = None
+    """How the base is stored, by default as in training: see model.quantization."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseOptions:
     base: str | None = None
     """Base model to use instead of the checkpoint's own."""
@@ -121,9 +151,12 @@ def read_options(cls: type[T], tokens: Sequence[str]) -> tuple[T, list[str]]:
 def command_help(cls: type, name: str) -> str:
     """A command's usage, and every option with its meaning."""
     required = [item for item in fields(cls) if default_of(item) is MISSING]
-    words = [f"{flag_of(item)} {_metavar(cls, item)}" for item in required]
+    words = [
+        ("" if "positional" in item.metadata else f"{flag_of(item)} ") + _metavar(cls, item)
+        for item in required
+    ]
     words += ["[--section.key VALUE ...]"] if takes_config(cls) else []
-    usage = " ".join(["usage: run.py", name, *words, "[OPTIONS]"])
+    usage = " ".join(["usage: dylora", name, *words, "[OPTIONS]"])
     rows = []
     for item in fields(cls):
         is_flag = field_types(cls)[item.name] is bool
@@ -169,8 +202,10 @@ def config_of(cls: type) -> type:
 def _split(cls: type, tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The command's own options by their fields' names, and the overrides of config fields."""
     known = {flag_of(item): item for item in fields(cls)}
-    own: dict[str, Any] = {}
-    overrides = []
+    own, overrides = {}, []
+    for name in [item.name for item in fields(cls) if "positional" in item.metadata]:
+        if tokens and not tokens[0].startswith("--"):
+            own[name], *tokens = tokens
     for written, values in _group(tokens):
         name = written.replace("-", "_").replace("__", "--", 1)
         if name in (old_flags := getattr(cls, "OLD_FLAGS", {})):

@@ -18,6 +18,8 @@ class TrainOptions(ConfigOptions):
 
     print_config: bool = False
     """Print the resolved config and stop."""
+    check: bool = False
+    """Read the data, load the base, estimate the memory and take one step; keep nothing."""
     resume_from_checkpoint: str | None = option(None, metavar="latest|DIR")
     """Go on from this folder, or from the latest of the run."""
 
@@ -26,6 +28,13 @@ def run(options: TrainOptions, overrides: list[str]) -> None:
     config = load_run_config(options.config, overrides)
     if options.print_config:
         print(dump_run_config(config), end="")
+        return
+    if options.check:
+        if options.resume_from_checkpoint is not None:
+            raise ValueError("--check is of a run that begins: leave out --resume_from_checkpoint")
+        from dylora.training.check import check
+
+        check(config)
         return
     if config.stages:
         train_stages(config, options.resume_from_checkpoint)

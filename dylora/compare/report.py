@@ -56,7 +56,7 @@ def write_report(board: Board, outcomes: list[Outcome]) -> None:
         plot_curves(board, outcomes, board.folder / "curves.png")
         names.append("curves.png")
     except ImportError as error:
-        print(f"warning: curves are left out ({error}): pip install dylora[report]")
+        print(f"warning: curves are left out ({error}): pip install 'dylora[report]'")
     print(f"wrote {board.folder}/: {', '.join(names)}")
 
 

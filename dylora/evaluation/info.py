@@ -6,10 +6,10 @@ from typing import Any
 
 from dylora.config import MoELoraConfig
 from dylora.integrations.compatibility import find_incompatibilities
-from dylora.integrations.peft_export import EXPORT_FILE
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.detect import Found, detect_format
 from dylora.storage.folders import folder_bytes
+from dylora.storage.hub import local_folder
 from dylora.storage.manifest import MANIFEST, integrity_errors
 from dylora.storage.peft_config import CONFIG_FILE, alpha_of
 from dylora.storage.peft_format import WEIGHTS_FILE, read_stock_adapter
@@ -17,6 +17,7 @@ from dylora.storage.peft_types import PEFT_TYPES
 from dylora.storage.safe_io import read_json
 from dylora.storage.schema import (
     ADAPTERS,
+    EXPORT_FILE,
     FORMAT_VERSION,
     ROUTER_FILE,
     SHIFTS_FILE,
@@ -32,9 +33,7 @@ def print_info(path: str) -> None:
     Raises ValueError naming what is wrong, after all that can be known of the rest is printed;
     FileNotFoundError where there is no such folder.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint {folder} does not exist")
+    folder = local_folder(path)
     found, wrong, description = detect_format(folder), {}, None
     if (folder / WEIGHTS_FILE).exists():
         tell = _print_adapter

@@ -6,8 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dylora.evaluation.passk.estimate import wilson
 from dylora.evaluation.passk.skills import score_skills
 from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
+from dylora.storage.folders import write_file
+from dylora.storage.model_card import CARD, mixture_card
+from dylora.storage.safe_io import read_json
 from dylora.training.run import Run
 from dylora.training.validation import SetScore, validate
 
@@ -71,9 +75,38 @@ def report_run(run: Run) -> list[SetRow]:
         "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
     (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _write_card(run, rows, count)
     names = ["results.json", *_draw_plots(run, trained)]
     run.log.info(f"wrote {run.folder}/: {', '.join(names)}")
     return rows
+
+
+def _write_card(run: Run, rows: list[SetRow], count: int) -> None:
+    """Add what was found to the card of the checkpoint that has these weights, if it was kept."""
+    folder = run.folder / f"checkpoint-{run.model.training_record['step']}"
+    if (folder / "config.json").exists():
+        card = mixture_card(read_json(folder / "config.json"), card_lines(rows, count))
+        write_file(folder / CARD, card)
+
+
+def card_lines(rows: list[SetRow], count: int) -> list[str]:
+    """The table as markdown; shares of passed answers with Wilson's 95 % interval."""
+    lines = [
+        "| set | base loss | loss | base passes | passes |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row.name, f"{row.base_loss:.3f}", f"{row.trained_loss:.3f}"]
+        for share in (row.base_passed, row.trained_passed):
+            if share is None:
+                cells.append("")
+            else:
+                found = wilson(round(share * count), count)
+                cells.append(f"{share:.0%} ({found.low:.0%} to {found.high:.0%})")
+        lines.append(f"| {' | '.join(cells)} |")
+    told = "Losses in nats per target token, on validation rows"
+    passes = f"; shares of {count} test answers, with 95 % intervals"
+    return [*lines, "", told + (passes if any(row.trained_passed for row in rows) else "") + "."]
 
 
 def routed_shares(usage_NE: Tensor, shared: int) -> Tensor:
@@ -96,9 +129,9 @@ def _draw_plots(run: Run, scores: dict[str, SetScore]) -> list[str]:
             plot_usage(usage, folder / names[2])
     except (ImportError, OSError) as error:
         remedy = (
-            "pip install dylora[report]" if isinstance(error, ImportError) else "free some space"
+            "pip install 'dylora[report]'" if isinstance(error, ImportError) else "free some space"
         )
-        run.log.info(f"warning: plots are left out ({error}): {remedy}, then run.py report")
+        run.log.info(f"warning: plots are left out ({error}): {remedy}")
         return []
     return names
 

@@ -231,5 +231,5 @@ def _draw(stream: Stream, results: dict[str, Any], margins: Margins) -> list[str
             plot_novelty(margins.known, margins.novel, stream.folder / "novelty.png")
             names.append("novelty.png")
     except (ImportError, OSError) as error:
-        say(f"warning: plots are left out ({error}): pip install dylora[report]")
+        say(f"warning: plots are left out ({error}): pip install 'dylora[report]'")
     return names

@@ -31,8 +31,7 @@ from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import STAGING, check_place, write_folder
 from dylora.storage.peft_config import adapter_config, scaling_of
 from dylora.storage.peft_format import PeftAdapter, of_rank, portable_form, write_adapter
-
-EXPORT_FILE = "dylora_export.json"  # what a mixture or a merged model was made of; ours alone
+from dylora.storage.schema import EXPORT_FILE
 
 
 class _Source(NamedTuple):

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from dylora.sandbox.launcher.guard import DEVICES, INSTALLED, LIBRARIES
+from dylora.sandbox.launcher.files import DEVICES, INSTALLED, LIBRARIES
 
 # For changing to the user nobody, and for ending its processes and removing its files.
 _CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "KILL", "SETGID", "SETPCAP", "SETUID")

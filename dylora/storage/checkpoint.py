@@ -18,6 +18,7 @@ from dylora.config import MoELoraConfig
 from dylora.fields import shown
 from dylora.storage.detect import Found, find_adapters, refuse_foreign
 from dylora.storage.folders import checkpoints, latest_checkpoint
+from dylora.storage.hub import local_folder
 from dylora.storage.manifest import LOADED, MANIFEST, entries, verify
 from dylora.storage.peft_format import PeftAdapter, read_adapter, read_stock_adapter
 from dylora.storage.safe_io import read_bytes, read_json
@@ -53,12 +54,14 @@ class Checkpoint:
         path: "str | Path | Checkpoint",
         report: Callable[[str], None] = lambda line: None,
         *,
+        revision: str | None = None,
         allow_other_base: bool = False,
     ) -> "Checkpoint":
         """Verify a folder written by `save_pretrained` or by training, and read its description.
 
         path: or a run's folder, which stands for its best checkpoint, or the newest that verifies
             where none is named the best; `report` is told which one it is.
+        revision: of a path that is user/name, a repository of the hub.
         allow_other_base: let it be put on another base than it was trained on.
 
         Raises FileNotFoundError for a folder that does not exist; ValueError, naming the file, for
@@ -66,9 +69,7 @@ class Checkpoint:
         """
         if isinstance(path, Checkpoint):
             return path
-        folder = Path(path)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"checkpoint {folder} does not exist")
+        folder = local_folder(path, revision)
         if not (folder / MANIFEST).exists() and checkpoints(folder):
             found = cls._open_run(folder, report)
         else:
@@ -208,7 +209,7 @@ class AdapterFolder:
         Raises FileNotFoundError for a folder that does not exist; ValueError for one without
         adapters, saying what to do, and for one whose files are not as they were written.
         """
-        folder = Path(path)
+        folder = local_folder(path)
         if not (folder / MANIFEST).exists() and checkpoints(folder):
             folder = Checkpoint.open(folder).path
         found = find_adapters(folder)
@@ -217,7 +218,7 @@ class AdapterFolder:
         for folder in found.adapters:
             if (folder / MANIFEST).exists():
                 verify(folder)
-        return cls(Path(path), found)
+        return cls(folder, found)
 
     def adapters(self) -> list[PeftAdapter]:
         """The adapters, in the order of their numbers. Raises as `read_stock_adapter`."""
@@ -255,7 +256,7 @@ def _states(folder: Path) -> dict[str, tuple[int, int]]:
     listed = read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).exists() else {}
     found = {}
     for path in entries(folder):
-        name = str(path.relative_to(folder))
+        name = path.relative_to(folder).as_posix()
         if path.name in LOADED or name == MANIFEST or name in listed:
             about = os.stat(path)
             found[name] = (about.st_size, about.st_mtime_ns)

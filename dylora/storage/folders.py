@@ -9,6 +9,7 @@ crash: .checkpoint-<step>.writing, .replaced and .removing, which `recover` sett
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def write_file(file: Path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         _flush(temporary)
-        temporary.rename(file)
+        temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -251,7 +252,9 @@ def _make_parents(folder: Path) -> None:
 
 def _flush(path: Path) -> None:
     """On the disk, and out of memory where the system allows it: reading it back reads the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32" and path.is_dir():  # cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
         if hasattr(os, "posix_fadvise"):

@@ -1,9 +1,9 @@
 """One writer per folder: a lock that dies with its process, however that ends."""
 
 import contextlib
-import fcntl
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,18 +35,40 @@ def lock_folder(folder: Path, option: str = "--name") -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
-        os.close(descriptor)
+        if sys.platform == "win32":  # an open file cannot be removed there
+            os.close(descriptor)
+        with contextlib.suppress(PermissionError):  # there another process may have opened it since
+            file.unlink(missing_ok=True)
+        if sys.platform != "win32":
+            os.close(descriptor)
         for path in made:
             with contextlib.suppress(OSError):  # it holds a run, as it should
                 path.rmdir()
 
 
+def _lock(descriptor: int) -> None:
+    """Raises BlockingIOError where another process holds it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # others read what stands before that
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+        finally:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _acquire(file: Path, option: str) -> int:
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
             # Whoever held it before may have removed the file between our two calls.
             if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
                 os.truncate(descriptor, 0)

@@ -21,6 +21,7 @@ LOADED = {  # names of all files that a loader reads
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     *_OF_RUNS,
 }
+NOTES = {"README.md"}  # for readers, who may write on it
 _CHUNK = 1 << 20
 _LARGE = 64 << 20  # bytes, hashed in a twentieth of a second
 _CHECKPOINT = re.compile(r"checkpoint-\d+/")
@@ -28,11 +29,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def write_manifest(folder: Path) -> None:
-    """manifest.json: size and SHA-256 of every file below the folder."""
+    """manifest.json: size and SHA-256 of every file below the folder but notes."""
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hash_file(path)}
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": hash_file(path),
+        }
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in NOTES
     }
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
 
@@ -58,7 +62,7 @@ def integrity_errors(folder: Path) -> Iterator[tuple[str, str]]:
     # would read.
     read = LOADED if RUN_STATE in listed else LOADED - _OF_RUNS
     for path in entries(folder):
-        name = str(path.relative_to(folder))
+        name = path.relative_to(folder).as_posix()
         if _CHECKPOINT.match(name):  # a Trainer saves its last beside them
             continue
         if path.name in read and name not in listed:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dylora.config import ends_with
 from dylora.fields import shown
+from dylora.storage.model_card import CARD, adapter_card
 from dylora.storage.peft_config import (
     CONFIG_FILE,
     PLAIN_NAME,
@@ -110,6 +111,7 @@ def write_adapter(folder: Path, adapter: PeftAdapter) -> None:
     tensors = {key: value.float().cpu().contiguous() for key, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
+    (folder / CARD).write_text(adapter_card(adapter.config), encoding="utf-8")
 
 
 def read_adapter(folder: Path) -> PeftAdapter:

@@ -34,7 +34,7 @@ def open_regular(file: Path, limit: int | None = None) -> BinaryIO:
     """
     try:
         _require_regular(file, os.stat(file).st_mode)  # to open a device may already do something
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} does not exist") from None
     except OSError as error:
@@ -65,7 +65,9 @@ def expansion_bound(file: Path) -> int:
 
     No text shrinks to a thousandth by itself; what does was made to, or has holes.
     """
-    return MAX_RATIO * os.stat(file).st_blocks * 512 + FREE_EXPANSION
+    about = os.stat(file)
+    stored = about.st_blocks * 512 if hasattr(about, "st_blocks") else about.st_size
+    return MAX_RATIO * stored + FREE_EXPANSION
 
 
 def check_link(file: Path, folder: Path) -> None:

@@ -21,6 +21,7 @@ ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
 # The shifts of trained biases as they are: an adapter holds base + shift, which rounds.
 SHIFTS_FILE = "bias_shifts.safetensors"
 SKILLS_FILE = "skill_library.safetensors"  # where the mixture has a skill library
+EXPORT_FILE = "dylora_export.json"  # what an exported mixture or merged model was made of
 FORMAT_VERSION = 2  # of a mixture's config.json
 FIXED_WEIGHTS = "fixed_weights"  # [E] in the routers' file, of router_type fixed
 STATES = ("active", "frozen", "retired")

@@ -21,7 +21,9 @@ class WandbMirror:
 
     def __init__(self, file: Path, project: str, name: str, settings: dict[str, Any]) -> None:
         if importlib.util.find_spec("wandb") is None:
-            raise ValueError("log.wandb is true, but wandb is not installed: pip install wandb")
+            raise ValueError(
+                "log.wandb is true, but wandb is not installed: pip install 'dylora[wandb]'"
+            )
         self._file, self._output = file, file.with_name("wandb.log")
         self._settings = {
             "project": project,

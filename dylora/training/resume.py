@@ -96,6 +96,7 @@ def write_state(run: Run, folder: Path, moments: dict[str, Any]) -> None:
 
     def write_files(folder: Path) -> None:
         write_model(run.model.mixture, folder)
+        run.tokenizer.save_pretrained(folder)  # for other tools; here the base's own is taken
         torch.save(moments, folder / "optimizer.pt")
         torch.save(
             {"scheduler": run.scheduler.state_dict(), "scaler": run.scaler.state_dict()},

@@ -267,7 +267,7 @@ def test_a_wrong_override_is_one_line_that_blames_the_command_line(
         ("--config x.yaml train", "unknown command --config"),
         ("train", "--config is missing"),
         ("train --config x.yaml stray", "command line: stray belongs to no option"),
-        ("generate --checkpoint c", "--prompt is missing"),
+        ("generate --checkpoint c", "give either --prompt TEXT or --prompts FILE"),
         ("generate --checkpoint c --prompt", "command line: --prompt needs a value"),
         ("generate --checkpoint c --prompt p --promt q", "command line: unknown option --promt"),
         ("generate --checkpoint c --prompt p --max_new_tokens q", "--max_new_tokens is 'q'"),
@@ -449,7 +449,7 @@ def test_changed_routing_is_in_force_in_a_loaded_checkpoint(tmp_path):
 
 def test_generate_gets_its_options():
     plain = GenerateOptions(checkpoint="c", prompt="say x")
-    assert (plain.max_new_tokens, plain.temperature, plain.quantization) == (128, 0.0, None)
+    assert (plain.max_new_tokens, plain.temperature, plain.quantization) == (256, 0.0, None)
     tokens = "--checkpoint c --prompt=--x --base b --max_new_tokens 3 --temperature 0.5 --raw"
     options, _ = read_options(GenerateOptions, [*tokens.split(), "--quantization", "bnb-8bit"])
     expected = {"prompt": "--x", "base": "b", "max_new_tokens": 3, "temperature": 0.5, "raw": True}
@@ -547,7 +547,7 @@ def test_a_reader_that_has_enough_ends_a_command_without_a_traceback():
         ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True
     )
     assert result.stderr == ""
-    assert result.stdout.startswith("usage: run.py train --config FILE")
+    assert result.stdout.startswith("usage: dylora train --config FILE")
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(fake_module, capsys):
@@ -569,7 +569,7 @@ def test_no_command_at_all_shows_the_help_and_fails(capsys):
     assert main([]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "run.py COMMAND" in err
+    assert "dylora COMMAND" in err
 
 
 @pytest.mark.parametrize("command", ["train", "info"])

@@ -7,7 +7,7 @@ import pytest
 
 from dylora import export_mixture, export_peft
 from dylora.cli.main import main
-from dylora.storage import checkpoint
+from dylora.storage import schema
 from dylora.storage.manifest import MANIFEST
 
 
@@ -70,9 +70,9 @@ def test_a_checkpoint_is_told_line_by_line(saved, info):
 
 def test_the_description_of_a_checkpoint_is_read_once(saved, info, monkeypatch):
     read: list[str] = []
-    original = checkpoint.read_json
+    original = schema.read_json
     monkeypatch.setattr(
-        checkpoint, "read_json", lambda file, **way: read.append(file.name) or original(file, **way)
+        schema, "read_json", lambda file, **way: read.append(file.name) or original(file, **way)
     )
     info(saved)
     assert read.count("config.json") == 1

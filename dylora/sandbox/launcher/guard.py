@@ -14,6 +14,7 @@ import struct
 import sys
 from typing import Any
 
+from .files import DEVICES, INSTALLED, LIBRARIES
 from .syscalls import ALLOWED, seccomp_filter
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -25,10 +26,6 @@ READ_FILE, READ_DIR, WRITE_FILE, MAKE_REG, TRUNCATE = 1 << 2, 1 << 3, 1 << 1, 1 
 HANDLED_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 """All rights over files that each version of Landlock restricts; programs get none by default."""
 
-LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
-DEVICES = ("/dev/urandom", "/dev/random", "/dev/zero")
-INSTALLED = ("site-packages", "dist-packages")
-"""Folders of installed packages inside the standard library's folder."""
 NOBODY = 65534
 
 

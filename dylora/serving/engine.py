@@ -1,0 +1,142 @@
+"""A mixture that answers: its prompt format, and a thread in which what waits shares a batch."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from queue import Empty, Full, Queue
+from typing import Any
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dylora.base_models import choose_device
+from dylora.config import Quantization
+from dylora.data.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
+from dylora.evaluation.loading import change_routing, note
+from dylora.model import DyLoRA_MoE
+from dylora.serving.answering import Row, answer, room_after
+from dylora.storage.checkpoint import Checkpoint
+
+Message = Mapping[str, Any]  # role and content
+ROLES = ("system", "user", "assistant")
+
+
+class Speaker:
+    """A mixture with its tokenizer."""
+
+    def __init__(self, model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.ends = {eos_token_id(tokenizer)}
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Checkpoint,
+        base: str | None = None,
+        *,
+        device: str = "auto",
+        quantization: Quantization | None = None,
+        routing: Mapping[str, Any] | None = None,
+    ) -> "Speaker":
+        """A checkpoint on its base, in evaluation mode; routing: arguments of `change_routing`.
+
+        Raises ValueError or FileNotFoundError for what does not load.
+        """
+        opened = Checkpoint.open(source, note)
+        where = choose_device(device)
+        spec = opened.base_spec(base, device=where, quantization=quantization)
+        model = DyLoRA_MoE.from_pretrained(opened, spec).eval()
+        change_routing(model, **(routing or {}))
+        if base is None:  # whoever made the checkpoint chose it
+            note(f"base: {spec.name}, as {opened.path} names it")
+        return cls(model, opened.tokenizer(spec))
+
+    def conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that ends with what is to be answered.
+
+        Raises ValueError for a role that is not known, and for one that ends with an answer.
+        """
+        before, ids = "", []
+        for message in messages:
+            role, content = message.get("role"), message.get("content")
+            if role not in ROLES or not isinstance(content, str):
+                raise ValueError(f"a message needs a text and one of the roles {', '.join(ROLES)}")
+            if role == "assistant":
+                ids += self._encode(before, begins=not ids)
+                ids += [*encode_answers(self.tokenizer, [content])[0], eos_token_id(self.tokenizer)]
+                before = ""
+            else:
+                before += format_prompt(content) if role == "user" else f"{content}\n\n"
+        if not messages or messages[-1].get("role") != "user":
+            raise ValueError("the last message must be of the role user")
+        return ids + self._encode(before, begins=not ids)
+
+    def question(self, instruction: str, input: str = "") -> list[int]:
+        """Token ids of an instruction with its further input."""
+        return self._encode(format_prompt(instruction, input), begins=True)
+
+    def text(self, text: str) -> list[int]:
+        """Token ids of a text that is to be continued as it stands."""
+        return encode_prompts(self.tokenizer, [text])[0]
+
+    def answer(self, rows: Sequence[Row]) -> None:
+        """Fill the rows, in one batch; see `dylora.serving.answering.answer`."""
+        answer(self.model, self.tokenizer, rows, self.ends)
+
+    def _encode(self, text: str, *, begins: bool) -> list[int]:
+        return (encode_prompts if begins else encode_answers)(self.tokenizer, [text])[0]
+
+
+class Busy(Exception):
+    """More waits than may."""
+
+
+class Engine:
+    """Answers what waits, up to `batch_size` rows at a time, in a thread of its own."""
+
+    def __init__(self, speaker: Speaker, *, batch_size: int, waiting: int) -> None:
+        self.speaker, self.batch_size = speaker, batch_size
+        self._queue: Queue[Row | None] = Queue(waiting)
+        self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
+        self._thread.start()
+
+    def submit(self, row: Row) -> None:
+        """Answer it when its turn comes; `on_text` and `on_end` are called in another thread.
+
+        Raises ValueError for a prompt that is too long, Busy when too much waits already.
+        """
+        room_after(self.speaker.model, row)
+        try:
+            self._queue.put_nowait(row)
+        except Full:
+            raise Busy("too many requests wait: try again later") from None
+
+    def close(self) -> None:
+        """End the thread, after what waits."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (first := self._queue.get()) is not None:
+            rows, last = [first], False
+            while len(rows) < self.batch_size:
+                try:
+                    row = self._queue.get_nowait()
+                except Empty:
+                    break
+                if row is None:
+                    last = True
+                    break
+                rows.append(row)
+            self._answer(rows)
+            if last:
+                return
+
+    def _answer(self, rows: list[Row]) -> None:
+        wanted = [row for row in rows if not row.cancelled]
+        try:
+            if wanted:
+                self.speaker.answer(wanted)
+        except Exception as error:  # whoever asked is told, and the next batch is answered
+            for row in wanted:
+                row.error = error
+        for row in rows:
+            row.on_end(row)

@@ -1,0 +1,169 @@
+"""An HTTP server with OpenAI's completions and chat completions, on starlette and uvicorn."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from dylora.serving.answering import Row
+from dylora.serving.engine import Busy, Engine
+from dylora.serving.protocol import (
+    Limits,
+    Refused,
+    Request,
+    last_piece,
+    piece_of,
+    read_request,
+    whole_answer,
+)
+
+MAX_BODY = 4 << 20  # bytes of a request
+_Event = tuple[int, str | Row]  # of a row by its index: a piece of its text, or itself at its end
+
+
+def build_app(engine: Engine, name: str, limits: Limits) -> Starlette:
+    """The application for one model, which it calls `name`."""
+
+    async def complete(http: HttpRequest) -> Response:
+        chat = http.url.path.endswith("/chat/completions")
+        try:
+            body = await _read_body(http)
+            request = await asyncio.to_thread(
+                read_request, body, engine.speaker, name, limits, chat=chat
+            )
+            events = _submit(engine, request)
+        except Refused as refusal:
+            return JSONResponse(refusal.body(), refusal.status)
+        if request.stream:
+            return StreamingResponse(_stream(request, events), media_type="text/event-stream")
+        return await _whole(http, engine, request, events)
+
+    async def models(http: HttpRequest) -> Response:
+        about = {"id": name, "object": "model", "created": 0, "owned_by": "dylora"}
+        if "model" not in http.path_params:
+            return JSONResponse({"object": "list", "data": [about]})
+        if http.path_params["model"] != name:
+            refusal = Refused(f"there is no such model, only {name}", "model", 404)
+            return JSONResponse(refusal.body(), 404)
+        return JSONResponse(about)
+
+    async def not_found(http: HttpRequest, error: Exception) -> Response:
+        status = getattr(error, "status_code", 500)
+        return JSONResponse(Refused(f"{http.method} {http.url.path}: {error}", None, status).body(),
+                            status)  # fmt: skip
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.close)
+
+    routes = [
+        Route("/v1/chat/completions", complete, methods=["POST"]),
+        Route("/v1/completions", complete, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{model:path}", models),
+    ]
+    handlers: Any = {404: not_found, 405: not_found}
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+
+
+async def _read_body(http: HttpRequest) -> Any:
+    """The JSON of a request. Raises Refused for what is none, and for too much of it."""
+    parts, size = [], 0
+    try:
+        async for part in http.stream():
+            size += len(part)
+            if size > MAX_BODY:
+                raise Refused(f"a request may have {MAX_BODY:,} bytes", status=413)
+            parts.append(part)
+    except ClientDisconnect:
+        raise Refused("the request broke off") from None
+    try:
+        return json.loads(b"".join(parts))
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the body is no JSON: {error}") from None
+
+
+def _submit(engine: Engine, request: Request) -> "asyncio.Queue[_Event]":
+    """Put all rows in the queue, or none. Raises Refused for prompts too long, and when too much
+    waits."""
+    events: asyncio.Queue[_Event] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def tell(event: _Event) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and whoever asked is gone
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    try:
+        for index, row in enumerate(request.rows):
+            if request.stream:
+                row.on_text = lambda piece, index=index: tell((index, piece))
+            row.on_end = lambda row, index=index: tell((index, row))
+            engine.submit(row)
+    except (ValueError, Busy) as error:
+        for row in request.rows:
+            row.cancelled = True
+        status = 429 if isinstance(error, Busy) else 400
+        raise Refused(str(error), None if status == 429 else "prompt", status) from None
+    return events
+
+
+async def _whole(
+    http: HttpRequest, engine: Engine, request: Request, events: "asyncio.Queue[_Event]"
+) -> Response:
+    """Wait for all rows; if whoever asked goes away, they end."""
+    left = len(request.rows)
+    while left:
+        try:
+            _, what = await asyncio.wait_for(events.get(), timeout=0.5)
+        except TimeoutError:
+            if await http.is_disconnected():
+                for row in request.rows:
+                    row.cancelled = True
+                return Response(status_code=499)
+            continue
+        left -= isinstance(what, Row)
+    failed = next((row.error for row in request.rows if row.error is not None), None)
+    if failed is not None:
+        return JSONResponse(Refused(_told(failed), status=500).body(), 500)
+    return JSONResponse(await asyncio.to_thread(whole_answer, request, engine.speaker))
+
+
+async def _stream(request: Request, events: "asyncio.Queue[_Event]") -> AsyncIterator[str]:
+    """Server-sent events: each piece as it comes, and [DONE]."""
+    left = len(request.rows)
+    try:
+        if request.echo:
+            for index, prompt in enumerate(request.prompts):
+                yield _event(piece_of(request, index, prompt))
+        while left:
+            index, what = await events.get()
+            if isinstance(what, str):
+                yield _event(piece_of(request, index, what))
+                continue
+            left -= 1
+            if what.error is not None:
+                yield _event(Refused(_told(what.error), status=500).body())
+                return
+            yield _event(piece_of(request, index, "", what.finish))
+        if request.with_usage:
+            yield _event(last_piece(request))
+        yield "data: [DONE]\n\n"
+    finally:  # whoever asked may be gone
+        for row in request.rows:
+            row.cancelled = True
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,88 @@
+"""`dylora train --check`: all that a run needs, and one step of it, in a folder that goes."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import cycle
+from tempfile import TemporaryDirectory
+
+from dylora.base_models import stored_bytes
+from dylora.model import DyLoRA_MoE
+from dylora.run_config import RunConfig
+from dylora.training import run as runs
+from dylora.training.log import memory_gb, say
+from dylora.training.signals import Interruption
+from dylora.training.step import run_step
+from dylora.training.stream import begin
+
+OPTIMIZER_BYTES = 12  # of a trained float32 value: gradient and AdamW's two moments
+
+
+def check(config: RunConfig) -> None:
+    """Read the data, load the base, take one step on the longest rows, and say what was found.
+
+    Writes nothing that stays. Raises what training would raise before its first step.
+    """
+    with TemporaryDirectory(prefix="dylora-check-") as folder:
+        quiet = dataclasses.replace(config.log, wandb=False)
+        aside = dataclasses.replace(config, output_dir=folder, log=quiet)
+        if config.stages:
+            _check_stream(aside)
+            return
+        runs.check_run(config, fresh=True)  # its own folder must be free
+        run = runs.prepare(aside, fresh=True)
+        with closing(run.log):
+            runs.log_summary(run)
+            say(memory_line(run.model))
+            result = run_step(run._replace(sampler=LongestRows(run)))  # type: ignore[arg-type]
+    rate = result.tokens / max(result.seconds, 1e-9)
+    say(
+        f"one step on the longest rows: loss {result.loss:.4f}, {result.tokens:,} tokens in "
+        f"{result.seconds:.1f} s ({rate:,.0f} tokens/s), at most {memory_gb():.2f} GB of memory"
+    )
+    if result.nonfinite:
+        raise ValueError(
+            f"the {result.nonfinite} of the first step is not finite: no run begins so"
+        )
+    say(f"{run.steps} steps fit; nothing was kept")
+
+
+def memory_line(model: DyLoRA_MoE) -> str:
+    """What stays in memory all through training; activations, which batches decide, come to it."""
+    ours = {id(p) for _, p in model.own_parameters()}
+    base = sum(stored_bytes(p) for p in model.base.parameters() if id(p) not in ours)
+    own = sum(p.nbytes for _, p in model.own_parameters())
+    trained = sum(p.numel() for _, p in model.own_parameters() if p.requires_grad)
+    state = trained * OPTIMIZER_BYTES
+    parts = (base, own, state, base + own + state)
+    base_gb, own_gb, state_gb, total = (f"{part / 1e9:.3g} GB" for part in parts)
+    return (
+        f"memory: base {base_gb}, experts and routers {own_gb}, their gradients and moments "
+        f"{state_gb}: {total} before activations"
+    )
+
+
+class LongestRows:
+    """Draws the longest training rows first: the most that a step can take."""
+
+    def __init__(self, run: runs.Run) -> None:
+        rows = [
+            (length, index, row)
+            for index, examples in enumerate(run.data.train)
+            for row, length in enumerate(examples.all_lengths.tolist())
+        ]
+        self._rows = [(index, row) for _, index, row in sorted(rows, reverse=True)]
+        self._order = cycle(self._rows)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return self._order
+
+
+def _check_stream(config: RunConfig) -> None:
+    """The base and the rows of all stages; which expert a stage trains is decided when it comes."""
+    stream = begin(config, None, Interruption())
+    for stage in stream.stages:
+        for report in stage.data.reports:
+            say(f"stage {stage.number}: {report.describe()}")
+    say(memory_line(stream.model))
+    say("the rows of all stages fit; a stream takes no step here, and nothing was kept")

@@ -1,0 +1,135 @@
+"""`dylora chat` and `dylora generate`, as a person and a script use them."""
+
+import io
+import json
+
+import pytest
+
+from dylora.cli.chat import experts_line, talk
+from dylora.cli.main import main
+from dylora.serving.answering import Row, Sampling
+
+SAMPLING = Sampling(max_new_tokens=6)
+
+
+def answer_to(speaker, messages, sampling=SAMPLING) -> Row:
+    row = Row(speaker.conversation(messages), sampling)
+    speaker.answer([row])
+    return row
+
+
+@pytest.fixture
+def say(speaker, monkeypatch, capsys):
+    """Types lines into a conversation; what it shows."""
+
+    def type_(*lines: str, sampling=SAMPLING, system=None):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        talk(speaker, sampling, system)
+        return capsys.readouterr()
+
+    return type_
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_a_conversation_goes_on_with_what_was_said(say, speaker):
+    first = answer_to(speaker, [user("Add 1.")])
+    answered = {"role": "assistant", "content": first.text}
+    second = answer_to(speaker, [user("Add 1."), answered, user("And 2?")])
+    assert say("Add 1.", "And 2?").out == f"{first.text}\n{second.text}\n"
+    assert say("Add 1.", "/reset", "And 2?").out == (
+        f"{first.text}\n{answer_to(speaker, [user('And 2?')]).text}\n"
+    )
+
+
+def test_a_system_text_stands_before_the_conversation(say, speaker):
+    system = {"role": "system", "content": "Be brief."}
+    right = answer_to(speaker, [system, user("Add 1.")]).text
+    assert say("Add 1.", system="Be brief.").out == f"{right}\n"
+
+
+def test_a_seed_can_be_given_within_a_conversation(say, speaker):
+    warm = Sampling(max_new_tokens=6, temperature=1.0)
+    right = answer_to(speaker, [user("Say.")], Sampling(max_new_tokens=6, temperature=1.0, seed=7))
+    assert say("/seed 7", "Say.", sampling=warm).out == f"{right.text}\n"
+
+
+def test_the_experts_of_the_last_answer_are_told(say, speaker):
+    row = answer_to(speaker, [user("Add 1.")])
+    told = say("/experts", "Add 1.", "/experts", "/quit", "never read").out.splitlines()
+    assert told[0] == "nothing was answered yet"
+    assert told[-1] == experts_line(speaker, row)
+    shares = [int(part.rpartition(" ")[2].rstrip("%")) for part in told[-1].split(", ")]
+    assert sum(shares) == pytest.approx(100, abs=2)
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_a_conversation_that_has_become_too_long_says_so_and_goes_on(say):
+    shown = say("word " * 200, "Add 1.")
+    assert "/reset forgets it" in shown.err
+    assert shown.out.strip()
+    assert "/experts" in say("/help").out
+
+
+# dylora generate
+
+
+@pytest.fixture(scope="module")
+def folder(speaker, base_folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("mixtures") / "m"
+    speaker.model.base_name = str(base_folder)
+    speaker.model.save_pretrained(place)
+    return place
+
+
+def test_a_file_of_prompts_is_answered_line_by_line_in_its_order(folder, tmp_path, speaker):
+    asked = [
+        {"prompt": "Add 1. Please, and at some length, so that it is not the shortest."},
+        {"instruction": "Add.", "input": "1 and 2"},
+        {"messages": [user("Add 3.")]},
+    ]
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    argv = ["generate", "--checkpoint", str(folder), "--prompts", str(prompts)]
+    argv += ["--max_new_tokens", "5", "--batch_size", "2"]
+    assert main([*argv, "--out", str(out)]) == 0
+    told = [json.loads(line) for line in out.read_text().splitlines()]
+    prompts_ids = (
+        speaker.question(asked[0]["prompt"]),
+        speaker.question("Add.", "1 and 2"),
+        speaker.conversation(asked[2]["messages"]),
+    )
+    for one, ids in zip(told, prompts_ids, strict=True):
+        row = Row(ids, Sampling(max_new_tokens=5))
+        speaker.answer([row])
+        assert (one["text"], one["finish_reason"]) == (row.text, row.finish)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"question": "x"}', "p.jsonl:2: has neither prompt, instruction nor messages"),
+        ("{", "p.jsonl:2: not valid JSON"),
+        ('{"messages": []}', "prompt 2: the last message must be of the role user"),
+        (json.dumps({"prompt": "word " * 200}), "prompt 2: the prompt has"),
+    ],
+)
+def test_a_prompt_that_cannot_be_answered_is_named_before_any_is(
+    folder, tmp_path, capsys, line, told
+):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(f'{{"prompt": "x"}}\n{line}\n')
+    argv = ["generate", "--checkpoint", str(folder), "--prompts", str(prompts), "--out", str(out)]
+    assert main(argv) == 2
+    assert told in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_generate_wants_one_prompt_or_one_file(capsys):
+    for given in ([], ["--prompt", "x", "--prompts", "f", "--out", "o"]):
+        assert main(["generate", "--checkpoint", "c", *given]) == 2
+        assert "give either --prompt TEXT or --prompts FILE" in capsys.readouterr().err
+    assert main(["generate", "--checkpoint", "c", "--prompts", "f"]) == 2
+    assert "belong together" in capsys.readouterr().err
