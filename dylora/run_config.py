@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from dylora.config import MoELoraConfig, Quantization
+from dylora.data_config import DataConfig, SourceConfig
 from dylora.fields import check_fields, option, require
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -27,7 +28,6 @@ Schedule = Literal[
 MAX_NAME = 255
 BenchmarkStrategy = Literal["none", "epoch", "final"]
 OnKnown = Literal["skip", "continue", "new"]
-SplitScheme = Literal["published", "70/10/20", "90/10"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,60 +49,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """One set of instruction-shaped rows."""
-
-    name: str
-    """code_alpaca, mbpp, skill/<skill>, or a name of your own for a file or hub set."""
-    path: str | None = None
-    """A .json, .jsonl or .parquet file, or a hub name; none: where the built-in source lives."""
-    revision: str | None = None
-    """Commit, tag or branch on the hub."""
-    instruction_column: str | None = None
-    """Column of the instruction; needed for a source of your own."""
-    input_column: str | None = None
-    """Column of an optional further input."""
-    output_column: str | None = None
-    """Column of the answer; needed for a source of your own."""
-    split_scheme: SplitScheme | None = None
-    """code_alpaca and your own: 90/10; mbpp: published (default) or 70/10/20."""
-    rows: int | None = option(None, least=1)
-    """Skills only: training examples to generate."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        require(bool(self.name), "name", self.name, "a word")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is trained and validated on."""
-
-    RENAMED: ClassVar[dict[str, str | None]] = {"length_window": "bucket_steps"}
-
-    sources: list[SourceConfig] = field(default_factory=list)
-    """The sets, in the order of their reports."""
-    max_length: int | None = option(None, least=8)
-    """Most tokens of an example, BOS and EOS included; none: 512, or what the base takes if that is
-    less."""
-    over_long: Literal["truncate", "drop"] = "drop"
-    """What happens to a longer one; both are counted."""
-    interleaved_sampling: bool = True
-    """True: equal shares of each set, smaller ones repeated; false: in proportion to their size."""
-    bucket_steps: int = option(1, least=1)
-    """Steps whose rows are sorted by length together, so that a step holds rows of similar length
-    and computes less padding; 1: as they are drawn. What a row shares a step with then depends on
-    its length."""
-    seed: int = 0
-    """Seed of the splits and of the order."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        names = [source.name for source in self.sources]
-        require(len(names) == len(set(names)), "sources", names, "of different names")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +252,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         require_folder_name(self.name, MAX_NAME)
+        asked = self.data.train_on_inputs and self.moe.routes_prompts
+        rule = f"false with moe.router_scope {self.moe.router_scope}, which routes by what is asked"
+        require(not asked, "data.train_on_inputs", asked, rule)
         for name, holds, value, rule in self._rules_of_stages() if self.stages else ():
             require(holds, name, value, rule)
 

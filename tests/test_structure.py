@@ -25,7 +25,7 @@ METHODS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs/methods").g
 # for its modules, which may import each other, but see the test of circles.
 LAYERS = (
     ("fields", "sandbox"),
-    ("config", "kernels", "tasks"),
+    ("config", "data_config", "kernels", "tasks"),
     ("run_config", "routing", "storage.safe_io"),
     ("base_models",),
     ("storage",),

@@ -45,7 +45,7 @@ _INSTEAD = {
     "logging_strategy": "set log.logging_steps",
     "load_best_model_at_end": "the best checkpoint is kept beside the last one",
     "warmup_ratio": "set train.warmup_steps, a number of steps",
-    "val_set_size": "set split_scheme of each item of data.sources",
+    "val_set_size": "set split (such as 95/5) or validation_path of each item of data.sources",
     "sample_packing packing": "a step holds as many tokens as batch_size long rows, unpacked",
     "train_on_inputs": "the loss is of the answers alone",
     "resume_from_checkpoint": "give --resume_from_checkpoint on the command line",

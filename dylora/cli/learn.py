@@ -11,7 +11,7 @@ from dylora.fields import option
 from dylora.run_config import OnKnown, SourceConfig, StageConfig, dump_run_config
 
 BUILT_IN = ("code_alpaca", "mbpp")
-COLUMNS = {"instruction_column": "instruction", "input_column": "input", "output_column": "output"}
+COLUMNS = ("instruction_column", "input_column", "output_column")
 # What a checkpoint records of its run and the next one has otherwise.
 NOT_TAKEN = {
     "model": {"base", "revision", "device", "quantization"},
@@ -27,11 +27,11 @@ class LearnOptions:
     checkpoint: str = option(metavar="DIR")
     """Folder of a checkpoint with router_scope prompt, or of a run; it is not changed."""
     source: str = option(metavar="FILE")
-    """A .json, .jsonl or .parquet file of rows, skill/NAME, code_alpaca or mbpp."""
+    """Files of rows as path of a source takes them, skill/NAME, code_alpaca or mbpp."""
     name: str | None = None
     """Of the skill and of the run's folder; none: the source's."""
     instruction_column: str | None = None
-    """Of a file. Without any of the three: instruction, input and output."""
+    """Of a file; none: found by its name."""
     input_column: str | None = None
     """Of a file, for an optional further input."""
     output_column: str | None = None
@@ -76,7 +76,6 @@ def stage_of(options: LearnOptions) -> StageConfig:
     if named:
         source = SourceConfig(name=options.source, rows=options.rows, **given)
     else:
-        given = given if any(given.values()) else COLUMNS
         source = SourceConfig(name=name, path=options.source, rows=options.rows, **given)
     return StageConfig(
         name=name,

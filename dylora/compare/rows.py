@@ -1,10 +1,14 @@
 """Which rows a cell is chosen by, and which other ones it is reported on."""
 
+from dataclasses import replace
+
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.compare.config import is_skill
 from dylora.data.prepare import MAX_LENGTH
-from dylora.data.tokenize import IGNORED, TokenizedSet, tokenize_rows
+from dylora.data.rows import Row
+from dylora.data.templates import load_template
+from dylora.data.tokenize import TokenizedSet, tokenize_rows
 from dylora.run_config import DataConfig
 from dylora.tasks import generate_tasks
 
@@ -43,9 +47,7 @@ def _every_second(rows: TokenizedSet, first: int) -> TokenizedSet:
         )
     half = TokenizedSet(rows.name, rows.split)
     for index in range(first, len(rows), 2):
-        ids, labels = rows[index]["input_ids"], rows[index]["labels"]
-        prompt = labels.count(IGNORED)
-        half.append(ids[:prompt], ids[prompt:])
+        half.append(*rows.parts(index))
     return half
 
 
@@ -55,19 +57,10 @@ def _test_tasks(
     from datasets import Dataset
 
     tasks = generate_tasks(source.partition("/")[2], "test", count)
-    rows = [
-        {
-            "instruction": task.instruction,
-            "input": "",
-            "output": task.answer,
-            "id": f"test/{number}",
-        }
-        for number, task in enumerate(tasks)
-    ]
+    rows = [Row(task.instruction, "", task.answer, f"test/{n}") for n, task in enumerate(tasks)]
     return tokenize_rows(
         TokenizedSet(source, "test"),
-        Dataset.from_list(rows),
-        tokenizer,
-        max_length=config.max_length or MAX_LENGTH,
-        truncation=config.over_long,
+        Dataset.from_list([row._asdict() for row in rows]),
+        load_template(config.template, tokenizer),
+        config=replace(config, max_length=config.max_length or MAX_LENGTH),
     ).examples

@@ -1,32 +1,27 @@
-"""JSON lines, gzipped or not, and JSON arrays.
+"""JSON lines and JSON arrays.
 
 Our own parser: `datasets` gives up on a whole file for one bad line, and names no line.
 """
 
-import gzip
 import itertools
 import json
-import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dylora.data.record import BadRecord, Record, require_columns
-from dylora.storage.safe_io import distinct, expansion_bound, open_regular, read_bytes
+from dylora.data.record import BadRecord, Columns, Record
+from dylora.data.unpacked import MAX_LINE, open_unpacked, plain_name
+from dylora.storage.safe_io import distinct
 
-MAX_LINE = 16 << 20  # bytes of a line, longer ones are malformed
 MAX_ARRAY = 256 << 20  # bytes of a .json file that is one array: it is read whole
-MAX_UNPACKED = 4 << 30  # bytes of a .jsonl.gz once decompressed
 
 
-def read_json_file(file: Path, columns: list[str]) -> Iterator[Record]:
+def read_json_file(file: Path, columns: Columns) -> Iterator[Record]:
     """A .json file may be an array, or hold an object a line as a .jsonl file does."""
     is_array = False
-    if file.suffix.lower() == ".json":
-        with open_regular(file) as stream:
+    if plain_name(file).endswith(".json"):
+        with open_unpacked(file) as stream:
             is_array = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
     found: set[str] = set()
     for line, value in _array_values(file) if is_array else _line_values(file):
@@ -38,44 +33,19 @@ def read_json_file(file: Path, columns: list[str]) -> Iterator[Record]:
             found.update(value)
             yield Record(f"{file}:{line}", value)
     if found:
-        require_columns(str(file), columns, found)
-
-
-@contextmanager
-def _open_lines(file: Path) -> Iterator[Callable[[int], bytes]]:
-    """A function that reads the next line, at most so many bytes of it; b"" at the end."""
-    with open_regular(file) as stream:
-        if os.fstat(stream.fileno()).st_size > expansion_bound(file):
-            raise ValueError(
-                f"{file} has holes: more than {expansion_bound(file):,} bytes of content"
-            )
-        if file.suffix.lower() != ".gz":
-            yield stream.readline
-            return
-        unpacked = gzip.GzipFile(fileobj=stream)
-
-        def read_line(size: int) -> bytes:
-            try:
-                line = unpacked.readline(size)
-            except (OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"{file} cannot be decompressed: {error}") from error
-            if unpacked.tell() > MAX_UNPACKED:
-                raise ValueError(f"{file} has more than {MAX_UNPACKED:,} bytes once decompressed")
-            return line
-
-        yield read_line
+        columns.choose(str(file), found)
 
 
 def _line_values(file: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and values of JSON lines; blank lines are skipped."""
-    with _open_lines(file) as read_line:
+    with open_unpacked(file) as stream:
         for number in itertools.count(1):
-            line = read_line(MAX_LINE + 1)
+            line = stream.readline(MAX_LINE + 1)
             if not line:
                 return
             if len(line) > MAX_LINE:
                 while line and not line.endswith(b"\n"):
-                    line = read_line(MAX_LINE)
+                    line = stream.readline(MAX_LINE)
                 yield number, BadRecord(f"longer than {MAX_LINE:,} bytes")
                 continue
             if not line.strip():
@@ -93,7 +63,12 @@ def _line_values(file: Path) -> Iterator[tuple[int, Any]]:
 def _array_values(file: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and values of one JSON array. Raises ValueError where its syntax breaks: what
     follows could not be told apart."""
-    data = read_bytes(file, MAX_ARRAY)
+    with open_unpacked(file) as stream:
+        data = stream.read(MAX_ARRAY + 1)
+    if len(data) > MAX_ARRAY:
+        raise ValueError(
+            f"{file} is an array of more than the {MAX_ARRAY:,} bytes that one may have"
+        )
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

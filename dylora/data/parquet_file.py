@@ -4,13 +4,13 @@ A page of two kilobytes may name one long text for each of a million rows. Arrow
 keeps it once, so that the size can be told before there are a million copies.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dylora.data.json_file import MAX_LINE
-from dylora.data.record import Record, require_columns
+from dylora.data.record import Columns, Record
+from dylora.data.unpacked import MAX_LINE
 from dylora.storage.safe_io import expansion_bound
 
 if TYPE_CHECKING:
@@ -23,41 +23,50 @@ ROW_BYTES = 64
 MAX_BATCH = 64 << 20  # bytes of a batch that is converted at once
 
 
-def read_parquet_file(file: Path, columns: list[str]) -> Iterator[Record]:
+def read_parquet_file(file: Path, columns: Columns) -> Iterator[Record]:
     """Raises ValueError where the file cannot be read, lacks a column or expands beyond measure."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    bound, size, row = expansion_bound(file), 0, 0
+    bound = expansion_bound(file)
     try:
         schema = ParquetFile(file).schema
         leaves = [schema.column(index) for index in range(len(schema))]
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         opened = ParquetFile(file, read_dictionary=texts)
-        require_columns(str(file), columns, set(opened.schema_arrow.names))
+        names = columns.choose(str(file), opened.schema_arrow.names)
         groups = [opened.metadata.row_group(index) for index in range(opened.num_row_groups)]
         chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
         told = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
         if max(told, ROW_BYTES * opened.metadata.num_rows) > bound:
             raise ValueError(f"it expands to more than {bound:,} bytes")
-        batches = (opened.iter_batches(ROWS, [group], columns) for group in range(len(groups)))
-        for batch in chain.from_iterable(batches):
-            bytes_here = _content_bytes(batch.columns)
-            size += bytes_here + ROW_BYTES * len(batch)
-            if size > bound:
-                raise ValueError(f"it expands to more than {bound:,} bytes")
-            step = len(batch) if bytes_here <= MAX_BATCH else 1
-            for start in range(0, len(batch), step):
-                part = batch.slice(start, step)
-                if _content_bytes(part.columns) > (MAX_BATCH if step > 1 else MAX_LINE):
-                    row += 1
-                    yield Record(f"{file}:{row}", {}, f"longer than {MAX_LINE:,} bytes")
-                    continue
-                for fields in part.select(columns).to_pylist():
-                    row += 1
-                    yield Record(f"{file}:{row}", fields)
+        batches = (opened.iter_batches(ROWS, [group], names) for group in range(len(groups)))
+        yield from batch_records(str(file), chain.from_iterable(batches), names, bound)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+
+
+def batch_records(
+    location: str, batches: "Iterable[pa.RecordBatch]", columns: list[str], bound: int
+) -> Iterator[Record]:
+    """The rows of Arrow's batches, numbered from 1. Raises ValueError once they come to more bytes
+    than `bound`."""
+    size = row = 0
+    for batch in batches:
+        bytes_here = _content_bytes(batch.columns)
+        size += bytes_here + ROW_BYTES * len(batch)
+        if size > bound:
+            raise ValueError(f"it expands to more than {bound:,} bytes")
+        step = ROWS if bytes_here <= MAX_BATCH else 1
+        for start in range(0, len(batch), step):
+            part = batch.slice(start, step)
+            if _content_bytes(part.columns) > (MAX_BATCH if step > 1 else MAX_LINE):
+                row += 1
+                yield Record(f"{location}:{row}", {}, f"longer than {MAX_LINE:,} bytes")
+                continue
+            for fields in part.select(columns).to_pylist():
+                row += 1
+                yield Record(f"{location}:{row}", fields)
 
 
 def _content_bytes(arrays: "list[pa.Array]") -> int:

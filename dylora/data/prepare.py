@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.data.prompts import PROMPT_WITH_INPUT
 from dylora.data.sources import SourceRows, read_source
 from dylora.data.splits import content_hash, seeded_generator
+from dylora.data.templates import Template, load_template
 from dylora.data.tokenize import SetReport, TokenizedSet, TokenizedSplit, tokenize_rows
-from dylora.run_config import DataConfig, SourceConfig
+from dylora.data_config import DataConfig, SourceConfig
 
 MAX_LENGTH = 512  # tokens of an example, where data.max_length is not set
 
@@ -42,21 +42,24 @@ def load_data(
     data = PreparedData([], [], [], {})
     sources = []
     config = config if config.max_length else replace(config, max_length=MAX_LENGTH)
+    template = load_template(config.template, tokenizer)
     for source in config.sources:
         read = read_source(source, seed=config.seed, skill_validation_rows=eval_subset)
-        train = _tokenize(read, "train", training_subset, source.name, tokenizer, config)
-        validation = _tokenize(read, "validation", eval_subset, source.name, tokenizer, config)
+        train = _tokenize(read, "train", training_subset, source.name, template, config)
+        validation = _tokenize(read, "validation", eval_subset, source.name, template, config)
         data.train.append(train.examples)
         data.validation.append(validation.examples)
         splits = {"train": train.report, "validation": validation.report}
         data.reports.append(SetReport(source.name, read.counts, splits))
         sources.append(_provenance(source, read, config.seed, train))
     data.provenance.update(
-        prompt=PROMPT_WITH_INPUT,
+        prompt=template.text,
         max_length=config.max_length,
         over_long=config.over_long,
         sources=sources,
     )
+    if config.train_on_inputs:
+        data.provenance["train_on_inputs"] = True
     return data
 
 
@@ -65,7 +68,7 @@ def _tokenize(
     split: str,
     subset: int | float | None,
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     config: DataConfig,
 ) -> TokenizedSplit:
     indices = read.splits[split]
@@ -77,15 +80,16 @@ def _tokenize(
     tokenized = tokenize_rows(
         TokenizedSet(name, split),
         read.rows.select(indices),
-        tokenizer,
-        max_length=config.max_length or MAX_LENGTH,
-        truncation=config.over_long,
+        template,
+        read.format,
+        config=config,
         wanted=subset,
     )
     if len(tokenized.examples) == 0:
         raise ValueError(
             f"source {name!r} has no {split} example: {len(indices)} rows in that split, "
             f"{tokenized.report.dropped} of them over-long at max_length {config.max_length}"
+            + "".join(f"\n  {problem}" for problem in tokenized.report.problems)
         )
     return tokenized
 

@@ -1,4 +1,4 @@
-"""The prompt template and its token ids: the one place training, generation and evaluation share.
+"""The instruction template, and the token ids of prompts and answers.
 
 A prompt ends in a newline and the answer starts on the line after it, so the boundary between the
 two is the boundary between tokens.
@@ -31,7 +31,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     Text that reads like a special token stays text: `<s>` is HTML in a question about HTML.
     """
     eos = tokenizer.eos_token_id
-    encoded = _encode(tokenizer, prompts, add_special_tokens=True)
+    encoded = encode(tokenizer, prompts, add_special_tokens=True)
     # Some tokenizers close every text with EOS: a model that sees it has nothing left to answer.
     return [ids[:-1] if ids and ids[-1] == eos else ids for ids in encoded]
 
@@ -40,13 +40,19 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -
     """Ids of each answer as it continues a prompt, without BOS and EOS."""
     # Sentencepiece puts a space before a text of its own. After the prompt's newline there is none,
     # and in code it would be an indentation error.
-    newline = _encode(tokenizer, ["\n"], add_special_tokens=False)[0]
-    continued = _encode(tokenizer, ["\n" + answer for answer in answers], add_special_tokens=False)
+    newline = encode(tokenizer, ["\n"], add_special_tokens=False)[0]
+    continued = encode(tokenizer, ["\n" + answer for answer in answers], add_special_tokens=False)
     # Where the newline merges with the answer (it begins with white space), it is encoded alone.
     merged = [i for i, ids in enumerate(continued) if ids[: len(newline)] != newline]
-    alone = _encode(tokenizer, [answers[i] for i in merged], add_special_tokens=False)
+    alone = encode(tokenizer, [answers[i] for i in merged], add_special_tokens=False)
     ids_of_merged = dict(zip(merged, alone, strict=True))
     return [ids_of_merged.get(i, ids[len(newline) :]) for i, ids in enumerate(continued)]
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two lists begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -69,12 +75,20 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return pad if isinstance(pad, int) else eos_token_id(tokenizer)
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    add_special_tokens: bool,
+    split_special_tokens: bool = True,
 ) -> list[list[int]]:
+    """Ids of each text. Split, what reads like a special token is text."""
     if not texts:
         return []
     encoded: Any = tokenizer(
-        list(texts), add_special_tokens=add_special_tokens, split_special_tokens=True, verbose=False
+        list(texts),
+        add_special_tokens=add_special_tokens,
+        split_special_tokens=split_special_tokens,
+        verbose=False,
     )
     return encoded["input_ids"]

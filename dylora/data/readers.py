@@ -1,55 +1,118 @@
-"""Records of a source, each with its location: a local file by its ending, or the hub.
+"""Records of a source, each with its location: local files by their endings, or the hub.
 
 Raises ValueError only where a source cannot be used at all; a bad record comes out as a problem.
 """
 
-from collections.abc import Callable, Iterator
+import glob
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dylora.data.csv_file import read_csv_file
 from dylora.data.json_file import read_json_file
 from dylora.data.parquet_file import read_parquet_file
-from dylora.data.record import Record, table_records
+from dylora.data.record import Columns, Record, table_records
+from dylora.data.saved_folder import is_saved, read_saved_folder
+from dylora.data.text_file import read_text_file
+from dylora.data.unpacked import COMPRESSED, plain_name
 from dylora.storage.safe_io import open_regular
 
 # By the ending of a file: (file, columns that are wanted) -> its records.
-READERS: dict[str, Callable[[Path, list[str]], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path, Columns], Iterator[Record]]] = {
     ".json": read_json_file,
     ".jsonl": read_json_file,
-    ".jsonl.gz": read_json_file,
+    ".csv": read_csv_file,
+    ".tsv": read_csv_file,
+    ".txt": read_text_file,
     ".parquet": read_parquet_file,
 }
+KNOWN = f"{', '.join(READERS)}; all but .parquet also compressed, {' or '.join(COMPRESSED)}"
 
 
 def read_records(
-    path: str,
-    revision: str | None,
+    path: str | list[str],
+    revision: str | None = None,
     *,
-    columns: list[str],
+    columns: Sequence[str] | Columns,
     hub_config: str | None = None,
     hub_splits: tuple[str, ...] | None = None,
 ) -> Iterator[Record]:
-    """Raises ValueError where the path cannot be read or a column is nowhere in it."""
+    """The rows of a file, of a folder's files, of those that fit a pattern, of a list of these, or
+    of a set of the hub, in this order.
+
+    Raises ValueError where the path cannot be read or a column is nowhere in it.
+    """
+    columns = columns if isinstance(columns, Columns) else Columns(columns)
+    files = find_files(path)
+    if files is None:
+        assert isinstance(path, str)
+        return _hub_records(path, revision, columns, hub_config, hub_splits)
+    if revision is not None:
+        raise ValueError(f"{path} is local, so the revision {revision!r} means nothing; remove it")
+    return _file_records(files, columns, hub_splits)
+
+
+def find_files(path: str | list[str]) -> list[Path] | None:
+    """What a path stands for: files, and folders of save_to_disk; None for a name of the hub.
+
+    A folder stands for all files below it that can be read, in the order of their names. Raises
+    ValueError for what does not exist or is of no known kind.
+    """
+    if isinstance(path, list):
+        found: list[Path] = []
+        for part in path:
+            files = find_files(part)
+            if files is None:
+                raise ValueError(f"{part} does not exist (a hub set is a source of its own)")
+            found += files
+        if not found:
+            raise ValueError("the list of paths is empty: name a file")
+        return found
     file = Path(path).expanduser()
     if file.is_dir():
-        raise ValueError(f"{path} is a folder; name one of its files ({', '.join(READERS)})")
-    reader = next((read for end, read in READERS.items() if file.name.lower().endswith(end)), None)
-    if not file.exists() and reader is None:
-        return _hub_records(path, revision, columns, hub_config, hub_splits)
-    if not file.exists():
+        if is_saved(file):
+            return [file]
+        inside = sorted(one for one in file.rglob("*") if one.is_file() and _reader(one))
+        if not inside:
+            raise ValueError(f"{path} is a folder without a file that can be read ({KNOWN})")
+        return inside
+    if file.exists():
+        if _reader(file) is None:
+            raise ValueError(f"{path} is of an unknown type; known are {KNOWN}")
+        open_regular(file).close()
+        return [file]
+    if glob.has_magic(path):
+        matches = sorted(glob.glob(str(file), recursive=True))
+        if not matches:
+            raise ValueError(f"{path} fits no file; a relative path starts at {Path.cwd()}")
+        return find_files(matches)
+    if _reader(file) is not None:
         raise ValueError(f"{path} does not exist; a relative path starts at {Path.cwd()}")
-    if reader is None:
-        raise ValueError(f"{path} is of an unknown type; known are {', '.join(READERS)}")
-    if revision is not None:
-        raise ValueError(f"{path} is a file, so the revision {revision!r} means nothing; remove it")
-    open_regular(file).close()
-    return reader(file, columns)
+    return None
+
+
+def _reader(file: Path) -> Callable[[Path, Columns], Iterator[Record]] | None:
+    name = plain_name(file)
+    packed = name != file.name.lower()
+    found = next((read for end, read in READERS.items() if name.endswith(end)), None)
+    return None if packed and found is read_parquet_file else found
+
+
+def _file_records(
+    files: list[Path], columns: Columns, splits: tuple[str, ...] | None
+) -> Iterator[Record]:
+    for file in files:
+        reader = _reader(file)
+        if reader is None:
+            yield from read_saved_folder(file, columns, splits and splits[0])
+        else:
+            yield from reader(file, columns)
 
 
 def _hub_records(
     name: str,
     revision: str | None,
-    columns: list[str],
+    columns: Columns,
     config: str | None,
     splits: tuple[str, ...] | None,
 ) -> Iterator[Record]:
@@ -62,13 +125,16 @@ def _hub_records(
         raise ValueError(
             f"{name!r} is no local file, and the hub's set of that name (revision "
             f"{revision or 'main'}) cannot be loaded: {error}. Check the name and the network, or "
-            f"give the path of a local file ({', '.join(READERS)})"
+            f"give the path of a local file ({KNOWN})"
         ) from error
     if splits is None:
         # A set's own validation and test rows are nobody's training data.
         splits = ("train",) if "train" in tables else tuple(tables)
         if len(splits) > 1:
-            raise ValueError(f"{name!r} has no split train, but {', '.join(splits)}")
+            raise ValueError(f"{name!r} has no split train, but {', '.join(splits)}: set hub_split")
+    if not any(split in tables for split in splits):
+        raise ValueError(f"{name!r} has no split {splits[0]!r}, but {', '.join(tables)}")
     for split in splits:
         if split in tables:
-            yield from table_records(f"{name}/{split}", tables[split], columns)
+            table = tables[split]
+            yield from table_records(f"{name}/{split}", table, columns)

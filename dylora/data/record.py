@@ -1,6 +1,6 @@
 """A row as it stands in its source, before it is checked."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dylora.fields import nearest
@@ -28,18 +28,29 @@ class BadRecord(Exception):
     """The record is no row; the text says why."""
 
 
-def table_records(location: str, table: Any, columns: list[str]) -> Iterator[Record]:
+class Columns(NamedTuple):
+    """What is read of a file."""
+
+    required: Sequence[str] | None = None  # None: all that there are
+    optional: Sequence[str] = ()  # where a file has them
+
+    def choose(self, location: str, found: Collection[str]) -> list[str]:
+        """Those of a file. Raises ValueError naming one that it does not have."""
+        if self.required is None:
+            return list(found)
+        for column in self.required:
+            if column not in found:
+                raise ValueError(
+                    f"{location} has no column {column!r}{nearest(column, sorted(found))}"
+                )
+        return [*self.required, *(column for column in self.optional if column in found)]
+
+
+def table_records(location: str, table: Any, wanted: Columns) -> Iterator[Record]:
     """The rows of a `datasets` table, numbered from 1."""
-    require_columns(location, columns, set(table.column_names))
+    columns = wanted.choose(location, table.column_names)
     row = 0
     for batch in table.select_columns(columns).iter(batch_size=1000):
         for values in zip(*(batch[column] for column in columns), strict=True):
             row += 1
             yield Record(f"{location}:{row}", dict(zip(columns, values, strict=True)))
-
-
-def require_columns(location: str, columns: list[str], found: set[str]) -> None:
-    """Raises ValueError naming a column that a source does not have."""
-    for column in columns:
-        if column not in found:
-            raise ValueError(f"{location} has no column {column!r}{nearest(column, sorted(found))}")

@@ -15,7 +15,8 @@ class InterleavedSampler:
 
     Interleaved, every set gives as many examples to an epoch as the largest has: smaller ones are
     repeated, in a new order each time round, and each run of len(lengths) examples holds one of
-    each set. Otherwise an epoch is one permutation of all examples together.
+    each set. Otherwise an epoch is one permutation of all examples together. A weight multiplies
+    what a set gives to an epoch; interleaved, its examples are spread evenly over it.
 
     With bucket_steps above 1 the examples of so many steps, a bucket, are sorted by their tokens
     and shared out to those steps in that order, so that a step holds rows of similar length and
@@ -31,11 +32,13 @@ class InterleavedSampler:
         bucket_steps: int = 1,
         rows_per_step: int = 1,
         tokens: Sequence[Tensor] = (),
+        weights: Sequence[float] = (),
     ) -> None:
         """Raises ValueError where a set is empty.
 
-        lengths: examples of each set. For bucket_steps above 1 alone: rows_per_step, the examples
-        of an optimizer step, and tokens, those of every example, [length] of each set.
+        lengths: examples of each set; weights: of each set, by default 1. For bucket_steps above 1
+        alone: rows_per_step, the examples of an optimizer step, and tokens, those of every example,
+        [length] of each set.
         """
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every set needs an example, but the lengths are {list(lengths)}")
@@ -45,6 +48,11 @@ class InterleavedSampler:
         self.bucket_steps = bucket_steps
         self.rows_per_step = rows_per_step if bucket_steps > 1 else 1
         self._tokens = torch.cat(list(tokens)) if bucket_steps > 1 else None
+        self.weights = list(weights) or [1.0] * len(self.lengths)
+        each = [max(self.lengths)] * len(self.lengths) if interleaved else self.lengths
+        self.counts = [  # what each set gives to an epoch
+            max(1, round(weight * count)) for weight, count in zip(self.weights, each, strict=True)
+        ]
         self.epoch = 0
         self.position = 0  # examples given out in this epoch; below len(self)
         self._order = self._epoch_order()
@@ -67,13 +75,13 @@ class InterleavedSampler:
 
     def mean(self, values: Sequence[float]) -> float:
         """Mean over an epoch's examples of something known per set, such as their length."""
-        weights = [1] * len(self.lengths) if self.interleaved else self.lengths
-        weighted = (value * weight for value, weight in zip(values, weights, strict=True))
-        return sum(weighted) / sum(weights)
+        weighted = (value * count for value, count in zip(values, self.counts, strict=True))
+        return sum(weighted) / sum(self.counts)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON types; `load_state_dict` goes on with exactly the sequence from here."""
-        return {
+        weights = {"weights": self.weights} if self._is_weighted else {}
+        return weights | {
             "seed": self.seed,
             "epoch": self.epoch,
             "position": self.position,
@@ -88,7 +96,7 @@ class InterleavedSampler:
         own = self.state_dict()
         if set(state) != set(own):
             raise ValueError(f"a sampler's state has {sorted(own)}, but got {sorted(state)}")
-        for name in ("lengths", "interleaved", "window", "rows_per_step"):
+        for name in own.keys() - {"seed", "epoch", "position"}:
             if state[name] != own[name]:
                 raise ValueError(
                     f"the saved order is for {name} {state[name]}, but the run now has "
@@ -121,7 +129,13 @@ class InterleavedSampler:
             parts.append(rearrange(drawn, "s r pair -> (s r) pair"))
         return torch.cat([*parts, order[end:]])
 
+    @property
+    def _is_weighted(self) -> bool:
+        return any(weight != 1 for weight in self.weights)
+
     def _drawn_order(self) -> Tensor:
+        if self._is_weighted:
+            return self._weighted_order()
         if not self.interleaved:
             ends = torch.tensor(self.lengths).cumsum(0)
             flat = torch.randperm(
@@ -137,6 +151,18 @@ class InterleavedSampler:
         )
         sets = within.argsort(dim=1)
         return rearrange([sets, rows.gather(1, sets)], "pair g i -> (g i) pair")
+
+    def _weighted_order(self) -> Tensor:
+        """Each set's examples at random places, interleaved one in each of as many equal parts."""
+        generator = seeded_generator("weighted", self.seed, self.epoch)
+        pairs, places = [], []
+        for index, count in enumerate(self.counts):
+            pairs.append(
+                torch.stack([torch.tensor(index).expand(count), self._repeated(index, count)], 1)
+            )
+            place = torch.rand(count, generator=generator, dtype=torch.float64)
+            places.append((torch.arange(count) + place) / count if self.interleaved else place)
+        return torch.cat(pairs)[torch.cat(places).argsort(stable=True)]
 
     def _repeated(self, set_index: int, count: int) -> Tensor:
         """[count] rows of a set, a fresh permutation each time round."""

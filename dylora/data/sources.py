@@ -1,52 +1,42 @@
-"""Rows of instruction-shaped sets: read, checked, stripped of duplicates, split.
+"""Rows of the sets that a run learns from: read, checked, stripped of duplicates, split.
 
-A set is one of the built-in names, a local file, or a set of the hub. What cannot be trained on is
-counted and reported with its location: `file:line`, or `file:row` (from 1) in parquet and on the
-hub.
+A set is one of the built-in names, local files, or a set of the hub. What cannot be trained on is
+counted and reported with its location: `file:line`, or `file:row` (from 1) in parquet, in Arrow and
+on the hub.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dylora.data.prompts import mbpp_instruction
-from dylora.data.readers import read_records
-from dylora.data.record import BadRecord, Record, RowCounts
+from dylora.data.readers import find_files, read_records
+from dylora.data.record import BadRecord, Columns, Record, RowCounts
+from dylora.data.rows import Row, choose_reader, columns_to_row, mbpp_to_row, row_content
+from dylora.data.saved_folder import is_saved
 from dylora.data.splits import (
     MBPP_PUBLISHED,
-    MBPP_TASKS,
     content_hash,
     mbpp_split,
     split_by_id,
     split_by_question,
     split_by_task,
 )
+from dylora.data_config import RowFormat, SourceConfig, shares
 from dylora.fields import nearest
-from dylora.run_config import SourceConfig, SplitScheme
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CODE_ALPACA_SOURCE = {
-    "path": "sahil2801/CodeAlpaca-20k",
-    "instruction_column": "instruction",
-    "input_column": "input",
-    "output_column": "output",
-}
+CODE_ALPACA = "sahil2801/CodeAlpaca-20k"
 MBPP = "google-research-datasets/mbpp"
 SKILL_ROWS = {"train": 2000, "validation": 200}
-COLUMNS = ("instruction_column", "input_column", "output_column")
+COLUMNS = tuple(f"{of}_column" for of in ("instruction", "input", "output", "messages", "text"))
+FOREIGN = ("hub_config", "hub_split", "validation_path", "format", *COLUMNS)
+LOOKED_AT = 100  # records whose columns tell how a set is written
 MAX_PROBLEMS = 20
 CHUNK_ROWS = 10_000
-
-
-class Row(NamedTuple):
-    """One question and its answer."""
-
-    instruction: str  # stripped
-    input: str  # stripped; "" when there is none
-    output: str  # without trailing white space
-    id: str  # MBPP's task id, <split>/<n> of a skill, else the content's hash
 
 
 class SourceRows(NamedTuple):
@@ -54,8 +44,9 @@ class SourceRows(NamedTuple):
 
     rows: "Dataset"  # usable rows, columns as in Row
     splits: dict[str, list[int]]  # indices into rows of train and validation
-    path: str | None  # file or hub name; None: generated
-    split_scheme: SplitScheme | None  # the one that was used; None: generated splits
+    path: str | list[str] | None  # files or hub name; None: generated
+    split_scheme: str | None  # the one that was used; None: generated splits
+    format: RowFormat
     counts: RowCounts
 
 
@@ -64,9 +55,10 @@ def read_source(
 ) -> SourceRows:
     """Reads and splits one source; the same seed gives the same splits.
 
-    MBPP is split by task id. Others go 90/10 by question (instruction and input), whatever the
-    order of the file: two answers to one question lie on the same side. Duplicates count once.
-    Raises ValueError for settings, files or hub sets that cannot be used, with what to do.
+    MBPP is split by task id. Others go 90/10, or as they say, by question (instruction and input),
+    whatever the order of the file: two answers to one question lie on the same side. Duplicates
+    count once. Raises ValueError for settings, files or hub sets that cannot be used, with what to
+    do.
     """
     if source.name.startswith("skill/"):
         plan = _skill_plan(source, seed, skill_validation_rows)
@@ -74,8 +66,16 @@ def read_source(
         plan = _mbpp_plan(source, seed)
     else:
         plan = _columns_plan(source, seed)
-    rows, counts = _collect(plan.records, plan.to_row, source.name)
-    return SourceRows(rows, plan.split(rows), plan.path, plan.scheme, counts)
+    collected = _Collection(plan)
+    held_out = 0
+    if plan.held_out is not None:  # first, so that what is in both is not trained on
+        held_out = collected.add(plan.held_out)
+    collected.add(plan.records)
+    rows, counts = collected.close(source.name)
+    splits = plan.split(rows)
+    if plan.held_out is not None:
+        splits = {"train": list(range(held_out, len(rows))), "validation": list(range(held_out))}
+    return SourceRows(rows, splits, plan.path, plan.scheme, plan.format, counts)
 
 
 # The three kinds of source
@@ -87,19 +87,21 @@ class _Plan(NamedTuple):
     records: Iterable[Record]
     to_row: Callable[[dict[str, Any]], Row]
     split: Callable[["Dataset"], dict[str, list[int]]]
-    path: str | None
-    scheme: SplitScheme | None
+    path: str | list[str] | None
+    scheme: str | None
+    format: RowFormat = "instruction"
+    held_out: Iterable[Record] | None = None
 
 
 def _skill_plan(source: SourceConfig, seed: int, validation_rows: int | None) -> _Plan:
-    _reject(source, "path", "revision", "split_scheme", *COLUMNS)
+    _reject(source, "path", "revision", "split", *FOREIGN)
     counts = {
         "train": source.rows or SKILL_ROWS["train"],
         "validation": validation_rows or SKILL_ROWS["validation"],
     }
     return _Plan(
         _skill_records(source.name.removeprefix("skill/"), counts, seed),
-        partial(_columns_to_row, instruction="instruction", input_=None, output="output", id_="id"),
+        partial(columns_to_row, instruction="instruction", input_=None, output="output", id_="id"),
         split_by_id,
         None,
         None,
@@ -107,8 +109,9 @@ def _skill_plan(source: SourceConfig, seed: int, validation_rows: int | None) ->
 
 
 def _mbpp_plan(source: SourceConfig, seed: int) -> _Plan:
-    _reject(source, "rows", *COLUMNS)
-    scheme = _split_scheme(source, "published", "70/10/20")
+    _reject(source, "rows", *FOREIGN)
+    scheme = source.split or "published"
+    task_ids = mbpp_split(scheme, seed)
     records = read_records(
         source.path or MBPP,
         source.revision,
@@ -116,37 +119,56 @@ def _mbpp_plan(source: SourceConfig, seed: int) -> _Plan:
         hub_config="full" if source.path is None else None,
         hub_splits=tuple(MBPP_PUBLISHED),
     )
-    split = partial(split_by_task, task_ids=mbpp_split(scheme, seed))
-    return _Plan(records, _mbpp_to_row, split, source.path or MBPP, scheme)
+    split = partial(split_by_task, task_ids=task_ids)
+    return _Plan(records, mbpp_to_row, split, source.path or MBPP, scheme)
 
 
 def _columns_plan(source: SourceConfig, seed: int) -> _Plan:
     _reject(source, "rows")
-    scheme = _split_scheme(source, "90/10")
-    defaults = CODE_ALPACA_SOURCE if source.name == "code_alpaca" else {}
-    path, instruction, input_, output = (
-        getattr(source, name) or defaults.get(name) for name in ("path", *COLUMNS)
-    )
-    if path is None:
+    if source.path is None and source.name == "code_alpaca":
+        source = replace(source, path=CODE_ALPACA)
+    if source.path is None:
         known = nearest(source.name, ["code_alpaca", "mbpp", "skill/<skill>"])
         raise ValueError(f"source {source.name!r} is not built in and has no path{known}")
-    if instruction is None or output is None:
+    scheme = source.split or "90/10"
+    parts = shares(scheme)
+    if parts is None:
         raise ValueError(
-            f"source {source.name!r}: name its columns with instruction_column and output_column"
+            f"source {source.name!r}: split is {scheme!r}, but must be two shares such as 90/10"
         )
-    columns = [column for column in (instruction, input_, output) if column is not None]
-    records = read_records(path, source.revision, columns=columns)
-    to_row = partial(_columns_to_row, instruction=instruction, input_=input_, output=output)
-    return _Plan(records, to_row, partial(split_by_question, seed=seed), path, scheme)
+    files = find_files(source.path)
+    if files is not None:
+        saved = any(map(is_saved, files))
+        _reject(source, "hub_config", *(() if saved else ("hub_split",)))
 
-
-def _split_scheme(source: SourceConfig, *choices: SplitScheme) -> SplitScheme:
-    if source.split_scheme not in (None, *choices):
-        raise ValueError(
-            f"source {source.name!r}: split_scheme is {source.split_scheme!r}, but must be "
-            + " or ".join(choices)
+    def records(columns: Columns) -> Iterator[Record]:
+        splits = None if source.hub_split is None else (source.hub_split,)
+        assert source.path is not None
+        return read_records(
+            source.path,
+            source.revision,
+            columns=columns,
+            hub_config=source.hub_config,
+            hub_splits=splits,
         )
-    return source.split_scheme or choices[0]
+
+    found = {key for record in islice(records(Columns()), LOOKED_AT) for key in record.fields}
+    reader = choose_reader(source, found)
+    held_out = None
+    if source.validation_path is not None:
+        if find_files(source.validation_path) is None:
+            raise ValueError(f"validation_path {source.validation_path} does not exist")
+        held_out = read_records(source.validation_path, columns=reader.columns)
+    split = partial(split_by_question, seed=seed, scheme=parts)
+    return _Plan(
+        records(reader.columns),
+        reader.to_row,
+        split,
+        source.path,
+        scheme if held_out is None else "validation_path",
+        reader.format,
+        held_out,
+    )
 
 
 def _reject(source: SourceConfig, *names: str) -> None:
@@ -158,92 +180,72 @@ def _reject(source: SourceConfig, *names: str) -> None:
 # Records to rows
 
 
-def _collect(
-    records: Iterable[Record], to_row: Callable[[dict[str, Any]], Row], name: str
-) -> tuple["Dataset", RowCounts]:
-    """Usable rows in their order, as Arrow columns, and what became of all."""
-    from datasets import Dataset, concatenate_datasets
+class _Collection:
+    """Usable rows in their order, as Arrow columns, and what became of all records."""
 
-    read = empty = malformed = duplicates = 0
-    problems: list[str] = []
-    chunks: list[Dataset] = []
-    pending: list[dict[str, str]] = []
-    seen: set[str] = set()
-    for record in records:
-        read += 1
-        try:
-            if record.problem:
-                raise BadRecord(record.problem)
-            row = to_row(record.fields)
-        except BadRecord as problem:
-            malformed += 1
-            problems += [f"{record.location}: {problem}"] * (len(problems) < MAX_PROBLEMS)
-            continue
-        instruction, input_, output, id_ = (text.replace("\r\n", "\n") for text in row)
-        row = Row(instruction.strip(), input_.strip(), output.rstrip(), id_)
-        if not row.instruction or not row.output:
-            empty += 1
-            what = "answer" if row.instruction else "instruction"
-            problems += [f"{record.location}: the {what} is empty"] * (len(problems) < MAX_PROBLEMS)
-            continue
-        content = content_hash(row.instruction, row.input, row.output)
-        if content in seen:
-            duplicates += 1
-            continue
-        seen.add(content)
-        pending.append((row if row.id else row._replace(id=content[:32]))._asdict())
-        if len(pending) == CHUNK_ROWS:
-            chunks.append(Dataset.from_list(pending))
-            pending = []
-    if pending:
-        chunks.append(Dataset.from_list(pending))
-    if not chunks:
-        raise ValueError(
-            f"source {name!r} has no usable row: {read} read, {malformed} malformed, {empty} empty"
-            + "".join(f"\n  {problem}" for problem in problems[:3])
-        )
-    counts = RowCounts(read, empty, malformed, duplicates, tuple(problems))
-    return concatenate_datasets(chunks), counts
+    def __init__(self, plan: _Plan) -> None:
+        self.plan = plan
+        self.read = self.empty = self.malformed = self.duplicates = 0
+        self.problems: list[str] = []
+        self.chunks: list[Dataset] = []
+        self.pending: list[dict[str, str]] = []
+        self.seen: set[str] = set()
 
+    def add(self, records: Iterable[Record]) -> int:
+        """How many of them are rows that were not there before."""
+        before = len(self.seen)
+        for record in records:
+            self.read += 1
+            try:
+                if record.problem:
+                    raise BadRecord(record.problem)
+                row = self.plan.to_row(record.fields)
+            except BadRecord as problem:
+                self.malformed += 1
+                self._tell(record, str(problem))
+                continue
+            row = Row(*(text.replace("\r\n", "\n") for text in row))
+            if not row.output.strip():
+                self.empty += 1
+                what = "text" if self.plan.format == "text" else "answer"
+                self._tell(record, f"the {what} is empty")
+            elif self.plan.format in ("instruction", "completion") and not row.instruction.strip():
+                self.empty += 1
+                self._tell(record, "the instruction is empty")
+            else:
+                self._keep(row._replace(location=record.location))
+        return len(self.seen) - before
 
-def _columns_to_row(
-    fields: dict[str, Any],
-    *,
-    instruction: str,
-    input_: str | None,
-    output: str,
-    id_: str | None = None,
-) -> Row:
-    return Row(
-        _text(fields, instruction),
-        # A row without further input leaves the field out or has null there.
-        "" if input_ is None or fields.get(input_) is None else _text(fields, input_),
-        _text(fields, output),
-        "" if id_ is None else _text(fields, id_),
-    )
+    def _tell(self, record: Record, why: str) -> None:
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(f"{record.location}: {why}")
 
+    def _keep(self, row: Row) -> None:
+        from datasets import Dataset
 
-def _mbpp_to_row(fields: dict[str, Any]) -> Row:
-    task_id, tests = fields.get("task_id"), fields.get("test_list")
-    if type(task_id) is not int or not 1 <= task_id <= MBPP_TASKS:
-        raise BadRecord(f"task_id is {task_id!r}, but must be from 1 to {MBPP_TASKS}")
-    if not isinstance(tests, list) or not tests or not isinstance(tests[0], str):
-        raise BadRecord("test_list has no test")
-    text, code = _text(fields, "text"), _text(fields, "code")
-    return Row(mbpp_instruction(text, tests[0]) if text.strip() else "", "", code, str(task_id))
+        content = content_hash(*row_content(row))
+        if content in self.seen:
+            self.duplicates += 1
+            return
+        self.seen.add(content)
+        self.pending.append((row if row.id else row._replace(id=content[:32]))._asdict())
+        if len(self.pending) == CHUNK_ROWS:
+            self.chunks.append(Dataset.from_list(self.pending))
+            self.pending = []
 
+    def close(self, name: str) -> tuple["Dataset", RowCounts]:
+        """Raises ValueError where there is no row."""
+        from datasets import Dataset, concatenate_datasets
 
-def _text(fields: dict[str, Any], column: str) -> str:
-    if column not in fields:
-        raise BadRecord(f"no {column!r}")
-    value = fields[column]
-    if not isinstance(value, str):
-        raise BadRecord(f"{column!r} is of type {type(value).__name__}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRecord(f"{column!r} holds half a surrogate pair, which is no text") from None
-    return value
+        if self.pending:
+            self.chunks.append(Dataset.from_list(self.pending))
+        if not self.chunks:
+            raise ValueError(
+                f"source {name!r} has no usable row: {self.read} read, {self.malformed} malformed, "
+                f"{self.empty} empty" + "".join(f"\n  {problem}" for problem in self.problems[:3])
+            )
+        counts = (self.read, self.empty, self.malformed, self.duplicates, tuple(self.problems))
+        return concatenate_datasets(self.chunks), RowCounts(*counts)
 
 
 def _skill_records(skill: str, wanted: dict[str, int], seed: int) -> Iterator[Record]:

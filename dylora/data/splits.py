@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dylora.run_config import SplitScheme
-
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -22,7 +20,7 @@ MBPP_PUBLISHED = {
 }
 
 
-def mbpp_split(scheme: SplitScheme, seed: int = 0) -> dict[str, list[int]]:
+def mbpp_split(scheme: str, seed: int = 0) -> dict[str, list[int]]:
     """Task ids of each split, sorted.
 
     `published`: 374 train, 90 validation, 500 test, 10 prompt. `70/10/20`: 682, 97 and 195 of all
@@ -31,7 +29,7 @@ def mbpp_split(scheme: SplitScheme, seed: int = 0) -> dict[str, list[int]]:
     if scheme == "published":
         return {split: list(ids) for split, ids in MBPP_PUBLISHED.items()}
     if scheme != "70/10/20":
-        raise ValueError(f"split_scheme is {scheme!r}, but mbpp has published and 70/10/20")
+        raise ValueError(f"split is {scheme!r}, but mbpp has published and 70/10/20")
     ids = list(range(1, MBPP_TASKS + 1))
     random.Random(derived_seed("mbpp", seed)).shuffle(ids)
     train, validation = round(0.7 * MBPP_TASKS), round(0.8 * MBPP_TASKS)
@@ -63,12 +61,18 @@ def seeded_generator(*parts: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(*parts))
 
 
-def split_by_question(rows: "Dataset", seed: int) -> dict[str, list[int]]:
-    """A tenth of the questions, those whose seeded hash is lowest, for validation."""
-    pairs = zip(rows["instruction"], rows["input"], strict=True)
-    hashes = [content_hash(seed, *pair) for pair in pairs]
+def split_by_question(
+    rows: "Dataset", seed: int, scheme: tuple[int, int] = (90, 10)
+) -> dict[str, list[int]]:
+    """A share of the questions, by default a tenth, those whose seeded hash is lowest, for
+    validation. A text is its own question."""
+    triples = zip(rows["instruction"], rows["input"], rows["output"], strict=True)
+    hashes = [
+        content_hash(seed, question, more) if question else content_hash(seed, text)
+        for question, more, text in triples
+    ]
     questions = sorted(set(hashes))
-    held_out = set(questions[: max(1, round(len(questions) / 10))])
+    held_out = set(questions[: max(1, round(len(questions) * scheme[1] / sum(scheme)))])
     return _indices("validation" if question in held_out else "train" for question in hashes)
 
 

@@ -1,25 +1,31 @@
 """Rows as token ids and labels, kept flat, and what became of every row.
 
-A prompt is never trained on; an answer is, and the EOS that ends it.
+A prompt is not trained on, unless data.train_on_inputs says so; an answer is, and the token that
+ends it; of a plain text everything.
 """
 
+import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.data.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
-from dylora.data.record import RowCounts
+from dylora.data.prompts import common_length, encode_prompts, eos_token_id
+from dylora.data.record import BadRecord, RowCounts
+from dylora.data.rows import Row, row_content
 from dylora.data.splits import content_hash, text_hash
+from dylora.data.templates import Chat, Parts, Template, question
+from dylora.data_config import DataConfig, RowFormat
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
 ENCODED_AT_ONCE = 1000
+MAX_LOST = 3  # rows of a split that are named as dropped or refused
 
 
 class SplitReport(NamedTuple):
@@ -27,10 +33,12 @@ class SplitReport(NamedTuple):
 
     rows: int  # usable rows of the split
     kept: int  # examples, truncated ones included
-    truncated: int  # over-long; the answer was cut and does not end in EOS
+    truncated: int  # over-long and cut: what is left does not end in EOS
     dropped: int  # over-long, or with a prompt that leaves no room for an answer
     tokens: int  # of the examples, BOS and EOS included
-    target_tokens: int  # those that are trained on: answers and EOS
+    target_tokens: int  # those that are trained on
+    refused: int = 0  # by the template
+    problems: tuple[str, ...] = ()  # `file:line: why` of the first that were dropped or refused
 
 
 class SetReport(NamedTuple):
@@ -49,10 +57,13 @@ class SetReport(NamedTuple):
         ]
         parts += [
             f"{split} {report.kept} of {report.rows} ({report.truncated} truncated, "
-            f"{report.dropped} dropped as over-long, {report.target_tokens} target tokens)"
+            f"{report.dropped} dropped as over-long, "
+            + (f"{report.refused} refused by the template, " if report.refused else "")
+            + f"{report.target_tokens} target tokens)"
             for split, report in self.splits.items()
         ]
-        lines = ["; ".join(parts), *(f"  {problem}" for problem in problems)]
+        lost = [problem for report in self.splits.values() for problem in report.problems]
+        lines = ["; ".join(parts), *(f"  {problem}" for problem in (*lost, *problems))]
         hidden = empty + malformed - len(problems)
         return "\n".join([*lines, f"  and {hidden} more"] if hidden else lines)
 
@@ -63,27 +74,34 @@ class TokenizedSet:
     def __init__(self, name: str, split: str) -> None:
         self.name = name
         self.split = split
-        self._ids = array("i")
+        self._ids = array("i")  # of a token that is not trained on its complement, ~id
         self._ends = array("q", [0])
-        self._prompt_lengths = array("i")
 
-    def append(self, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> None:
-        """Adds an example: the prompt with its BOS, then what is trained on."""
-        self._ids.extend(prompt_ids)
-        self._ids.extend(target_ids)
+    def append(self, *parts: Sequence[int]) -> None:
+        """Adds an example: token ids, alternately not trained on (BOS and prompt) and trained on."""
+        for number, part in enumerate(parts):
+            self._ids.extend(part if number % 2 else [~token for token in part])
         self._ends.append(len(self._ids))
-        self._prompt_lengths.append(len(prompt_ids))
 
     def __len__(self) -> int:
-        return len(self._prompt_lengths)
+        return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """`input_ids` and `labels`, equally long; labels are -100 on BOS and prompt."""
+        """`input_ids` and `labels`, equally long; labels are -100 where nothing is trained on."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)} in {self.name}/{self.split}")
-        ids = self._ids[self._ends[index] : self._ends[index + 1]].tolist()
-        prompt = self._prompt_lengths[index]
-        return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
+        kept = self._ids[self._ends[index] : self._ends[index + 1]].tolist()
+        ids = [token if token >= 0 else ~token for token in kept]
+        return {"input_ids": ids, "labels": [token if token >= 0 else IGNORED for token in kept]}
+
+    def parts(self, index: int) -> Parts:
+        """An example as `append` takes it."""
+        example, parts = self[index], [[]]
+        for token, label in zip(example["input_ids"], example["labels"], strict=True):
+            if (label != IGNORED) != (len(parts) % 2 == 0):
+                parts.append([])
+            parts[-1].append(token)
+        return parts
 
     def length(self, index: int) -> int:
         """Tokens of an example, BOS and EOS included."""
@@ -100,13 +118,19 @@ class TokenizedSet:
         return len(self._ids)
 
     @property
+    def target_tokens(self) -> int:
+        """Those of all examples that are trained on."""
+        return int((torch.frombuffer(self._ids, dtype=torch.int32) >= 0).sum())
+
+    @property
     def largest_id(self) -> int:
-        return max(self._ids)
+        kept = torch.frombuffer(self._ids, dtype=torch.int32)
+        return int(torch.maximum(kept, ~kept).max())
 
     @property
     def mean_targets(self) -> float:
         """Tokens that are trained on, per example."""
-        return (len(self._ids) - sum(self._prompt_lengths)) / len(self)
+        return self.target_tokens / len(self)
 
 
 class TokenizedSplit(NamedTuple):
@@ -122,56 +146,151 @@ class TokenizedSplit(NamedTuple):
 def tokenize_rows(
     examples: TokenizedSet,
     rows: "Dataset",
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    format: RowFormat = "instruction",
     *,
-    max_length: int,
-    truncation: Literal["truncate", "drop"],
+    config: DataConfig,
     wanted: int | None = None,
 ) -> TokenizedSplit:
-    """Fills `examples` from the rows (columns as in sources.Row), until there are `wanted` ones."""
-    eos = eos_token_id(tokenizer)
-    limit = len(rows) if wanted is None else wanted
-    step = min(max(limit, 1), ENCODED_AT_ONCE)
-    row_ids, hashes = [], []
-    text_hashes: set[str] = set()
-    truncated = dropped = target_tokens = 0
+    """Fills `examples` from the rows (columns as in rows.Row), until there are `wanted` ones.
+
+    config: its max_length, over_long and train_on_inputs are used.
+    """
+    limit = len(rows) if wanted is None and format != "text" else wanted
+    step = ENCODED_AT_ONCE if limit is None else min(max(limit, 1), ENCODED_AT_ONCE)
+    filler = _Filler(examples, config, limit)
     for start in range(0, len(rows), step):
         batch: dict[str, list[str]] = rows[start : start + step]
-        texts = list(zip(batch["instruction"], batch["input"], batch["output"], strict=True))
-        prompts = encode_prompts(tokenizer, [format_prompt(i, more) for i, more, _ in texts])
-        answers = encode_answers(tokenizer, batch["output"])
-        for prompt, answer, text, row_id in zip(prompts, answers, texts, batch["id"], strict=True):
-            if len(examples) == limit:
-                break
-            target = fit(len(prompt), [*answer, eos], max_length, truncation)
-            if not target:
-                dropped += 1
-                continue
-            truncated += len(target) <= len(answer)
-            target_tokens += len(target)
-            examples.append(prompt, target)
-            row_ids.append(row_id)
-            hashes.append(content_hash(*text))
-            question = " ".join(text[:2])
-            text_hashes |= {text_hash(question), text_hash(text[0]), text_hash(text[2])}
-        if len(examples) == limit:
+        chunk = [Row(*values) for values in zip(*(batch[name] for name in Row._fields), strict=True)]
+        if format == "text":
+            filler.add_texts(chunk, template)
+        else:
+            filler.add_rows(chunk, encode_rows(chunk, format, template))
+        if filler.is_full:
             break
-    kept, tokens = len(examples), examples.tokens
-    report = SplitReport(len(rows), kept, truncated, dropped, tokens, target_tokens)
-    return TokenizedSplit(examples, report, row_ids, hashes, text_hashes)
+    return filler.close(len(rows))
 
 
-def fit(
-    prompt_length: int,
-    target_ids: list[int],
-    max_length: int,
-    truncation: Literal["truncate", "drop"],
-) -> list[int]:
-    """The answer and EOS, cut to what the prompt leaves; empty: the example is dropped.
+def encode_rows(
+    rows: Sequence[Row], format: RowFormat, template: Template
+) -> list[Parts | BadRecord]:
+    """Token ids of each row, alternately not trained on and trained on."""
+    if format == "completion":
+        return list(_encode_completions(rows, template.tokenizer))
+    chats = []
+    for row in rows:
+        if row.chat:
+            chats.append(Chat(**json.loads(row.chat)))
+        else:
+            asked = question(template, row.instruction, row.input)
+            answer = {"role": "assistant", "content": row.output}
+            chats.append(Chat([*asked.messages, answer]))
+    return template.examples(chats)
 
-    A cut answer loses its EOS, since it does not end there. Prompts are never cut.
+
+def _encode_completions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Parts]:
+    """A token that is of both prompt and completion is trained on."""
+    prompts = encode_prompts(tokenizer, [row.instruction for row in rows])
+    wholes = encode_prompts(tokenizer, [row.instruction + row.output for row in rows])
+    for prompt, whole in zip(prompts, wholes, strict=True):
+        begin = common_length(prompt, whole)
+        yield [whole[:begin], [*whole[begin:], eos_token_id(tokenizer)]]
+
+
+class _Filler:
+    """Fills a set with examples, and counts what does not become one."""
+
+    def __init__(self, examples: TokenizedSet, config: DataConfig, limit: int | None) -> None:
+        assert config.max_length is not None
+        self.examples, self.config, self.limit = examples, config, limit
+        self.max_length = config.max_length
+        self.row_ids: list[str] = []
+        self.hashes: list[str] = []
+        self.text_hashes: set[str] = set()
+        self.truncated = self.dropped = self.refused = 0
+        self.problems: list[str] = []
+        self.pending: list[int] = []  # of texts, not yet a window
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.examples) == self.limit
+
+    def add_rows(self, rows: Sequence[Row], encoded: Sequence[Parts | BadRecord]) -> None:
+        """Rows as examples, each cut or left out where it is too long."""
+        for row, parts in zip(rows, encoded, strict=True):
+            if self.is_full:
+                return
+            if isinstance(parts, BadRecord):
+                self.refused += 1
+                self._tell(row, str(parts))
+                continue
+            if self.config.train_on_inputs:
+                parts = [[], [token for part in parts for token in part]]
+            length = sum(map(len, parts))
+            parts = fit(parts, self.max_length, self.config.over_long)
+            if not parts:
+                self.dropped += 1
+                self._tell(row, f"{length} tokens, and max_length is {self.max_length}")
+                continue
+            self.truncated += length > self.max_length
+            self.examples.append(*parts)
+            self._record(row)
+
+    def add_texts(self, rows: Sequence[Row], template: Template) -> None:
+        """Texts one after the other, each with BOS and EOS, as windows of max_length tokens."""
+        eos = eos_token_id(template.tokenizer)
+        texts = encode_prompts(template.tokenizer, [row.output for row in rows])
+        for row, ids in zip(rows, texts, strict=True):
+            self.pending += [*ids, eos]
+            self._record(row)
+            while len(self.pending) >= self.max_length and not self.is_full:
+                self.examples.append([], self.pending[: self.max_length])
+                del self.pending[: self.max_length]
+            if self.is_full:
+                return
+
+    def close(self, rows: int) -> TokenizedSplit:
+        """What came of so many rows."""
+        if len(self.pending) > 1 and not self.is_full:
+            self.examples.append([], self.pending)
+        examples = self.examples
+        report = SplitReport(
+            rows=rows,
+            kept=len(examples),
+            truncated=self.truncated,
+            dropped=self.dropped,
+            tokens=examples.tokens,
+            target_tokens=examples.target_tokens if len(examples) else 0,
+            refused=self.refused,
+            problems=tuple(self.problems),
+        )
+        return TokenizedSplit(examples, report, self.row_ids, self.hashes, self.text_hashes)
+
+    def _tell(self, row: Row, why: str) -> None:
+        if len(self.problems) < MAX_LOST:
+            self.problems.append(f"{row.location}: {why}")
+
+    def _record(self, row: Row) -> None:
+        self.row_ids.append(row.id)
+        self.hashes.append(content_hash(*row_content(row)))
+        texts = [f"{row.instruction} {row.input}", row.instruction, row.output]
+        if row.chat:
+            texts += [turn["content"] for turn in json.loads(row.chat)["messages"]]
+        self.text_hashes |= {text_hash(text) for text in texts if text.strip()}
+
+
+def fit(parts: Parts, max_length: int, over_long: Literal["truncate", "drop"]) -> Parts:
+    """An example of at most so many tokens; empty: it is dropped.
+
+    A cut answer loses its EOS, since it does not end there. What has nothing left to train on is
+    dropped.
     """
-    room = max_length - prompt_length
-    if len(target_ids) <= room:
-        return target_ids
-    return target_ids[: max(room, 0)] if truncation == "truncate" else []
+    if sum(map(len, parts)) <= max_length:
+        return parts
+    if over_long == "drop":
+        return []
+    kept, room = [], max_length
+    for part in parts:
+        kept.append(part[:room])
+        room -= len(kept[-1])
+    return kept if any(kept[1::2]) else []

@@ -170,6 +170,7 @@ def build_sampler(config: DataConfig, data: PreparedData, rows_per_step: int) ->
         bucket_steps=config.bucket_steps,
         rows_per_step=rows_per_step,
         tokens=[examples.all_lengths for examples in data.train],
+        weights=[source.weight for source in config.sources],
     )
 
 
@@ -203,6 +204,11 @@ def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
         eval_subset=config.eval.eval_subset,
     )
     for examples in (*data.train, *data.validation):
+        if config.moe.routes_prompts and examples[0]["labels"][0] >= 0:
+            raise ValueError(
+                f"source {examples.name!r} is plain text, which has no prompt to route by: set "
+                "moe.router_scope to site or shared"
+            )
         if examples.largest_id >= rows:
             _refuse_id(config, examples.largest_id, rows, f"{examples.name}/{examples.split}")
     return data

@@ -63,9 +63,7 @@ def one_run(options: argparse.Namespace, window: int, seed: int) -> dict[str, fl
                 model=ModelConfig(base="tiny-code-llama", dtype="float32"),
                 moe=MoELoraConfig(num_experts=4, top_k_experts=2, r=16, lora_alpha=128),
                 data=DataConfig(
-                    sources=[
-                        SourceConfig(name="code_alpaca", path=options.rows, split_scheme="90/10")
-                    ],
+                    sources=[SourceConfig(name="code_alpaca", path=options.rows, split="90/10")],
                     max_length=512,
                     bucket_steps=window,
                     seed=seed,

@@ -169,3 +169,46 @@ def test_a_state_of_other_buckets_or_steps_is_refused():
         bucketed(rows_per_step=12).load_state_dict(state)
     # Without buckets the order does not depend on how many rows a step takes.
     bucketed(1, rows_per_step=12).load_state_dict(bucketed(1).state_dict())
+
+
+# Weights
+
+
+def drawn(sampler: InterleavedSampler, count: int) -> list[tuple[int, int]]:
+    return [next(sampler) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("interleaved", "counts"), [(True, [20, 80]), (False, [20, 40])])
+def test_a_weight_multiplies_what_a_set_gives_to_an_epoch(interleaved, counts):
+    sampler = InterleavedSampler([40, 20], interleaved=interleaved, weights=[0.5, 2])
+    epoch = drawn(sampler, len(sampler))
+    assert [sum(index == one for index, _ in epoch) for one in (0, 1)] == counts
+    times = [sum(row == one for index, row in epoch if index == 1) for one in range(20)]
+    assert set(times) == {counts[1] // 20}  # every row as often
+    assert len({row for index, row in epoch if index == 0}) == 20  # the first half of its rows
+    later = drawn(sampler, len(sampler))
+    assert {row for index, row in later if index == 0} != {
+        row for index, row in epoch if index == 0
+    }
+    assert sampler.mean([3.0, 6.0]) == (counts[0] * 3 + counts[1] * 6) / sum(counts)
+    if interleaved:  # evenly spread
+        parts = [epoch[begin : begin + 10] for begin in range(0, 100, 10)]
+        assert all(1 <= sum(index == 0 for index, _ in part) <= 3 for part in parts)
+
+
+def test_a_weighted_order_goes_on_from_its_state_and_with_its_weights_alone():
+    sampler = InterleavedSampler([7, 5], weights=[1, 3])
+    drawn(sampler, 9)
+    state = sampler.state_dict()
+    going_on = InterleavedSampler([7, 5], weights=[1, 3])
+    going_on.load_state_dict(state)
+    assert drawn(going_on, 40) == drawn(sampler, 40)
+    for weights in ([1, 2], [1, 1]):
+        with pytest.raises(ValueError, match=r"weights|state has"):
+            InterleavedSampler([7, 5], weights=weights).load_state_dict(state)
+
+
+def test_weights_of_one_change_no_order_and_no_state():
+    plain, weighted = InterleavedSampler([7, 5]), InterleavedSampler([7, 5], weights=[1, 1])
+    assert plain.state_dict() == weighted.state_dict()
+    assert drawn(plain, 40) == drawn(weighted, 40)

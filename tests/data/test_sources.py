@@ -23,7 +23,9 @@ def own_cache(tmp_path, monkeypatch):
 
 def own_source(path, **settings) -> SourceConfig:
     columns = {"instruction_column": "question", "output_column": "answer"}
-    return SourceConfig(name="own", path=str(path), **(columns | settings))
+    return SourceConfig(
+        name="own", path=path if isinstance(path, list) else str(path), **(columns | settings)
+    )
 
 
 def write_lines(path: Path, lines: list) -> Path:
@@ -116,8 +118,8 @@ def test_mbpp_from_the_hub_gives_the_same_rows_as_from_the_file(monkeypatch):
     monkeypatch.setattr(
         "datasets.load_dataset", lambda *args, **options: asked.append((args, options)) or tables
     )
-    hub = read_source(SourceConfig(name="mbpp", revision="abc", split_scheme="70/10/20"), seed=1)
-    local = SourceConfig(name="mbpp", path=MBPP, split_scheme="70/10/20")
+    hub = read_source(SourceConfig(name="mbpp", revision="abc", split="70/10/20"), seed=1)
+    local = SourceConfig(name="mbpp", path=MBPP, split="70/10/20")
     file = read_source(local, seed=1)
     assert asked == [(("google-research-datasets/mbpp", "full"), {"revision": "abc"})]
     for split in ("train", "validation"):
@@ -160,7 +162,7 @@ def test_broken_lines_are_reported_with_file_and_line(tmp_path):
     good = [json.dumps(row).encode() for row in rows_of(10)]
     bad = {
         3: (b'{"question": "x", "answer"', "not JSON"),
-        5: (b'{"question": "x", "answer": 4}', "'answer' is of type int, not text"),
+        5: (b'{"question": "x", "answer": [4]}', "'answer' is of type list, not text"),
         6: (b'["x", "y"]', "of type list, not an object"),
         7: (b'{"question": "x"}', "no 'answer'"),
         9: (b'{"question": "\xff", "answer": "y"}', "not UTF-8"),
@@ -359,11 +361,16 @@ def test_an_unknown_skill_names_the_nearest():
 
 
 def test_errors_of_paths_say_what_to_do(tmp_path):
-    (tmp_path / "rows.csv").write_text("a,b\n")
+    (tmp_path / "rows.doc").write_text("a,b\n")
     for path, message in [
         (tmp_path / "none.jsonl", "does not exist"),
-        (tmp_path / "rows.csv", r"unknown type; known are \.json, \.jsonl, \.jsonl\.gz, \.parquet"),
-        (tmp_path, "is a folder"),
+        (
+            tmp_path / "rows.doc",
+            r"unknown type; known are \.json, \.jsonl, \.csv, \.tsv, \.txt, \.parq",
+        ),
+        (tmp_path, "is a folder without a file that can be read"),
+        (str(tmp_path / "*.jsonl"), "fits no file"),
+        ([], "list of paths is empty"),
     ]:
         with pytest.raises(ValueError, match=message):
             read_source(own_source(path))
@@ -410,9 +417,8 @@ def test_a_file_without_a_usable_row_is_an_error(tmp_path):
     ("settings", "message"),
     [
         ({"name": "code_alpca"}, "did you mean 'code_alpaca'"),
-        ({"name": "own", "path": "x.jsonl"}, "instruction_column"),
-        ({"name": "code_alpaca", "split_scheme": "published"}, "must be 90/10"),
-        ({"name": "mbpp", "split_scheme": "90/10"}, "must be published or 70/10/20"),
+        ({"name": "code_alpaca", "split": "published"}, "must be two shares such as 90/10"),
+        ({"name": "mbpp", "split": "90/10"}, "mbpp has published and 70/10/20"),
         ({"name": "mbpp", "output_column": "code"}, "output_column does not apply"),
         ({"name": "skill/sql", "path": "x.jsonl"}, "path does not apply"),
         ({"name": "mbpp", "rows": 5}, "rows does not apply"),

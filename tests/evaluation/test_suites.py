@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from dylora.data import json_file
+from dylora.data import unpacked
 from dylora.data.splits import text_hash
 from dylora.evaluation.passk.evalplus import typed_input
 from dylora.evaluation.passk.problem import Problem, ProgramTests, answer_of
@@ -352,7 +352,7 @@ def test_a_plus_set_is_read_packed_as_it_is_published(suite: str, row: dict, tmp
 
 
 def test_a_packed_file_that_expands_without_end_is_refused(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(json_file, "MAX_UNPACKED", 10**5)
+    monkeypatch.setattr(unpacked, "MAX_UNPACKED", 10**5)
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b"\n" * 10**6))
     with pytest.raises(ValueError, match="more than 100,000 bytes once decompressed"):
         read_suite("mbpp+", str(tmp_path / "bomb.jsonl.gz"))
