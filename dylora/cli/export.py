@@ -221,6 +221,7 @@ def _resolve_weights(
 ) -> "tuple[Tensor, dict[str, Any]]":
     """The weights [N, E], and what a text says of them, printed and for the record."""
     from dylora.base_models import max_positions
+    from dylora.data.templates import recorded_template
     from dylora.evaluation.static_mixture import compare, measured_weights, read_text
     from dylora.integrations.static_weights import static_weights
 
@@ -228,7 +229,8 @@ def _resolve_weights(
         assert options.weights != "measured"  # the command asks for a text then
         return static_weights(model.mixture, weights=options.weights), {}
     longest = min(512, max_positions(model.base.config) or 512)
-    text = read_text(options.text, tokenizer, options.text_tokens, longest)
+    template = recorded_template(model.training_record, tokenizer)
+    text = read_text(options.text, template, options.text_tokens, longest)
     if options.weights == "measured":
         weights_NE = static_weights(model.mixture, weights=measured_weights(model, text))
         print(f"mean gates over {text.tokens:,} tokens of {text.source}, by site:")

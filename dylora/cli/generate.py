@@ -36,6 +36,8 @@ class GenerateOptions(AnswerOptions, RoutingOptions, BaseOptions, DeviceOptions,
     """With --prompts: prompts that are answered together."""
     raw: bool = False
     """Continue the prompt as it stands, without a template."""
+    template: str | None = None
+    """Put it into this template, as data.template names it; none: that of the training."""
     show_routing: bool = False
     """Show which experts each token used."""
 
@@ -62,6 +64,7 @@ def run(options: GenerateOptions, overrides: list[str]) -> None:
         device=options.device,
         quantization=options.quantization,
         routing=options.routing(),
+        template=options.template,
     )
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,

@@ -26,6 +26,7 @@ _NAMES = {
     "model.base": "base_model model_name_or_path pretrained_model_name_or_path",
     "model.dtype": "torch_dtype",
     "data.max_length": "sequence_len max_seq_length max_seq_len model_max_length cutoff_len",
+    "data.template": "chat_template prompt_template prompt_style",
     "data.sources": "dataset datasets dataset_name train_file",
     "name": "run_name",
 }
@@ -39,7 +40,6 @@ _INSTEAD = {
     "flash_attention": "set model.attn_implementation to flash_attention_2",
     "optim optimizer": "AdamW is the optimizer: see train.adam_beta1, adam_beta2, adam_epsilon",
     "report_to": "set log.wandb to true for Weights & Biases; metrics.jsonl is always written",
-    "chat_template": "rows are put into the instruction template of dylora/data/prompts.py",
     "eval_strategy evaluation_strategy": "set eval.eval_steps; none evaluates at the end alone",
     "save_strategy": "set train.save_steps; without it a run saves at its end",
     "logging_strategy": "set log.logging_steps",
@@ -47,7 +47,6 @@ _INSTEAD = {
     "warmup_ratio": "set train.warmup_steps, a number of steps",
     "val_set_size": "set split (such as 95/5) or validation_path of each item of data.sources",
     "sample_packing packing": "a step holds as many tokens as batch_size long rows, unpacked",
-    "train_on_inputs": "the loss is of the answers alone",
     "resume_from_checkpoint": "give --resume_from_checkpoint on the command line",
     "modules_to_save": "experts, routers and, with moe.bias, biases are what is trained",
     "adapter peft_type": "experts are LoRA always; moe.use_dora and moe.use_rslora vary it",

@@ -24,10 +24,10 @@ from dylora.data.prompts import (
 from dylora.data.record import BadRecord
 from dylora.fields import nearest, shown
 from dylora.storage.safe_io import read_bytes
+from dylora.storage.schema import MAX_TEMPLATE
 
 NAMES = ("alpaca", "base", "chatml", "plain")
 PLAIN = "{instruction}\n\n{input}\n"
-MAX_TEMPLATE = 256 << 10  # bytes of a Jinja template; those of the hub have up to 20 KiB
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _ANSWER = "Paris"  # of the conversation with which a template is tried
 
@@ -46,6 +46,7 @@ class Template(Protocol):
     """How conversations become token ids."""
 
     tokenizer: PreTrainedTokenizerBase
+    name: str
     text: str
     """What a checkpoint records."""
     input_heading: str
@@ -106,9 +107,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
         raise ValueError(f"{file} is not UTF-8") from None
 
 
-def recorded_template(
-    training: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> Template:
+def recorded_template(training: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template of the latest training that a record tells of; alpaca where it tells of none.
 
     Raises ValueError for a text that is no template.
@@ -240,7 +239,9 @@ class JinjaTemplate:
         for index in answers:
             before = self._render(chat.messages[:index], chat.tools, answer=True)
             after = self._render(chat.messages[: index + 1], chat.tools)
-            if not (before.startswith(last) and after.startswith(before) and whole.startswith(after)):
+            if not (
+                before.startswith(last) and after.startswith(before) and whole.startswith(after)
+            ):
                 raise BadRecord(
                     f"the template {self.name} writes message {index + 1} otherwise with what "
                     "follows or without it: only generation marks could tell the answers"
@@ -259,9 +260,7 @@ class JinjaTemplate:
         return [*parts, ids[begin:]] if ids[begin:] else parts
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return encode(
-            self.tokenizer, texts, add_special_tokens=False, split_special_tokens=False
-        )
+        return encode(self.tokenizer, texts, add_special_tokens=False, split_special_tokens=False)
 
     def _render(
         self, messages: list[dict[str, Any]], tools: Any = None, *, answer: bool = False
@@ -291,7 +290,9 @@ class JinjaTemplate:
         ]
         try:
             text = self._render(messages)
-            if self._render(messages[:1], answer=True) == self._render(messages[:1]):
+            asked, heading = self._render(messages[:1]), self._render(messages[:1], answer=True)
+            follows = text.removeprefix(asked).lstrip().startswith(_ANSWER)  # as Mistral's
+            if asked == heading and not follows:
                 raise BadRecord(f"the template {self.name} does nothing for add_generation_prompt")
         except BadRecord as problem:
             raise ValueError(str(problem)) from None

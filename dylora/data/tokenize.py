@@ -78,7 +78,7 @@ class TokenizedSet:
         self._ends = array("q", [0])
 
     def append(self, *parts: Sequence[int]) -> None:
-        """Adds an example: token ids, alternately not trained on (BOS and prompt) and trained on."""
+        """Adds an example: token ids, alternately not trained on (a prompt) and trained on."""
         for number, part in enumerate(parts):
             self._ids.extend(part if number % 2 else [~token for token in part])
         self._ends.append(len(self._ids))
@@ -161,7 +161,9 @@ def tokenize_rows(
     filler = _Filler(examples, config, limit)
     for start in range(0, len(rows), step):
         batch: dict[str, list[str]] = rows[start : start + step]
-        chunk = [Row(*values) for values in zip(*(batch[name] for name in Row._fields), strict=True)]
+        chunk = [
+            Row(*values) for values in zip(*(batch[name] for name in Row._fields), strict=True)
+        ]
         if format == "text":
             filler.add_texts(chunk, template)
         else:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.data.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
+from dylora.data.prompts import encode_prompts
 from dylora.data.readers import read_records
+from dylora.data.record import BadRecord
+from dylora.data.templates import Chat, Template, question
 from dylora.kernels.common import at_least_float32, evaluation_mode
 from dylora.model import DyLoRA_MoE
 
@@ -42,23 +43,21 @@ class Comparison(NamedTuple):
     static_loss: float
 
 
-def read_text(
-    file: str, tokenizer: PreTrainedTokenizerBase, limit: int, window: int = WINDOW
-) -> Sequences:
+def read_text(file: str, template: Template, limit: int, window: int = WINDOW) -> Sequences:
     """Up to `limit` tokens of a text file, or of JSON rows.
 
     .json, .jsonl and .parquet: rows with `text`, or with `instruction`, `output` and optionally
-    `input`, which are put into the prompt template; their answers count, as in training. Any other
-    file is one text. Longer texts are cut into pieces of `window` tokens, each with BOS. Raises
+    `input`, which are put into the template; their answers count, as in training. Any other file is
+    one text. Longer texts are cut into pieces of `window` tokens, each with BOS. Raises
     ValueError or FileNotFoundError for what cannot be read.
     """
     path = Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     found, left = Sequences([], [], file), limit
-    begin = encode_prompts(tokenizer, [""])[0]
+    begin = encode_prompts(template.tokenizer, [""])[0]
     size = window - len(begin)
-    for prompt, answer in _texts(path, tokenizer, limit):
+    for prompt, answer in _texts(path, template, limit):
         body = prompt + answer
         for start in range(0, len(body), size):
             piece = (begin + body[start : start + size])[:left]
@@ -74,11 +73,9 @@ def read_text(
     return found
 
 
-def _texts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> Iterator[tuple[list[int], list[int]]]:
+def _texts(path: Path, template: Template, limit: int) -> Iterator[tuple[list[int], list[int]]]:
     """The token ids of each text of a file without BOS: a prompt, maybe empty, and the rest."""
-    encode: Any = tokenizer
+    encode: Any = template.tokenizer
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     if path.suffix.lower() not in (".json", ".jsonl", ".parquet"):
         try:
@@ -95,9 +92,14 @@ def _texts(
         if isinstance(fields.get("text"), str):
             yield [], encode(fields["text"], **options)["input_ids"]
         elif isinstance(fields.get("instruction"), str) and isinstance(fields.get("output"), str):
-            prompt = format_prompt(fields["instruction"], fields.get("input") or "")
-            answer = encode_answers(tokenizer, [fields["output"]])[0]
-            yield encode(prompt, **options)["input_ids"], [*answer, eos_token_id(tokenizer)]
+            asked = question(template, fields["instruction"], fields.get("input") or "")
+            answer = {"role": "assistant", "content": fields["output"]}
+            [parts] = template.examples([Chat([*asked.messages, answer])])
+            if isinstance(parts, BadRecord):
+                raise ValueError(f"{record.location}: {parts}")
+            ids, answered = parts[0], [token for part in parts[1:] for token in part]
+            bos = encode_prompts(template.tokenizer, [""])[0]
+            yield ids[len(bos) :] if ids[: len(bos)] == bos else ids, answered
         else:
             raise ValueError(
                 f"{record.location}: needs the field 'text', or 'instruction' and 'output'"

@@ -9,7 +9,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.base_models import choose_device
 from dylora.config import Quantization
-from dylora.data.prompts import encode_answers, encode_prompts, eos_token_id, format_prompt
+from dylora.data.prompts import encode_prompts
+from dylora.data.templates import Chat, Template, load_template, question, recorded_template
 from dylora.evaluation.loading import change_routing, note
 from dylora.model import DyLoRA_MoE
 from dylora.serving.answering import Row, answer, room_after
@@ -22,9 +23,16 @@ ROLES = ("system", "user", "assistant")
 class Speaker:
     """A mixture with its tokenizer."""
 
-    def __init__(self, model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model: DyLoRA_MoE,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template | None = None,
+    ) -> None:
+        """template: none: that of the model's training."""
         self.model, self.tokenizer = model, tokenizer
-        self.ends = {eos_token_id(tokenizer)}
+        self.template = template or recorded_template(model.training_record, tokenizer)
+        self.ends = set(self.template.end_ids)
 
     @classmethod
     def open(
@@ -35,8 +43,10 @@ class Speaker:
         device: str = "auto",
         quantization: Quantization | None = None,
         routing: Mapping[str, Any] | None = None,
+        template: str | None = None,
     ) -> "Speaker":
-        """A checkpoint on its base, in evaluation mode; routing: arguments of `change_routing`.
+        """A checkpoint on its base, in evaluation mode; routing: arguments of `change_routing`;
+        template: as `load_template` takes it, none: that of the training.
 
         Raises ValueError or FileNotFoundError for what does not load.
         """
@@ -47,31 +57,26 @@ class Speaker:
         change_routing(model, **(routing or {}))
         if base is None:  # whoever made the checkpoint chose it
             note(f"base: {spec.name}, as {opened.path} names it")
-        return cls(model, opened.tokenizer(spec))
+        tokenizer = opened.tokenizer(spec)
+        other = None if template is None else load_template(template, tokenizer)
+        return cls(model, tokenizer, other)
 
     def conversation(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that ends with what is to be answered.
 
-        Raises ValueError for a role that is not known, and for one that ends with an answer.
+        Raises ValueError for a role that is not known, for one that ends with an answer, and for
+        what the template refuses.
         """
-        before, ids = "", []
         for message in messages:
-            role, content = message.get("role"), message.get("content")
-            if role not in ROLES or not isinstance(content, str):
+            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
                 raise ValueError(f"a message needs a text and one of the roles {', '.join(ROLES)}")
-            if role == "assistant":
-                ids += self._encode(before, begins=not ids)
-                ids += [*encode_answers(self.tokenizer, [content])[0], eos_token_id(self.tokenizer)]
-                before = ""
-            else:
-                before += format_prompt(content) if role == "user" else f"{content}\n\n"
         if not messages or messages[-1].get("role") != "user":
             raise ValueError("the last message must be of the role user")
-        return ids + self._encode(before, begins=not ids)
+        return self.template.prompts([Chat([dict(message) for message in messages])])[0]
 
     def question(self, instruction: str, input: str = "") -> list[int]:
         """Token ids of an instruction with its further input."""
-        return self._encode(format_prompt(instruction, input), begins=True)
+        return self.template.prompts([question(self.template, instruction, input)])[0]
 
     def text(self, text: str) -> list[int]:
         """Token ids of a text that is to be continued as it stands."""
@@ -80,9 +85,6 @@ class Speaker:
     def answer(self, rows: Sequence[Row]) -> None:
         """Fill the rows, in one batch; see `dylora.serving.answering.answer`."""
         answer(self.model, self.tokenizer, rows, self.ends)
-
-    def _encode(self, text: str, *, begins: bool) -> list[int]:
-        return (encode_prompts if begins else encode_answers)(self.tokenizer, [text])[0]
 
 
 class Busy(Exception):

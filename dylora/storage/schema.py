@@ -23,6 +23,7 @@ SHIFTS_FILE = "bias_shifts.safetensors"
 SKILLS_FILE = "skill_library.safetensors"  # where the mixture has a skill library
 EXPORT_FILE = "dylora_export.json"  # what an exported mixture or merged model was made of
 FORMAT_VERSION = 2  # of a mixture's config.json
+MAX_TEMPLATE = 256 << 10  # characters of a chat template; those of the hub have up to 20 KiB
 FIXED_WEIGHTS = "fixed_weights"  # [E] in the routers' file, of router_type fixed
 STATES = ("active", "frozen", "retired")
 
@@ -188,6 +189,9 @@ def _check_training(file: Path, training: Any, at: str = "training") -> None:
     sources = data.get("sources", []) if isinstance(data, dict) else None
     if not isinstance(sources, list):
         raise ValueError(f"{file}: {at}.data is no object with a list of sources")
+    template = data.get("prompt")
+    if not (template is None or (isinstance(template, str) and len(template) <= MAX_TEMPLATE)):
+        raise ValueError(f"{file}: {at}.data.prompt is {shown(template)}, which is no template")
     for index, source in enumerate(sources):
         read = source
         if isinstance(source, dict):

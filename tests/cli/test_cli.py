@@ -81,7 +81,8 @@ def fake_module(monkeypatch):
         (
             "data: {sources: mbpp}",
             "configs/x.yaml: data.sources[0] is 'mbpp', but must have the fields name, path, "
-            "revision, instruction_column, input_column, output_column, split_scheme, rows",
+            "revision, hub_config, hub_split, validation_path, format, instruction_column, "
+            "input_column, output_column, messages_column, text_column, split, weight, rows",
         ),
     ],
 )
@@ -190,11 +191,11 @@ def test_a_file_that_is_not_there_or_not_a_text_is_named(config_file, refusal):
         ("bf16", "there is no such setting: set model.dtype to bfloat16"),
         ("fp16", "there is no such setting: set model.dtype to float16"),
         ("report_to", "there is no such setting: set log.wandb to true"),
-        ("chat_template", "there is no such setting: rows are put into the instruction template"),
+        ("chat_template", "it is data.template here"),
         ("eval_strategy", "there is no such setting: set eval.eval_steps"),
         ("warmup_ratio", "there is no such setting: set train.warmup_steps"),
         ("load_in_4bit", "there is no such setting: set model.quantization to bnb-4bit"),
-        ("val_set_size", "there is no such setting: set split_scheme"),
+        ("val_set_size", "there is no such setting: set split (such as"),
     ],
 )
 def test_a_name_of_transformers_peft_or_axolotl_is_translated(config_file, refusal, key, said):
@@ -580,7 +581,7 @@ def test_help_explains_every_field_of_a_config(capsys, command):
     keys = [
         f"{name}.{key}" for name, part in tree.items() if isinstance(part, dict) for key in part
     ]
-    keys += ["name", "output_dir", "data.sources.N.path", "data.sources.N.split_scheme"]
+    keys += ["name", "output_dir", "data.sources.N.path", "data.sources.N.split"]
     for key in keys:
         # an option, then words of its own before "(type:"
         assert re.search(rf"^  --{re.escape(key)} \S+\s+\w[^(]{{5,}}", out, re.M), key

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from dylora.base_models import load_tokenizer
 from dylora.data.prompts import encode_prompts, format_prompt
+from dylora.data.templates import TextTemplate
 from dylora.evaluation.static_mixture import Sequences, compare, measured_weights, read_text
 
 CODE = "def mean(values):\n    return sum(values) / len(values)\n"
@@ -80,7 +81,7 @@ def test_the_models_mode_is_put_back(mixture, text):
 def test_a_long_text_is_cut_into_pieces_that_begin_as_texts_do(tokenizer, tmp_path):
     file = tmp_path / "code.txt"
     file.write_text(CODE * 10)
-    text = read_text(str(file), tokenizer, 10_000, window=32)
+    text = read_text(str(file), TextTemplate(tokenizer, "alpaca"), 10_000, window=32)
     begin = encode_prompts(tokenizer, [""])[0]
     assert all(ids[0, : len(begin)].tolist() == begin for ids in text.ids)
     assert {ids.shape[1] for ids in text.ids[:-1]} == {32}
@@ -92,14 +93,14 @@ def test_a_long_text_is_cut_into_pieces_that_begin_as_texts_do(tokenizer, tmp_pa
 def test_no_more_tokens_are_taken_than_asked_for(tokenizer, tmp_path):
     file = tmp_path / "code.txt"
     file.write_text(CODE * 10)
-    assert read_text(str(file), tokenizer, 50, window=32).tokens == 50
+    assert read_text(str(file), TextTemplate(tokenizer, "alpaca"), 50, window=32).tokens == 50
 
 
 def test_of_rows_with_an_answer_the_answer_counts(tokenizer, tmp_path):
     file = tmp_path / "rows.jsonl"
     rows = [{"text": CODE}, {"instruction": "Add.", "input": "1 2", "output": "3"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = read_text(str(file), tokenizer, 999)
+    text = read_text(str(file), TextTemplate(tokenizer, "alpaca"), 999)
     pieces = [tokenizer.decode(ids[0, 1:]) for ids in text.ids]
     answer = "3" + tokenizer.eos_token
     assert pieces == [CODE, format_prompt("Add.", "1 2") + answer]
@@ -110,7 +111,7 @@ def test_of_rows_with_an_answer_the_answer_counts(tokenizer, tmp_path):
 def test_an_answer_beyond_the_window_counts_in_the_next_piece(tokenizer, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"instruction": CODE * 3, "output": CODE}))
-    text = read_text(str(file), tokenizer, 999, window=32)
+    text = read_text(str(file), TextTemplate(tokenizer, "alpaca"), 999, window=32)
     assert len(text.ids) > 2
     counted = [ids[0, first:] for ids, first in zip(text.ids, text.firsts, strict=True)]
     assert tokenizer.decode(torch.cat(counted)) == CODE + tokenizer.eos_token
@@ -132,9 +133,9 @@ def test_an_answer_beyond_the_window_counts_in_the_next_piece(tokenizer, tmp_pat
 def test_what_is_no_text_is_named(name, content, message, tokenizer, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_text(str(tmp_path / name), tokenizer, 100)
+        read_text(str(tmp_path / name), TextTemplate(tokenizer, "alpaca"), 100)
 
 
 def test_a_missing_text_is_named(tokenizer):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt: no such file"):
-        read_text("nowhere.txt", tokenizer, 100)
+        read_text("nowhere.txt", TextTemplate(tokenizer, "alpaca"), 100)

@@ -11,8 +11,11 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from dylora.data.prompts import PROMPT_WITH_INPUT
+from dylora.data.templates import recorded_template
 from dylora.evaluation.loading import base_of, load_checkpoint, note
 from dylora.evaluation.passk.estimate import compare
+from dylora.evaluation.passk.generation import prompt_ids
 from dylora.evaluation.passk.options import BenchmarkOptions
 from dylora.evaluation.passk.published import published_lines, published_of
 from dylora.evaluation.passk.scoring import Selection, score_model, select_tasks
@@ -115,6 +118,10 @@ def _run_suite(
     batch_size = config.eval.batch_size
     sampling = options.sampling(selection.tasks.max_new_tokens, batch_size)
     entry = selection.describe(sampling)
+    template = recorded_template(model.training_record, tokenizer)
+    if selection.problems[0].instruction and template.text != PROMPT_WITH_INPUT:
+        [first] = prompt_ids(model, tokenizer, selection.problems[:1])
+        entry |= {"template": template.name, "first_prompt": tokenizer.decode(first)}
     passed = []
     for who in ("base", "checkpoint"):
         file = out / f"{name.replace('/', '.')}.{who}.jsonl"

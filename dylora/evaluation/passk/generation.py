@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.base_models import max_positions
-from dylora.data.prompts import encode_prompts, pad_token_id
+from dylora.data.prompts import PROMPT_WITH_INPUT, encode_prompts, pad_token_id
+from dylora.data.templates import question, recorded_template
 from dylora.evaluation.loading import decode_after
 from dylora.evaluation.passk.problem import Problem
 from dylora.kernels.common import evaluation_mode
@@ -42,7 +43,7 @@ def generate(
     of a token. The base's own generation_config has no effect, and the random state is restored.
     Raises ValueError for a prompt that leaves the base no position for an answer.
     """
-    prompts = encode_prompts(tokenizer, [problem.prompt for problem in problems])
+    prompts = prompt_ids(model, tokenizer, problems)
     limit, room = max_positions(model.base.config) or math.inf, []
     for problem, row in zip(problems, prompts, strict=True):
         if len(row) >= limit:
@@ -54,7 +55,8 @@ def generate(
     ids, mask = pad_left(prompts, pad_token_id(tokenizer))
     cuda = [model.device] if model.device.type == "cuda" else []
     sampled: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    ended: Any = StopCondition(tokenizer, problems, prompts, room, ids.shape[1])
+    ends = recorded_template(model.training_record, tokenizer).end_ids
+    ended: Any = StopCondition(tokenizer, problems, prompts, room, ids.shape[1], ends)
     with (
         evaluation_mode(model),
         default_generation_config(model.base),
@@ -67,7 +69,7 @@ def generate(
             max_new_tokens=max(room),
             do_sample=temperature > 0,
             pad_token_id=pad_token_id(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
             stopping_criteria=StoppingCriteriaList([ended]),
             **(sampled if temperature > 0 else {}),
         )
@@ -76,6 +78,21 @@ def generate(
         decode_after(tokenizer, prompt, row[: ended.length(row)])
         for prompt, row in zip(prompts, rows, strict=True)
     ]
+
+
+def prompt_ids(
+    model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> list[list[int]]:
+    """The prompt of each problem; an instruction in the template of the model's training."""
+    template = recorded_template(model.training_record, tokenizer)
+    found = encode_prompts(tokenizer, [problem.prompt for problem in problems])
+    if template.text == PROMPT_WITH_INPUT:
+        return found
+    asked = [place for place, problem in enumerate(problems) if problem.instruction]
+    chats = [question(template, problems[place].instruction) for place in asked]
+    for place, ids in zip(asked, template.prompts(chats), strict=True):
+        found[place] = ids
+    return found
 
 
 @contextmanager
@@ -104,10 +121,11 @@ class StopCondition:
         prompts: Sequence[Sequence[int]],
         room: Sequence[int],
         begin: int,
+        ends: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.prompts, self.room, self.begin = tokenizer, prompts, room, begin
         self.stops = [problem.stops for problem in problems]
-        self.special = set(tokenizer.all_special_ids)
+        self.special = {*tokenizer.all_special_ids, *ends}
         self.tail = max((len(stop) for row in self.stops for stop in row), default=0) + 2
         self.done = [False] * len(problems)
 
@@ -144,10 +162,10 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def by_length(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], size: int
+    model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], size: int
 ) -> Iterator[list[int]]:
     """Indices of problems whose prompts are of similar length, `size` at a time."""
-    lengths = [len(ids) for ids in encode_prompts(tokenizer, [one.prompt for one in problems])]
+    lengths = [len(ids) for ids in prompt_ids(model, tokenizer, problems)]
     order = sorted(range(len(problems)), key=lambda index: lengths[index])
     for begin in range(0, len(order), size):
         yield order[begin : begin + size]
@@ -163,7 +181,7 @@ def generate_in_batches(
 ) -> list[str]:
     """Greedy texts, in the problems' order."""
     texts = [""] * len(problems)
-    for indices in by_length(tokenizer, problems, batch_size):
+    for indices in by_length(model, tokenizer, problems, batch_size):
         batch = [problems[index] for index in indices]
         found = generate(model, tokenizer, batch, max_new_tokens=max_new_tokens)
         for index, text in zip(indices, found, strict=True):

@@ -42,6 +42,7 @@ class Problem(NamedTuple):
     reference: str  # an answer that passes
     texts: tuple[str, ...]  # question and answer, in the forms in which training data may hold them
     checker: Checker
+    instruction: str = ""  # what a model is asked that was trained with another template
 
 
 @dataclass(frozen=True)

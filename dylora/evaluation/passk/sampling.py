@@ -32,7 +32,7 @@ def sample_to_file(
     of an undisturbed one. An exception of `before_batch` ends it, with nothing lost.
     """
     answers = read_samples(file)
-    batches = list(_batches(tokenizer, problems, sampling))
+    batches = list(_batches(model, tokenizer, problems, sampling))
     bar = tqdm(total=sum(map(len, batches)), desc=file.stem, disable=None)
     with bar, file.open("a", encoding="utf-8") as stream:
         for batch in batches:
@@ -62,12 +62,15 @@ def sample_to_file(
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], sampling: Sampling
+    model: DyLoRA_MoE,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    sampling: Sampling,
 ) -> Iterator[list[Draw]]:
     """Tasks of similar length together when greedy; else the samples of one task."""
     size = sampling.batch_size
     if sampling.temperature == 0:
-        for indices in by_length(tokenizer, problems, size):
+        for indices in by_length(model, tokenizer, problems, size):
             yield [(problems[index], 0) for index in indices]
         return
     for problem in problems:

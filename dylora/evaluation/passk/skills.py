@@ -58,6 +58,7 @@ def _problem(task: Task, number: int) -> Problem:
     return Problem(
         task_id=f"skills/{task.skill}/{number}",
         prompt=format_prompt(task.instruction),
+        instruction=task.instruction,
         prefix="",
         stops=("\n### ",),
         reference=task.answer,

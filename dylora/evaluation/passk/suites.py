@@ -161,7 +161,7 @@ def _problems(
             if shots:
                 tests = "\n".join(map(unix, record.fields["test_list"]))
                 prompt = _SHOTS["prompt"].format(text=problem.texts[0], tests=tests)
-                problem = problem._replace(prompt=prompt, stops=("[DONE]",))
+                problem = problem._replace(prompt=prompt, instruction="", stops=("[DONE]",))
         except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
             why = record.problem or f"{type(error).__name__}: {error}"
             raise ValueError(f"{record.location}: not a task of {name} ({why})") from None
@@ -183,6 +183,7 @@ def _mbpp(task: dict[str, Any]) -> Problem:
     return Problem(
         task_id=f"Mbpp/{int(task['task_id'])}",
         prompt=format_prompt(instruction),
+        instruction=instruction,
         prefix="",
         stops=tuple(PROMPTS["stops"]["instruction"]),
         reference=code,
