@@ -87,10 +87,17 @@ class DataConfig:
     """Train on everything; false: on answers and what ends them."""
     interleaved_sampling: bool = True
     """True: equal shares of each set, smaller ones repeated; false: in proportion to their size."""
+    packing: bool = False
+    """Pack rows into rows as long as the longest of their step, with an attention that keeps them
+    apart; a step has as few passes as batch_size rows in each allow. Refused for a base that cannot
+    keep them apart. False: rows of similar length share a pass, padded."""
     bucket_steps: int = option(1, least=1)
     """Steps whose rows are sorted by length together, so that a step holds rows of similar length
     and computes less padding; 1: as they are drawn. What a row shares a step with then depends on
     its length."""
+    cache: str | None = None
+    """Folder that keeps tokenised sets, by their data, the tokenizer and the settings; none: rows
+    are read and tokenised anew by each run."""
     seed: int = 0
     """Seed of the splits and of the order."""
 

@@ -97,6 +97,7 @@ class DyLoRA_MoE(MixtureMethods):
         totals: BatchTotals | None = None,
         keep_logits: bool = True,
         target_positions: Tensor | None = None,
+        token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> DyLoRAOutput:
         """One pass of the base with the experts mixed in.
@@ -105,17 +106,16 @@ class DyLoRA_MoE(MixtureMethods):
             input_ids, attention_mask, labels: [B, S]; labels are -100 where nothing is learned
                 and are shifted here, as in transformers. A mask of four dimensions goes to the base
                 as it is; every token counts in the statistics then.
-            routing_weights: [B, E], [B, S, E] or [B, S, N, E]; used as gates instead of the
-                routers' decisions, as they are. Raises ValueError for another shape, negative or
-                non-finite values.
+            routing_weights: [B, E], [B, S, E] or [B, S, N, E]; gates instead of the routers'
+                decisions. Raises ValueError for another shape, negative or non-finite values.
             totals: how this batch counts in a larger one; the default is its own means.
             keep_logits: False, with labels: compute logits at the positions with a target alone, in
                 chunks, and return none. The same loss, without a tensor of [B, S, V].
-            target_positions: [N] indices into B·S of those positions, for a caller who knows them
-                already (finding them waits for the device).
+            target_positions: [N] indices into B·S of those, where known: finding them takes time.
+            token_mask: [B, S], 0 on padding, where attention_mask does not say it: packed rows.
             kwargs: for the base's forward.
         """
-        state = self.mixture.state
+        state, token_mask = self.mixture.state, attention_mask if token_mask is None else token_mask
         if routing_weights is not None:
             given: Any = kwargs.get("inputs_embeds") if input_ids is None else input_ids
             self._check_routing_weights(routing_weights, given)
@@ -126,11 +126,11 @@ class DyLoRA_MoE(MixtureMethods):
         kwargs.setdefault("use_cache", False)
         linear: Any = self.base.get_output_embeddings()
         capturing = nullcontext() if head is None else capture_head_input(linear)
-        with state.requesting(routing_weights, labels) as decisions, capturing as seen:
+        with state.requesting(routing_weights, labels, token_mask) as decisions, capturing as seen:
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         routing = None
         if not state.mine.disabled:
-            routing = collect_routing(self.mixture, decisions, attention_mask)
+            routing = collect_routing(self.mixture, decisions, token_mask)
         if labels is None:
             return DyLoRAOutput(None, {}, output.logits, routing, None)
 

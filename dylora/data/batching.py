@@ -4,6 +4,7 @@ Shape letters: B batch, S sequence.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,6 +41,15 @@ def split_by_length(lengths: Sequence[int], parts: int) -> list[int]:
     for begin in reversed(begins):
         ends.append(int(begin[ends[-1]]))
     return places[ends[::-1]].tolist()
+
+
+def micro_batches(
+    examples: Sequence[dict[str, list[int]]], parts: int, pad_token_id: int
+) -> list[dict[str, Tensor]]:
+    """All examples in so many padded micro-batches, rows of similar length in one."""
+    rows = sorted(examples, key=lambda row: len(row["input_ids"]))
+    ends = split_by_length([len(row["input_ids"]) for row in rows], parts)
+    return [collate(rows[begin:end], pad_token_id) for begin, end in pairwise([0, *ends])]
 
 
 def collate(examples: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """From sources to token ids and labels, and their provenance."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from dylora.data.cache import LoadedSource, cached_source
 from dylora.data.sources import SourceRows, read_source
 from dylora.data.splits import content_hash, seeded_generator
 from dylora.data.templates import Template, load_template
@@ -43,15 +45,14 @@ def load_data(
     sources = []
     config = config if config.max_length else replace(config, max_length=MAX_LENGTH)
     template = load_template(config.template, tokenizer)
+    subsets = (training_subset, eval_subset)
     for source in config.sources:
-        read = read_source(source, seed=config.seed, skill_validation_rows=eval_subset)
-        train = _tokenize(read, "train", training_subset, source.name, template, config)
-        validation = _tokenize(read, "validation", eval_subset, source.name, template, config)
-        data.train.append(train.examples)
-        data.validation.append(validation.examples)
-        splits = {"train": train.report, "validation": validation.report}
-        data.reports.append(SetReport(source.name, read.counts, splits))
-        sources.append(_provenance(source, read, config.seed, train))
+        load = partial(_load, source, config, template, subsets)
+        loaded = cached_source(source, config, tokenizer, template.text, subsets, load)
+        data.train.append(loaded.train)
+        data.validation.append(loaded.validation)
+        data.reports.append(loaded.report)
+        sources.append(loaded.provenance)
     data.provenance.update(
         prompt=template.text,
         max_length=config.max_length,
@@ -61,6 +62,23 @@ def load_data(
     if config.train_on_inputs:
         data.provenance["train_on_inputs"] = True
     return data
+
+
+def _load(
+    source: SourceConfig,
+    config: DataConfig,
+    template: Template,
+    subsets: tuple[int | float | None, int | None],
+) -> LoadedSource:
+    read = read_source(source, seed=config.seed, skill_validation_rows=subsets[1])
+    train, validation = (
+        _tokenize(read, split, subset, source.name, template, config)
+        for split, subset in zip(("train", "validation"), subsets, strict=True)
+    )
+    splits = {"train": train.report, "validation": validation.report}
+    report = SetReport(source.name, read.counts, splits)
+    provenance = _provenance(source, read, config.seed, train)
+    return LoadedSource(train.examples, validation.examples, report, provenance)
 
 
 def _tokenize(

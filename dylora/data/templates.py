@@ -276,7 +276,8 @@ class JinjaTemplate:
             if used and word not in self.text:
                 raise BadRecord(f"the template {self.name} has no place for {word}")
         try:
-            return self.tokenizer.apply_chat_template(
+            tokenizer: Any = self.tokenizer
+            return tokenizer.apply_chat_template(
                 messages, tools=tools, chat_template=self.text, **options
             )
         except Exception as error:  # a template may raise whatever it likes

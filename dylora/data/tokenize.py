@@ -47,12 +47,14 @@ class SetReport(NamedTuple):
     name: str
     counts: RowCounts
     splits: dict[str, SplitReport]  # of train and validation
+    cached: bool = False  # read from data.cache
 
     def describe(self) -> str:
         """One line of counts, then a line for each problem."""
         read, empty, malformed, duplicates, problems = self.counts
+        known = " (data.cache has them)" if self.cached else ""
         parts = [
-            f"{self.name}: {read} rows read, {empty} empty, {malformed} malformed, "
+            f"{self.name}: {read} rows read{known}, {empty} empty, {malformed} malformed, "
             f"{duplicates} duplicate"
         ]
         parts += [
@@ -76,6 +78,20 @@ class TokenizedSet:
         self.split = split
         self._ids = array("i")  # of a token that is not trained on its complement, ~id
         self._ends = array("q", [0])
+
+    @classmethod
+    def of_arrays(cls, name: str, split: str, ids: Tensor, ends: Tensor) -> "TokenizedSet":
+        """The set whose `arrays` these are."""
+        found = cls(name, split)
+        found._ids.frombytes(ids.numpy().tobytes())
+        found._ends = array("q", ends.numpy().tobytes())
+        return found
+
+    @property
+    def arrays(self) -> tuple[Tensor, Tensor]:
+        """What it holds, int32 and int64, while it does not grow: for files."""
+        ids = torch.frombuffer(self._ids, dtype=torch.int32) if self._ids else torch.zeros(0).int()
+        return ids, torch.frombuffer(self._ends, dtype=torch.int64)
 
     def append(self, *parts: Sequence[int]) -> None:
         """Adds an example: token ids, alternately not trained on (a prompt) and trained on."""

@@ -13,12 +13,14 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylora.config import MoELoraConfig
 from dylora.kernels.common import at_least_float32
 from dylora.routing.gating import RouterOutput, expand_override, top_k_mask
+from dylora.routing.prompt_tokens import since_begin
 from dylora.routing.router import Router, Shape
 from dylora.routing.state import HELD, Pass, RoutingState
 
@@ -99,8 +101,8 @@ class PromptRouter(Router):
                     held["used"] = _used(gates)
                     if held.get("probing"):
                         raise _Decided
-                gates = _for_sequence(held["gates"], x)
-                chances = _for_sequence(held["probabilities"], x)
+                gates = _for_sequence(held["gates"], x, pass_.sequences)
+                chances = _for_sequence(held["probabilities"], x, pass_.sequences)
                 used = held.get("used")
         mature = None if self.config.routing_mode == "dense" else [True] * state.num_experts
         return RouterOutput(gates, chances, chances.log(), mature, used)
@@ -157,10 +159,19 @@ def _used(gates_BE: Tensor) -> tuple[int, ...] | None:
 
 
 def _prompt_mean(x: Tensor, pass_: Pass) -> Tensor:
-    """[B, S, D] -> [B, D], over the tokens of the prompt; within `generate` no candidates count."""
+    """[B, S, D] -> [B, D], over the tokens of the prompt; within `generate` no candidates count. Of
+    packed rows one for each sequence."""
     mask = x.new_ones(x.shape[:2]) if pass_.prompt_mask is None else pass_.prompt_mask
     length = pass_.held.get("length", x.shape[1])
     x, mask = at_least_float32(x[:, :length]), mask[:, :length].to(x.device)
+    if pass_.sequences is not None:
+        sequence_T = pass_.sequences.flatten().to(x.device)
+        weights_T = mask.flatten().to(x.dtype)
+        count = int(sequence_T[-1]) + 1
+        x_TD = rearrange(x, "b s d -> (b s) d") * weights_T[:, None]
+        sums = x.new_zeros(count, x.shape[-1]).index_add(0, sequence_T, x_TD)
+        tokens = weights_T.new_zeros(count).index_add(0, sequence_T, weights_T)
+        return sums / tokens.clamp_min(1)[:, None]
     weights = (mask / mask.sum(-1, keepdim=True)).to(x.dtype)
     return torch.einsum("bsd,bs->bd", x, weights)
 
@@ -169,7 +180,9 @@ def _running_mean(x: Tensor, pass_: Pass) -> Tensor:
     """[B, S, D] -> [B, S, D]: of each token's own text up to it, padding and BOS left out."""
     mask = x.new_ones(x.shape[:2]) if pass_.prompt_mask is None else pass_.prompt_mask
     mask_BS1 = mask.to(x.device, torch.float32)[..., None]
-    total, count = (at_least_float32(x) * mask_BS1).cumsum(1), mask_BS1.cumsum(1)
+    own = at_least_float32(x) * mask_BS1
+    total = since_begin(own.cumsum(1), own, pass_.sequences)
+    count = since_begin(mask_BS1.cumsum(1), mask_BS1, pass_.sequences)
     held = pass_.held
     if "total" in held:
         total, count = total + held["total"], count + held["count"]
@@ -177,11 +190,13 @@ def _running_mean(x: Tensor, pass_: Pass) -> Tensor:
     return total / count.clamp_min(1)
 
 
-def _for_sequence(held_BE: Tensor, x: Tensor) -> Tensor:
-    """A decision [B, E] for every token of x [B, S, D], [B, S, E].
+def _for_sequence(held_BE: Tensor, x: Tensor, sequences: Tensor | None) -> Tensor:
+    """A decision [B, E], of packed rows one a sequence, for every token of x [B, S, D], [B, S, E].
 
     Raises ValueError where the sequences are not those that it was made for.
     """
+    if sequences is not None:
+        return held_BE.to(x.device)[sequences[:, -x.shape[1] :].to(x.device)]
     if len(x) % len(held_BE):
         raise ValueError(
             f"this cache holds the routing of {len(held_BE)} prompts, but {len(x)} sequences go on "

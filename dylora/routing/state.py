@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from dylora.routing.expert_state import ExpertState
 from dylora.routing.gating import RouterOutput
-from dylora.routing.prompt_tokens import PromptTokens
+from dylora.routing.prompt_tokens import PromptTokens, packed_sequences
 
 HELD = "_dylora_held"  # attribute of a cache: what `Pass.held` is
 DECIDED = ("gates", "probabilities", "used")  # of what is held: a sequence's decision
@@ -40,6 +40,7 @@ class Pass:
     # Of routing by the prompt: which tokens are its own, [B, S], and what is held to be used for
     # the tokens that follow in later passes.
     prompt_mask: Tensor | None = None
+    sequences: Tensor | None = None  # [B, S], which packed one a token is of; None: each row is one
     held: dict[str, Any] = field(default_factory=dict)
     scope: str = "base"  # whose hooks end it: of the base, its decoder, or a single block
     decisions: dict[int, RouterOutput] = field(default_factory=dict)  # by the index of the block
@@ -59,6 +60,7 @@ class Request(NamedTuple):
 
     routing_weights: Tensor | None = None
     labels: Tensor | None = None  # [B, S], where the base is given none
+    token_mask: Tensor | None = None  # [B, S], 0 on padding, where the base is given no mask
     decisions: dict[int, RouterOutput] | None = None  # filled by the blocks
 
 
@@ -104,12 +106,15 @@ class RoutingState(ExpertState):
 
     @contextmanager
     def requesting(
-        self, routing_weights: Tensor | None, labels: Tensor | None = None
+        self,
+        routing_weights: Tensor | None,
+        labels: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> Iterator[dict[int, RouterOutput]]:
-        """The next pass within has these routing weights and labels; its decisions come into what
-        this gives, by block."""
+        """The next pass within has these inputs; its decisions come into what this gives, by
+        block."""
         decisions: dict[int, RouterOutput] = {}
-        self.mine.requested = Request(routing_weights, labels, decisions)
+        self.mine.requested = Request(routing_weights, labels, token_mask, decisions)
         try:
             yield decisions
         finally:
@@ -145,12 +150,15 @@ class RoutingState(ExpertState):
             ids = args[0] if args else kwargs.get("inputs_embeds")
         request, mine.requested = mine.requested or Request(), None
         weights = mine.held if request.routing_weights is None else request.routing_weights
-        token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else request.token_mask
         cache: Any = kwargs.get("past_key_values")
-        own, held = None, None
+        own, held, sequences = None, None, None
         if self.prompts and ids is not None:
             labels = kwargs.get("labels") if request.labels is None else request.labels
-            own, held = self.prompts.mask(ids, token_mask, labels), self._held(cache)
+            if mask is None and cache is None:  # else transformers packs nothing
+                sequences = packed_sequences(kwargs.get("position_ids"))
+            own = self.prompts.mask(ids, token_mask, labels, sequences)
+            held = self._held(cache)
         pass_ = Pass(
             self,
             enabled=not mine.disabled,
@@ -160,6 +168,7 @@ class RoutingState(ExpertState):
             shape=None if ids is None else (ids.shape[0], ids.shape[1]),
             kept=self._kept(ids, cache),
             prompt_mask=own,
+            sequences=sequences,
             held={} if held is None else held,
             scope=scope,
         )

@@ -28,6 +28,7 @@ from dylora.training.environment import environment, seed_everything
 from dylora.training.init_from import init_from_checkpoint
 from dylora.training.log import RunLog, say
 from dylora.training.optim import build_optimizer
+from dylora.training.packing import require_packing
 from dylora.training.prompt_skills import fit_library
 from dylora.training.schedule import build_scheduler
 from dylora.training.settings import recorded_settings
@@ -87,6 +88,8 @@ def prepare(config: RunConfig, *, fresh: bool, parts: Parts | None = None) -> Ru
         model = build_model(config, tokenizer, device)
     else:
         model = parts.model
+    if config.data.packing:
+        require_packing(model)
     model.training_record = record_of(config, data) | (parts.record if parts else {})
     if fresh and config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)

@@ -12,7 +12,7 @@ from dylora.storage.checkpoint import Checkpoint
 # the base and the rows are still the same is asked of themselves, not of their names.
 TAKEN = {
     "model": {"base", "revision", "device", "dtype", "attn_implementation"},
-    "data": {"sources"},
+    "data": {"sources", "cache"},
     "train": {
         *("learning_rate", "router_learning_rate", "weight_decay", "warmup_steps"),
         *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing"),

@@ -5,17 +5,19 @@ Shape letters: B batch, S sequence, E experts.
 
 import math
 import time
-from itertools import islice, pairwise
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dylora.data.batching import collate, split_by_length, to_device
+from dylora.data.batching import micro_batches, to_device
+from dylora.data.packing import packed_batches
 from dylora.kernels.cross_entropy import count_targets
 from dylora.model import BatchTotals
 from dylora.routing.losses import Observation, RoutingStatistics
 from dylora.training.optim import named_parameters
+from dylora.training.packing import is_flash
 from dylora.training.resume import last_good
 from dylora.training.run import Run
 from dylora.training.schedule import FOLLOWS_VALIDATION
@@ -86,16 +88,19 @@ def run_step(run: Run) -> StepResult:
 def next_batches(run: Run) -> tuple[list[dict[str, Tensor]], BatchTotals]:
     """The micro-batches of one step on the device, and what they come to together.
 
-    Rows of similar length share a micro-batch, which saves padding.
+    Rows of similar length share a micro-batch, or are packed into rows: either saves padding.
     """
     size, parts = run.config.train.batch_size, run.config.train.gradient_accumulation_steps
     rows = [run.data.train[index][row] for index, row in islice(run.sampler, size * parts)]
-    rows.sort(key=lambda row: len(row["input_ids"]))
-    ends = split_by_length([len(row["input_ids"]) for row in rows], parts)
-    batches = [collate(rows[begin:end], run.pad_token_id) for begin, end in pairwise([0, *ends])]
+    if run.config.data.packing:
+        one_row = is_flash(run.model)
+        batches = packed_batches(rows, size, run.pad_token_id, one_row=one_row)
+    else:
+        batches = micro_batches(rows, parts, run.pad_token_id)
     # Counted on the CPU, where nothing waits for the device.
     target_tokens = sum(int(count_targets(batch["labels"])) for batch in batches)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    masks = [batch.get("token_mask", batch.get("attention_mask")) for batch in batches]
+    tokens = sum(int(mask.sum()) for mask in masks if mask is not None)
     totals = BatchTotals(target_tokens, tokens, run.model.carried_fractions())
     return [to_device(batch, run.model.device) for batch in batches], totals
 

@@ -1,0 +1,169 @@
+"""Sets as they were tokenised, kept in the folder of `data.cache`, a file for each.
+
+The name of a file is a hash of all that its content depends on: the files' bytes, the settings of
+the source and of the data, the template, the tokenizer, and the versions of the code. So a file is
+right or is not found, and nothing has to be deleted for safety.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dylora.data.readers import find_files
+from dylora.data.record import RowCounts
+from dylora.data.splits import content_hash
+from dylora.data.tokenize import SetReport, SplitReport, TokenizedSet
+from dylora.data_config import DataConfig, SourceConfig
+
+CACHE_VERSION = 1  # of the layout, and of what rows become
+COMMIT = 40  # hex digits of a commit of the hub, at which a set never changes
+
+
+class LoadedSource(NamedTuple):
+    """One source, ready for training."""
+
+    train: TokenizedSet
+    validation: TokenizedSet
+    report: SetReport
+    provenance: dict[str, Any]  # JSON types
+
+
+def cached_source(
+    source: SourceConfig,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    subsets: tuple[int | float | None, int | None],
+    load: Callable[[], LoadedSource],
+) -> LoadedSource:
+    """What `load` gives, from the cache where it is there, else into it.
+
+    Kept are sets of files, and of the hub at a commit. Raises ValueError where the folder cannot be
+    written.
+    """
+    data = None if config.cache is None else _data_of(source)
+    if data is None or config.cache is None:
+        return load()
+    depends = {
+        "source": {key: value for key, value in asdict(source).items() if key != "weight"},
+        "data": {key: getattr(config, key) for key in ("max_length", "over_long", "seed")},
+        "train_on_inputs": config.train_on_inputs,
+        "subsets": subsets,
+        "template": template,
+        "tokenizer": _tokenizer_hash(tokenizer),
+        "versions": [CACHE_VERSION, *map(_version, ("dylora", "transformers", "tokenizers"))],
+    }
+    folder = Path(config.cache).expanduser()
+    key = content_hash(json.dumps(depends, sort_keys=True), *data)
+    file = folder / f"{key}.safetensors"
+    found = _read(file, source.name)
+    if found is not None:
+        return found
+    loaded = load()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(file, loaded)
+    except OSError as error:
+        raise ValueError(f"data.cache: {file} cannot be written: {error.strerror}") from error
+    return loaded
+
+
+def _data_of(source: SourceConfig) -> list[str] | None:
+    """Hashes of the data that a source reads; None where they are not known beforehand, or the rows
+    are generated."""
+    hashes: list[str] = []
+    for path in (source.path, source.validation_path):
+        files = None if path is None else find_files(path)
+        if path is not None and files is None and len(source.revision or "") != COMMIT:
+            return None
+        for file in files or []:
+            parts = sorted(file.rglob("*")) if file.is_dir() else [file]
+            for part in parts:
+                if part.is_file():
+                    with part.open("rb") as stream:
+                        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                    hashes += [str(part), digest]
+    return hashes if hashes or source.path is not None else None
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of everything that decides which ids a text has."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    core = tokenizer.get_vocab() if backend is None else backend.to_str()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return content_hash(json.dumps([type(tokenizer).__name__, core, special], sort_keys=True))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of a checkout"
+
+
+def _write(file: Path, loaded: LoadedSource) -> None:
+    from safetensors.torch import save_file
+
+    report = loaded.report
+    splits = {name: one._asdict() for name, one in report.splits.items()}
+    record = {
+        "counts": report.counts._asdict(),
+        "splits": splits,
+        "provenance": loaded.provenance,
+        "sha256": [_digest(one) for one in (loaded.train, loaded.validation)],
+    }
+    tensors: dict[str, Tensor] = {
+        "record": torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
+    }
+    for examples in (loaded.train, loaded.validation):
+        ids, ends = examples.arrays
+        tensors |= {f"{examples.split}.ids": ids, f"{examples.split}.ends": ends}
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(file: Path, name: str) -> LoadedSource | None:
+    """None where there is no such file, or it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+        record = json.loads(bytes(tensors["record"].tolist()))
+        sets = [
+            TokenizedSet.of_arrays(name, split, tensors[f"{split}.ids"], tensors[f"{split}.ends"])
+            for split in ("train", "validation")
+        ]
+        if record["sha256"] != [_digest(one) for one in sets]:
+            return None
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None
+    counts = RowCounts(**record["counts"] | {"problems": tuple(record["counts"]["problems"])})
+    splits = {
+        split: SplitReport(**values | {"problems": tuple(values["problems"])})
+        for split, values in record["splits"].items()
+    }
+    report = SetReport(name, counts, splits, cached=True)
+    return LoadedSource(sets[0], sets[1], report, record["provenance"])
+
+
+def _digest(examples: TokenizedSet) -> str:
+    digest = hashlib.sha256()
+    for part in examples.arrays:
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()
