@@ -92,11 +92,14 @@ def _layout(source: SourceConfig, found: set[str]) -> tuple[RowFormat, tuple[str
         if source.format not in (None, format_):
             continue
         given = [getattr(source, name) for name in _COLUMNS[format_]]
-        if all(given):
-            return format_, tuple(given), "tools" if format_ == "chat" else None
-        if any(given):
-            lacking = _COLUMNS[format_][given.index(None)]
-            raise ValueError(f"source {source.name!r}: {lacking} is missing")
+        if not any(given):
+            continue
+        for place, name in enumerate(_COLUMNS[format_]):
+            usual = [columns[place] for kind, columns, _ in _LAYOUTS if kind == format_]
+            given[place] = given[place] or next((one for one in usual if one in found), None)
+            if given[place] is None:
+                raise ValueError(f"source {source.name!r}: {name} is missing")
+        return format_, tuple(given), "input" if format_ == "instruction" else None
     for format_, columns, further in _LAYOUTS:
         if source.format in (None, format_) and set(columns) <= found:
             return format_, columns, further
