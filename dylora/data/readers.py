@@ -104,7 +104,7 @@ def _file_records(
     for file in files:
         reader = _reader(file)
         if reader is None:
-            yield from read_saved_folder(file, columns, splits and splits[0])
+            yield from read_saved_folder(file, columns, splits[0] if splits else None)
         else:
             yield from reader(file, columns)
 
@@ -133,7 +133,7 @@ def _hub_records(
         if len(splits) > 1:
             raise ValueError(f"{name!r} has no split train, but {', '.join(splits)}: set hub_split")
     if not any(split in tables for split in splits):
-        raise ValueError(f"{name!r} has no split {splits[0]!r}, but {', '.join(tables)}")
+        raise ValueError(f"{name!r} has no split {' or '.join(splits)}, but {', '.join(tables)}")
     for split in splits:
         if split in tables:
             table = tables[split]

@@ -299,7 +299,8 @@ class JinjaTemplate:
             raise ValueError(str(problem)) from None
         tail = text.rpartition(_ANSWER)[2]
         [ids] = self._ids([tail.lstrip()]) if tail.strip() else [[]]
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        tokenizer: Any = self.tokenizer
+        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         if not ids or ids[0] not in special:
             raise ValueError(
                 f"the template {self.name} ends an answer with {shown(tail)}, which is no token of "

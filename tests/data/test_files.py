@@ -122,7 +122,7 @@ def test_a_hub_set_is_asked_for_its_configuration_and_split(monkeypatch):
     )
     assert read_source(source("a/b", hub_config="all", hub_split="sft")).counts.read == 20
     assert set(asked) == {("a/b", "all")}
-    with pytest.raises(ValueError, match="no split 'train', but sft, gen"):
+    with pytest.raises(ValueError, match="no split train, but sft, gen"):
         read_source(source("a/b", hub_split="train"))
 
 
