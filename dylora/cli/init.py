@@ -1,6 +1,7 @@
 """`dylora init`: a config to begin with, for a base and a file of rows."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -63,7 +64,7 @@ class InitOptions:
     """Write a commented config for a base and a file of rows."""
 
     data: str = option(metavar="FILE")
-    """Rows of questions and answers: .json, .jsonl or .parquet."""
+    """Rows, in a file of any kind that docs/data.md lists."""
     base: str = "tiny-code-llama"
     """A hub name, a folder, or tiny-code-llama (the embedded model)."""
     out: str = option("dylora.yaml", metavar="FILE")
@@ -77,15 +78,15 @@ def run(options: InitOptions, overrides: list[str]) -> None:
         raise FileExistsError(f"{out} exists: give another --out, or remove it")
     if not data.is_file():
         raise FileNotFoundError(f"--data {data}: no such file")
-    columns = _columns_of(data)
+    columns, source = _columns_of(data), data.name.partition(".")[0]
     text = TEMPLATE.format(
         file=out,
         name=json.dumps(out.stem),
         base=json.dumps(options.base),
         dtype="float32" if options.base == "tiny-code-llama" else "bfloat16",
-        source=json.dumps(data.name.partition(".")[0]),
+        source=json.dumps(source),
         path=json.dumps(str(data)),
-        columns="\n".join(f"      {line}" for line in _column_lines(columns)),
+        columns="\n".join(f"      {line}" for line in _column_lines(source, columns)),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
@@ -97,18 +98,25 @@ def _columns_of(data: Path) -> list[str]:
     from dylora.data.readers import read_records
 
     found: dict[str, None] = {}
-    for record in islice(read_records(str(data), None, columns=[]), LOOKED_AT):
+    for record in islice(read_records(str(data), columns=None), LOOKED_AT):
         found |= dict.fromkeys(record.fields)
     if not found:
         raise ValueError(f"--data {data}: its first {LOOKED_AT} rows have no columns")
     return list(found)
 
 
-def _column_lines(columns: list[str]) -> list[str]:
-    """The lines that name the columns of questions and answers; to be filled in if unknown."""
+def _column_lines(source: str, columns: list[str]) -> list[str]:
+    """The lines that say how the rows are written; to be filled in if their columns do not tell."""
+    from dylora.data.rows import choose_reader
+    from dylora.run_config import SourceConfig
+
     by_name = {column.lower(): column for column in columns}
     pair = next((pair for pair in PAIRS if by_name.keys() >= set(pair)), None)
     if pair is None:
+        with suppress(ValueError):
+            found = choose_reader(SourceConfig(name=source), set(columns))
+            told_by = ", ".join(found.columns.required or ())
+            return [f"format: {found.format} # its rows have {told_by}"]
         listed = ", ".join(json.dumps(column) for column in columns)
         return [
             f"# its columns: {listed}",

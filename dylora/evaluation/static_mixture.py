@@ -85,7 +85,7 @@ def _texts(path: Path, template: Template, limit: int) -> Iterator[tuple[list[in
             raise ValueError(f"{path}: not a text in UTF-8") from error
         yield [], encode(text, **options)["input_ids"]
         return
-    for record in read_records(str(path), None, columns=[]):
+    for record in read_records(str(path), columns=None):
         if record.problem:
             raise ValueError(f"{record.location}: {record.problem}")
         fields = record.fields

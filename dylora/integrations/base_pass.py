@@ -76,15 +76,17 @@ class BasePass:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of the base, after that of its pass.
 
-        Raises ValueError for several sequences in a row, where each row has one decision.
+        Raises ValueError for packed sequences beside a mask, which transformers keeps apart for
+        nobody, and whose prompts could not be told either.
         """
         if self.observer is not None:
             self.observer.before_pass()
         pass_, positions = self.mixture.state.current(), kwargs.get("position_ids")
-        if self.mixture.config.routes_prompts and _several_in_a_row(positions):
+        told = pass_ is not None and pass_.sequences is not None
+        if self.mixture.config.routes_prompts and not told and _several_in_a_row(positions):
             raise ValueError(
-                "router_scope 'prompt' and 'running_mean' make a decision for each row, but these "
-                "rows hold several packed sequences: train without packing"
+                "these rows hold several packed sequences, which are told only without an "
+                "attention_mask: leave it out"
             )
         if pass_ is None or not self.before or (ASKS not in kwargs and not self._config_asks):
             return None

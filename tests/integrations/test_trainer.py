@@ -122,11 +122,11 @@ def test_unload_leaves_nothing_of_it_at_the_base(llama, mixture, random_base):
     assert base.save_pretrained.__func__ is type(base).save_pretrained
 
 
-def test_rows_of_several_sequences_are_refused_where_the_prompt_decides(mixture, ids):
+def test_packed_sequences_beside_a_mask_are_refused_where_the_prompt_decides(mixture, ids):
     model = mixture(router_scope="prompt", fresh=True)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(2, -1)
     with pytest.raises(ValueError, match="several packed sequences"):
-        model.base(ids, position_ids=positions)
+        model.base(ids, attention_mask=torch.ones_like(ids), position_ids=positions)
 
 
 # Steps
