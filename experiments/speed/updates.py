@@ -53,7 +53,7 @@ def adapted(
     block = copy.deepcopy(block)
     weight = block.self_attn.q_proj.weight
     config = MoELoraConfig(num_experts=experts, r=16, lora_alpha=32, top_k_experts=top_k or 2)
-    site = RoutedBlock("self_attn", 0, RoutingState(experts))
+    site = RoutedBlock("self_attn", 0, RoutingState(experts), weight.shape[1])
     gates = torch.rand(1, tokens, experts, device=weight.device)
     mature = None
     if top_k is not None:
@@ -123,7 +123,6 @@ SPARSE_TOKENS += [(16, True), (64, True), (512, True), (4096, True)]
 def sparse(options: argparse.Namespace) -> dict[str, Any]:
     """One square projection: every way, and the automatic choice, over E and T."""
     results = {}
-    real = select_kernel
     torch.manual_seed(0)
     width = options.width
     block = Block(width).requires_grad_(False).to(options.device, options.dtype)
@@ -135,34 +134,14 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
                 continue
             x = torch.randn(1, tokens, width, device=options.device, dtype=options.dtype)
             lora = adapted(block, experts, tokens, top_k=2, names=("q_proj",)).self_attn
-            parameters = [p for p in lora.parameters() if p.requires_grad]
-
-            def run(
-                way: str | None,
-                lora: Any = lora,
-                x: Any = x,
-                grad: bool = grad,
-                own: Any = parameters,
-            ) -> Callable[[], None]:
-                def step() -> None:
-                    choose = real if way is None else lambda **known: way
-                    dylora.adapters.plan.select_kernel = choose
-                    with torch.set_grad_enabled(grad):
-                        y = lora.q_proj(lora_input(lora, x, grad))
-                        if grad:
-                            y.backward(torch.ones_like(y))
-                    for parameter in own:
-                        parameter.grad = None
-
-                return step
-
             names = ["dense", "grouped"] if grad else ["dense", "grouped", "gather"]
             frozen = copy.deepcopy(block).self_attn
-            ways = {"frozen": run("dense", frozen, own=[])} | {name: run(name) for name in names}
-            ways["automatic"] = run(None)
+            ways = {"frozen": one_product(frozen, x, grad, "dense")}
+            ways |= {name: one_product(lora, x, grad, name) for name in names}
+            ways["automatic"] = one_product(lora, x, grad, None)
             results[key] = timed(f"one projection, K=2 r=16, {key}", ways, "dense", options)
             found = {name: timing["median_ms"] for name, timing in results[key].items()}
-            choice = real(
+            choice = select_kernel(
                 tokens=tokens,
                 mature=experts,
                 top_k=2,
@@ -179,10 +158,27 @@ def sparse(options: argparse.Namespace) -> dict[str, Any]:
                 f"added to the frozen projection, wide / automatic: "
                 f"{results[key]['wide / automatic, added']:.2f}"
             )
-    dylora.adapters.plan.select_kernel = real
+    dylora.adapters.plan.select_kernel = select_kernel
     worst = max(results, key=lambda key: results[key]["choice / better"])
     print(f"\nchosen way / better way, at worst: {results[worst]['choice / better']:.3f}, {worst}")
     return results
+
+
+def one_product(four: Any, x: torch.Tensor, grad: bool, way: str | None) -> Callable[[], None]:
+    """A pass through q_proj by a kernel, backward where there is a gradient; None: as selected."""
+    parameters = [p for p in four.parameters() if p.requires_grad]
+
+    def step() -> None:
+        choose = select_kernel if way is None else lambda **known: way
+        dylora.adapters.plan.select_kernel = choose
+        with torch.set_grad_enabled(grad):
+            y = four.q_proj(lora_input(four, x, grad))
+            if grad:
+                y.backward(torch.ones_like(y))
+        for parameter in parameters:
+            parameter.grad = None
+
+    return step
 
 
 def lora_input(four: Any, x: torch.Tensor, grad: bool) -> torch.Tensor:
