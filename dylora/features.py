@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dylora.adapters.trace import decoder_of
+from dylora.kernels.common import evaluation_mode
 from dylora.mixture import Mixture
 from dylora.routing.prompt_tokens import bos_ids
 
@@ -27,24 +29,19 @@ class Features(NamedTuple):
     prompt: Tensor  # [B, D]: the mean of what enters the first routed block over the prompt
 
 
-@torch.no_grad()
 def embed(mixture: Mixture, rows: Sequence[Row]) -> Features:
     """Features of rows, with the adapters off and the base in evaluation mode.
 
     Not for while another thread runs the same model. Raises ValueError for a row that has no token
     besides BOS in its prompt.
     """
-    training = [module for module in mixture.base.modules() if module.training]
     mine = mixture.state.mine
     before, mine.disabled = mine.disabled, True
     try:
-        for module in training:
-            module.training = False
-        return _embed(mixture, [split_row(row) for row in rows])
+        with evaluation_mode(mixture.base):
+            return _embed(mixture, [split_row(row) for row in rows])
     finally:
         mine.disabled = before
-        for module in training:
-            module.training = True
 
 
 def widths_of(mixture: Mixture) -> tuple[int, int]:
@@ -79,18 +76,14 @@ def _embed(mixture: Mixture, rows: list[tuple[list[int], int]]) -> Features:
     places = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
     for start in range(0, len(places), _ROWS_AT_ONCE):
         chunk = places[start : start + _ROWS_AT_ONCE]
-        length = len(rows[chunk[-1]][0])
-        ids_BS = torch.zeros(len(chunk), length, dtype=torch.long)
-        mask_BS, whole_BS, prompt_BS = torch.zeros(3, len(chunk), length)
-        for place, index in enumerate(chunk):
-            (ids, prompt), begin = rows[index], begins[index]
-            ids_BS[place, : len(ids)] = torch.tensor(ids)
-            mask_BS[place, : len(ids)] = 1
-            whole_BS[place, begin : len(ids)] = 1
-            prompt_BS[place, begin:prompt] = 1
-        last, first = _states(mixture, ids_BS, mask_BS.long())
-        features.whole[chunk] = _means(last, whole_BS)
-        features.prompt[chunk] = _means(first, prompt_BS)
+        ids_BS = pad_sequence([torch.tensor(rows[i][0]) for i in chunk], batch_first=True)
+        at_S = torch.arange(ids_BS.shape[1])
+        begun_BS = at_S >= torch.tensor([[begins[i]] for i in chunk])
+        real_BS = at_S < torch.tensor([[len(rows[i][0])] for i in chunk])
+        asked_BS = at_S < torch.tensor([[rows[i][1]] for i in chunk])
+        last, first = _states(mixture, ids_BS, real_BS.long())
+        features.whole[chunk] = _means(last, (begun_BS & real_BS).float())
+        features.prompt[chunk] = _means(first, (begun_BS & asked_BS).float())
     return features
 
 

@@ -32,6 +32,7 @@ from dylora.storage.schema import (
     SHIFTS_FILE,
     SKILLS_FILE,
 )
+from dylora.storage.tensors import fill
 
 
 def write_model(mixture: Mixture, folder: Path) -> None:
@@ -135,7 +136,7 @@ def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
     if shifts := bias_shifts(mixture):
         file, tensors = folder / SHIFTS_FILE, checkpoint.bias_shifts()
         _check_same_keys(file, set(tensors), set(shifts))
-        _fill(file, tensors, shifts)
+        fill(shifts, tensors, f"{file}: ")
     _load_routers(mixture, folder / ROUTER_FILE, checkpoint.router_tensors())
     mixture.skill_library = None
     if (folder / SKILLS_FILE).exists():
@@ -167,7 +168,7 @@ def _load_routers(mixture: Mixture, file: Path, tensors: dict[str, Tensor]) -> N
     fields = fields_in(tensors)
     maturity = {f"maturity.{name}" for name in fields}
     _check_same_keys(file, set(tensors), {*targets, *maturity, FIXED_WEIGHTS})
-    _fill(file, tensors, targets | {FIXED_WEIGHTS: weights_E})
+    fill(targets | {FIXED_WEIGHTS: weights_E}, tensors, f"{file}: ")
     if bool((weights_E < 0).any()):
         raise ValueError(
             f"{file}: {FIXED_WEIGHTS} is {shown(weights_E.tolist())}, but must be at least 0"
@@ -191,16 +192,3 @@ def _check_same_keys(source: Path, found: set[str], expected: set[str]) -> None:
         raise ValueError(f"{source}: {name} is missing")
     for name in sorted(found - expected):
         raise ValueError(f"{source}: {name} fits nothing in this model")
-
-
-def _fill(file: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
-    """Raises ValueError for another shape and for values that are not finite."""
-    for name, target in targets.items():
-        found = tensors[name]
-        if found.shape != target.shape:
-            raise ValueError(
-                f"{file}: {name} has shape {list(found.shape)}, expected {list(target.shape)}"
-            )
-        if not found.isfinite().all():
-            raise ValueError(f"{file}: {name} holds values that are not finite")
-        target.copy_(found)

@@ -20,6 +20,7 @@ from dylora.adapters.block import BlockPass, RoutedBlock
 from dylora.adapters.stack import ExpertStack
 from dylora.config import MoELoraConfig, matching
 from dylora.storage.peft_types import PEFT_TYPES
+from dylora.storage.tensors import fill
 
 
 class Adapter(nn.Module):
@@ -155,17 +156,7 @@ class Adapter(nn.Module):
 
         Raises ValueError for a tensor that is missing, of another shape or not finite.
         """
-        for name, target in self.expert_tensors(expert).items():
-            if name not in tensors:
-                raise ValueError(f"{self.path} has no {name}")
-            if tensors[name].shape != target.shape:
-                raise ValueError(
-                    f"{self.path}.{name} has shape {list(tensors[name].shape)}, expected "
-                    f"{list(target.shape)}"
-                )
-            if not tensors[name].isfinite().all():
-                raise ValueError(f"{self.path}.{name} holds values that are not finite")
-            target.copy_(tensors[name])
+        fill(self.expert_tensors(expert), tensors, f"{self.path}.")
 
     def load_matrices(self, expert: int, matrices: Sequence[Tensor]) -> None:
         """Give an expert its matrices alone, in PEFT's order. Raises as `load_expert`."""

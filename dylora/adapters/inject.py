@@ -73,7 +73,9 @@ def inject(
         running = config.router_scope == "running_mean"
         generate: Any = PromptedGenerate(base, state, running=running)
         base.generate = generate
-    handles = _add_pass_hooks(base, decoder_of(base, list(paths_by_block)), state)
+    decoder = decoder_of(base, list(paths_by_block))
+    handles = state.hook_pass(base, "base")
+    handles += state.hook_pass(decoder, "decoder") if decoder is not base else []
     blocks, adapters, biases = [], {}, {}
     for index, (path, paths) in enumerate(paths_by_block.items()):
         block = RoutedBlock(path, index, state, trace.widths[path])
@@ -133,22 +135,6 @@ def _biased_modules(
     if config.bias == "all" and not biased:
         raise ValueError("bias is 'all', but nothing in this model has a bias")
     return biased
-
-
-def _add_pass_hooks(
-    base: PreTrainedModel, decoder: PreTrainedModel, state: RoutingState
-) -> list[RemovableHandle]:
-    """A pass begins and ends with the causal LM, or with its inner decoder called by itself."""
-    handles = [
-        base.register_forward_pre_hook(state.begin, with_kwargs=True),
-        base.register_forward_hook(state.end, always_call=True),
-    ]
-    if decoder is not base:
-        handles += [
-            decoder.register_forward_pre_hook(state.begin_decoder, with_kwargs=True),
-            decoder.register_forward_hook(state.end_decoder, always_call=True),
-        ]
-    return handles
 
 
 def _new_adapter(

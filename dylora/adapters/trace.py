@@ -8,7 +8,6 @@ Shape letters: B batch, S sequence, D input width, O output width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dylora.base_models import quantization_of
+from dylora.kernels.common import evaluation_mode
 
 BATCH, LENGTH = 2, 3  # unlike, so that [S, B, D] is not taken for [B, S, D]
 EVERY_TOKEN = ((BATCH, LENGTH), (BATCH * LENGTH,))  # leading axes of what holds every token
@@ -88,7 +88,11 @@ def trace_base(base: PreTrainedModel) -> Trace:
     try:
         ids_BS = _tokens(base)
         devices = [ids_BS.device] if ids_BS.is_cuda else []
-        with _evaluating(base), torch.random.fork_rng(devices):
+        with (
+            torch.inference_mode(False),
+            evaluation_mode(base),
+            torch.random.fork_rng(devices),
+        ):
             logits_BSV = base(input_ids=ids_BS, use_cache=False).logits
     except Exception as error:  # whatever a model raises that wants more than text
         line = next(iter(str(error).strip().splitlines()), "")[:200]
@@ -219,16 +223,3 @@ def _special_ids(config: Any) -> Iterator[int]:
             yield from _special_ids(value)
         elif str(name).endswith(("token_id", "token_index")) and value is not None:
             yield from value if isinstance(value, list) else [value]
-
-
-@contextmanager
-def _evaluating(base: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient; afterwards each module has its own mode again."""
-    training = [module for module in base.modules() if module.training]
-    base.eval()
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,15 +67,3 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
-
-
-def tensor_versions(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Any, ...]:
-    """Changes when one of the tensors is written to, moved or replaced by another that is alive.
-
-    A write through `.data`, or of a fused optimizer, is not seen; tensors made in inference mode
-    have no version, so theirs always differs.
-    """
-    try:
-        return (dtype, *[(t._version, t.data_ptr()) for t in tensors])
-    except RuntimeError:
-        return (object(),)

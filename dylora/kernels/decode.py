@@ -10,6 +10,8 @@ Shape letters: T tokens, D input width, O output width, E experts, R rank, C col
 over stacks), K top-k.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -27,46 +29,40 @@ class ProjectionWeights(NamedTuple):
     scalings: list[Tensor]  # [E]
 
 
+@dataclass
 class DecodeCache:
     """The projections of a block that share an input."""
 
-    def __init__(self, projections: dict[str, ProjectionWeights], dtype: torch.dtype):
-        self.dtype = dtype
-        self._projections = projections
-        self._dense: DenseLayout | None = None
-        self._gathered: GatherLayout | None = None
+    projections: dict[str, ProjectionWeights]
+    dtype: torch.dtype
 
-    @property
+    @cached_property
     def dense(self) -> "DenseLayout":
         """For every expert at once."""
-        if self._dense is None:
-            self._dense = dense_layout(self._projections, self.dtype)
-        return self._dense
+        return dense_layout(self.projections, self.dtype)
 
-    @property
+    @cached_property
     def gathered(self) -> "GatherLayout":
         """For gathering experts; of a single stack."""
-        if self._gathered is None:
-            self._gathered = gather_layout(self._projections, self.dtype)
-        return self._gathered
+        return gather_layout(self.projections, self.dtype)
 
 
 class DenseLayout(NamedTuple):
     """All experts of all projections side by side."""
 
     A_CD: Tensor
-    rank: int | None  # of every expert at every weights; None where they differ
+    rank: int | None  # of every expert at every projection; None where they differ
     expert_C: Tensor  # whose column it is
-    columns: dict[str, int]  # how many are each weights's
-    Bs: dict[str, Tensor]  # [C, O] of each weights, the scale inside
+    columns: dict[str, int]  # how many are each projection's
+    Bs: dict[str, Tensor]  # [C, O] of each, the scale inside
 
 
 class GatherLayout(NamedTuple):
     """All projections of an expert under each other."""
 
     A_ERD: Tensor  # R summed over the projections
-    rows: dict[str, int]  # how many are each weights's
-    Bs: dict[str, Tensor]  # [E, R, O] of each weights, the scale inside
+    rows: dict[str, int]  # how many are each projection's
+    Bs: dict[str, Tensor]  # [E, R, O] of each, the scale inside
 
 
 class DecodePass:
@@ -154,7 +150,7 @@ def gather_layout(projections: dict[str, ProjectionWeights], dtype: torch.dtype)
 
 
 def gated_products(layout: DenseLayout, x_TD: Tensor, gates_TE: Tensor) -> dict[str, Tensor]:
-    """x -> the gated h [T, C] of every weights."""
+    """x -> the gated h [T, C] of every projection."""
     gated = F.linear(x_TD, layout.A_CD)
     projections = len(layout.columns)
     if layout.rank is None:
@@ -171,7 +167,7 @@ def gated_products(layout: DenseLayout, x_TD: Tensor, gates_TE: Tensor) -> dict[
 def gathered_products(
     layout: GatherLayout, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor
 ) -> dict[str, Tensor]:
-    """x -> the gated h [T, K, R] of every weights, for the chosen experts."""
+    """x -> the gated h [T, K, R] of every projection, for the chosen experts."""
     if x_TD.shape[0] == 1:
         A_CD = _gather(layout.A_ERD, experts_TK)
         h_TKR = F.linear(x_TD, A_CD).view(*experts_TK.shape, -1)

@@ -6,6 +6,7 @@ Shape letters: T tokens, D input width, O output width, E experts, R rank, C col
 over stacks).
 """
 
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Block(NamedTuple):
 def down_products(
     x: Tensor, As: list[list[Tensor]], dtype: torch.dtype, grads: FrozenLinearGrads | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """x [..., D] and for every projection its A's -> h [T, C] of every projection, and with `taken`
+    """x [..., D] and for every projection its A's -> h [T, C] of every projection, and with `grads`
     the gradient carriers of every projection.
 
     An A is [E, R, D] of a stack, or [C, D].
@@ -273,11 +274,5 @@ def _joined(parts: Any, dtype: torch.dtype) -> Tensor:
 
 def _runs(wanted: tuple[bool, ...]) -> list[tuple[int, int]]:
     """Begin and end of the runs of True."""
-    runs, begin = [], None
-    for index, value in enumerate((*wanted, False)):
-        if value and begin is None:
-            begin = index
-        if not value and begin is not None:
-            runs.append((begin, index))
-            begin = None
-    return runs
+    runs = [list(run) for _, run in groupby(range(len(wanted)), lambda index: wanted[index])]
+    return [(run[0], run[-1] + 1) for run in runs if wanted[run[0]]]

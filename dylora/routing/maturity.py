@@ -163,19 +163,14 @@ def fallen_back(
         first=state.first,
         expected=torch.full_like(state.expected, expected),
     )
-    return _chosen(falls, fresh, state)
+    pairs = zip(fresh, state, strict=True)
+    return ExpertMaturity(*(torch.where(falls, new, old) for new, old in pairs))
 
 
 def extended(state: ExpertMaturity, progress: float = 0.0) -> ExpertMaturity:
     """The state with one more expert, which begins when `progress` of the run is done."""
     fresh = ExpertMaturity.create(1, progress)
     return ExpertMaturity(*(torch.cat([old, new]) for old, new in zip(state, fresh, strict=True)))
-
-
-def _chosen(chosen: Tensor, new: ExpertMaturity, old: ExpertMaturity) -> ExpertMaturity:
-    """`new` where `chosen` [E], else `old`."""
-    pairs = zip(new, old, strict=True)
-    return ExpertMaturity(*(torch.where(chosen, mine, theirs) for mine, theirs in pairs))
 
 
 def fields_in(names: Collection[str]) -> tuple[str, ...]:

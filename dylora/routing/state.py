@@ -12,10 +12,12 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from dylora.routing.expert_state import ExpertState
@@ -126,20 +128,20 @@ class RoutingState(ExpertState):
             return self._traced
         return self.mine.current
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the base."""
-        self._begin(module, args, kwargs, "base")
-
-    def begin_decoder(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Forward pre-hook of the base's decoder, for callers who do without the head."""
-        if self.current() is None:
-            self._begin(module, args, kwargs, "decoder")
+    def hook_pass(self, module: nn.Module, scope: str) -> list[RemovableHandle]:
+        """Let a pass begin and end with calls of this module: the base, or its decoder for callers
+        who do without the head. It ends after an error as well."""
+        begin, end = partial(self._begin, scope), partial(self._end, scope)
+        return [
+            module.register_forward_pre_hook(begin, with_kwargs=True),
+            module.register_forward_hook(end, always_call=True),
+        ]
 
     def _begin(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], scope: str
+        self, scope: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if scope == "decoder" and self.current() is not None:
+            return
         if getattr(module, "_is_replica", False):
             raise ValueError(
                 "nn.DataParallel copies the base without its experts: use DistributedDataParallel"
@@ -177,15 +179,7 @@ class RoutingState(ExpertState):
         else:
             mine.current = pass_
 
-    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the base; called after an error as well."""
-        self._end("base", output)
-
-    def end_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the base's decoder; likewise."""
-        self._end("decoder", output)
-
-    def _end(self, scope: str, output: Any) -> None:
+    def _end(self, scope: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         pass_ = self.current()
         if pass_ is None or pass_.scope != scope:
             return

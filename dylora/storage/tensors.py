@@ -10,7 +10,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -148,6 +148,25 @@ def is_plain(value: Any, dtype: torch.dtype) -> bool:
         and value.device.type == "cpu"
         and value.is_contiguous()
     )
+
+
+def fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Give tensors the values of those of the same names.
+
+    Raises ValueError, which begins with `where`, for one that is missing, of another shape or not
+    finite.
+    """
+    for name, target in targets.items():
+        if name not in tensors:
+            raise ValueError(f"{where}{name} is missing")
+        found = tensors[name]
+        if found.shape != target.shape:
+            raise ValueError(
+                f"{where}{name} has shape {list(found.shape)}, expected {list(target.shape)}"
+            )
+        if not found.isfinite().all():
+            raise ValueError(f"{where}{name} holds values that are not finite")
+        target.copy_(found)
 
 
 def _pickle_of(stream: BinaryIO) -> bytes:
