@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -344,3 +345,19 @@ def test_float64_is_of_the_cpu_alone_as_mps_has_none():
     assert found == set()
     assert doubled_on_a_device("x.double().cpu()") == ["x.double()"]
     assert doubled_on_a_device("zeros(3, dtype=torch.float64, device=d)") != []
+
+
+def print_graph() -> None:
+    """Each folder (or file of its own): its lines, and what else it imports."""
+    lines, imported = Counter(), defaultdict(set)
+    for name, targets in import_graph().items():
+        folder = name.split(".")[0]
+        lines[folder] += len(modules()[name].read_text(encoding="utf-8").splitlines())
+        imported[folder] |= {target.split(".")[0] for target in targets} - {folder}
+    for folder in sorted(lines, key=lambda folder: (RANKS.get(folder, 0), folder)):
+        print(f"{folder:16} {lines[folder]:6}  {' '.join(sorted(imported[folder]))}")
+    print(f"{'all':16} {lines.total():6}")
+
+
+if __name__ == "__main__":
+    print_graph()
