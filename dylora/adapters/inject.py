@@ -64,15 +64,7 @@ def inject(
     biased = _biased_modules(base, targets, config)
 
     base.requires_grad_(False)
-    weights = config.fixed_routing_weights if config.use_moe_routing else None
-    device = device_of(base, targets[0])
-    state = RoutingState(config.expert_count, weights, device, config.shared_experts)
-    base.add_module(STATE_NAME, state)
-    if config.routes_prompts:
-        state.prompts = PromptTokens.of(base.config)
-        running = config.router_scope == "running_mean"
-        generate: Any = PromptedGenerate(base, state, running=running)
-        base.generate = generate
+    state = _add_state(base, config, targets[0])
     decoder = decoder_of(base, list(paths_by_block))
     handles = state.hook_pass(base, "base")
     handles += state.hook_pass(decoder, "decoder") if decoder is not base else []
@@ -99,6 +91,20 @@ def inject(
                 biases[path] = shift
     base.train(base.training)  # what was added takes the base's mode
     return Injected(state, blocks, adapters, biases, handles)
+
+
+def _add_state(base: PreTrainedModel, config: MoELoraConfig, path: str) -> RoutingState:
+    """What the blocks will share, where the projection `path` is computed."""
+    weights = config.fixed_routing_weights if config.use_moe_routing else None
+    device = device_of(base, path)
+    state = RoutingState(config.expert_count, weights, device, config.shared_experts)
+    base.add_module(STATE_NAME, state)
+    if config.routes_prompts:
+        state.prompts = PromptTokens.of(base.config)
+        running = config.router_scope == "running_mean"
+        generate: Any = PromptedGenerate(base, state, running=running)
+        base.generate = generate
+    return state
 
 
 def _group_by_block(targets: list[str]) -> dict[str, list[str]]:
