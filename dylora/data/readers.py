@@ -33,7 +33,7 @@ def read_records(
     path: str | list[str],
     revision: str | None = None,
     *,
-    columns: Sequence[str] | Columns,
+    columns: Sequence[str] | Columns | None,
     hub_config: str | None = None,
     hub_splits: tuple[str, ...] | None = None,
 ) -> Iterator[Record]:
