@@ -5,6 +5,7 @@ Shape letters: T tokens, E experts, R rank, K top-k, C columns (E·R summed over
 a token and an expert (T·K).
 """
 
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -26,17 +27,15 @@ class Dense(NamedTuple):
     expert_ids: Tensor | None  # theirs in the stack; None: all
 
 
+@dataclass(eq=False)
 class Sparse:
     """Mature experts of a stack, which only the tokens that choose them use."""
 
-    def __init__(
-        self, stack: int, experts_TK: Tensor, gates_TK: Tensor, experts: int, gather: bool
-    ):
-        self.stack = stack
-        self.experts_TK = experts_TK  # numbers within the stack
-        self.gates_TK = gates_TK  # 0 where a choice is not used
-        self.experts = experts  # how many the stack has
-        self.gather = gather  # the kernel wanted where it can serve
+    stack: int  # its place among the stacks
+    experts_TK: Tensor  # numbers within the stack
+    gates_TK: Tensor  # 0 where a choice is not used
+    experts: int  # how many the stack has
+    gather: bool  # the kernel wanted where it can serve
 
     @cached_property
     def pairs(self) -> Plan:

@@ -7,7 +7,8 @@ the base once, before anything is added to it.
 Shape letters: B batch, S sequence, D input width, O output width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,11 +81,12 @@ def trace_base(base: PreTrainedModel) -> Trace:
         device_of(base, path)
     recorder, handles = _Recorder(), []
     for path, module in projections.items():
-        handles.append(module.register_forward_hook(recorder.of_projection(path)))
+        handles.append(module.register_forward_hook(partial(recorder.of_projection, path)))
     for path in dict.fromkeys(path.rpartition(".")[0] for path in projections):
         block = base.get_submodule(path)
-        handles.append(block.register_forward_pre_hook(recorder.before(path), with_kwargs=True))
-        handles.append(block.register_forward_hook(recorder.after(path)))
+        before, after = partial(recorder.before, path), partial(recorder.after, path)
+        handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(block.register_forward_hook(after))
     try:
         ids_BS = _tokens(base)
         devices = [ids_BS.device] if ids_BS.is_cuda else []
@@ -149,36 +151,31 @@ class _Recorder:
         self._maps_tokens: dict[str, bool] = {}
         self._given: dict[str, list[Tensor]] = {}  # the latest outputs of a block
 
-    def of_projection(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            width, width_out = projection_sizes(module)
-            x = args[0] if args else None
-            self._maps_tokens[path] = (
-                self._maps_tokens.get(path, True)
-                and isinstance(x, Tensor)
-                and isinstance(output, Tensor)
-                and x.shape[:-1] in EVERY_TOKEN
-                and x.shape[-1] == width
-                and output.shape == (*x.shape[:-1], width_out)
-            )
-            if isinstance(output, Tensor):
-                self._mapped[path] = output
+    def of_projection(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
+        width, width_out = projection_sizes(module)
+        x = args[0] if args else None
+        self._maps_tokens[path] = (
+            self._maps_tokens.get(path, True)
+            and isinstance(x, Tensor)
+            and isinstance(output, Tensor)
+            and x.shape[:-1] in EVERY_TOKEN
+            and x.shape[-1] == width
+            and output.shape == (*x.shape[:-1], width_out)
+        )
+        if isinstance(output, Tensor):
+            self._mapped[path] = output
 
-        return hook
+    def before(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        x = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(x, Tensor) and x.is_floating_point() and x.shape[:-1] in EVERY_TOKEN:
+            self._widths.setdefault(path, x.shape[-1])
 
-    def before(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(x, Tensor) and x.is_floating_point() and x.shape[:-1] in EVERY_TOKEN:
-                self._widths.setdefault(path, x.shape[-1])
-
-        return hook
-
-    def after(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._given[path] = list(_tensors(output))
-
-        return hook
+    def after(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._given[path] = list(_tensors(output))
 
     def trace(self) -> Trace:
         outputs = {

@@ -29,7 +29,7 @@ class ProjectionWeights(NamedTuple):
     scalings: list[Tensor]  # [E]
 
 
-@dataclass
+@dataclass(eq=False)
 class DecodeCache:
     """The projections of a block that share an input."""
 

@@ -257,14 +257,14 @@ class RoutingState(ExpertState):
             self._decodings.clear()
 
 
+@dataclass(eq=False)
 class _Recomputation:
     """While a layer runs again, its thread is in a replay of its own pass. Entered once a backward
     pass, so maybe more than once."""
 
-    def __init__(self, state: RoutingState, pass_: Pass | None):
-        self.state = state
-        self.pass_ = pass_
-        self.before: list[Pass | None] = []
+    state: RoutingState
+    pass_: Pass | None
+    before: list[Pass | None] = field(default_factory=list)
 
     def __enter__(self) -> None:
         mine = self.state.mine
