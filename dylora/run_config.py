@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dylora.config import MoELoraConfig, Quantization
 from dylora.data_config import DataConfig, SourceConfig
@@ -25,6 +25,8 @@ Schedule = Literal[
     "greedy",
 ]
 """The schedules of `transformers.get_scheduler`, copied because importing them takes seconds."""
+Service = Literal["wandb", "tensorboard", "trackio", "mlflow"]
+Optim = Literal["adamw", "lora_plus", "lion", "sgd"]
 MAX_NAME = 255
 BenchmarkStrategy = Literal["none", "epoch", "final"]
 OnKnown = Literal["skip", "continue", "new"]
@@ -70,10 +72,16 @@ class TrainConfig:
     """Of the routers; none: learning_rate."""
     weight_decay: float = option(0.01, least=0)
     """Of the matrices A and B; routers and biases have none."""
+    optim: Optim = "adamw"
+    """adamw; lora_plus: AdamW with another rate for the B's (Hayou et al. 2024); lion (Chen et al.
+    2023), with dylora[optim]; sgd, with momentum adam_beta1. Of others (Adafactor, 8-bit AdamW,
+    schedule-free, Muon) the state cannot be cut by expert."""
+    lora_plus_ratio: float = option(16.0, above=0)
+    """With optim lora_plus: the rate of the B's in terms of learning_rate."""
     adam_beta1: float = option(0.9, least=0, below=1)
-    """Decay of AdamW's first moment."""
+    """Decay of the first moment of AdamW and Lion, and of sgd's momentum."""
     adam_beta2: float = option(0.999, least=0, below=1)
-    """Decay of AdamW's second moment."""
+    """Decay of AdamW's second moment, and of Lion's moment between steps."""
     adam_epsilon: float = option(1e-8, above=0)
     """AdamW's epsilon."""
     max_grad_norm: float = option(1.0, least=0)
@@ -104,6 +112,9 @@ class TrainConfig:
     nothing, is counted, and the run goes on."""
     early_stopping_patience: int | None = option(None, least=1)
     """Stop after so many evaluations without a better validation loss."""
+    deterministic: bool = False
+    """Take torch's deterministic kernels, or stop where it has none: the same seed gives the same
+    bits on a GPU, too."""
     seed: int = 0
     """Of the adapters' initial values and of dropout."""
     init_from: str | None = None
@@ -120,6 +131,10 @@ class TrainConfig:
         check_fields(self)
         alone = self.train_experts is None or self.init_from is not None
         require(alone, "train_experts", self.train_experts, "unset without init_from")
+        unused = self.optim != "lora_plus" and self.lora_plus_ratio != 16.0
+        require(
+            not unused, "lora_plus_ratio", self.lora_plus_ratio, "unset without optim lora_plus"
+        )
 
     @property
     def subset(self) -> int | float | None:
@@ -174,17 +189,27 @@ class EvalConfig:
 class LogConfig:
     """What a run tells."""
 
+    RENAMED: ClassVar[dict[str, str | None]] = {"wandb_project": "project"}
+
     logging_steps: int = option(10, least=1)
     """Steps between two lines of metrics."""
     collapse_steps: int = option(100, least=1)
     """Warn when a site has been collapsed for so many steps: see routing/metrics.py."""
+    report_to: list[Service] = field(default_factory=list)
+    """wandb (offline without a key), tensorboard, trackio, mlflow: services that the metrics are
+    mirrored to, each by a process of its own that cannot stop a run; metrics.jsonl has all."""
     wandb: bool = False
-    """Mirror the metrics to Weights & Biases (offline without a key)."""
-    wandb_project: str = "dylora"
-    """Its project."""
+    """As wandb in report_to."""
+    project: str = "dylora"
+    """The project, or experiment, of services that have such."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def services(self) -> list[str]:
+        """Those that the metrics are mirrored to, each once."""
+        return list(dict.fromkeys([*self.report_to, *(["wandb"] if self.wandb else [])]))
 
 
 @dataclass(frozen=True, kw_only=True)

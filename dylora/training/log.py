@@ -1,9 +1,10 @@
-"""metrics.jsonl, a progress bar or log lines."""
+"""metrics.jsonl, run.log, a progress bar or lines."""
 
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from tqdm import tqdm
 from dylora.fields import is_whole_number
 from dylora.run_config import LogConfig
 from dylora.storage.folders import quarantine
-from dylora.training.loggers import WandbMirror
+from dylora.training.loggers import Mirror
 
 
 class RunLog:
-    """metrics.jsonl, the bar or the lines, and wandb.
+    """metrics.jsonl, the bar or the lines, run.log, and mirrors at services that show runs.
 
     None of it can change or stop a run: what cannot be written is left out, and that is said.
     """
@@ -26,12 +27,13 @@ class RunLog:
     def __init__(
         self, folder: Path, config: LogConfig, run_name: str, settings: dict[str, Any]
     ) -> None:
-        """Raises ValueError when log.wandb is true and wandb is not installed."""
-        self._file = folder / "metrics.jsonl"
+        """Raises ValueError when a service of log.report_to is not installed."""
+        self._file, self._text = folder / "metrics.jsonl", folder / "run.log"
         self._bar: tqdm[Any] | None = None
-        self._mirror = None
-        if config.wandb:
-            self._mirror = WandbMirror(self._file, config.wandb_project, run_name, settings)
+        self._mirrors = [
+            Mirror(service, self._file, config.project, run_name, settings)
+            for service in config.services
+        ]
         self._lost_rows = 0
         self._started = time.perf_counter()
 
@@ -39,6 +41,8 @@ class RunLog:
         """Keep the rows of an earlier run, which has saved nothing, under a name of their own."""
         if self._file.exists():
             self.info(f"earlier metrics are kept as {quarantine(self._file, 'earlier')}")
+            for known in self._file.parent.glob("*.id"):  # by which services know that run
+                known.unlink()
 
     def forget_after(self, step: int) -> None:
         """Drop rows of a later step: a resumed run writes them again."""
@@ -66,14 +70,13 @@ class RunLog:
         return any(row is not None and row["step"] == step and metric in row for row in rows)
 
     def start(self, step: int, steps: int) -> None:
-        """Show the bar, if this is a terminal; start the mirror."""
+        """Show the bar, if this is a terminal; start the mirrors."""
         self._started, self._first_step, self._steps = time.perf_counter(), step, steps
         with suppress(OSError, ValueError):
             self._bar = tqdm(
                 total=steps, initial=step, disable=None, unit="step", dynamic_ncols=True
             )
-        if self._mirror is not None:
-            self._check_mirror(self._mirror.start())
+        self._ask_mirrors(Mirror.start)
 
     def advance(self, loss: float, tokens_per_s: float) -> None:
         """One step is done."""
@@ -84,7 +87,7 @@ class RunLog:
                 self._bar.update()
 
     def write(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        """A row of metrics.jsonl, mirrored. On a full disk the row is left out, whole."""
+        """A row of metrics.jsonl, which is mirrored. On a full disk the row is left out, whole."""
         row = json.dumps({"step": step, "tokens": tokens, **metrics}) + "\n"
         size = None
         try:
@@ -98,8 +101,7 @@ class RunLog:
             if size is not None:
                 with suppress(OSError):
                     os.truncate(self._file, size)
-        if self._mirror is not None:
-            self._check_mirror(self._mirror.failure())
+        self._ask_mirrors(Mirror.failure)
 
     def progress_line(self, step: int, metrics: dict[str, float]) -> None:
         """A plain line where there is no bar."""
@@ -114,23 +116,26 @@ class RunLog:
         )
 
     def info(self, text: str) -> None:
-        """A line for the reader, clear of the bar."""
+        """A line for the reader, clear of the bar, and in run.log with the time."""
         say(text)
+        with suppress(OSError), self._text.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def close(self) -> None:
-        """End the bar and the mirror."""
+        """End the bar and the mirrors."""
         if self._bar is not None:
             with suppress(OSError, ValueError):
                 self._bar.close()
         if self._lost_rows:
             self.info(f"warning: metrics.jsonl lacks {self._lost_rows} rows that did not fit")
-        if self._mirror is not None:
-            self._check_mirror(self._mirror.finish())
+        self._ask_mirrors(Mirror.finish)
 
-    def _check_mirror(self, failure: str | None) -> None:
-        if failure is not None:
+    def _ask_mirrors(self, question: Callable[[Mirror], str | None]) -> None:
+        """Drop the mirrors whose answer is a failure."""
+        answers = [(mirror, question(mirror)) for mirror in self._mirrors]
+        self._mirrors = [mirror for mirror, failure in answers if failure is None]
+        for failure in filter(None, (failure for _, failure in answers)):
             self.info(f"{failure}; metrics.jsonl has everything")
-            self._mirror = None
 
 
 def say(text: str) -> None:

@@ -14,6 +14,7 @@ from dylora.training.callbacks import (
     LateMaturityWarning,
     MetricsLog,
 )
+from dylora.training.environment import deterministic_algorithms
 from dylora.training.resume import load_best, preflight_save, resume, save
 from dylora.training.run import Parts, Run, log_summary, prepare, record_settings, run_folder
 from dylora.training.schedule import FOLLOWS_VALIDATION
@@ -61,7 +62,8 @@ def train(
             callback.on_start(run)
         record_settings(run.config, run.model.device, f"until-step-{run.progress.step}")
         log_summary(run)
-        with closing(run.log), run.interruption:
+        fixed = deterministic_algorithms(config.train.deterministic)
+        with closing(run.log), run.interruption, fixed:
             run_steps(run, callbacks)
             load_best(run)
             for callback in callbacks:

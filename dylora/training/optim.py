@@ -1,11 +1,13 @@
-"""AdamW over experts and routers, the learning-rate schedule, and their state by name."""
+"""The optimizer over experts and routers, and its state by name."""
 
+import importlib.util
 import math
 import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dylora.fields import shown
 from dylora.model import DyLoRA_MoE
@@ -13,49 +15,70 @@ from dylora.run_config import TrainConfig
 from dylora.storage.tensors import is_plain
 
 STACK = re.compile(r"(.*\.experts_)(\d{1,9})-(\d{1,9})(\.\w+)")  # a parameter's name
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's, for each parameter
+STATE = {  # what an optimizer keeps for each parameter, by its class
+    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
+    "Lion": ("exp_avg",),
+    "SGD": ("momentum_buffer",),
+}
 
 
-def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> torch.optim.AdamW:
-    """Groups: the experts' matrices (three dimensions, stacked), which decay; magnitudes and
-    biases, which do not; routers.
+def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> Optimizer:
+    """What train.optim names, over `parameter_groups`.
 
     Frozen experts are in it too (without a gradient nothing touches them): they keep their moments.
+    Raises ValueError when its package is not installed.
     """
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config),
-        lr=config.learning_rate,  # of the groups too; schedules divide min_lr and lr_end by it
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    groups, betas = parameter_groups(model, config), (config.adam_beta1, config.adam_beta2)
+    rate = config.learning_rate  # of the groups too; schedules divide min_lr and lr_end by it
+    if config.optim == "sgd":
+        optimizer: Optimizer = torch.optim.SGD(groups, lr=rate, momentum=config.adam_beta1)
+    elif config.optim == "lion":
+        optimizer = _lion()(groups, lr=rate, betas=betas)
+    else:
+        eps = config.adam_epsilon
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)
     optimizer.register_step_post_hook(increment_versions)
     model.experts.attach_optimizer(optimizer)
     return optimizer
 
 
-def increment_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _lion() -> Any:
+    if importlib.util.find_spec("lion_pytorch") is None:
+        raise ValueError("train.optim is lion, which is not installed: pip install 'dylora[optim]'")
+    from lion_pytorch import Lion
+
+    return Lion
+
+
+def increment_versions(optimizer: Optimizer, *_: Any) -> None:
     """A fused step does not raise the tensor versions by which autograd and caches see a write."""
     for group in optimizer.param_groups:
         torch.autograd.graph.increment_version(group["params"])
 
 
 def parameter_groups(model: DyLoRA_MoE, config: TrainConfig) -> list[dict[str, Any]]:
-    """The groups of `build_optimizer`; those without parameters are left out."""
+    """The experts' matrices (three dimensions, stacked), which decay; magnitudes and biases, which
+    do not; routers. Groups without parameters are left out.
+
+    With lora_plus the B's are a group of their own, whose rate is lora_plus_ratio times that of the
+    A's (Hayou et al. 2024, arXiv:2402.12354).
+    """
     experts = expert_parameters(model)
-    matrices = [p for p in experts.values() if p.ndim == 3]
-    others = [p for p in experts.values() if p.ndim < 3]
+    matrices = {name: p for name, p in experts.items() if p.ndim == 3}
+    Bs = [p for name, p in matrices.items() if config.optim == "lora_plus" and name.endswith("_B")]
+    held = {id(p) for p in Bs}
     routers = [parameter for _, parameter in model.router_parameters()]
     rate, router_rate = config.learning_rate, config.router_learning_rate
     rows = (
-        (matrices, rate, config.weight_decay),
-        (others, rate, 0.0),
+        ([p for p in matrices.values() if id(p) not in held], rate, config.weight_decay),
+        (Bs, rate * config.lora_plus_ratio, config.weight_decay),
+        ([p for p in experts.values() if p.ndim < 3], rate, 0.0),
         (routers, router_rate or rate, 0.0),
     )
     return [{"params": p, "lr": lr, "weight_decay": decay} for p, lr, decay in rows if p]
 
 
-def regroup(optimizer: torch.optim.Optimizer, model: DyLoRA_MoE, config: TrainConfig) -> None:
+def regroup(optimizer: Optimizer, model: DyLoRA_MoE, config: TrainConfig) -> None:
     """Let an optimizer hold the parameters of a model whose experts have changed, without moments.
 
     For a run that resumes after its pool has changed; a live one keeps its moments
@@ -79,7 +102,17 @@ def named_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:
     return expert_parameters(model) | dict(model.router_parameters())
 
 
-def state_by_name(optimizer: torch.optim.Optimizer, model: DyLoRA_MoE) -> dict[str, Any]:
+def empty_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What an optimizer's state of a parameter is before its first step, on the CPU."""
+    shapes = {key: () if key == "step" else parameter.shape for key in _state_keys(optimizer)}
+    return {key: torch.zeros(shape) for key, shape in shapes.items()}
+
+
+def _state_keys(optimizer: Optimizer) -> tuple[str, ...]:
+    return STATE[type(optimizer).__name__]
+
+
+def state_by_name(optimizer: Optimizer, model: DyLoRA_MoE) -> dict[str, Any]:
     """Moments keyed by parameter name: by position, two experts of one shape could be swapped.
 
     A parameter that has not been trained yet has an empty entry.
@@ -90,9 +123,7 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: DyLoRA_MoE) -> dict[s
     }
 
 
-def load_state_by_name(
-    optimizer: torch.optim.Optimizer, model: DyLoRA_MoE, saved: dict[str, Any]
-) -> None:
+def load_state_by_name(optimizer: Optimizer, model: DyLoRA_MoE, saved: dict[str, Any]) -> None:
     """Put copies of saved moments back, those of padded stacks cut to the experts' own ranks.
 
     Raises ValueError naming a parameter that has none, is unknown, or whose moments are not finite
@@ -105,7 +136,7 @@ def load_state_by_name(
     for name in [*(parameters.keys() - saved.keys()), *(saved.keys() - parameters.keys())]:
         raise ValueError(f"the optimizer state does not fit: {shown(name)} is on one side only")
     for name, parameter in parameters.items():
-        if problem := _moments_problem(saved[name], parameter):
+        if problem := _moments_problem(saved[name], parameter, _state_keys(optimizer)):
             raise ValueError(f"the optimizer state does not fit: {name} {problem}")
         if saved[name]:
             optimizer.state[parameter] = {
@@ -148,14 +179,14 @@ def _cut(value: Any, count: int, rows: slice, shape: torch.Size) -> Any:
     return cut[:, :rank].contiguous() if len(shape) == 3 and not cut[:, rank:].any() else cut
 
 
-def _moments_problem(state: Any, parameter: nn.Parameter) -> str | None:
+def _moments_problem(state: Any, parameter: nn.Parameter, keys: tuple[str, ...]) -> str | None:
     """What is wrong with the saved moments of a parameter; an empty entry is fine."""
-    if not isinstance(state, dict) or (state and set(state) != MOMENTS):
+    if not isinstance(state, dict) or (state and set(state) != set(keys)):
         found = ", ".join(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
-        return f"has {found}, not {', '.join(MOMENTS)}"
+        return f"has {found}, not {', '.join(keys)}"
     for key, value in state.items():
         shape = torch.Size() if key == "step" else parameter.shape
-        least = -math.inf if key == "exp_avg" else 0
+        least = 0 if key in ("step", "exp_avg_sq") else -math.inf
         if torch.is_tensor(value) and value.shape != shape:
             return f"has {key} of the shape {list(value.shape)}, not {list(shape)}"
         plain = is_plain(value, torch.float32)

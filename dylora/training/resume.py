@@ -26,6 +26,7 @@ from dylora.storage.folders import (
 from dylora.storage.manifest import is_intact, is_run_checkpoint
 from dylora.storage.tensors import read_state
 from dylora.training.optim import (
+    empty_state,
     load_state_by_name,
     named_parameters,
     parameter_groups,
@@ -72,9 +73,8 @@ def preflight_save(run: Run) -> None:
     folder = run.folder / PREFLIGHT
     moments = state_by_name(run.optimizer, run.model)
     for name, parameter in named_parameters(run.model).items():
-        if parameter.requires_grad and not moments[name]:  # AdamW makes them in the first step
-            zeros = torch.zeros_like(parameter, device="cpu")
-            moments[name] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        if parameter.requires_grad and not moments[name]:  # they are made in the first step
+            moments[name] = empty_state(run.optimizer, parameter)
     write_state(run, folder, moments)
     size, free = folder_bytes(folder), shutil.disk_usage(run.folder).free
     shutil.rmtree(folder)

@@ -45,7 +45,7 @@ class Run(NamedTuple):
     data: PreparedData
     model: DyLoRA_MoE
     sampler: InterleavedSampler
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
     steps: int  # optimizer steps of the whole run

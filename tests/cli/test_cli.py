@@ -71,7 +71,7 @@ def fake_module(monkeypatch):
         (
             "log: {xyz: 1}",
             "configs/x.yaml: unknown key log.xyz; valid are log.logging_steps, "
-            "log.collapse_steps, log.wandb, log.wandb_project",
+            "log.collapse_steps, log.report_to, log.wandb, log.project",
         ),
         (
             "data: {sources: [{name: mbpp}, {name: b, pth: c}]}",
@@ -187,10 +187,9 @@ def test_a_file_that_is_not_there_or_not_a_text_is_named(config_file, refusal):
         ("base_model", "it is model.base here"),
         ("datasets", "it is data.sources here"),
         ("seed", "did you mean data.seed or train.seed?"),
-        ("optim", "there is no such setting: AdamW is the optimizer"),
+        ("optim", "did you mean train.optim?"),
         ("bf16", "there is no such setting: set model.dtype to bfloat16"),
         ("fp16", "there is no such setting: set model.dtype to float16"),
-        ("report_to", "there is no such setting: set log.wandb to true"),
         ("chat_template", "it is data.template here"),
         ("eval_strategy", "there is no such setting: set eval.eval_steps"),
         ("warmup_ratio", "there is no such setting: set train.warmup_steps"),

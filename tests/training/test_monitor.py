@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dylora
 from dylora import DyLoRA_MoE
@@ -126,7 +127,25 @@ def init(**settings):
     act("init")
     run = Run()
     run.file = (pathlib.Path(settings["dir"]) / "mirrored.jsonl").open("w")
+    with (pathlib.Path(settings["dir"]) / "runs.jsonl").open("a") as runs:
+        runs.write(json.dumps([settings["id"], settings["resume"]]) + "\\n")
     return run
+"""
+
+
+FAKE_SERVICES = """
+import json, os, types
+
+def record(name):
+    def call(*args, **kwargs):
+        with open(os.environ["FAKE_FILE"], "a") as file:
+            file.write(json.dumps([name, args, kwargs]) + "\\n")
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="77"))
+    return call
+
+init, log, finish = record("init"), record("log"), record("finish")
+set_experiment, start_run, log_dict = map(record, ("set_experiment", "start_run", "log_dict"))
+log_metrics, end_run = record("log_metrics"), record("end_run")
 """
 
 
@@ -150,7 +169,7 @@ def test_whatever_wandb_does_the_rows_are_there_and_it_is_told(
     fake_wandb, tmp_path, monkeypatch, capsys, at, how
 ):
     fake_wandb(at, how)
-    monkeypatch.setattr(loggers, "WANDB_SECONDS", 1.0 if how == "hangs" else 30.0)
+    monkeypatch.setattr(loggers, "SECONDS", 1.0 if how == "hangs" else 30.0)
     log = RunLog(tmp_path, LogConfig(wandb=True), "run", {})
     log.start(0, 2)
     log.write(1, 10, {"train/loss": 2.0})
@@ -172,7 +191,7 @@ def test_whatever_wandb_does_the_rows_are_there_and_it_is_told(
 
 def test_wandb_gets_every_row_of_this_run_and_none_of_before(fake_wandb, tmp_path, monkeypatch):
     fake_wandb("none", "none")
-    monkeypatch.setattr(loggers, "WANDB_SECONDS", 30.0)
+    monkeypatch.setattr(loggers, "SECONDS", 30.0)
     log = RunLog(tmp_path, LogConfig(wandb=True), "run", {})
     log.write(1, 10, {"train/loss": 3.0})  # of the run that is resumed
     log.start(1, 3)
@@ -186,10 +205,77 @@ def test_wandb_gets_every_row_of_this_run_and_none_of_before(fake_wandb, tmp_pat
     ]
 
 
+def test_wandb_goes_on_with_its_run_after_a_resume_and_begins_one_with_another_run(
+    fake_wandb, tmp_path, monkeypatch
+):
+    fake_wandb("none", "none")
+    monkeypatch.setattr(loggers, "SECONDS", 30.0)
+    for fresh in (True, False, True):
+        log = RunLog(tmp_path, LogConfig(report_to=["wandb"]), "run", {})
+        if fresh:
+            log.set_aside_earlier()
+        log.start(0, 1)
+        log.write(1, 10, {"train/loss": 3.0})
+        log.close()
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [resume for _, resume in runs] == ["allow"] * 3
+    first, resumed, other = [number for number, _ in runs]
+    assert first == resumed != other
+
+
+def test_tensorboard_has_the_rows_of_the_metrics(tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers, "SECONDS", 60.0)
+    log = RunLog(tmp_path, LogConfig(report_to=["tensorboard"]), "run", {"train": {"seed": 3}})
+    log.start(0, 2)
+    log.write(1, 10, {"train/loss": 2.0})
+    log.write(2, 20, {"train/loss": 1.0})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("service", ["trackio", "mlflow"])
+def test_services_get_every_row_of_this_run_and_know_it_again(service, tmp_path, monkeypatch):
+    package = tmp_path / "site" / service
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_SERVICES)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setenv("FAKE_FILE", str(tmp_path / "calls.jsonl"))
+    monkeypatch.setattr(loggers, "SECONDS", 30.0)
+    for step in (1, 2):
+        log = RunLog(tmp_path, LogConfig(report_to=[service], project="p"), "run", {"seed": 3})
+        log.start(0, 1)
+        log.write(step, 10, {"train/loss": 3.0})
+        log.close()
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    rows = [call for call in calls if call[0] in ("log", "log_metrics")]
+    assert [call[1:] for call in rows] == [
+        [[{"tokens": 10, "train/loss": 3.0}], {"step": 1}],
+        [[{"tokens": 10, "train/loss": 3.0}], {"step": 2}],
+    ]
+    begun = [call[2] for call in calls if call[0] in ("init", "start_run")]
+    if service == "mlflow":
+        assert begun == [{"run_id": None, "run_name": "run"}, {"run_id": "77", "run_name": None}]
+    else:
+        assert {one["resume"] for one in begun} == {"allow"}
+        assert {(one["project"], one["name"]) for one in begun} == {("p", "run")}
+
+
+def test_a_run_leaves_what_it_said_in_a_file_with_the_time(tmp_path, capsys):
+    log = RunLog(tmp_path, LogConfig(), "run", {})
+    log.info("one of two")
+    log.info("two of two")
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert [line[21:] for line in lines] == ["one of two", "two of two"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line[:21]) for line in lines)
+    assert capsys.readouterr().out == "one of two\ntwo of two\n"
+
+
 def test_a_hanging_wandb_changes_no_loss(fake_wandb, make_config, monkeypatch):
     plain = train(make_config("plain", max_steps=3))
     fake_wandb("init", "hangs")
-    monkeypatch.setattr(loggers, "WANDB_SECONDS", 0.2)
+    monkeypatch.setattr(loggers, "SECONDS", 0.2)
     mirrored = train(make_config("mirrored", max_steps=3, wandb=True))
     assert rows_of(plain.folder) == rows_of(mirrored.folder)
 
@@ -206,7 +292,7 @@ def test_a_full_disk_costs_whole_rows_and_nothing_else(tmp_path, monkeypatch, ca
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda self, mode: Full(original(self, "ab")))
+        patch.setattr(Path, "open", lambda self, mode, **_: Full(original(self, "ab")))
         log.write(2, 2, {"train/loss": 1.0})
         log.write(3, 3, {"train/loss": 1.0})
     log.write(4, 4, {"train/loss": 1.0})
@@ -227,10 +313,11 @@ def test_a_closed_standard_output_stops_no_run(make_config, monkeypatch):
     assert train(make_config(max_steps=2)).progress.step == 2
 
 
-def test_wandb_that_is_not_installed_is_a_clear_error(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="pip install wandb"):
-        RunLog(tmp_path, LogConfig(wandb=True), "run", {})
+@pytest.mark.parametrize("service", ["wandb", "tensorboard", "trackio", "mlflow"])
+def test_a_service_that_is_not_installed_is_a_clear_error(service, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, service, None)
+    with pytest.raises(ValueError, match=rf"pip install .dylora\[{service}\]"):
+        RunLog(tmp_path, LogConfig(report_to=[service]), "run", {})
 
 
 def test_a_half_written_last_line_is_forgotten_on_resume(tmp_path):
