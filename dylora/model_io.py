@@ -42,9 +42,9 @@ def write_model(mixture: Mixture, folder: Path) -> None:
     """
     if mixture.config.is_learned and not any(True for _ in mixture.routers()):
         raise ValueError("the routers are detached: attach_router() before saving")
-    for expert, row in enumerate(mixture.table):
-        if row.state != "retired":
-            write_adapter(folder / ADAPTERS / row.name, expert_adapter(mixture, expert))
+    for expert in mixture.live:
+        name = mixture.table[expert].name
+        write_adapter(folder / ADAPTERS / name, expert_adapter(mixture, expert))
     tensors = {f"router.{name}": p.detach().cpu() for name, p in mixture.router_parameters()}
     tensors |= {f"maturity.{name}": v for name, v in mixture.maturity._asdict().items()}
     tensors[FIXED_WEIGHTS] = mixture.state.fixed_weights_E.cpu()  # a merge adds two of them up
@@ -129,10 +129,9 @@ def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
         experts.load_state_dict(checkpoint.experts)
     except ValueError as error:
         raise ValueError(f"{checkpoint.file}: {error}") from None
-    for expert, row in enumerate(mixture.table):
-        if row.state == "retired":
-            continue
-        fill_expert(mixture, expert, checkpoint.adapter(expert), folder / ADAPTERS / row.name)
+    for expert in mixture.live:
+        source = folder / ADAPTERS / mixture.table[expert].name
+        fill_expert(mixture, expert, checkpoint.adapter(expert), source)
     if shifts := bias_shifts(mixture):
         file, tensors = folder / SHIFTS_FILE, checkpoint.bias_shifts()
         _check_same_keys(file, set(tensors), set(shifts))

@@ -1,4 +1,4 @@
-"""The wide way: every expert for every token, as one LoRA of rank E·R with a diagonal between.
+"""The dense kernel: every expert for every token, as one LoRA of rank E·R with a diagonal between.
 
 Projections with one input share the first product; the second is added into the base's output.
 

@@ -1,4 +1,4 @@
-"""The grouped way: mature experts only for the tokens that choose them.
+"""The grouped kernel: mature experts only for the tokens that choose them.
 
 Tokens sorted by expert, two grouped products, and their rows added back.
 
@@ -144,7 +144,7 @@ class _AddGrouped(torch.autograd.Function):
             out = y if y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
             _add_rows(out.view(-1, y.shape[-1]), y_PO, plan)
         ctx.save_for_backward(h_PR, weights_TK, B_ERO, *plan)
-        return out.detach()  # as in the wide way
+        return out.detach()  # as in the dense kernel
 
     @staticmethod
     @once_differentiable

@@ -34,8 +34,8 @@ def init_from_checkpoint(model: DyLoRA_MoE, folder: Path, train_experts: bool | 
             )
     load_model(model.experts, checkpoint)
     checkpoint.check_base(model.base_fingerprint)
-    newborn = ExpertMaturity.create(len(model.experts))
-    model.set_maturity(newborn._replace(maturity=model.maturity.maturity))
+    fresh = ExpertMaturity.create(len(model.experts))
+    model.set_maturity(fresh._replace(maturity=model.maturity.maturity))
     if train_experts is not None:
         live = model.experts.live
         model.experts.unfreeze(*live) if train_experts else model.experts.freeze(*live)
