@@ -244,6 +244,17 @@ def test_no_module_imports_itself_through_others():
     assert [name for name in graph if name in reachable(name)] == []
 
 
+def test_every_file_that_the_package_names_in_backticks_is_there():
+    found = [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]
+    files = [f"/{path.relative_to(ROOT).as_posix()}" for path in found]
+    named = {
+        (name, path.name)
+        for path in PACKAGE.rglob("*.py")
+        for name in re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8"))
+    }
+    assert [pair for pair in named if not any(file.endswith(f"/{pair[0]}") for file in files)] == []
+
+
 # Sizes
 
 MOST_LINES = {"file": 350, "function": 60}

@@ -23,7 +23,7 @@ def double(*shape, grad=True):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
 
 
-# The wide way
+# The dense kernel
 
 # Stacks as (experts, rank, trained); a shared A has the rank of all.
 LAYOUTS = {
@@ -151,7 +151,7 @@ def test_an_output_that_cannot_be_viewed_as_rows_is_not_changed():
     torch.testing.assert_close(out, h @ B)
 
 
-# The grouped and the gathered way
+# The grouped kernel, and gathering
 
 
 def sparse_parts(top_k, experts=E, used=None):
