@@ -443,9 +443,16 @@ def test_a_manifest_that_points_outside_is_refused(name, small):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "inner/adapter_model.bin"])
 def test_a_file_that_a_loader_would_read_must_be_in_the_manifest(name, small):
+    (small / "trainer_state.json").write_text("{}")  # a run's checkpoint, whose resume reads more
+    write_manifest(small)
     (small / name).write_bytes(b"slipped in")
     with pytest.raises(ValueError, match=rf"{name} is not in manifest\.json"):
         verify(small)
+
+
+def test_what_a_trainer_puts_beside_a_mixture_does_not_spoil_it(small):
+    (small / "optimizer.pt").write_bytes(b"read by nothing of ours")
+    verify(small)
 
 
 # A run's checkpoints
@@ -998,11 +1005,14 @@ def test_a_configuration_that_lacks_a_part_is_refused_with_its_name(key, saved, 
     assert str(file) in str(error.value)
 
 
-def test_transformers_own_save_is_refused_while_experts_are_attached(saved_once, tmp_path):
-    """It would write files that reload with weights drawn afresh."""
-    with pytest.raises(ValueError, match=r"unload\(\)"):
-        saved_once[0].base.save_pretrained(tmp_path / "wrong")
-    assert not (tmp_path / "wrong").exists()
+def test_transformers_own_save_writes_the_mixture(saved_once, tiny_base, tmp_path):
+    """Its own files would reload with weights drawn afresh."""
+    saved_once[0].base.save_pretrained(tmp_path / "saved")
+    again = DyLoRA_MoE.from_pretrained(tmp_path / "saved", base=tiny_base("llama"))
+    for (_, mine), (_, other) in zip(
+        saved_once[0].mixture.own_parameters(), again.mixture.own_parameters(), strict=True
+    ):
+        assert torch.equal(mine, other)
 
 
 def test_a_base_saves_as_before_after_unloading(tiny_base, mixture_on, tmp_path):
