@@ -38,7 +38,7 @@ def read_records(
     hub_splits: tuple[str, ...] | None = None,
 ) -> Iterator[Record]:
     """The rows of a file, of a folder's files, of those that fit a pattern, of a list of these, or
-    of a set of the hub, in this order.
+    of a set of the hub, in this order. columns: those that have to be there; None: all that are.
 
     Raises ValueError where the path cannot be read or a column is nowhere in it.
     """

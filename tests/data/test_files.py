@@ -270,7 +270,7 @@ def _broken_offsets(file: Path) -> None:
     data = bytearray(file.read_bytes())
     offsets = pa.array([0, 1, 2], pa.int32()).buffers()[1].to_pybytes()[:12]
     place = bytes(data).index(offsets)
-    data[place + 8 : place + 12] = (2**30).to_bytes(4, "little")
+    data[place + 4 : place + 8] = (2**30).to_bytes(4, "little")
     file.write_bytes(bytes(data))
 
 
