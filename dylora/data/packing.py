@@ -38,21 +38,30 @@ def packed_batches(
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of sequences that share a row, of as many tokens as the longest has: each into the
-    first row with room for it, longer ones before (first-fit decreasing: at most 11/9 of the rows
-    that it takes, Johnson 1973)."""
+    """Indices of sequences that share a row, of no more tokens than the longest has.
+
+    As many rows as first-fit decreasing takes (at most 11/9 of the fewest, Johnson 1973), filled
+    evenly where that is possible: the next shorter sequence goes into the row that has the least.
+    """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    bins: list[list[int]] = []
-    room: list[int] = []
+    longest = lengths[order[0]]
+    fitted: list[list[int]] = []
     for index in order:
-        fits = (number for number, left in enumerate(room) if left >= lengths[index])
-        number = next(fits, len(bins))
-        if number == len(bins):
-            bins.append([])
-            room.append(lengths[order[0]])
-        bins[number].append(index)
-        room[number] -= lengths[index]
-    return bins
+        room = (row for row in fitted if _size(row, lengths) + lengths[index] <= longest)
+        row = next(room, None)
+        if row is None:
+            fitted.append([index])
+        else:
+            row.append(index)
+    even: list[list[int]] = [[] for _ in fitted]
+    for index in order:
+        min(even, key=lambda row: _size(row, lengths)).append(index)
+    fits = max(_size(row, lengths) for row in even) <= longest
+    return even if fits else fitted
+
+
+def _size(row: Sequence[int], lengths: Sequence[int]) -> int:
+    return sum(lengths[index] for index in row)
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:
