@@ -35,8 +35,10 @@ _SAMPLED_TOKENS, _SAMPLED_OUTPUTS = 64, 8  # rows of the weights that a fingerpr
 class LoadOptions(TypedDict, total=False):
     """How a base is loaded."""
 
-    dtype: torch.dtype | None  # of weights and activations; None: as it is stored
+    dtype: torch.dtype | str | None  # of weights and activations; None or "auto": as it is stored
     device: str | torch.device
+    device_map: str | dict[str, Any] | None  # transformers' own, over several devices, CPU and disk
+    offload_folder: str | Path | None  # for what device_map puts on the disk
     attn_implementation: str | None
     quantization: Quantization
 
@@ -47,10 +49,24 @@ class BaseSpec:
 
     name: str  # an embedded name, one of the hub, or the absolute path of a folder
     revision: str | None = None
-    dtype: torch.dtype | None = torch.float32
-    device: str | torch.device = "cpu"
+    dtype: torch.dtype | str | None = torch.float32
+    device: str | torch.device | None = None  # None: the CPU, or where device_map says
+    device_map: str | dict[str, Any] | None = None
+    offload_folder: str | Path | None = None
     attn_implementation: str | None = None
     quantization: Quantization = "none"
+
+    def __post_init__(self) -> None:
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype == "auto":
+            dtype = None
+        elif self.dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype is {self.dtype!r}, but must be one of torch, as bfloat16")
+        object.__setattr__(self, "dtype", dtype)
+        if self.device_map is not None and self.device is not None:
+            raise ValueError("device and device_map are both given: leave out device")
+        if self.device_map is not None and find_spec("accelerate") is None:
+            raise ValueError("device_map needs accelerate: pip install 'dylora[quant]'")
 
     @classmethod
     def resolve(
@@ -94,7 +110,11 @@ class BaseSpec:
             options["attn_implementation"] = self.attn_implementation
         if self.quantization != "none":
             options["quantization_config"] = quantization_config(self.quantization, dtype)
-            options["device_map"] = {"": self.device}  # packed weights are made where they stay
+            # Packed weights are made where they stay.
+            options["device_map"] = {"": self.device or "cpu"}
+        if self.device_map is not None:
+            options["device_map"] = self.device_map
+            options["offload_folder"] = self.offload_folder
         model, found = self._ask(
             "model",
             AutoModelForCausalLM,
@@ -116,8 +136,8 @@ class BaseSpec:
                 f"torchao quantises nn.Linear alone, and the layers of {self.name!r} are none"
             )
         keep_as_stored(model)
-        if self.quantization == "none":
-            model.to(device=torch.device(self.device))
+        if self.quantization == "none" and self.device_map is None:
+            model.to(device=torch.device(self.device or "cpu"))
         return model.eval().requires_grad_(False)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

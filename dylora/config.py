@@ -58,8 +58,9 @@ class MoELoraConfig:
     """Other alphas for some projections, likewise."""
     lora_dropout: float = option(0.0, least=0, below=1)
     """Dropout on the input of A, shared by the experts of a projection."""
-    target_modules: list[str] | None = None
-    """Projections to adapt, by the end of their path; none: the attention projections we find."""
+    target_modules: Literal["all-linear"] | list[str] | None = None
+    """Projections to adapt, by the end of their path; none: the attention projections we find;
+    all-linear: every projection that maps tokens one by one, but the head."""
     exclude_modules: list[str] | None = None
     """Projections to leave alone, by the end of their path."""
     layers_to_transform: list[int] | None = None

@@ -320,7 +320,7 @@ def _convert_choice(value: Any, annotation: Any, key: str, parse: Parse | None) 
 def _convert_list(value: Any, annotation: Any, key: str, parse: Parse | None) -> Any:
     """A list or tuple; as a text `[a, b]` or `a, b`."""
     kind, parts = get_origin(annotation), get_args(annotation)
-    items = value
+    items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
     if parse is not None and isinstance(value, str):
         split = [item.strip() for item in value.split(",") if item.strip()]
         items = _parsed(value, parse) if value.lstrip()[:1] == "[" else split

@@ -3,7 +3,9 @@
 Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 from dylora.base_models import BaseSpec, LoadOptions
 from dylora.config import MoELoraConfig
 from dylora.experts import ExpertManager
+from dylora.fields import nearest
 from dylora.integrations import merge
 from dylora.integrations.base_methods import prepare_base
 from dylora.integrations.static_weights import Weights
@@ -62,19 +65,25 @@ class DyLoRA_MoE(MixtureMethods):
     def from_base(
         cls,
         base: str | PreTrainedModel,
-        config: MoELoraConfig,
+        config: MoELoraConfig | None = None,
         *,
         revision: str | None = None,
-        **options: Unpack[LoadOptions],
+        **options: Any,
     ) -> "DyLoRA_MoE":
         """Fresh experts on a base given by name or as a model (which is changed in place).
 
-        options: how a base given by name is loaded: dtype (float32), device ("cpu"),
-            attn_implementation, quantization ("none").
+        Args:
+            config: the mixture; by default all of its fields' defaults.
+            options: fields of the configuration (r=8, num_experts=4), which go before `config`'s;
+                and how a base given by name is loaded: dtype (float32), device ("cpu"), device_map,
+                offload_folder, attn_implementation, quantization ("none").
 
-        Raises ValueError when the base cannot be loaded or nothing in it can be adapted.
+        Raises ValueError when the base cannot be loaded or nothing in it can be adapted, and for
+        an option that is neither, naming the nearest.
         """
+        config, options = _settings(config, options)
         if isinstance(base, PreTrainedModel):
+            _refuse_options(options)
             return cls(base, config, base_revision=revision)
         if not isinstance(base, str):
             raise ValueError(
@@ -88,7 +97,7 @@ class DyLoRA_MoE(MixtureMethods):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         routing_weights: Tensor | None = None,
@@ -113,7 +122,8 @@ class DyLoRA_MoE(MixtureMethods):
                 chunks, and return none. The same loss, without a tensor of [B, S, V].
             target_positions: [N] indices into B·S of those, where known: finding them takes time.
             token_mask: [B, S], 0 on padding, where attention_mask does not say it: packed rows.
-            kwargs: for the base's forward.
+            kwargs: for the base's forward, such as inputs_embeds [B, S, D], past_key_values,
+                use_cache and output_hidden_states.
         """
         state, token_mask = self.mixture.state, attention_mask if token_mask is None else token_mask
         if routing_weights is not None:
@@ -123,7 +133,7 @@ class DyLoRA_MoE(MixtureMethods):
         if labels is not None and not keep_logits:
             with self.disable_adapters():
                 head = self._head.find(self.base)
-        kwargs.setdefault("use_cache", False)
+        kwargs |= {"use_cache": kwargs.get("use_cache", False), "return_dict": True}
         linear: Any = self.base.get_output_embeddings()
         capturing = nullcontext() if head is None else capture_head_input(linear)
         with state.requesting(routing_weights, labels, token_mask) as decisions, capturing as seen:
@@ -131,8 +141,10 @@ class DyLoRA_MoE(MixtureMethods):
         routing = None
         if not state.mine.disabled:
             routing = collect_routing(self.mixture, decisions, token_mask)
+        names = ("past_key_values", "hidden_states", "attentions")
+        passed_on = {name: getattr(output, name, None) for name in names}
         if labels is None:
-            return DyLoRAOutput(None, {}, output.logits, routing, None)
+            return DyLoRAOutput(None, output.logits, **passed_on, losses={}, routing=routing)
 
         hidden = None if head is None or seen is None else seen.hidden
         logits, token_losses = cross_entropy.losses_of_pass(
@@ -144,7 +156,14 @@ class DyLoRA_MoE(MixtureMethods):
         loss, parts = losses.combined_loss(
             token_losses, labels, statistics, self.config, totals, state.routed_count
         )
-        return DyLoRAOutput(loss, parts, logits, routing, token_losses.detach())
+        return DyLoRAOutput(
+            loss,
+            logits,
+            **passed_on,
+            losses=parts,
+            routing=routing,
+            token_losses=token_losses.detach(),
+        )
 
     def generate(self, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' generate, KV cache included; routing_weights [B, E] hold for all tokens."""
@@ -268,7 +287,9 @@ class DyLoRA_MoE(MixtureMethods):
         """
         checkpoint = Checkpoint.open(folder, revision=revision, allow_other_base=allow_other_base)
         saved, name, revision = checkpoint.description, None, None
-        if not isinstance(base, PreTrainedModel):
+        if isinstance(base, PreTrainedModel):
+            _refuse_options(options)
+        else:
             spec = base if isinstance(base, BaseSpec) else checkpoint.base_spec(base, **options)
             base, name, revision = spec.load(), spec.name, spec.revision
         model = cls(base, checkpoint.config, base_name=name, base_revision=revision, saved=saved)
@@ -288,3 +309,24 @@ class DyLoRA_MoE(MixtureMethods):
         batch, length = given.shape[:2]
         sites, experts = len(self.mixture.blocks), len(self.experts)
         check_routing_weights(weights, batch, length, sites, experts)
+
+
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for what says how to load a base that is loaded already."""
+    for name in options:
+        raise ValueError(f"{name} is given, but the base is a model, which is loaded already")
+
+
+def _settings(
+    config: MoELoraConfig | None, options: dict[str, Any]
+) -> tuple[MoELoraConfig, dict[str, Any]]:
+    """The configuration with those of the options that are fields of it, and the others."""
+    own = {item.name for item in fields(MoELoraConfig)}
+    loading = set(LoadOptions.__annotations__)
+    for name in options:
+        if name not in own | loading:
+            known = nearest(name, sorted(own | loading))
+            raise ValueError(f"from_base has no option {name!r}{known}")
+    changes = {name: options[name] for name in options if name in own}
+    config = MoELoraConfig(**changes) if config is None else replace(config, **changes)
+    return config, {name: options[name] for name in options if name in loading}

@@ -3,10 +3,12 @@
 Shape letters: B batch, S sequence, N blocks, E experts, V vocabulary.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import ModelOutput
 
 from dylora.mixture import Mixture
 from dylora.routing import losses
@@ -23,34 +25,42 @@ class Routing(NamedTuple):
     statistics: RoutingStatistics | None  # sums over the real tokens; None likewise
 
 
-class DyLoRAOutput(NamedTuple):
-    """What a pass returns. The losses are None without labels."""
+@dataclass
+class DyLoRAOutput(ModelOutput):
+    """What a pass returns: transformers' fields, and those of a mixture. The losses are None
+    without labels."""
 
-    loss: Tensor | None  # lm_loss + each of the others times its coefficient
-    losses: dict[str, Tensor]  # by name: lm_loss and routing.losses.ROUTING_LOSSES; else empty
-    logits: Tensor  # [B, S, V]; None where they were not to be kept
-    routing: Routing | None  # None while the adapters are disabled
-    token_losses: Tensor | None  # [B, S] detached, 0 where nothing is learned
+    loss: Any = None  # Tensor: lm_loss + each of the others times its coefficient
+    logits: Any = None  # Tensor [B, S, V]; None where they were not to be kept
+    past_key_values: Any = None  # these three as the base gives them
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    losses: dict[str, Tensor] | None = None  # by name: lm_loss and routing.losses.ROUTING_LOSSES
+    routing: Any = None  # Routing; None while the adapters are disabled
+    token_losses: Tensor | None = None  # [B, S] detached, 0 where nothing is learned
 
     @property
     def lm_loss(self) -> Tensor | None:
         """Mean cross-entropy over the targets, in nats; 0 without targets."""
-        return self.losses.get("lm_loss")
+        return self._loss_named("lm_loss")
 
     @property
     def aux_loss(self) -> Tensor | None:
         """Balance loss over the top-k, 1 when uniform; 0 where it is not trained with."""
-        return self.losses.get("aux_loss")
+        return self._loss_named("aux_loss")
 
     @property
     def switch_loss(self) -> Tensor | None:
         """Balance loss over the argmax, likewise."""
-        return self.losses.get("switch_loss")
+        return self._loss_named("switch_loss")
 
     @property
     def z_loss(self) -> Tensor | None:
         """Mean squared logsumexp of the router's logits."""
-        return self.losses.get("z_loss")
+        return self._loss_named("z_loss")
+
+    def _loss_named(self, name: str) -> Tensor | None:
+        return (self.losses or {}).get(name)
 
     def observation(self, labels: Tensor) -> Observation:
         """What this pass shows of the experts, for `DyLoRA_MoE.observe`; labels [B, S] as given.

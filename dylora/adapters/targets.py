@@ -32,6 +32,8 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig, trace: Trace) -> 
     if config.target_modules is None:
         found = _attention_projections(base, trace)
         chosen = [path for path in candidates if path in found]
+    elif config.target_modules == "all-linear":
+        chosen = [path for path in candidates if _maps_tokens(base, path, trace)]
     else:
         for target in config.target_modules:
             _check_matches(base, candidates, target)
@@ -62,35 +64,43 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig, trace: Trace) -> 
 
 def check_targets(base: PreTrainedModel, chosen: list[str], trace: Trace) -> None:
     """Raises ValueError for projections whose updates could not be right."""
-    projections = {path for path, module in base.named_modules() if is_projection(module)}
     if not chosen:
         raise ValueError("config.json lists no projections")
+    projections = {path for path, module in base.named_modules() if is_projection(module)}
     for path in chosen:
-        parent = path.rpartition(".")[0]
         if path not in projections:
             raise ValueError(
                 f"config.json lists {path}, which is no projection of {type(base).__name__}"
             )
-        if path.endswith(".kv_b_proj"):
-            raise ValueError(
-                "kv_b_proj expands the cached latents of all past tokens at every step, and their "
-                "gates are gone by then: leave it out of target_modules"
-            )
-        block = base.get_submodule(parent)
-        if path.endswith(".out_proj") and hasattr(block, "conv1d") and _reads_weight(block):
-            raise ValueError(
-                f"{path} is the output of a Mamba block, whose fused kernels read the weight past "
-                "the projection: leave it out of target_modules"
-            )
-        reason = None
-        if path not in trace.maps_tokens:
-            reason = "is not run by a pass over text"
-        elif not trace.maps_tokens[path] or (parent and parent not in trace.widths):
-            reason = "does not map the tokens of a pass one by one, so no gate would be theirs"
-        if reason is not None:
+        if (reason := _why_not(base, path, trace)) is not None:
             raise ValueError(
                 f"{path} {reason}: leave it out of target_modules, or name it in exclude_modules"
             )
+
+
+def _why_not(base: PreTrainedModel, path: str, trace: Trace) -> str | None:
+    """Why the update of a projection could not be right, to stand after its path; None: it can."""
+    parent = path.rpartition(".")[0]
+    if path.endswith(".kv_b_proj"):
+        return (
+            "expands the cached latents of all past tokens at every step, and their gates are gone "
+            "by then"
+        )
+    block = base.get_submodule(parent)
+    if path.endswith(".out_proj") and hasattr(block, "conv1d") and _reads_weight(block):
+        return "is the output of a Mamba block, whose fused kernels read its weight by themselves"
+    if path not in trace.maps_tokens:
+        return "is not run by a pass over text"
+    if not trace.maps_tokens[path] or (parent and parent not in trace.widths):
+        return "does not map the tokens of a pass one by one, so no gate would be theirs"
+    return None
+
+
+def _maps_tokens(base: PreTrainedModel, path: str, trace: Trace) -> bool:
+    """Whether all-linear adapts a projection."""
+    parent, head = path.rpartition(".")[0], base.get_output_embeddings()
+    inside = parent in trace.widths and parent not in trace.choosers
+    return inside and base.get_submodule(path) is not head and not _why_not(base, path, trace)
 
 
 def _check_matches(base: PreTrainedModel, candidates: list[str], target: str) -> None:

@@ -132,8 +132,9 @@ class BasePass:
             output["aux_loss"] = extra / self.coefficient
             output["router_logits"] = _by_site(pass_.decisions)
         if observed:
-            found = _token_losses(output, labels)
             assert self.observer is not None
+            assert labels is not None
+            found = _token_losses(output, labels)
             self.observer.observe(observe_pass(routing.gates, routing.statistics, found, labels))
         return output
 
@@ -151,7 +152,7 @@ def _add_to_loss(output: Any, extra: Tensor) -> None:
         output["loss"] = output.loss + extra.to(output.loss.device)
 
 
-def _share_of_batch(labels: Tensor, kwargs: dict[str, Any]) -> Tensor | float:
+def _share_of_batch(labels: Any, kwargs: dict[str, Any]) -> Tensor | float:
     """How much these labels [B, S] count in an accumulated batch, whose targets are given."""
     whole = kwargs.get("num_items_in_batch")
     return 1.0 if whole is None else count_targets(labels) / torch.as_tensor(whole).clamp_min(1)
