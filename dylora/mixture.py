@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylora.adapters import inject
-from dylora.base_models import fingerprint, keep_as_stored, stored_bytes
+from dylora.base_fingerprint import fingerprint
+from dylora.base_models import keep_as_stored, stored_bytes
 from dylora.config import MoELoraConfig
 from dylora.expert_table import Expert, groups_of
 from dylora.kernels.common import float32_defaults

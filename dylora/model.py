@@ -21,7 +21,11 @@ from dylora.integrations import merge
 from dylora.integrations.base_methods import prepare_base
 from dylora.integrations.static_weights import Weights
 from dylora.kernels import cross_entropy
-from dylora.kernels.cross_entropy import LogitTransformFinder, capture_head_input
+from dylora.kernels.cross_entropy import (
+    LogitTransform,
+    LogitTransformFinder,
+    capture_head_input,
+)
 from dylora.mixture import Mixture
 from dylora.model_io import load_model, write_model
 from dylora.model_methods import MixtureMethods
@@ -129,10 +133,7 @@ class DyLoRA_MoE(MixtureMethods):
         if routing_weights is not None:
             given: Any = kwargs.get("inputs_embeds") if input_ids is None else input_ids
             self._check_routing_weights(routing_weights, given)
-        head = None
-        if labels is not None and not keep_logits:
-            with self.disable_adapters():
-                head = self._head.find(self.base)
+        head = None if labels is None or keep_logits else self._find_head()
         kwargs |= {"use_cache": kwargs.get("use_cache", False), "return_dict": True}
         linear: Any = self.base.get_output_embeddings()
         capturing = nullcontext() if head is None else capture_head_input(linear)
@@ -141,10 +142,9 @@ class DyLoRA_MoE(MixtureMethods):
         routing = None
         if not state.mine.disabled:
             routing = collect_routing(self.mixture, decisions, token_mask)
-        names = ("past_key_values", "hidden_states", "attentions")
-        passed_on = {name: getattr(output, name, None) for name in names}
+        result = DyLoRAOutput.of_base(output, routing)
         if labels is None:
-            return DyLoRAOutput(None, output.logits, **passed_on, losses={}, routing=routing)
+            return result
 
         hidden = None if head is None or seen is None else seen.hidden
         logits, token_losses = cross_entropy.losses_of_pass(
@@ -156,14 +156,12 @@ class DyLoRA_MoE(MixtureMethods):
         loss, parts = losses.combined_loss(
             token_losses, labels, statistics, self.config, totals, state.routed_count
         )
-        return DyLoRAOutput(
-            loss,
-            logits,
-            **passed_on,
-            losses=parts,
-            routing=routing,
-            token_losses=token_losses.detach(),
-        )
+        seen_losses = token_losses.detach()
+        return replace(result, loss=loss, logits=logits, losses=parts, token_losses=seen_losses)
+
+    def _find_head(self) -> LogitTransform | None:
+        with self.disable_adapters():
+            return self._head.find(self.base)
 
     def generate(self, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' generate, KV cache included; routing_weights [B, E] hold for all tokens."""

@@ -39,6 +39,13 @@ class DyLoRAOutput(ModelOutput):
     routing: Any = None  # Routing; None while the adapters are disabled
     token_losses: Tensor | None = None  # [B, S] detached, 0 where nothing is learned
 
+    @classmethod
+    def of_base(cls, output: Any, routing: Routing | None) -> "DyLoRAOutput":
+        """What a base has given, before there is a loss."""
+        names = ("logits", "past_key_values", "hidden_states", "attentions")
+        passed_on = {name: getattr(output, name, None) for name in names}
+        return cls(**passed_on, losses={}, routing=routing)
+
     @property
     def lm_loss(self) -> Tensor | None:
         """Mean cross-entropy over the targets, in nats; 0 without targets."""

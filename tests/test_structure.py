@@ -28,7 +28,7 @@ LAYERS = (
     ("fields", "sandbox"),
     ("config", "data_config", "kernels", "tasks"),
     ("run_config", "routing", "storage.safe_io"),
-    ("base_models",),
+    ("base_models", "base_fingerprint"),
     ("storage",),
     ("adapters", "data"),
     ("expert_table",),

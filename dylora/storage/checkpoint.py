@@ -168,9 +168,9 @@ class Checkpoint:
     def check_base(self, fingerprint: Mapping[str, Any]) -> None:
         """Raises ValueError where a base or tokenizer is not that of the training.
 
-        fingerprint: see `dylora.base_models.fingerprint`; what it leaves out is not compared.
+        fingerprint: see `dylora.base_fingerprint.fingerprint`; what it leaves out is not compared.
         """
-        from dylora.base_models import base_differences
+        from dylora.base_fingerprint import base_differences
 
         differences = base_differences(fingerprint, self.base_fingerprint)
         if differences and not self.allow_other_base:
@@ -181,7 +181,7 @@ class Checkpoint:
 
     def tokenizer(self, spec: "BaseSpec") -> Any:
         """The base's tokenizer. Raises ValueError for another vocabulary than in training."""
-        from dylora.base_models import tokenizer_fingerprint
+        from dylora.base_fingerprint import tokenizer_fingerprint
 
         tokenizer = spec.tokenizer()
         if self.base_fingerprint.get("tokenizer"):  # of 256,000 words it takes a moment

@@ -9,13 +9,13 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from dylora.base_fingerprint import tokenizer_fingerprint
 from dylora.base_models import (
     BaseSpec,
     choose_device,
     has_position_table,
     load_tokenizer,
     max_positions,
-    tokenizer_fingerprint,
 )
 from dylora.data.prepare import MAX_LENGTH, PreparedData, load_data
 from dylora.data.prompts import pad_token_id
