@@ -106,7 +106,11 @@ def card_lines(rows: list[SetRow], count: int) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     told = "Losses in nats per target token, on validation rows"
     passes = f"; shares of {count} test answers, with 95 % intervals"
-    return [*lines, "", told + (passes if any(row.trained_passed for row in rows) else "") + "."]
+    return [
+        *lines,
+        "",
+        told + (passes if any(row.trained_passed is not None for row in rows) else "") + ".",
+    ]
 
 
 def routed_shares(usage_NE: Tensor, shared: int) -> Tensor:

@@ -3,7 +3,11 @@
 import asyncio
 import json
 import random
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -299,6 +303,28 @@ def test_a_missing_extra_is_named_with_its_command(capsys, monkeypatch):
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert main(["serve", "--checkpoint", "c"]) == 2
     assert "pip install 'dylora[serve]'" in capsys.readouterr().err
+
+
+def test_the_command_serves_a_checkpoint_and_ends_at_a_signal(speaker, base_folder, tmp_path):
+    speaker.model.base_name = str(base_folder)
+    speaker.model.save_pretrained(tmp_path / "mine")
+    command = [sys.executable, "-m", "dylora", "serve", "--checkpoint", str(tmp_path / "mine")]
+    with subprocess.Popen(
+        [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            line = process.stdout.readline()
+            address = re.fullmatch(r"serving mine at (http://127\.0\.0\.1:\d+/v1)\n", line)[1]
+            body = {"prompt": "Add", "max_tokens": 5, "temperature": 0}
+            found = httpx.post(f"{address}/completions", json=body, timeout=60).json()
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    right = alone(speaker, speaker.text("Add"), max_new_tokens=5)
+    assert found["choices"][0]["text"] == right.text
+    assert process.returncode == -signal.SIGTERM  # after what was begun
+    assert "Traceback" not in errors
 
 
 # lm-evaluation-harness

@@ -84,6 +84,12 @@ def folder(speaker, base_folder, tmp_path_factory):
     return place
 
 
+def test_chat_opens_a_checkpoint_and_talks_to_it(folder, speaker, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Add 1.\n"))
+    assert main(["chat", "--checkpoint", str(folder), "--max_new_tokens", "6"]) == 0
+    assert capsys.readouterr().out == f"{answer_to(speaker, [user('Add 1.')]).text}\n"
+
+
 def test_a_file_of_prompts_is_answered_line_by_line_in_its_order(folder, tmp_path, speaker):
     asked = [
         {"prompt": "Add 1. Please, and at some length, so that it is not the shortest."},
