@@ -42,6 +42,7 @@ def run(options: ChatOptions, overrides: list[str]) -> None:
         device=options.device,
         quantization=options.quantization,
         routing=options.routing(),
+        template=options.template,
     )
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,

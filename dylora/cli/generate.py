@@ -36,8 +36,6 @@ class GenerateOptions(AnswerOptions, RoutingOptions, BaseOptions, DeviceOptions,
     """With --prompts: prompts that are answered together."""
     raw: bool = False
     """Continue the prompt as it stands, without a template."""
-    template: str | None = None
-    """Put it into this template, as data.template names it; none: that of the training."""
     show_routing: bool = False
     """Show which experts each token used."""
 

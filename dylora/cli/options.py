@@ -118,10 +118,14 @@ class AnswerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
+    """How a checkpoint that answers is loaded."""
+
     device: str = "auto"
     """auto: cuda when there is one, else cpu; or a torch device."""
     quantization: Quantization | None = None
     """How the base is stored, by default as in training: see model.quantization."""
+    template: str | None = None
+    """Put what is asked into this template, as data.template names it; none: that of training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,8 +52,14 @@ def run(options: ServeOptions, overrides: list[str]) -> None:
 
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.create_server((options.host, options.port), family=family) as listening:
-        routing = {"device": options.device, "quantization": options.quantization}
-        speaker = Speaker.open(options.source(), options.base, **routing, routing=options.routing())
+        speaker = Speaker.open(
+            options.source(),
+            options.base,
+            device=options.device,
+            quantization=options.quantization,
+            routing=options.routing(),
+            template=options.template,
+        )
         engine = Engine(speaker, batch_size=options.batch_size, waiting=options.max_waiting)
         name = options.name or Path(options.checkpoint).resolve().name
         app = build_app(engine, name, Limits(options.max_new_tokens, options.max_seconds))

@@ -7,7 +7,9 @@ import pytest
 
 from dylora.cli.chat import experts_line, talk
 from dylora.cli.main import main
+from dylora.data.templates import load_template
 from dylora.serving.answering import Row, Sampling
+from dylora.serving.engine import Speaker
 
 SAMPLING = Sampling(max_new_tokens=6)
 
@@ -88,6 +90,17 @@ def test_chat_opens_a_checkpoint_and_talks_to_it(folder, speaker, monkeypatch, c
     monkeypatch.setattr("sys.stdin", io.StringIO("Add 1.\n"))
     assert main(["chat", "--checkpoint", str(folder), "--max_new_tokens", "6"]) == 0
     assert capsys.readouterr().out == f"{answer_to(speaker, [user('Add 1.')]).text}\n"
+
+
+def test_another_template_is_taken_on_request(folder, speaker, tokenizer, monkeypatch, capsys):
+    other = Speaker(speaker.model, tokenizer, load_template("plain", tokenizer))
+    row = Row(other.conversation([user("Add 1.")]), SAMPLING)
+    other.answer([row])
+    assert row.prompt != speaker.conversation([user("Add 1.")])
+    monkeypatch.setattr("sys.stdin", io.StringIO("Add 1.\n"))
+    argv = ["chat", "--checkpoint", str(folder), "--max_new_tokens", "6", "--template", "plain"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out == f"{row.text}\n"
 
 
 def test_a_file_of_prompts_is_answered_line_by_line_in_its_order(folder, tmp_path, speaker):
