@@ -9,6 +9,7 @@ import torch
 
 from dylora import export_checkpoint, export_mixture
 from dylora.storage.manifest import MANIFEST, verify, write_manifest
+from dylora.storage.model_card import CARD
 from dylora.storage.peft_config import CONFIG_FILE
 from dylora.storage.peft_format import WEIGHTS_FILE, read_adapter, write_adapter
 from dylora.storage.schema import ADAPTERS
@@ -47,9 +48,9 @@ def test_the_exact_form_is_the_checkpoints_bit_for_bit(saved, tmp_path):
 
 
 @pytest.mark.parametrize("portable", [False, True])
-def test_an_export_holds_peft_files_and_a_manifest_alone(portable, saved, tmp_path):
+def test_an_export_holds_peft_files_a_card_and_a_manifest_alone(portable, saved, tmp_path):
     export_checkpoint(saved, tmp_path / "out", portable=portable)
-    files = (CONFIG_FILE, WEIGHTS_FILE, MANIFEST)
+    files = (CONFIG_FILE, WEIGHTS_FILE, CARD, MANIFEST)
     expected = {f"expert_{expert}/{file}" for expert in (0, 1) for file in files}
     assert content(tmp_path / "out").keys() == expected
 
