@@ -101,6 +101,7 @@ class BaseSpec:
         weights, which transformers would fill at random.
         """
         dtype = self.dtype or self._stored_dtype()
+        assert isinstance(dtype, torch.dtype)  # a name became one in __post_init__
         options: dict[str, Any] = {}
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
