@@ -102,7 +102,7 @@ class Mixture:
             for name, parameter in router.named_parameters():
                 yield f"{path}.{name}", parameter
 
-    def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of all experts that are not retired, frozen ones among them.
 
         Of every projection the parameters that its experts share, and those of its stacks by
@@ -121,7 +121,7 @@ class Mixture:
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything that is not the base: experts, then routers."""
-        yield from self.expert_parameters()
+        yield from self.named_expert_parameters()
         yield from self.router_parameters()
 
     def count_parameters(self) -> tuple[int, int]:

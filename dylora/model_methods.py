@@ -1,5 +1,6 @@
 """What a mixture has of its parts, and what it answers as transformers' and PEFT's models do."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,7 +60,7 @@ class MixtureMethods(nn.Module):
     site_names = _of_mixture("site_names")
     routers = _of_mixture("routers")
     router_parameters = _of_mixture("router_parameters")
-    expert_parameters = _of_mixture("expert_parameters")
+    named_expert_parameters = _of_mixture("named_expert_parameters")
     own_parameters = _of_mixture("own_parameters")
     count_parameters = _of_mixture("count_parameters")
     expert_weights = _of_mixture("expert_weights")
@@ -69,6 +70,16 @@ class MixtureMethods(nn.Module):
     attach_router = _of_mixture("attach_router")
     size_message = _of_mixture("size_message")
     unload = _of_mixture("unload")
+
+    def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Deprecated name of `named_expert_parameters`; in the next version it gives the parameters
+        alone, as torch's `parameters` does."""
+        warnings.warn(
+            "expert_parameters() will give parameters without names: use named_expert_parameters()",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return self.mixture.named_expert_parameters()
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:

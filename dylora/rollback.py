@@ -44,7 +44,7 @@ def all_or_nothing(method: Method) -> Method:
 @contextmanager
 def restoring_values(mixture: Mixture) -> Iterator[None]:
     """Values are written to the experts within; after an error they have those of before."""
-    before = [(p, p.detach().clone()) for _, p in mixture.expert_parameters()]
+    before = [(p, p.detach().clone()) for _, p in mixture.named_expert_parameters()]
     try:
         yield
     except BaseException:

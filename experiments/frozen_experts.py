@@ -85,7 +85,7 @@ def build(
     base = AutoModelForCausalLM.from_config(config).to(device, dtype)
     model = DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=EXPERTS, r=RANK, **settings))
     with torch.no_grad():
-        for name, parameter in model.expert_parameters():
+        for name, parameter in model.named_expert_parameters():
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.02)
     model.experts.freeze(*range(frozen))

@@ -86,7 +86,7 @@ def mixture(llama) -> Callable[..., DyLoRA_MoE]:
             return model
         draw = torch.Generator().manual_seed(13)
         with torch.no_grad():
-            for name, parameter in model.expert_parameters():
+            for name, parameter in model.named_expert_parameters():
                 if name.endswith("lora_B"):
                     parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
             for _, parameter in model.router_parameters():

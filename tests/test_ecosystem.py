@@ -17,7 +17,7 @@ NEW = 8  # tokens that a generation adds
 
 def parameters_of(model: DyLoRA_MoE) -> list[nn.Parameter]:
     """Experts and routers."""
-    return [p for _, p in [*model.expert_parameters(), *model.router_parameters()]]
+    return [p for _, p in [*model.named_expert_parameters(), *model.router_parameters()]]
 
 
 # Generation. Each way is compared with a loop of full passes or with the dynamic cache.

@@ -99,10 +99,10 @@ def test_a_new_expert_changes_no_logit_by_more_than_a_millionth(model, ids):
 
 def test_a_new_expert_of_another_rank_changes_no_logit_and_no_parameter_of_others(mixture, ids):
     model = mixture().double()
-    before, old = model(ids).logits, dict(model.expert_parameters())
+    before, old = model(ids).logits, dict(model.named_expert_parameters())
     model.experts.create_expert(rank=5, alpha=2.5, skill="sql")
     assert (model(ids).logits - before).abs().max() <= 1e-6
-    now = dict(model.expert_parameters())
+    now = dict(model.named_expert_parameters())
     assert all(now[name] is parameter for name, parameter in old.items())
     assert model.expert_weights(3)["model.layers.0.self_attn.q_proj"][0].shape == (5, 32)
     new = model.experts[3]
@@ -134,11 +134,11 @@ def test_a_new_expert_beside_even_experts_gets_exactly_its_share(mixture, ids):
 def test_the_optimizer_comes_along_when_an_expert_is_created(model, ids):
     optimizer, began = adamw(model), stacks_of(model)
     train(model, optimizer, ids)
-    old = dict(model.expert_parameters())
+    old = dict(model.named_expert_parameters())
     kept = [(rows_of(model, e), moments_of(model, optimizer, e)) for e in range(3)]
     model.experts.create_expert()
     model.experts.check_optimizer()
-    now = dict(model.expert_parameters())
+    now = dict(model.named_expert_parameters())
     assert all(now[name] is parameter for name, parameter in old.items())
     for expert, (rows, moments) in enumerate(kept):
         assert same(rows_of(model, expert), rows)
@@ -243,7 +243,9 @@ def test_frozen_experts_save_their_share_of_the_backward_products(mixture, ids):
 
 def test_what_experts_share_stands_still_while_one_of_them_is_frozen(mixture, gpt2, ids):
     model = mixture(gpt2(), share_A=True, bias="all")
-    shared = {n: p for n, p in model.expert_parameters() if n.endswith(("shared_A", "bias_shift"))}
+    shared = {
+        n: p for n, p in model.named_expert_parameters() if n.endswith(("shared_A", "bias_shift"))
+    }
     assert all(parameter.requires_grad for parameter in shared.values())
     model.experts.freeze(0)
     assert not any(parameter.requires_grad for parameter in shared.values())
@@ -300,9 +302,9 @@ def test_experts_frozen_one_by_one_lie_in_one_stack(mixture, ids):
 def test_without_an_optimizer_to_take_along_stacks_are_cut_but_not_joined(mixture):
     model = mixture(num_experts=4, maturity=[0.0] * 4)
     model.experts.freeze(1)
-    kept = {id(p) for _, p in model.expert_parameters()}
+    kept = {id(p) for _, p in model.named_expert_parameters()}
     model.experts.unfreeze(1)
-    assert {id(p) for _, p in model.expert_parameters()} == kept
+    assert {id(p) for _, p in model.named_expert_parameters()} == kept
     assert stacks_of(model) == ((0,), (1,), (2, 3))
 
 

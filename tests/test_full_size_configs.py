@@ -54,7 +54,7 @@ def test_a_config_trains_all_experts_and_routers_of_attention_on_its_architectur
     assert len(list(model.routers())) == len(family.projections)
     adapted = {path.rpartition(".")[2] for path in model.mixture.adapters}
     assert adapted == {name for block in family.projections for name in block}
-    for path, parameter in model.expert_parameters():
+    for path, parameter in model.named_expert_parameters():
         if path.endswith("lora_B"):  # begins as zeros
             assert parameter.abs().sum(dim=(1, 2)).min() > 0, path
     assert all(torch.isfinite(p).all() for _, p in model.own_parameters())

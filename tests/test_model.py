@@ -27,7 +27,7 @@ def one_hot(expert, rows=2):
 
 def gradients(model):
     """Every trainable parameter's gradient by name, zeros where there is none."""
-    named = [*model.expert_parameters(), *model.router_parameters()]
+    named = [*model.named_expert_parameters(), *model.router_parameters()]
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
 
 
@@ -122,7 +122,7 @@ def test_logits_equal_the_loop_over_tokens_and_experts(family, top_k, request, m
 def test_gradients_equal_those_of_the_loop(gpt2, mixture, ids, top_k):
     base = gpt2().double()
     model = mixture(base, top_k_experts=top_k)
-    named = dict([*model.expert_parameters(), *model.router_parameters()])
+    named = dict([*model.named_expert_parameters(), *model.router_parameters()])
     weight, found = torch.randn(2, 7, 40, dtype=torch.float64), []
     for logits in (model(ids).logits, loop_logits(model, base, ids)):
         grads = torch.autograd.grad((logits * weight).sum(), named.values())
@@ -147,7 +147,7 @@ def test_one_hot_routing_does_not_see_the_other_experts(mixture, ids):
     model = mixture()
     before = model(ids, routing_weights=one_hot(1)).logits
     with torch.no_grad():
-        for _, parameter in model.expert_parameters():
+        for _, parameter in model.named_expert_parameters():
             parameter[[0, 2]] = 100.0
     assert torch.equal(model(ids, routing_weights=one_hot(1)).logits, before)
 
@@ -157,7 +157,7 @@ def test_permuting_experts_with_their_gates_changes_nothing(mixture, ids, top_k)
     model, order = mixture(top_k_experts=top_k), [2, 0, 1]
     expected = model(ids).logits
     with torch.no_grad():
-        for _, parameter in [*model.expert_parameters(), *model.router_parameters()]:
+        for _, parameter in [*model.named_expert_parameters(), *model.router_parameters()]:
             parameter.copy_(parameter[order])
     state = model.maturity
     model.set_maturity(state._replace(maturity=state.maturity[order]))
@@ -546,7 +546,7 @@ def test_a_split_batch_has_the_loss_and_gradient_of_the_whole(gpt2, mixture, row
 def test_experts_stay_float32_on_a_bfloat16_base(llama, mixture, ids):
     model = mixture(llama().bfloat16())
     train(model, ids, steps=1)
-    named = [*model.expert_parameters(), *model.router_parameters()]
+    named = [*model.named_expert_parameters(), *model.router_parameters()]
     assert {parameter.dtype for _, parameter in named} == {torch.float32}
     assert {p.dtype for n, p in model.base.named_parameters() if "dylora" not in n} == {
         torch.bfloat16
@@ -571,9 +571,9 @@ def test_routing_is_float32_on_a_bfloat16_base(llama, mixture, ids):
 def test_a_small_step_moves_experts_of_a_bfloat16_base(llama, mixture, ids):
     """In bfloat16 most weights would not move at this rate."""
     model = mixture(llama().bfloat16())
-    before = {name: p.detach().clone() for name, p in model.expert_parameters()}
+    before = {name: p.detach().clone() for name, p in model.named_expert_parameters()}
     train(model, ids, steps=1, rate=2e-5)
-    moved = [(p != before[name]).float().mean() for name, p in model.expert_parameters()]
+    moved = [(p != before[name]).float().mean() for name, p in model.named_expert_parameters()]
     assert min(moved) > 0.95
 
 
@@ -785,7 +785,9 @@ def test_a_saved_mixture_comes_back_bit_for_bit(family, settings, request, mixtu
     model.save_pretrained(tmp_path / "saved")
     back = DyLoRA_MoE.from_pretrained(tmp_path / "saved", base=base()).eval()
     assert back.config == model.config
-    ours, expected = (dict([*m.expert_parameters(), *m.router_parameters()]) for m in (back, model))
+    ours, expected = (
+        dict([*m.named_expert_parameters(), *m.router_parameters()]) for m in (back, model)
+    )
     assert_same(ours, expected, rtol=0, atol=0)
     assert torch.equal(back(ids).logits, model(ids).logits)
 
@@ -812,7 +814,7 @@ def test_a_loaded_mixture_is_in_evaluation_mode(llama, mixture, ids, tmp_path):
 def test_no_base_weight_is_saved(mixture, tmp_path):
     model = mixture()
     model.save_pretrained(tmp_path / "saved")
-    ours = sum(p.numel() for _, p in [*model.expert_parameters(), *model.router_parameters()])
+    ours = sum(p.numel() for _, p in [*model.named_expert_parameters(), *model.router_parameters()])
     written = sum(file.stat().st_size for file in (tmp_path / "saved").rglob("*.safetensors"))
     overhead = 8000  # names and shapes
     assert written < 4 * ours + overhead
@@ -830,7 +832,7 @@ def test_parameters_are_counted_apart(llama, mixture):
 
 def test_parameter_names_are_unique_and_the_same_every_time(mixture):
     first, second = (
-        [name for name, _ in [*m.expert_parameters(), *m.router_parameters()]]
+        [name for name, _ in [*m.named_expert_parameters(), *m.router_parameters()]]
         for m in (mixture(), mixture())
     )
     assert first == second

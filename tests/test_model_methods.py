@@ -102,6 +102,13 @@ def test_checkpointing_by_the_methods_of_transformers_gives_the_same_gradients(m
         assert torch.equal(plain, theirs)
 
 
+def test_the_old_name_of_the_named_parameters_of_experts_is_deprecated(mixture):
+    model = mixture()
+    with pytest.warns(FutureWarning, match=r"use named_expert_parameters\(\)"):
+        found = list(model.expert_parameters())
+    assert [name for name, _ in found] == [name for name, _ in model.named_expert_parameters()]
+
+
 # Making one
 
 

@@ -272,7 +272,7 @@ def everything(model, optimizer):
 
 def spoil(model, optimizer):
     """A state that cannot be cut, of the last projection and of the last router."""
-    for parameter in (list(model.expert_parameters())[-1][1], ours(model)[-1]):
+    for parameter in (list(model.named_expert_parameters())[-1][1], ours(model)[-1]):
         optimizer.state[parameter]["odd"] = torch.zeros(7)
 
 

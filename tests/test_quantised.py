@@ -53,7 +53,7 @@ def experts_on() -> Callable[[PreTrainedModel], DyLoRA_MoE]:
         model = DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=3, r=2, lora_alpha=4))
         draw = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for _, parameter in [*model.expert_parameters(), *model.router_parameters()]:
+            for _, parameter in [*model.named_expert_parameters(), *model.router_parameters()]:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
         return model
 
@@ -155,7 +155,7 @@ def test_no_pass_packs_a_4_bit_base_anew(folder, four_bits, experts_on, ids, our
     assert base_hash(base) == before
     loss = model.train()(ids, labels=ids).loss
     loss.backward()
-    first = next(parameter for _, parameter in model.expert_parameters())
+    first = next(parameter for _, parameter in model.named_expert_parameters())
     assert first.grad is not None
     assert first.grad.any()
 
@@ -196,7 +196,7 @@ def test_a_fresh_mixture_has_the_logits_of_its_quantised_base_bit_for_bit(quanti
     after = model(ids).logits
     assert after.dtype == before.dtype
     assert torch.equal(after, before)
-    assert all(p.dtype == torch.float32 for _, p in model.expert_parameters())
+    assert all(p.dtype == torch.float32 for _, p in model.named_expert_parameters())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -267,7 +267,7 @@ def test_training_lowers_the_loss_and_leaves_every_byte_of_the_base(quantised, d
     base = quantised(dtype)
     model = DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=3, r=4)).train()
     before = base_hash(base)
-    ours = [p for _, p in [*model.expert_parameters(), *model.router_parameters()]]
+    ours = [p for _, p in [*model.named_expert_parameters(), *model.router_parameters()]]
     optimizer = torch.optim.AdamW(ours, lr=2e-2)
     losses = []
     for _ in range(8):
@@ -297,7 +297,7 @@ def test_checkpointed_activations_give_the_same_gradients(quantised, experts_on,
         if checkpointing:
             model.enable_checkpointing()
         model(ids, labels=ids).loss.backward()
-        gradients.append([p.grad for _, p in model.expert_parameters()])
+        gradients.append([p.grad for _, p in model.named_expert_parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 

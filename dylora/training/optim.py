@@ -94,7 +94,7 @@ def regroup(optimizer: Optimizer, model: DyLoRA_MoE, config: TrainConfig) -> Non
 def expert_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:
     """The experts' parameters that are ever trained, by name: with freeze_A all but the A's."""
     fixed = ("lora_A", "shared_A") if model.config.freeze_A else ()
-    return {name: p for name, p in model.expert_parameters() if not name.endswith(fixed)}
+    return {name: p for name, p in model.named_expert_parameters() if not name.endswith(fixed)}
 
 
 def named_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:

@@ -79,7 +79,7 @@ def build(experts: int, maturity: float, hidden: int) -> DyLoRA_MoE:
     config = MoELoraConfig(num_experts=experts, r=8, lora_alpha=16, expert_capacity_factor=None)
     model = DyLoRA_MoE.from_base(base, config).eval()
     with torch.no_grad():
-        for name, parameter in model.expert_parameters():
+        for name, parameter in model.named_expert_parameters():
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.1)
         for _, parameter in model.router_parameters():

@@ -125,9 +125,9 @@ def run_seed(seed: int, sizes: dict[str, int], folder: Path) -> dict[str, Any]:
         config = configure(router_init, SKILLS, seed, sizes, folder, model.config)
         train = dataclasses.replace(config.train, init_from=str(start))
         trained = prepare(dataclasses.replace(config, train=train), fresh=True)
-        before = [p.clone() for _, p in trained.model.expert_parameters()]
+        before = [p.clone() for _, p in trained.model.named_expert_parameters()]
         steps(trained, sizes["router_steps"])
-        after = [p for _, p in trained.model.expert_parameters()]
+        after = [p for _, p in trained.model.named_expert_parameters()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         score(name, trained.model)
     return {"losses": losses, "own_share": own_share}

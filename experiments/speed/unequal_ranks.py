@@ -50,7 +50,7 @@ def main() -> None:
     timed("a training step", ways, "one LoRA of 97", options)
     print(f"\n{'contender':34} {'parameters of experts':>22} {'MB with moments':>16}")
     for name, model in contenders.items():
-        count = sum(p.numel() for _, p in model.expert_parameters())
+        count = sum(p.numel() for _, p in model.named_expert_parameters())
         print(f"{name:34} {count:22,} {count * 12 / 1e6:16.1f}")
 
 

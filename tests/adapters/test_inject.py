@@ -123,7 +123,7 @@ def test_an_mlp_site_routes_on_the_hidden_state_that_enters_it(mixture, ids):
 def test_only_experts_and_routers_are_trainable(mixture):
     model = mixture(fresh=True)
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    ours = [*model.expert_parameters(), *model.router_parameters()]
+    ours = [*model.named_expert_parameters(), *model.router_parameters()]
     assert trainable == {id(parameter) for _, parameter in ours}
 
 
@@ -208,7 +208,7 @@ def plain(base, **settings):
 
 def test_without_routing_one_expert_is_built_and_no_router(llama):
     model = plain(llama())
-    assert {len(p) for _, p in model.expert_parameters()} == {1}
+    assert {len(p) for _, p in model.named_expert_parameters()} == {1}
     assert not list(model.router_parameters())
 
 
@@ -419,7 +419,7 @@ def test_shared_experts_whose_tokens_lie_in_one_row_are_routed_by_sequence(rando
     base = random_base("Qwen2MoeConfig", **MOE, **sizes)
     targets = ["shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"]
     model = DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=3, target_modules=targets)).eval()
-    for name, parameter in model.expert_parameters():
+    for name, parameter in model.named_expert_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.2)
     output = model(ids, labels=ids)

@@ -267,7 +267,7 @@ def test_every_matrix_is_trained_and_decays(hada, ids):
     optimizer = build_optimizer(model, TrainConfig(learning_rate=0.01, weight_decay=0.1))
     decaying = {id(p) for p in optimizer.param_groups[0]["params"]}
     before = [experts_in(model, expert) for expert in range(3)]
-    assert decaying == {id(parameter) for _, parameter in model.expert_parameters()}
+    assert decaying == {id(parameter) for _, parameter in model.named_expert_parameters()}
     train(model, optimizer, ids, 2)
     for expert in range(3):
         now = experts_in(model, expert)
@@ -292,13 +292,13 @@ def test_an_expert_created_between_steps_leaves_the_others_and_their_moments(had
     before, logits = [experts_in(model, expert) for expert in range(3)], model(ids).logits
     moments = {
         name: {key: value.clone() for key, value in optimizer.state[parameter].items()}
-        for name, parameter in model.expert_parameters()
+        for name, parameter in model.named_expert_parameters()
     }
     assert model.experts.create_expert(rank=5) == 3
     assert (model(ids).logits - logits).abs().max() < 1e-5
     for expert in range(3):
         assert equal(experts_in(model, expert), before[expert])
-    now = dict(model.expert_parameters())
+    now = dict(model.named_expert_parameters())
     for name, old in moments.items():
         assert equal(optimizer.state[now[name]], old)
     model.experts.freeze(0)  # cuts the stack

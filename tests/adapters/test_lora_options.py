@@ -71,7 +71,7 @@ def randomise(model):
     """Every parameter of the experts random."""
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, parameter in model.expert_parameters():
+        for name, parameter in model.named_expert_parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=draw)
             if "magnitude" in name:
                 parameter.mul_(1 + noise)
@@ -179,10 +179,10 @@ def test_experts_of_unequal_rank_have_the_parameters_that_their_ranks_add_up_to(
     assert trainable - routers == sum(ranks) * (one.count_parameters()[0] - routers) // 4
     assert frozen == one.count_parameters()[1]
     for _ in range(2):  # B is 0 at first, and so is the gradient of A
-        optimizer = torch.optim.AdamW([p for _, p in model.expert_parameters()], lr=0.01)
+        optimizer = torch.optim.AdamW([p for _, p in model.named_expert_parameters()], lr=0.01)
         model(ids, labels=ids).loss.backward()
         optimizer.step()
-    for name, parameter in model.expert_parameters():
+    for name, parameter in model.named_expert_parameters():
         assert parameter.grad.abs().amax(-1).min() > 0, name  # no row that never learns
         assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
 
@@ -278,7 +278,7 @@ def test_a_row_of_zeros_in_the_base_does_not_break_dora(llama, ids):
     model = build(base, use_dora=True)
     assert torch.equal(model(ids).logits, base(ids).logits)
     model(ids, labels=ids).loss.backward()
-    assert all(p.grad.isfinite().all() for _, p in model.expert_parameters())
+    assert all(p.grad.isfinite().all() for _, p in model.named_expert_parameters())
 
 
 # Biases
@@ -295,8 +295,8 @@ def test_lora_only_trains_a_bias_of_each_expert_and_all_one_more_for_every_other
     for bias in ("lora_only", "all"):
         model = build(gpt2(), bias=bias)
         model(ids, labels=ids).loss.backward()
-        names[bias] = {name for name, p in model.expert_parameters() if "bias" in name}
-        assert all(p.grad.any() for name, p in model.expert_parameters() if "bias" in name)
+        names[bias] = {name for name, p in model.named_expert_parameters() if "bias" in name}
+        assert all(p.grad.any() for name, p in model.named_expert_parameters() if "bias" in name)
     assert all(name.endswith("lora_bias") for name in names["lora_only"])
     more = {name.removesuffix(".bias_shift") for name in names["all"] - names["lora_only"]}
     base = gpt2()
@@ -308,7 +308,7 @@ def test_lora_only_trains_a_bias_of_each_expert_and_all_one_more_for_every_other
 def test_the_base_keeps_its_biases_while_they_are_trained(gpt2, ids):
     model = build(gpt2(), bias="all")
     before = {n: p.clone() for n, p in model.base.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.SGD([p for _, p in model.expert_parameters()], lr=1.0)
+    optimizer = torch.optim.SGD([p for _, p in model.named_expert_parameters()], lr=1.0)
     model(ids, labels=ids).loss.backward()
     optimizer.step()
     assert (model(ids).logits - gpt2()(ids).logits).abs().max() > 1e-3
@@ -328,13 +328,13 @@ def test_disabled_adapters_leave_out_trained_biases(gpt2, ids):
 
 def test_lora_fa_trains_B_alone(llama, ids):
     model = build(llama(), freeze_A=True)
-    before = {n: p.clone() for n, p in model.expert_parameters()}
+    before = {n: p.clone() for n, p in model.named_expert_parameters()}
     trained = [p for _, p in model.own_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
     for _ in range(3):
         model(ids, labels=ids).loss.backward()
         optimizer.step()
-    for name, parameter in model.expert_parameters():
+    for name, parameter in model.named_expert_parameters():
         assert torch.equal(parameter, before[name]) == name.endswith("lora_A"), name
 
 
@@ -366,7 +366,7 @@ def test_lora_fa_keeps_less_for_the_backward_pass(llama):
 
 def test_a_shared_A_is_one_parameter_of_each_projection(llama):
     model = build(llama(), share_A=True)
-    shapes = {n.rpartition(".")[2]: list(p.shape) for n, p in model.expert_parameters()}
+    shapes = {n.rpartition(".")[2]: list(p.shape) for n, p in model.named_expert_parameters()}
     assert shapes.keys() == {"shared_A", "lora_B"}
     assert shapes["shared_A"][:2] == [1, 2]
     assert shapes["lora_B"][:2] == [3, 2]

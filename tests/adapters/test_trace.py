@@ -226,7 +226,7 @@ def test_shared_experts_whose_input_is_flattened_are_adapted(name):
     assert shared
     model = DyLoRA_MoE.from_base(base, MoELoraConfig(r=2, target_modules=shared)).eval()
     with torch.no_grad():
-        for _, parameter in [*model.expert_parameters(), *model.router_parameters()]:
+        for _, parameter in [*model.named_expert_parameters(), *model.router_parameters()]:
             parameter.normal_(std=0.2)
     assert decodes(model.base)
     assert model(torch.arange(3, 12)[None]).routing.gates.shape[:2] == (1, 9)

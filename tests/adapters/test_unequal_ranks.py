@@ -33,7 +33,7 @@ def model(request, mixture):
     model.experts.create_expert(rank=5, alpha=7.0)
     model.experts.freeze(3)
     with torch.no_grad():
-        for name, parameter in model.expert_parameters():
+        for name, parameter in model.named_expert_parameters():
             noise = 0.3 * torch.randn(parameter.shape, dtype=parameter.dtype)
             parameter.add_(noise * (0.1 if "magnitude" in name else 1))
     return model
@@ -120,7 +120,7 @@ def test_experts_of_unequal_rank_are_the_loop_over_experts_on_every_path(path, m
     weights = torch.randn_like(expected)
     leaves = {"x": x, "gates": gates} | {
         name: p
-        for name, p in model.expert_parameters()
+        for name, p in model.named_expert_parameters()
         if p.requires_grad and name.startswith(tuple(f"{BLOCK}.{n}" for n in NAMES))
     }
     one, other = (

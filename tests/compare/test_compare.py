@@ -345,7 +345,7 @@ def test_active_parameters_are_those_of_routers_shared_experts_and_the_chosen(ll
         num_experts=4, r=2, shared_experts=shared, router_type="learned", top_k_experts=2
     )
     model = DyLoRA_MoE.from_base(llama(), config)
-    matrices = sum(p.numel() for _, p in model.expert_parameters())
+    matrices = sum(p.numel() for _, p in model.named_expert_parameters())
     routers = sum(p.numel() for _, p in model.router_parameters())
     seen = torch.tensor([2.0 + shared, 2.0 + shared])
     scores = {"rows": SetScore(1.0, 10, None, seen)}

@@ -29,7 +29,7 @@ def random_mixture(**settings) -> DyLoRA_MoE:
     model = DyLoRA_MoE.from_base(BASE, config).eval()
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, parameter in [*model.expert_parameters(), *model.router_parameters()]:
+        for name, parameter in [*model.named_expert_parameters(), *model.router_parameters()]:
             if not name.endswith("lora_A"):
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
     return model

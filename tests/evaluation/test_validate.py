@@ -148,7 +148,7 @@ def test_a_pool_that_has_grown_and_shrunk_passes(tmp_path, mixture, rows):
     model.experts.create_expert(rank=4, share=0.3)
     model.experts.freeze(0)
     model.experts.retire(1)
-    for _, parameter in model.expert_parameters():
+    for _, parameter in model.named_expert_parameters():
         nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(tmp_path / "checkpoint")
     model.unload().save_pretrained(tmp_path / "base")
@@ -252,12 +252,12 @@ def stay_after_unload(model):
 
 
 def change_an_expert(model):
-    _, parameter = list(model.expert_parameters())[-1]
+    _, parameter = list(model.named_expert_parameters())[-1]
     parameter.detach().view(-1)[-1] += 1e-6
 
 
 def spoil_an_expert(model):
-    _, parameter = next(model.expert_parameters())
+    _, parameter = next(model.named_expert_parameters())
     parameter.detach().view(-1)[0] = math.nan
 
 

@@ -237,7 +237,7 @@ def mixture_on(base: PreTrainedModel) -> DyLoRA_MoE:
 def randomise(model: DyLoRA_MoE) -> None:
     """Other experts, B too, and other routers."""
     draw = torch.Generator().manual_seed(13)
-    for _, parameter in [*model.expert_parameters(), *model.router_parameters()]:
+    for _, parameter in [*model.named_expert_parameters(), *model.router_parameters()]:
         parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
 
 
@@ -267,13 +267,13 @@ def identity(base: PreTrainedModel, model: DyLoRA_MoE) -> bool:
 
 def learning(base: PreTrainedModel, model: DyLoRA_MoE) -> bool:
     """A and B of every expert, and all routers, move within two steps of the task's loss."""
-    before = {name: p.clone() for name, p in model.expert_parameters()}
+    before = {name: p.clone() for name, p in model.named_expert_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
         optimizer.zero_grad()
         model(ids(), labels=ids()).lm_loss.backward()
         optimizer.step()
-    experts = [p != before[name] for name, p in model.expert_parameters()]
+    experts = [p != before[name] for name, p in model.named_expert_parameters()]
     routers = [p.grad for _, p in model.router_parameters()]
     return all(bool(moved.flatten(1).any(1).all()) for moved in experts) and all(
         grad is not None and bool(grad.any()) for grad in routers

@@ -87,7 +87,7 @@ def write(form: Form, folder: Path) -> Exported:
     model = DyLoRA_MoE.from_base(copy.deepcopy(base), MoELoraConfig(**settings)).eval()
     draw = torch.Generator().manual_seed(11)
     with torch.no_grad():
-        for name, parameter in model.expert_parameters():
+        for name, parameter in model.named_expert_parameters():
             parameter.copy_(0.15 * torch.randn(parameter.shape, generator=draw))
             if name.endswith("lora_A"):
                 parameter[:, 0] *= 4  # a leading direction, which Arrow's few steps find exactly

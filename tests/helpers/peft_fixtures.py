@@ -36,7 +36,7 @@ def mixture_on() -> Callable[..., DyLoRA_MoE]:
         model = DyLoRA_MoE.from_base(copy.deepcopy(base), MoELoraConfig(**settings)).eval()
         draw = torch.Generator().manual_seed(11)
         with torch.no_grad():
-            for _, parameter in [*model.expert_parameters(), *model.router_parameters()]:
+            for _, parameter in [*model.named_expert_parameters(), *model.router_parameters()]:
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=draw))
         experts, fields = model.config.expert_count, len(ExpertMaturity._fields)
         model.set_maturity(

@@ -21,7 +21,7 @@ def values(model):
 def shaken(model):
     """The same experts with other values."""
     with torch.no_grad():
-        for _, parameter in model.expert_parameters():
+        for _, parameter in model.named_expert_parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return model
 

@@ -24,7 +24,7 @@ def on(random_base, mixture):
         model = mixture(base.to(dtype), **({"r": 3, "lora_alpha": 5} | settings))
         draw = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for name, parameter in model.expert_parameters():
+            for name, parameter in model.named_expert_parameters():
                 if name.endswith(("magnitude", "bias", "shift")):
                     parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
         return model

@@ -123,13 +123,13 @@ def test_zeros_that_fill_up_a_rank_are_not_counted_as_trainable(base_of, ids, tm
     own = sum(p.numel() for model in theirs for n, p in model.named_parameters() if "lora_" in n)
     routers = sum(p.numel() for _, p in mixture.mixture.router_parameters())
     assert mixture.count_parameters()[0] == own + routers
-    before = [p.detach().clone() for _, p in mixture.mixture.expert_parameters()]
+    before = [p.detach().clone() for _, p in mixture.mixture.named_expert_parameters()]
     optimizer = torch.optim.AdamW(mixture.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(2):
         mixture.train()(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = [p.detach() for _, p in mixture.mixture.expert_parameters()]
+    after = [p.detach() for _, p in mixture.mixture.named_expert_parameters()]
     moved = sum(int((a != b).sum()) for a, b in zip(after, before, strict=True))
     assert moved == own  # the count is what a step changes
     mixture.experts.freeze(0, 1)

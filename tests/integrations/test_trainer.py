@@ -372,7 +372,7 @@ def test_a_collapse_is_said_once(mixture, ids, tmp_path, monkeypatch, caplog):
 
 def test_a_loss_that_is_not_finite_changes_no_maturity(mixture, ids, tmp_path):
     model = mixture(fresh=True)
-    weight = [p for name, p in model.expert_parameters() if name.endswith("lora_B")][-1]
+    weight = [p for name, p in model.named_expert_parameters() if name.endswith("lora_B")][-1]
     weight.data.fill_(torch.nan)
     trainer_of(model, ids, tmp_path, save_strategy="no").train()
     assert model.maturity.maturity.tolist() == [0, 0, 0]

@@ -243,7 +243,7 @@ def test_a_bfloat16_base_learns_near_what_a_float32_one_does(
     rough = model(ids, labels=ids)
     rough.loss.backward()
     torch.testing.assert_close(rough.loss, output.loss, rtol=0.02, atol=0.02)
-    for name, parameter in model.expert_parameters():
+    for name, parameter in model.named_expert_parameters():
         expected = exact[name]
         distance = (parameter.grad - expected).norm() / expected.norm().clamp_min(1e-6)
         assert distance < 0.2, name
@@ -425,7 +425,7 @@ def test_what_inference_has_made_serves_training(mixture):
     with torch.inference_mode():
         model(ids)
     model(ids, labels=ids).loss.backward()
-    assert all(p.grad is not None for _, p in model.expert_parameters())
+    assert all(p.grad is not None for _, p in model.named_expert_parameters())
 
 
 # Decoding

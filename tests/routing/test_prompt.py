@@ -425,7 +425,7 @@ def test_recomputation_repeats_the_decisions(routed):
         output = model(ids, labels=labels)
         assert torch.equal(output.routing.gates[:, 0, 0], one_hot(1, 2))
         output.loss.backward()
-        found.append([p.grad for _, p in model.expert_parameters()])
+        found.append([p.grad for _, p in model.named_expert_parameters()])
     for plain, recomputed in zip(*found, strict=True):
         torch.testing.assert_close(plain, recomputed)
     assert any(gradient.abs().sum() > 0 for gradient in found[0])
@@ -439,7 +439,7 @@ def test_an_expert_learns_from_the_rows_of_its_own_skill_alone(routed):
     output = model(ids, labels=labels)
     output.loss.backward()
     assert output.aux_loss == output.z_loss == 0
-    for name, parameter in model.expert_parameters():
+    for name, parameter in model.named_expert_parameters():
         if name.endswith("lora_B"):
             sums = parameter.grad.abs().sum((1, 2))
             assert sums[1] == 0

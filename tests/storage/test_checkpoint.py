@@ -750,8 +750,10 @@ def bits(tensor):
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_tensors_come_back_bit_for_bit(kind, there_and_back):
     before, after = there_and_back("llama", **MIXTURES[kind])
-    expected = {n: bits(p) for n, p in [*before.expert_parameters(), *before.router_parameters()]}
-    found = {n: bits(p) for n, p in [*after.expert_parameters(), *after.router_parameters()]}
+    expected = {
+        n: bits(p) for n, p in [*before.named_expert_parameters(), *before.router_parameters()]
+    }
+    found = {n: bits(p) for n, p in [*after.named_expert_parameters(), *after.router_parameters()]}
     assert found == expected
 
 
@@ -809,7 +811,7 @@ def test_the_base_is_found_by_the_name_that_was_kept(tiny_base, mixture_on, toke
     tiny_base("llama").save_pretrained(tmp_path / "base")
     mixture = DyLoRA_MoE.from_base(str(tmp_path / "base"), MoELoraConfig(r=3, num_experts=2))
     with torch.no_grad():
-        for _, parameter in mixture.expert_parameters():
+        for _, parameter in mixture.named_expert_parameters():
             parameter.normal_(std=0.15)
     mixture.save_pretrained(tmp_path / "saved")
     again = DyLoRA_MoE.from_pretrained(tmp_path / "saved")

@@ -88,7 +88,7 @@ def test_a_revision_is_the_one_that_is_asked_for(hub, on_folder):
     first = model.push_to_hub("somebody/m").rpartition("/")[2]
     before = logits(model)
     with torch.no_grad():
-        for _, parameter in model.expert_parameters():
+        for _, parameter in model.named_expert_parameters():
             parameter.add_(0.1)
     model.push_to_hub("somebody/m")
     old = DyLoRA_MoE.from_pretrained("somebody/m", model.base_name, revision=first)

@@ -20,7 +20,7 @@ class Diary(Callback):
         self.lines.append(f"start {run.progress.step}")
 
     def after_step(self, run, result):
-        assert any(p.grad is not None for _, p in run.model.expert_parameters())
+        assert any(p.grad is not None for _, p in run.model.named_expert_parameters())
         self.lines.append(f"step {run.progress.step}")
 
     def on_evaluate(self, run, scores):

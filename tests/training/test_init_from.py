@@ -53,7 +53,7 @@ def beginning_with(make_config, tmp_path):
 
 def adapters_and_routers(folder):
     model = DyLoRA_MoE.from_pretrained(folder)
-    return dict(model.expert_parameters()), dict(model.router_parameters())
+    return dict(model.named_expert_parameters()), dict(model.router_parameters())
 
 
 def test_imported_experts_stay_bit_identical_while_their_routers_learn(imported, beginning_with):
@@ -68,7 +68,7 @@ def test_imported_experts_stay_bit_identical_while_their_routers_learn(imported,
 def test_train_experts_true_thaws_them(imported, beginning_with):
     run = train(load_run_config(beginning_with(imported, train_experts=True, max_steps=2)))
     before, _ = adapters_and_routers(imported)
-    after = dict(run.model.expert_parameters())
+    after = dict(run.model.named_expert_parameters())
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
@@ -108,7 +108,7 @@ def test_a_run_begins_with_the_best_checkpoint_of_a_runs_folder(
     assert f"checkpoint: {source / 'checkpoint-1'}, the best" in capsys.readouterr().err
     experts, _ = adapters_and_routers(source / "checkpoint-1")
     run = prepare(config, fresh=True)
-    for name, parameter in run.model.expert_parameters():
+    for name, parameter in run.model.named_expert_parameters():
         assert torch.equal(parameter, experts[name])
 
 

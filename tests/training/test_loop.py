@@ -190,7 +190,7 @@ def test_a_step_whose_loss_is_not_finite_updates_nothing(make_config, break_loss
 
 def test_a_step_whose_gradient_is_not_finite_updates_nothing(make_config):
     run = prepare(make_config(), fresh=True)
-    _, parameter = next(run.model.expert_parameters())
+    _, parameter = next(run.model.named_expert_parameters())
     parameter.register_hook(lambda gradient: gradient * float("inf"))
     before = tensor_versions(run)
     assert run_step(run).nonfinite == "gradient"
@@ -693,7 +693,7 @@ def test_frozen_routers_stay_as_drawn_over_a_resume_while_experts_are_trained(ma
     config = make_config("frozen", freeze_routers=True, save_steps=5)
     drawn = prepare(config, fresh=True).model
     routers = {name: p.clone() for name, p in drawn.router_parameters()}
-    experts = sum(parameter.numel() for _, parameter in drawn.expert_parameters())
+    experts = sum(parameter.numel() for _, parameter in drawn.named_expert_parameters())
     assert drawn.count_parameters()[0] == experts
     folder = train(config).folder
     shutil.rmtree(folder / "checkpoint-10")
@@ -702,7 +702,7 @@ def test_frozen_routers_stay_as_drawn_over_a_resume_while_experts_are_trained(ma
     assert any(
         not p.equal(q)
         for (_, p), (_, q) in zip(
-            resumed.expert_parameters(), drawn.expert_parameters(), strict=True
+            resumed.named_expert_parameters(), drawn.named_expert_parameters(), strict=True
         )
     )
     with pytest.raises(ValueError, match=r"was trained with train.freeze_routers = True"):

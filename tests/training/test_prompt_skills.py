@@ -41,7 +41,7 @@ def test_every_source_trains_an_expert_of_its_own_beside_the_shared_one(joint):
     library = run.model.skill_library
     assert [library.expert_of(f"skill/{skill}") for skill in SKILLS] == [1, 2]
     assert [row.skill for row in run.model.experts.table] == [None, "skill/lists", "skill/sql"]
-    for _, parameter in run.model.expert_parameters():
+    for _, parameter in run.model.named_expert_parameters():
         assert parameter.abs().sum() > 0
 
 
@@ -50,7 +50,7 @@ def test_taking_a_skills_expert_away_costs_that_skill_and_not_the_other(joint):
     run = train(joint())
     model, loss = run.model.eval(), {}
     with torch.no_grad():
-        for name, parameter in model.expert_parameters():
+        for name, parameter in model.named_expert_parameters():
             if name.endswith("lora_B"):
                 parameter.add_(0.05 * torch.randn_like(parameter))
     for without in (None, 1, 2):
