@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,7 +178,12 @@ def save(stream: Stream, record: StageRecord) -> None:
         stream.folder / f"checkpoint-{record.number}",
         stream.config.train.save_total_limit,
     )
-    write_folder(folder, partial(write_model, stream.model.mixture))
+
+    def write_files(files: Path) -> None:
+        write_model(stream.model.mixture, files)
+        stream.tokenizer.save_pretrained(files)  # as beside the checkpoints of a run
+
+    write_folder(folder, write_files)
     write_record(stream, record)
     if limit is not None:
         rotate(stream.folder, limit, None)

@@ -105,6 +105,12 @@ def test_each_stage_gets_a_frozen_mature_expert_that_serves_its_skill(whole):
     assert all(row.enabled for row in table)
 
 
+def test_the_mixture_after_a_stage_has_its_card_and_the_tokenizer_beside_it(whole):
+    folder = whole.folder / "checkpoint-1"
+    assert (folder / "tokenizer.json").exists()
+    assert "## Experts" in (folder / "README.md").read_text()
+
+
 def test_an_expert_is_bit_equal_from_its_stage_to_the_end(whole):
     kept = Path("peft_adapters") / "expert_0"
     first, last = (whole.folder / f"checkpoint-{stage}" / kept for stage in (1, 2))
