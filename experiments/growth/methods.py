@@ -228,6 +228,14 @@ class Joint(Method):
 
 
 @dataclass
+class JointLora(Method):
+    """One LoRA on all rows in one shuffle."""
+
+    JOINT: ClassVar[bool] = True
+    learn_all = Joint.learn_all
+
+
+@dataclass
 class Grow(Joint):
     """A new expert a stage beside frozen experts, and token routers that are trained with it; kept
     rows of earlier skills as with replay, if there are any."""

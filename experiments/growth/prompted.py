@@ -33,7 +33,8 @@ class Experts(Method):
     `begin` from a copy of the "newest" expert, or of that of the "nearest" known skill.
     """
 
-    rate: float = 5e-3
+    rate: float = 1.25e-3
+    scale: float = 8.0
     rank: int = 16
     begin: str = ""
 

@@ -17,18 +17,12 @@ from typing import Any
 
 import torch
 
-from experiments.growth.methods import Joint, Method, Recipe, Stage
+from experiments.growth.methods import Joint, JointLora, Recipe, Stage
 from experiments.growth.prompted import Experts
 from experiments.growth.scores import loss_of
 from experiments.growth.stream import skill_stages, write
 
 ALONE = ("sql", "strings", "arithmetic")
-
-
-class JointLora(Method):
-    """One LoRA on all rows in one shuffle."""
-
-    learn_all = Joint.learn_all
 
 
 METHODS: dict[str, Any] = {"experts": Experts, "joint": Joint, "joint-lora": JointLora}

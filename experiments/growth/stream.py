@@ -5,8 +5,8 @@ have as many trainable parameters (a library's numbers count) and see as many ro
 the scores that the measures need are taken: of its own skill, of the next before it is learned,
 after the last stage of all; greedy answers to --tasks test tasks a skill, and the loss on
 validation rows. With --published the languages of CodeAlpaca and MBPP as a second stream, whose
-losses alone are taken. Rates are those of a feasibility study, or guesses of like size; none was
-searched here.
+losses alone are taken. Rate and scale of experts and of joint training are those that rates.py
+found; those of the other methods are of a feasibility study, or guesses of like size.
 Cells (method, seed, order) that are in the result already are not run again.
 Result: experiments/results/continual.json and experiments/LOG.md.
 
@@ -30,6 +30,7 @@ from experiments.growth import novelty
 from experiments.growth.methods import (
     Grow,
     Joint,
+    JointLora,
     Method,
     Orthogonal,
     Recipe,
@@ -48,6 +49,7 @@ METHODS: dict[str, Any] = {
     "shared-3": lambda **k: Shared(first=3, **k),
     "sequential": Method,
     "joint": Joint,
+    "joint-lora": JointLora,
     "replay-32": lambda **k: Method(kept=32, **k),
     "o-lora": Orthogonal,
     "grow": Grow,
@@ -126,8 +128,8 @@ def run(method: Method, stages: list[Stage], tasks: dict[str, list[Task]]) -> di
         before = [loss_of(method.model, stage.held_out[:LOSS_ROWS]) for stage in stages]
     for place, stage in enumerate(stages[:1] if method.JOINT else stages):
         begin = time.process_time()
-        if isinstance(method, Joint) and method.JOINT:
-            method.learn_all(stages)
+        if method.JOINT:
+            method.learn_all(stages)  # type: ignore[attr-defined]
         else:
             method.learn(stage)
         seconds.append(round(time.process_time() - begin, 1))
@@ -152,6 +154,7 @@ def run(method: Method, stages: list[Stage], tasks: dict[str, list[Task]]) -> di
     return {
         "parameters": method.parameters(),
         "rate": method.rate,
+        "scale": method.scale,
         "rows an update": method.recipe.batch,
         "learned": learned,
         "loss before": before,
@@ -208,7 +211,7 @@ def not_run(cells: list[dict[str, Any]]) -> list[str]:
         for order in ("forward", "reversed")
         for method in METHODS
         if (left := [s for s in range(3) if (stream, order, method, s) not in seen])
-        and not (method == "joint" and order == "reversed")
+        and not (METHODS[method] in (Joint, JointLora) and order == "reversed")
     ]
 
 
