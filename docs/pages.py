@@ -83,10 +83,13 @@ def tutorial(notebook: dict[str, Any], name: str) -> str:
 
 
 def shown(output: dict[str, Any]) -> str:
-    """What a cell left behind: an image, or text."""
+    """What a cell left behind: an image, HTML, Markdown or text."""
     data = output.get("data", {})
     if "image/png" in data:
         return f"![output](data:image/png;base64,{''.join(data['image/png']).strip()})"
+    for kind in ("text/html", "text/markdown"):
+        if kind in data:
+            return "".join(data[kind])
     text = "".join(output.get("text", data.get("text/plain", "")))
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).rstrip()
     return f"```text\n{text}\n```"
