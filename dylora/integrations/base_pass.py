@@ -7,7 +7,7 @@ convention `output_router_logits` (an argument, or a field of the base's configu
 Shape letters: B batch, S sequence, E experts.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,7 @@ class BasePass:
         """Forward hook of the base, before that of its pass; called after an error as well."""
         mixture = self.mixture
         pass_ = mixture.state.current()
-        labels: Any = kwargs.get("labels")
+        labels = cast(Any, kwargs.get("labels"))
         if pass_ is None:
             return None
         if pass_.restore:
