@@ -98,12 +98,13 @@ def learn(stream: Stream, stage: Stage, callbacks: Sequence[Callback]) -> None:
     earlier, begun = past_of(model.training_record), last_checkpoint(run_folder(config))
     seed_everything(config.train.seed)
     if begun is None:
+        model.training_record = {"data": stage.data.provenance}  # the template of what is asked now
         record = choose_expert(stream, decide(stream, stage))
     else:  # the expert is in it, and what was decided
         record = read_record(str(begun.file), begun.description["training"].get("stage"))
     say(f"stage {stage.number} of {stream.stages[-1].number}, {describe(record)}")
     if record.action == "skip":
-        model.training_record = {"settings": recorded_settings(config)}
+        model.training_record = {"settings": recorded_settings(config), "earlier": earlier}
     else:
         kept = {"earlier": earlier, "stage": record.to_dict()}
         parts = Parts(stream.tokenizer, stage.data, model, kept)

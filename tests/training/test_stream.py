@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dylora.data.templates import PLAIN, recorded_template
 from dylora.run_config import SourceConfig, StageConfig, dump_run_config
 from dylora.storage.checkpoint import Checkpoint
 from dylora.training import curriculum, loop, stream
@@ -109,6 +110,25 @@ def test_the_mixture_after_a_stage_has_its_card_and_the_tokenizer_beside_it(whol
     folder = whole.folder / "checkpoint-1"
     assert (folder / "tokenizer.json").exists()
     assert "## Experts" in (folder / "README.md").read_text()
+
+
+def test_what_is_asked_during_a_stream_is_put_into_its_template(make_stream, source, monkeypatch):
+    asked, scores = [], curriculum.scores
+
+    def watched(stream, stage):
+        asked.append(recorded_template(stream.model.training_record, stream.tokenizer).text)
+        return scores(stream, stage)
+
+    monkeypatch.setattr(curriculum, "scores", watched)
+    sources = [source("sums"), source("sums", 90)]
+    stages = [
+        StageConfig(name=name, sources=[one]) for name, one in zip("ab", sources, strict=True)
+    ]
+    config = make_stream("plain", stages, max_steps=1)
+    data = dataclasses.replace(config.data, template="plain")
+    stream = train_stream(dataclasses.replace(config, data=data))
+    assert stream.records[1].action == "skip"
+    assert set(asked) == {PLAIN}
 
 
 def test_an_expert_is_bit_equal_from_its_stage_to_the_end(whole):
