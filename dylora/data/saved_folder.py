@@ -66,7 +66,7 @@ def _read_stream(file: Path, columns: Columns) -> Iterator[Record]:
 
 def _checked(stream: Any) -> "Iterator[pa.RecordBatch]":
     for batch in stream:
-        batch.validate(full=True)  # offsets of a stranger may point anywhere
+        batch.validate(full=True)  # offsets of an untrusted file may point anywhere
         yield batch
 
 

@@ -11,6 +11,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,16 +86,14 @@ def start_tensorboard(folder: Path, project: str, name: str, config: dict[str, A
 
 def start_trackio(folder: Path, project: str, name: str, config: dict[str, Any]) -> Service:
     """Runs of a project are told apart by their names."""
-    import trackio
-
+    trackio = import_module("trackio")
     trackio.init(project=project, name=name, config=config, resume="allow", embed=False)
     return Service(lambda row, step: trackio.log(row, step=step), trackio.finish)
 
 
 def start_mlflow(folder: Path, project: str, name: str, config: dict[str, Any]) -> Service:
     """Where MLFLOW_TRACKING_URI says; else as mlflow does by itself."""
-    import mlflow
-
+    mlflow = import_module("mlflow")
     known = folder / "mlflow.id"
     mlflow.set_experiment(project)
     before = known.read_text() if known.exists() else None

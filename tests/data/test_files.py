@@ -246,7 +246,7 @@ def test_validation_rows_of_their_own_are_never_trained_on(tmp_path):
     assert (read.counts.duplicates, read.split_scheme) == (3, "validation_path")
 
 
-# Files of strangers
+# Untrusted files
 
 
 def _dictionary(file: Path, **options) -> None:
@@ -287,7 +287,7 @@ def _broken_offsets(file: Path) -> None:
         (harm.link("/dev/zero"), "out of its folder"),
     ],
 )
-def test_a_saved_folder_of_a_stranger_is_refused(damage, words, tmp_path):
+def test_an_untrusted_saved_folder_is_refused(damage, words, tmp_path):
     from datasets import Dataset
 
     folder = tmp_path / "set"
@@ -318,7 +318,7 @@ def test_a_saved_folder_names_files_of_its_own_alone(name, tmp_path):
         ("r.parquet.gz", b"PAR1", "unknown type"),
     ],
 )
-def test_compressed_and_vast_files_of_a_stranger_are_refused(name, data, words, tmp_path):
+def test_untrusted_compressed_and_vast_files_are_refused(name, data, words, tmp_path):
     (tmp_path / name).write_bytes(data)
     message = harm.refusal(lambda: read_source(source(tmp_path / name)), tmp_path)
     assert words in message
