@@ -147,6 +147,10 @@ def read_options(cls: type[T], tokens: Sequence[str]) -> tuple[T, list[str]]:
         name = re.split(r"\W", error.key)[0]  # also of an item of a list
         item = next(item for item in fields(cls) if item.name == name)  # type: ignore[arg-type]
         form = item.metadata.get("metavar")
+        if "positional" in item.metadata and "is missing" in error.problem:
+            raise ValueError(
+                f"{(form or item.name).split()[0]} is missing: {item.name} to read"
+            ) from None
         hint = f" ({form})" if form and "must be" in error.problem else ""
         raise ValueError(flag_of(item) + error.problem + hint) from None
     return options, overrides
@@ -155,17 +159,14 @@ def read_options(cls: type[T], tokens: Sequence[str]) -> tuple[T, list[str]]:
 def command_help(cls: type, name: str) -> str:
     """A command's usage, and every option with its meaning."""
     required = [item for item in fields(cls) if default_of(item) is MISSING]
-    words = [
-        ("" if "positional" in item.metadata else f"{flag_of(item)} ") + _metavar(cls, item)
-        for item in required
-    ]
+    words = [f"{_written(item)} {_metavar(cls, item)}".strip() for item in required]
     words += ["[--section.key VALUE ...]"] if takes_config(cls) else []
     usage = " ".join(["usage: dylora", name, *words, "[OPTIONS]"])
     rows = []
     for item in fields(cls):
         is_flag = field_types(cls)[item.name] is bool
         meaning = field_docs(cls)[item.name] if is_flag else _meaning(cls, item)
-        rows.append(_row(flag_of(item), "" if is_flag else _metavar(cls, item), meaning))
+        rows.append(_row(_written(item), "" if is_flag else _metavar(cls, item), meaning))
     return "\n".join([usage, "", cls.__doc__ or "", "", "options:", *rows, ""])
 
 
@@ -193,6 +194,11 @@ def flag_of(item: "Field[Any]") -> str:
     return "--" + item.metadata.get("flag", item.name)
 
 
+def _written(item: "Field[Any]") -> str:
+    """How an option is written before its value: a positional one has no flag."""
+    return "" if "positional" in item.metadata else flag_of(item)
+
+
 def takes_config(cls: type) -> bool:
     """Whether a command reads a config, and so takes overrides of its fields."""
     return "config" in field_types(cls)
@@ -207,9 +213,14 @@ def _split(cls: type, tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     """The command's own options by their fields' names, and the overrides of config fields."""
     known = {flag_of(item): item for item in fields(cls)}
     own, overrides = {}, []
-    for name in [item.name for item in fields(cls) if "positional" in item.metadata]:
-        if tokens and not tokens[0].startswith("--"):
-            own[name], *tokens = tokens
+    for item in [item for item in fields(cls) if "positional" in item.metadata]:
+        count = 0
+        while count < len(tokens) and not tokens[count].startswith("--"):
+            count += 1
+        if count and "many" in item.metadata:
+            own[item.name], tokens = tokens[:count], tokens[count:]
+        elif count:
+            own[item.name], *tokens = tokens
     for written, values in _group(tokens):
         name = written.replace("-", "_").replace("__", "--", 1)
         if name in (old_flags := getattr(cls, "OLD_FLAGS", {})):
@@ -286,4 +297,5 @@ def _row(flag: str, value: str, meaning: str) -> str:
     """An option of the help: its form, and its meaning below."""
     width = max(shutil.get_terminal_size().columns - 2, 60)
     lines = textwrap.wrap(meaning, width - len(INDENT), break_on_hyphens=False)
-    return "\n".join([f"  {flag} {value}".rstrip(), *(INDENT + line for line in lines)])
+    head = " ".join(word for word in ("  " + flag, value) if word)
+    return "\n".join([head, *(INDENT + line for line in lines)])

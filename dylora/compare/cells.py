@@ -20,9 +20,8 @@ from dylora.compare.rows import rows_to_choose_by, rows_to_report_on
 from dylora.data.prompts import pad_token_id
 from dylora.evaluation.loading import base_of, load_checkpoint
 from dylora.evaluation.passk.skills import score_skills
-from dylora.evaluation.plots import read_rows
+from dylora.evaluation.run_files import read_rows
 from dylora.fields import join, shown
-from dylora.model import DyLoRA_MoE
 from dylora.run_config import RunConfig
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import checkpoints, write_file
@@ -30,7 +29,12 @@ from dylora.storage.safe_io import read_json
 from dylora.training.loop import train
 from dylora.training.run import fit_to_base, load_run_data, run_folder
 from dylora.training.step import NotFinite
-from dylora.training.validation import SetScore, overall_loss, validate
+from dylora.training.validation import (
+    SetScore,
+    active_parameters,
+    overall_loss,
+    validate,
+)
 
 RESULT, TEST, TRAIN_LOG = "result.json", "test.json", "train.log"
 COMPARED = ("model", "moe", "data", "train", "eval")  # sections that decide a result
@@ -100,32 +104,6 @@ def drop_checkpoints(config: RunConfig) -> None:
     """Free the disk of a cell that is not chosen; its result and metrics stay."""
     for folder in checkpoints(run_folder(config)):
         shutil.rmtree(folder)
-
-
-def active_parameters(model: DyLoRA_MoE, scores: dict[str, SetScore]) -> float:
-    """Of experts and routers, those that a token is multiplied with: the mean over scored tokens.
-
-    What is not trained, such as the A of LoRA-FA, counts; a routed expert counts as the mean of
-    all of them, a shared one always.
-    """
-    mixture = model.mixture
-    count_E = [0.0] * len(mixture.table)
-    always = sum(p.numel() for _, p in mixture.own_parameters())
-    for adapter in mixture.adapters.values():
-        for stack in adapter.stacks:
-            size = sum(parameter.numel() for parameter in stack.parameters())
-            for expert in stack.experts:
-                count_E[expert] += size / len(stack.experts)
-    seen = [
-        (s.active_N.mean().item(), s.targets) for s in scores.values() if s.active_N is not None
-    ]
-    if not seen:
-        return float(always)
-    routed_E = count_E[mixture.config.shared_experts :]
-    weights = sum(targets for _, targets in seen)
-    active = sum(experts * targets for experts, targets in seen) / weights
-    chosen = active - mixture.config.shared_experts
-    return always - sum(routed_E) + chosen * statistics.fmean(routed_E)
 
 
 def settings_of(config: RunConfig) -> Result:

@@ -16,8 +16,15 @@ from dylora.compare.statistics import (
     pass_interval,
     verdict,
 )
+from dylora.evaluation.figures.style import (
+    draw_curves,
+    finish_curves,
+    new_figure,
+    save_figure,
+    styled,
+)
 from dylora.evaluation.passk.estimate import Interval
-from dylora.evaluation.plots import new_figure, read_rows
+from dylora.evaluation.run_files import read_rows
 from dylora.storage.folders import write_file
 from dylora.training.run import run_folder
 
@@ -56,7 +63,7 @@ def write_report(board: Board, outcomes: list[Outcome]) -> None:
         plot_curves(board, outcomes, board.folder / "curves.png")
         names.append("curves.png")
     except ImportError as error:
-        print(f"warning: curves are left out ({error}): pip install 'dylora[report]'")
+        print(f"warning: curves are left out ({error})")
     print(f"wrote {board.folder}/: {', '.join(names)}")
 
 
@@ -114,7 +121,7 @@ def compare_measure(
 
 def plot_curves(board: Board, outcomes: list[Outcome], out: Path) -> None:
     """Validation loss of the chosen cells, the mean over seeds, over steps and over seconds."""
-    figure, panels = new_figure(9, 4, columns=2)
+    over_steps, over_seconds = {}, {}
     for method, one in zip(board.methods, outcomes, strict=True):
         at: dict[int, list[float]] = {}
         for seed in board.config.seeds:
@@ -122,14 +129,16 @@ def plot_curves(board: Board, outcomes: list[Outcome], out: Path) -> None:
             for row in read_rows(run_folder(cell) / "metrics.jsonl"):
                 if "val/loss" in row:
                     at.setdefault(row["step"], []).append(row["val/loss"])
-        means = [statistics.fmean(at[step]) for step in sorted(at)]
-        for axes, unit in zip(panels, (1.0, one.step_s), strict=True):
-            points = [unit * step for step in sorted(at)]
-            axes.plot(points, means, label=one.name, linewidth=1, marker="o", markersize=3)
-    panels[0].set(xlabel="step", ylabel="validation loss (nats per target token)")
-    panels[1].set(xlabel="seconds of training steps")
-    panels[0].legend(frameon=False, fontsize=7)
-    figure.savefig(out)
+        means = [(step, statistics.fmean(at[step])) for step in sorted(at)]
+        over_steps[one.name] = means
+        over_seconds[one.name] = [(one.step_s * step, mean) for step, mean in means]
+    with styled():
+        figure, grid = new_figure(8, 3.2, columns=2, sharey=True)
+        draw_curves(figure, grid[0, 1], over_seconds, counted="method")
+        grid[0, 1].set(xlabel="seconds of training steps")
+        draw_curves(figure, grid[0, 0], over_steps, counted="method")
+        finish_curves(figure, grid[0, 0], "step", "validation loss (nats)")
+        save_figure(figure, out)
 
 
 # Parts of the report

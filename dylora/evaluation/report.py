@@ -1,21 +1,29 @@
-"""The report at the end of a training run: a table by set, plots and results.json."""
+"""What follows a training run: results.json and a table by set, then figures and report.html."""
 
 import json
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dylora.evaluation.figures.catalogue import save_figures
+from dylora.evaluation.page.page import PAGE, write_page
 from dylora.evaluation.passk.estimate import wilson
-from dylora.evaluation.passk.skills import score_skills
-from dylora.evaluation.plots import plot_loss, plot_maturity, plot_usage
+from dylora.evaluation.passk.skills import SkillScore, score_skills
+from dylora.evaluation.report_text import describe_routing, format_share
+from dylora.evaluation.routing_texts import write_routing
+from dylora.evaluation.run_files import ROUTING_FILE, read_run
+from dylora.model import DyLoRA_MoE
 from dylora.storage.folders import write_file
 from dylora.storage.model_card import CARD, mixture_card
 from dylora.storage.safe_io import read_json
 from dylora.training.run import Run
-from dylora.training.validation import SetScore, validate
+from dylora.training.validation import SetScore, active_parameters, validate
 
 SKILL_PREFIX = "skill/"
+FIGURES = ["loss", "maturity", "usage"]  # that a run leaves as PNG; report.html has all
 
 
 class SetRow(NamedTuple):
@@ -28,10 +36,14 @@ class SetRow(NamedTuple):
     trained_passed: float | None
     expert: int | None  # the one with the largest share of the gate mass
     expert_share: float | None
+    targets: int = 0  # tokens that the losses are means over
 
 
 def report_run(run: Run) -> list[SetRow]:
-    """Compare the trained mixture with its own base; print, plot, and write results.json."""
+    """Compare the trained mixture with its own base; print, write results.json, then draw.
+
+    Whatever becomes of the figures and the page, the results are there before.
+    """
     sets, model = run.data.validation, run.model
     batch_size, pad = run.config.eval.batch_size, run.pad_token_id
     trained = validate(model, sets, batch_size=batch_size, pad_token_id=pad)
@@ -49,36 +61,62 @@ def report_run(run: Run) -> list[SetRow]:
         backend = trained_skills[skills[0]].backend
         run.log.info(f"answers ran under {backend}")
 
-    rows = []
-    for name, score in trained.items():
-        skill, usage = name.removeprefix(SKILL_PREFIX), score.usage_NE
-        share_E = None if usage is None else routed_shares(usage, model.config.shared_experts)
-        rows.append(
-            SetRow(
-                name,
-                base[name].loss,
-                score.loss,
-                base_skills[skill].share if skill in base_skills else None,
-                trained_skills[skill].share if skill in trained_skills else None,
-                None if share_E is None else int(share_E.argmax()),
-                None if share_E is None else float(share_E.max()),
-            )
-        )
+    rows = [_set_row(model, name, base, trained, base_skills, trained_skills) for name in trained]
+    routing = routing_summary(model, trained)
     run.log.info(format_table(rows, count))
+    if routing is not None:
+        run.log.info(describe_routing(routing))
     results = {
         "step": run.model.training_record["step"],  # of the weights
         "best_step": run.progress.best_step,
         "test_answers_per_skill": count,
         "sandbox": backend,
-        "sets": [row._asdict() for row in rows],
-        "answers": {name: score.answers for name, score in trained_skills.items()},
+        "sets": [_finite(row._asdict()) for row in rows],
+        "routing": routing,
+        "answers": {
+            name: [answer._asdict() for answer in score.answers]
+            for name, score in trained_skills.items()
+        },
         "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
     (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _write_card(run, rows, count)
-    names = ["results.json", *_draw_plots(run, trained)]
-    run.log.info(f"wrote {run.folder}/: {', '.join(names)}")
+
+    def write_routing_file() -> None:
+        if any(score.usage_NE is not None for score in trained.values()):
+            write_routing(run.folder / ROUTING_FILE, model, run.tokenizer, sets, trained)
+
+    drawn = draw_all(run.folder, FIGURES, run.log.info, before=write_routing_file)
+    run.log.info(f"wrote {run.folder}/: {', '.join(['results.json', *drawn])}")
     return rows
+
+
+def _set_row(
+    model: DyLoRA_MoE,
+    name: str,
+    base: dict[str, SetScore],
+    trained: dict[str, SetScore],
+    base_skills: dict[str, SkillScore],
+    trained_skills: dict[str, SkillScore],
+) -> SetRow:
+    skill, score = name.removeprefix(SKILL_PREFIX), trained[name]
+    shared, usage_NE = model.config.shared_experts, score.usage_NE
+    share_E = None if usage_NE is None else routed_shares(usage_NE, shared)
+    return SetRow(
+        name,
+        base[name].loss,
+        score.loss,
+        base_skills[skill].share if skill in base_skills else None,
+        trained_skills[skill].share if skill in trained_skills else None,
+        None if share_E is None else int(share_E.argmax()),
+        None if share_E is None else float(share_E.max()),
+        score.targets,
+    )
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """With null for what JSON has no word for."""
+    return {key: None if value != value else value for key, value in row.items()}
 
 
 def _write_card(run: Run, rows: list[SetRow], count: int) -> None:
@@ -121,40 +159,68 @@ def routed_shares(usage_NE: Tensor, shared: int) -> Tensor:
     return (routed_NE / routed_NE.sum(-1, keepdim=True).clamp_min(1e-12)).mean(0)
 
 
-def _draw_plots(run: Run, scores: dict[str, SetScore]) -> list[str]:
-    """Draw what can be drawn, and say what cannot; returns the names of the files."""
-    folder, metrics, names = run.folder, run.folder / "metrics.jsonl", ["loss.png", "maturity.png"]
-    usage = {name: score.usage_NE for name, score in scores.items() if score.usage_NE is not None}
+def routing_summary(model: DyLoRA_MoE, scores: dict[str, SetScore]) -> dict[str, Any] | None:
+    """How many experts a validation token uses, and of how many parameters; None where nothing is
+    routed. `parameters` and `active_parameters` are those of experts and routers."""
+    seen = [(score.active_N, score.targets) for score in scores.values()]
+    counted = [(float(active_N.mean()), n) for active_N, n in seen if active_N is not None]
+    total = sum(targets for _, targets in counted)
+    if not total:
+        return None
+    return {
+        "experts": len(model.experts.live),
+        "shared_experts": model.config.shared_experts,
+        "active_experts": sum(active * targets for active, targets in counted) / total,
+        "parameters": sum(p.numel() for _, p in model.own_parameters()),
+        "active_parameters": active_parameters(model, scores),
+    }
+
+
+def draw_all(
+    folder: Path,
+    figures: Sequence[str],
+    tell: Callable[[str], None],
+    before: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Draw a run's figures and its page; what cannot be is said, and never an error, as the results
+    are more than their pictures. Returns the names of the files.
+
+    before: what writes the data that only a loaded model has.
+    """
+    again = f"then python run.py report {folder}"
     try:
-        plot_loss(metrics, folder / names[0])
-        plot_maturity(metrics, folder / names[1])
-        if usage:
-            names.append("usage.png")
-            plot_usage(usage, folder / names[2])
-    except (ImportError, OSError) as error:
-        remedy = (
-            "pip install 'dylora[report]'" if isinstance(error, ImportError) else "free some space"
-        )
-        run.log.info(f"warning: plots are left out ({error}): {remedy}")
-        return []
-    return names
+        before()
+        names = [file.name for file in save_figures(read_run(folder), figures, folder, "png")]
+        write_page([folder], folder / PAGE)
+    except ImportError as error:
+        tell(f"warning: plots are left out ({error}), {again}")
+    except OSError as error:
+        tell(f"warning: plots are left out ({error}): free some space, {again}")
+    except Exception as error:
+        tell(f"warning: plots are left out ({type(error).__name__}: {error}): python run.py report "
+             f"{folder} --traceback shows where")  # fmt: skip
+    else:
+        return [*names, PAGE]
+    return []
 
 
 def format_table(rows: list[SetRow], count: int) -> str:
     """The table as plain text; the columns of passed answers only where there are any."""
     with_answers = any(row.trained_passed is not None for row in rows)
-    passes = f" {'base passes':>12} {'trained':>8}" if with_answers else ""
+    passes = f" {'base passes':>12} {'trained [95 %]':>18}" if with_answers else ""
     header = f"{'set':20} {'base loss':>10} {'trained':>8}{passes}   expert (share)"
     lines = [header, "-" * len(header)]
     for row in rows:
         line = f"{row.name:20} {row.base_loss:10.3f} {row.trained_loss:8.3f}"
         if with_answers:
-            passed = (row.base_passed, row.trained_passed)
-            first, second = ("-" if share is None else f"{share:.0%}" for share in passed)
-            line += f" {first:>12} {second:>8}"
+            base = "-" if row.base_passed is None else f"{row.base_passed:.0%}"
+            line += f" {base:>12} {format_share(row.trained_passed, count):>18}"
         lines.append(
             line + ("" if row.expert is None else f"   {row.expert} ({row.expert_share:.0%})")
         )
     if with_answers:
-        lines.append(f"loss in nats per target token, on validation; {count} test answers a skill")
+        lines.append(
+            f"loss in nats per target token, on validation; {count} test answers a skill, with "
+            "Wilson's interval"
+        )
     return "\n".join(lines)

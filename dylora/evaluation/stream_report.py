@@ -16,7 +16,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dylora.data.splits import seeded_generator
 from dylora.evaluation.forgetting import Transfer, format_matrix, measure
 from dylora.evaluation.passk.skills import score_skills
-from dylora.evaluation.plots import plot_forgetting, plot_novelty, plot_similarity
+from dylora.evaluation.report import draw_all
+from dylora.evaluation.routing_texts import write_routing
+from dylora.evaluation.run_files import ROUTING_FILE
 from dylora.features import embed
 from dylora.model import DyLoRA_MoE
 from dylora.skills import NoveltyDetector, SkillLibrary
@@ -26,13 +28,14 @@ from dylora.training.stages import StageRecord, past_of
 from dylora.training.stream import PassRate, Stream
 
 BATCHES = 200  # drawn for each skill's distribution of margins
-LARGEST_BATCH = 64
+SMALLEST_BATCH, LARGEST_BATCH = 8, 64
+FIGURES = ["forgetting", "similarity", "novelty"]  # left as PNG; report.html has all
 
 
 class Margins(NamedTuple):
     """Of batches of rows: distance over threshold, novel above 1; by skill."""
 
-    known: dict[str, list[float]]  # held-out rows, judged by a library that knows the skill
+    known: dict[str, list[float]]  # rows kept apart, judged by a library that knows the skill
     novel: dict[str, list[float]]  # the same batches, judged by one that lacks it
     batch: dict[str, int]  # rows
 
@@ -67,12 +70,19 @@ def report_stream(stream: Stream) -> dict[str, Any]:
             "matrix": [[_number(value) for value in row] for row in scores],
             **{name: _number(value) for name, value in transfer._asdict().items()},
         }
-    margins = novelty_margins(stream)
-    results["novelty"] = margins._asdict()
+    results["novelty"] = novelty_margins(stream)._asdict()
+    if library := stream.model.skill_library:
+        distances = skill_distances(library).tolist()
+        results["similarity"] = {"skills": list(library.skills), "matrix": distances}
     write_file(stream.folder / "results.json", json.dumps(results, indent=2) + "\n")
     write_file(stream.folder / "experts.md", experts_table(stream))
-    names = ["results.json", "experts.md", *_draw(stream, results, margins)]
-    say(f"wrote {stream.folder}/: {', '.join(names)}")
+
+    def write_texts() -> None:
+        sets = [one for stage in stream.stages for one in stage.data.validation]
+        write_routing(stream.folder / ROUTING_FILE, stream.model, stream.tokenizer, sets, {})
+
+    drawn = draw_all(stream.folder, FIGURES, say, before=write_texts)
+    say(f"wrote {stream.folder}/: {', '.join(['results.json', 'experts.md', *drawn])}")
     return results
 
 
@@ -124,17 +134,19 @@ def _number(value: float) -> float | None:
 
 
 def novelty_margins(stream: Stream) -> Margins:
-    """Margins of random batches of each skill's held-out rows, with and without it in the library.
+    """Margins of random batches of each skill, with and without it in the library: half of the rows
+    that were kept from the library, at least 8. None of a stage that has no such rows.
 
-    The held-out rows are those that the thresholds are calibrated on.
+    Drawn without replacement: a batch of few rows that come again is farther from the mean than as
+    many rows of the skill are.
     """
     library, margins = stream.model.skill_library, Margins({}, {}, {})
     for stage in stream.stages:
-        rows = stage.rows("validation")
+        _, rows = stage.held_out()
         if library is None or stage.name not in library.skills or not rows:
             continue
         whole = embed(library.mixture, rows).whole
-        size = max(16, min(LARGEST_BATCH, len(rows) // 2))
+        size = max(SMALLEST_BATCH, min(LARGEST_BATCH, len(rows) // 2))
         generator = seeded_generator("margins", stage.name)
         batches = [
             whole[torch.randperm(len(rows), generator=generator)[:size]] for _ in range(BATCHES)
@@ -208,28 +220,3 @@ def data_of(run: dict[str, Any]) -> str:
         f"{source['name']}: {source['training_rows']} rows, sha256 {source['training_sha256'][:12]}"
         for source in sources
     )
-
-
-def _draw(stream: Stream, results: dict[str, Any], margins: Margins) -> list[str]:
-    """Draw what can be drawn, and say what cannot; returns the names of the files."""
-    library, names = stream.model.skill_library, []
-    stages = [record.name for record in stream.records]
-    try:
-        if "losses" in results:
-            plot_forgetting(
-                stages,
-                {key: results[key] for key in ("losses", "passed") if key in results},
-                stream.folder / "forgetting.png",
-            )
-            names.append("forgetting.png")
-        if library:
-            plot_similarity(
-                list(library.skills), skill_distances(library), stream.folder / "similarity.png"
-            )
-            names.append("similarity.png")
-        if margins.known:
-            plot_novelty(margins.known, margins.novel, stream.folder / "novelty.png")
-            names.append("novelty.png")
-    except (ImportError, OSError) as error:
-        say(f"warning: plots are left out ({error}): pip install 'dylora[report]'")
-    return names

@@ -187,7 +187,7 @@ def keep(model: DyLoRA_MoE, stage: Stage, record: StageRecord) -> None:
     model.mixture.fractions = None
     if record.action == "shared":
         return
-    rows, held_out = stage.rows("train"), stage.rows("validation")
+    rows, (held_out, _) = stage.rows("train"), stage.held_out()
     library = model.skill_library or SkillLibrary(model)
     if record.action == "continue":
         assert record.nearest is not None

@@ -31,7 +31,8 @@ def train_metrics(window: list[dict[str, float]], names: list[str]) -> dict[str,
 
 
 def expert_metrics(model: DyLoRA_MoE, gate_share_E: Tensor, clip_factor: float) -> dict[str, float]:
-    """expert/{i}/… : maturity, gradient norm before clipping, share of the gate sum.
+    """expert/{i}/… : maturity, its gates summed over target tokens so far, share of the step's gate
+    sum, gradient norm before clipping.
 
     To be called while the gradients are there, multiplied by clip_factor.
     """
@@ -47,6 +48,7 @@ def expert_metrics(model: DyLoRA_MoE, gate_share_E: Tensor, clip_factor: float) 
         if row.state == "retired":
             continue
         metrics[f"expert/{expert}/maturity"] = float(model.maturity.maturity[expert])
+        metrics[f"expert/{expert}/tokens"] = float(model.maturity.evidence[expert])
         metrics[f"expert/{expert}/load"] = float(gate_share_E[expert])
         metrics[f"expert/{expert}/grad_norm"] = float(squares_E[expert].sqrt() / clip_factor)
     return metrics

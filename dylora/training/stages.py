@@ -15,6 +15,8 @@ from dylora.training.prompt_skills import LIBRARY_ROWS, Split, evenly
 from dylora.training.run import run_folder
 
 SKILL_PREFIX = "skill/"  # of the name of a generated source
+APART = 3  # of so many held-out rows one is kept from the library, to see how well it judges
+
 Action = Literal["shared", "new", "continue", "skip"]
 
 
@@ -38,6 +40,15 @@ class Stage(NamedTuple):
         """So many rows at most, evenly from all of a split; by default as the library keeps."""
         sets = self.data.train if split == "train" else self.data.validation
         return evenly(sets, most or LIBRARY_ROWS[split])
+
+    def held_out(self) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+        """Validation rows that calibrate the thresholds of the stage's skill, and others that are
+        kept from the library; of these none where too few would be left to calibrate with."""
+        rows = self.rows("validation")
+        apart = rows[APART - 1 :: APART]
+        if len(rows) - len(apart) < LEAST_ROWS:
+            return rows, []
+        return [row for n, row in enumerate(rows) if n % APART != APART - 1], apart
 
 
 class SetScores(NamedTuple):

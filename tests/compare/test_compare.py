@@ -21,7 +21,7 @@ import dylora.training.loop as loop
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.cli.compare import load_board
 from dylora.cli.main import main
-from dylora.compare.cells import active_parameters, score_cell, train_cell
+from dylora.compare.cells import score_cell, train_cell
 from dylora.compare.config import CompareConfig, Method
 from dylora.compare.report import Outcome, compare_measure
 from dylora.compare.rows import rows_to_choose_by, rows_to_report_on
@@ -31,7 +31,7 @@ from dylora.data.tokenize import TokenizedSet
 from dylora.run_config import DataConfig
 from dylora.storage.lock import lock_folder
 from dylora.tasks import generate_tasks
-from dylora.training.validation import SetScore, overall_loss, validate
+from dylora.training.validation import SetScore, active_parameters, overall_loss, validate
 
 LORA = {"name": "lora", "moe": {"use_moe_routing": False, "r": 6}}
 UNIFORM = {"name": "uniform", "moe": {"num_experts": 2, "r": 3, "router_type": "fixed"}}

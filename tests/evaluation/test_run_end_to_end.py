@@ -1,7 +1,9 @@
 """The commands on the embedded base, as a user runs them."""
 
 import json
+from html import unescape
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from safetensors.torch import load_file
 from dylora import DyLoRA_MoE
 from dylora.base_models import EMBEDDED_BASES, load_tokenizer
 from dylora.cli.main import main
+from dylora.evaluation import report
 from dylora.evaluation.passk.generation import generate_in_batches, pad_left
 from dylora.evaluation.passk.skills import skill_problems
 from dylora.evaluation.report import SetRow, format_table, routed_shares
+from dylora.evaluation.report_text import describe_routing, format_share
+from dylora.tasks import generate_tasks
 
 CONFIG = """
 name: end_to_end
@@ -47,6 +52,7 @@ def run_folder(config_file) -> Path:
 def test_training_leaves_everything_it_promises(run_folder):
     promised = ["config.yaml", "env.json", "metrics.jsonl", "results.json", "best.json"]
     promised += ["loss.png", "usage.png", "maturity.png", "checkpoint-2/config.json"]
+    promised += ["routing.json", "report.html"]
     assert [name for name in promised if not (run_folder / name).stat().st_size] == []
 
 
@@ -59,6 +65,83 @@ def test_the_report_compares_with_the_base_itself(run_folder):
         assert 0 < row["trained_loss"] < row["base_loss"]  # two steps help already
         assert row["base_passed"] is not None
         assert row["expert"] in (0, 1)
+
+
+def test_every_answer_is_kept_with_its_question_a_right_one_and_the_verdict(run_folder):
+    results = json.loads((run_folder / "results.json").read_text())
+    for skill, answers in results["answers"].items():
+        asked = [task.instruction for task in generate_tasks(skill, "test", 2)]
+        assert [answer["question"] for answer in answers] == asked
+        row = next(row for row in results["sets"] if row["name"] == f"skill/{skill}")
+        assert sum(answer["passed"] for answer in answers) == 2 * row["trained_passed"]
+    page = (run_folder / "report.html").read_text("utf-8")
+    assert results["answers"]["sql"][0]["question"] in unescape(page)
+
+
+def test_texts_are_kept_with_the_gates_that_the_model_gives(run_folder):
+    found = json.loads((run_folder / "routing.json").read_text())
+    assert [text["set"] for text in found["texts"]] == ["skill/sql"] * 2 + ["skill/arithmetic"] * 2
+    tokenizer = load_tokenizer("tiny-code-llama")
+    model = DyLoRA_MoE.from_pretrained(run_folder / "checkpoint-2").eval()
+    for text in found["texts"]:
+        whole = "".join(text["tokens"])
+        assert whole.startswith("<s>### Instruction:")
+        ids = tokenizer(whole.removeprefix("<s>").removesuffix("</s>"))["input_ids"]
+        if len(ids) + whole.endswith("</s>") != len(text["tokens"]):
+            continue  # put together, the answer's first token may merge with the prompt's last
+        gates_SNE = model.get_routing_weights(torch.tensor([ids]))[0]
+        assert len(text["gates"]) == 1 + gates_SNE.shape[1]
+        for layer, expected_SE in zip(
+            text["gates"], [gates_SNE.mean(1), *gates_SNE.unbind(1)], strict=True
+        ):
+            pairs = torch.tensor(layer).view(-1, 2, 2)[: len(ids)]  # [S, top, (expert, percent)]
+            given = torch.zeros_like(expected_SE).scatter(1, pairs[..., 0], pairs[..., 1] / 100.0)
+            assert (given - expected_SE).abs().max() < 0.006
+        break
+    else:
+        pytest.fail("no text could be compared")
+
+
+def test_a_prompt_of_ones_own_comes_first_in_the_texts_and_replaces_the_last_one(
+    run_folder, capsys
+):
+    for prompt in ("Count the rows of films.", "Add 3 to 4."):
+        out = str(run_folder.parent / "own.html")
+        assert main(["report", str(run_folder), "--prompt", prompt, "--out", out]) == 0
+    texts = json.loads((run_folder / "routing.json").read_text())["texts"]
+    assert [text["set"] for text in texts].count("your prompt") == 1
+    assert "Add 3 to 4." in "".join(texts[0]["tokens"])
+    assert len(texts[0]["tokens"]) > texts[0]["prompt"]  # it was answered
+    assert main(["report", str(run_folder), str(run_folder), "--prompt", "x"]) == 2
+    assert "--prompt is for the report of one run" in capsys.readouterr().err
+
+
+def test_what_goes_wrong_while_drawing_is_said_and_ends_no_run(run_folder, monkeypatch):
+    for error, told in (
+        (ImportError("No module named 'jinja2'"), "left out (No module named 'jinja2'), then"),
+        (OSError("disk full"), "(disk full): free some space, then python run.py report"),
+        (KeyError("x"), "(KeyError: 'x'): python run.py report"),
+    ):
+        lines = []
+        monkeypatch.setattr(report, "write_page", Mock(side_effect=error))
+        assert report.draw_all(run_folder, ["loss"], lines.append) == []
+        assert told in lines[0]
+        assert str(run_folder) in lines[0]
+
+
+def test_the_summary_counts_experts_and_what_is_not_computed():
+    found = {"experts": 4, "shared_experts": 1, "active_experts": 2.0}
+    found |= {"parameters": 4_000_000, "active_parameters": 1_000_000}
+    told = describe_routing(found)
+    assert told.startswith("a token uses 2.00 of 4 experts (1 of them for all tokens)")
+    assert told.endswith("1.00 of 4.00 million parameters of experts and routers: 75% of these are "
+                         "not computed for it")  # fmt: skip
+    assert "routing is dense" in describe_routing(found | {"active_experts": 4.0})
+
+
+def test_a_share_has_wilsons_interval():
+    assert format_share(0.44, 50) == "44% [31, 58]"
+    assert format_share(None, 50) == "-"
 
 
 def test_the_resolved_config_trains_the_same_run_again(run_folder, tmp_path):

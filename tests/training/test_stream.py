@@ -570,17 +570,39 @@ def test_the_report_has_the_matrices_who_learned_what_and_the_plots(whole):
     assert cells[1:4] == ["1", "words", "2"]
     assert cells[5:7] == ["2, 32", "4"]
     assert cells[7].startswith("words_0: 180 rows, sha256 ")
-    for name in ("forgetting.png", "similarity.png", "novelty.png"):
+    for name in ("forgetting.png", "similarity.png", "report.html"):
         assert (whole.folder / name).stat().st_size > 5000
+    texts = json.loads((whole.folder / "routing.json").read_text())["texts"]
+    assert {text["set"] for text in texts} == {"sums_0", "words_0"}
 
 
-def test_margins_are_below_one_where_a_skill_is_known_and_above_where_it_is_not(whole):
+@pytest.fixture
+def with_rows_apart(make_stream, source):
+    """A stream of skills with thirty held-out rows each, of which ten are kept apart."""
+    stages = [StageConfig(name=s, sources=[source(s, count=300)]) for s in list(SKILLS)[:2]]
+    return train_stream(make_stream("apart", stages=stages, max_steps=1))
+
+
+def test_margins_are_of_rows_that_no_threshold_is_calibrated_on(with_rows_apart):
     from dylora.evaluation.stream_report import novelty_margins
 
-    margins = novelty_margins(whole)
+    margins = novelty_margins(with_rows_apart)
     assert max(max(found) for found in margins.known.values()) < 1
     assert min(min(found) for found in margins.novel.values()) > 1
-    assert set(margins.batch.values()) == {16}
+    assert set(margins.batch.values()) == {8}
+    for stage in with_rows_apart.stages:
+        held_out, apart = stage.held_out()
+        assert (len(held_out), len(apart)) == (20, 10)
+        assert with_rows_apart.model.skill_library.skills[stage.name].held_out == 20
+        ids = [tuple(row["input_ids"]) for row in held_out]
+        assert not set(ids) & {tuple(row["input_ids"]) for row in apart}
+
+
+def test_no_row_is_kept_apart_where_the_threshold_needs_all(whole):
+    from dylora.evaluation.stream_report import novelty_margins
+
+    assert [tuple(map(len, stage.held_out())) for stage in whole.stages] == [(20, 0)] * 2
+    assert novelty_margins(whole).known == {}
 
 
 def test_the_distance_of_skills_is_that_of_their_means_in_units_of_their_spread(whole):

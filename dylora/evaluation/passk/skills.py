@@ -34,12 +34,21 @@ class SkillCheck:
         return check_answer(sandbox, self.task, answer)
 
 
+class Answer(NamedTuple):
+    """One test task, and what became of it."""
+
+    question: str
+    expected: str  # an answer that passes; others may
+    given: str
+    passed: bool
+
+
 class SkillScore(NamedTuple):
     """The test answers of one skill."""
 
     passed: int
     total: int
-    answers: list[str]
+    answers: list[Answer]
     backend: str  # what protected the machine while the answers ran
 
     @property
@@ -81,5 +90,7 @@ def score_skills(
         texts = generate_in_batches(model, tokenizer, problems, 64, max_new_tokens=ANSWER_TOKENS)
         answers = [answer_of(problem, text) for problem, text in zip(problems, texts, strict=True)]
         passed, backend = check_answers(tasks, answers)
-        scores[skill] = SkillScore(sum(passed), len(tasks), answers, backend)
+        rows = zip(tasks, answers, passed, strict=True)
+        told = [Answer(task.instruction, task.answer, text, right) for task, text, right in rows]
+        scores[skill] = SkillScore(sum(passed), len(tasks), told, backend)
     return scores
