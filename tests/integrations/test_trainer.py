@@ -3,7 +3,7 @@
 import logging
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from dylora import DyLoRA_MoE
-from dylora.integrations.trainer import MixtureCallback
+from dylora.integrations.trainer import MixtureCallback, added_over_processes
 from dylora.storage.manifest import verify
 
 pytestmark = [
@@ -188,21 +188,31 @@ def test_accumulation_and_bfloat16_train_experts_and_maturity(mixture, ids, tmp_
     assert model.maturity.maturity.tolist() == [1, 1, 1]
 
 
-def test_activations_are_recomputed_with_the_mask_of_their_own_pass(mixture, ids, tmp_path):
+def test_activations_are_recomputed_with_the_inputs_of_their_own_pass(mixture, ids):
+    """A pass without gradient may come between, as in KTO's loss."""
+    weights = torch.tensor([[0.9, 0.0, 0.1], [0.0, 0.5, 0.5]])
+    gradients = []
+    for recompute in (False, True):
+        model = mixture().train()
+        if recompute:
+            model.base.gradient_checkpointing_enable()
+        loss = model(ids, labels=ids, routing_weights=weights).lm_loss
+        with torch.no_grad():
+            model.base(ids[:1, :2])
+        loss.backward()
+        gradients.append([p.grad for _, p in model.named_expert_parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_a_trainer_recomputes_activations_without_another_result(mixture, ids, tmp_path):
     results = []
     for recompute in (False, True):
-        model = mixture(fresh=True, maturity=None)
-        rows = [
-            {"input_ids": row, "labels": row, "attention_mask": (row > 6).long()} for row in ids
-        ]
-        trainer = trainer_of(
-            model, ids, tmp_path / str(recompute), gradient_checkpointing=recompute
-        )
-        trainer.train_dataset = rows
-        trainer.train()
+        model = mixture(fresh=True)
+        folder = tmp_path / str(recompute)
+        trainer_of(model, ids, folder, gradient_checkpointing=recompute).train()
         results.append(own(model))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, *results))
 
 
 def test_reentrant_checkpointing_is_refused(mixture):
@@ -370,6 +380,21 @@ def test_a_collapse_is_said_once(mixture, ids, tmp_path, monkeypatch, caplog):
     assert len(said) == 2  # once for each block
 
 
+def test_what_several_processes_have_seen_is_added_up(mixture, ids, monkeypatch):
+    output = mixture()(ids, labels=ids)
+    seen = output.observation(ids)
+    assert added_over_processes(seen) is seen
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.mul_(2))
+    both = added_over_processes(seen)
+    expected = seen.plus(seen)
+    assert all(map(torch.equal, both[:2], expected[:2]))
+    assert both.target_tokens == expected.target_tokens
+    assert all(map(torch.equal, both.statistics, expected.statistics))
+
+
 def test_a_loss_that_is_not_finite_changes_no_maturity(mixture, ids, tmp_path):
     model = mixture(fresh=True)
     weight = [p for name, p in model.named_expert_parameters() if name.endswith("lora_B")][-1]
@@ -424,9 +449,13 @@ def test_a_reference_is_the_mixture_as_it_was_with_the_base_shared(mixture, ids,
     assert torch.equal(reference(ids).logits, before)
     model.eval()
     assert (model(ids).logits - before).abs().max() > 1e-3
-    again = model.reference_model()  # of a base that the trainer has given a forward
-    model.base.forward = lambda *args, **kwargs: None
-    assert torch.equal(again(ids).logits, again(ids).logits)
+
+
+def test_a_reference_does_not_run_the_forward_that_a_trainer_has_put_on_its_policy(mixture, ids):
+    model = mixture()
+    expected = model(ids).logits
+    model.base.forward = MethodType(lambda self, *args, **kwargs: None, model.base)
+    assert torch.equal(model.reference_model()(ids).logits, expected)
 
 
 AFTERWARDS = """
