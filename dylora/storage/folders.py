@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dylora.storage.manifest import (
     MANIFEST,
+    NOTES,
     is_intact,
     is_run_checkpoint,
     listed_files,
@@ -77,7 +78,10 @@ def write_into_folder(folder: Path, write_files: Callable[[Path], None]) -> None
         old = folder / path.name
         if old.is_dir():
             shutil.rmtree(old)
-        path.replace(old)
+        if path.name in NOTES and old.exists():  # a card that a trainer has written
+            path.unlink()
+        else:
+            path.replace(old)
     _flush(folder)
     fresh.rmdir()
     verify(folder)
