@@ -479,7 +479,7 @@ def test_counters_do_not_see_extra_padding(make_config, monkeypatch, extra):
 
     found = []
     for name, gather in (("plain", collate), ("padded", padded)):
-        monkeypatch.setattr("dylora.training.step.collate", gather)
+        monkeypatch.setattr("dylora.data.batching.collate", gather)
         run = prepare(make_config(name, moe=MIXED), fresh=True)
         run.model.double()
         found.append(counters_of(run, steps_of(run)))
