@@ -25,6 +25,7 @@ from dylora.cli import (
     push,
     report,
     serve,
+    submit,
     train,
     validate,
 )
@@ -59,6 +60,7 @@ COMMANDS = {
     "init": Command(init.run, init.InitOptions),
     "train": Command(train.run, train.TrainOptions),
     "learn": Command(learn.run, learn.LearnOptions),
+    "submit": Command(submit.run, submit.SubmitOptions),
     "compare": Command(compare.run, compare.CompareOptions),
     "report": Command(report.run, report.ReportOptions),
     "plot": Command(plot.run, plot.PlotOptions),
