@@ -13,6 +13,8 @@ class InfoOptions:
 
     config: str | None = option(None, metavar="FILE")
     """YAML file of a run; its settings are printed as the command line overrides them."""
+    estimate: bool = False
+    """With --config: print the memory that the run will take instead, part by part."""
     checkpoint: str | None = option(None, metavar="DIR")
     """Folder of a checkpoint, an export or a PEFT adapter."""
 
@@ -20,9 +22,16 @@ class InfoOptions:
 def run(options: InfoOptions, overrides: list[str]) -> None:
     if (options.checkpoint is None) == (options.config is None):
         raise ValueError("info needs either --checkpoint DIR or --config FILE")
+    if options.config is not None and options.estimate:
+        from dylora.training.memory import estimate
+
+        print(estimate(load_run_config(options.config, overrides)).describe())
+        return
     if options.config is not None:
         print(dump_run_config(load_run_config(options.config, overrides)), end="")
         return
+    if options.estimate:
+        raise ValueError("--estimate is of a run: give --config FILE instead of --checkpoint")
     if overrides:
         key = overrides[0].partition("=")[0]
         raise ValueError(f"{COMMAND_LINE}: --{key} changes a config, and info shows a checkpoint")

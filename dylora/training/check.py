@@ -6,16 +6,13 @@ from contextlib import closing
 from itertools import cycle
 from tempfile import TemporaryDirectory
 
-from dylora.base_models import stored_bytes
-from dylora.model import DyLoRA_MoE
 from dylora.run_config import RunConfig
 from dylora.training import run as runs
 from dylora.training.log import memory_gb, say
+from dylora.training.memory import estimate
 from dylora.training.signals import Interruption
 from dylora.training.step import run_step
 from dylora.training.stream import begin
-
-OPTIMIZER_BYTES = 12  # of a trained float32 value: gradient and AdamW's two moments
 
 
 def check(config: RunConfig) -> None:
@@ -30,10 +27,13 @@ def check(config: RunConfig) -> None:
             _check_stream(aside)
             return
         runs.check_run(config, fresh=True)  # its own folder must be free
+        aside = runs.fit_to_base(aside)
+        expected = None if config.moe.use_dora else estimate(aside)
         run = runs.prepare(aside, fresh=True)
         with closing(run.log):
             runs.log_summary(run)
-            say(memory_line(run.model))
+            if expected is not None:
+                say(f"memory: about {expected.total / 1e9:.3g} GB, with batches as large as may be")
             result = run_step(run._replace(sampler=LongestRows(run)))  # type: ignore[arg-type]
     rate = result.tokens / max(result.seconds, 1e-9)
     say(
@@ -45,21 +45,6 @@ def check(config: RunConfig) -> None:
             f"the {result.nonfinite} of the first step is not finite: no run begins so"
         )
     say(f"{run.steps} steps fit; nothing was kept")
-
-
-def memory_line(model: DyLoRA_MoE) -> str:
-    """What stays in memory all through training; activations, which batches decide, come to it."""
-    ours = {id(p) for _, p in model.own_parameters()}
-    base = sum(stored_bytes(p) for p in model.base.parameters() if id(p) not in ours)
-    own = sum(p.nbytes for _, p in model.own_parameters())
-    trained = sum(p.numel() for _, p in model.own_parameters() if p.requires_grad)
-    state = trained * OPTIMIZER_BYTES
-    parts = (base, own, state, base + own + state)
-    base_gb, own_gb, state_gb, total = (f"{part / 1e9:.3g} GB" for part in parts)
-    return (
-        f"memory: base {base_gb}, experts and routers {own_gb}, their gradients and moments "
-        f"{state_gb}: {total} before activations"
-    )
 
 
 class LongestRows:
@@ -84,5 +69,4 @@ def _check_stream(config: RunConfig) -> None:
     for stage in stream.stages:
         for report in stage.data.reports:
             say(f"stage {stage.number}: {report.describe()}")
-    say(memory_line(stream.model))
     say("the rows of all stages fit; a stream takes no step here, and nothing was kept")

@@ -15,6 +15,7 @@ from dylora.training.callbacks import (
     MetricsLog,
 )
 from dylora.training.environment import deterministic_algorithms
+from dylora.training.memory import explained
 from dylora.training.resume import load_best, preflight_save, resume, save
 from dylora.training.run import Parts, Run, log_summary, prepare, record_settings, run_folder
 from dylora.training.schedule import FOLLOWS_VALIDATION
@@ -82,7 +83,8 @@ def run_steps(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     if progress.evaluation_due or progress.benchmark_due:  # a signal left them to this process
         stopping = finish_step(run, callbacks)
     while progress.step < run.steps and not stopping:
-        result = run_step(run)
+        with explained(config):
+            result = run_step(run)
         last = progress.step == run.steps
         progress.evaluation_due = last or is_due(progress.step, config.eval.eval_steps)
         for callback in callbacks:

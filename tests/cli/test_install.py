@@ -163,7 +163,7 @@ def test_check_takes_a_step_and_leaves_nothing(make_config, capsys, tmp_path, mo
     check(config)
     assert sorted(tmp_path.rglob("*")) == before
     out = capsys.readouterr().out
-    assert re.search(r"^memory: base \S+ GB, .* before activations$", out, re.M)
+    assert re.search(r"^memory: about \S+ GB, with batches as large as may be$", out, re.M)
     assert re.search(r"^one step on the longest rows: loss \d.*of memory$", out, re.M)
     assert "10 steps fit" in out
 
