@@ -265,18 +265,22 @@ def test_a_signal_stops_every_process_and_each_run_saves_itself(write_board):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     board = load_board(file, [])
     begun = board.folder / "lora"
-    while len(list(begun.glob("*/metrics.jsonl"))) < 2:  # both are at their steps
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
-    deadline = time.monotonic() + 60
-    with contextlib.suppress(ProcessLookupError):  # no process of its session is left
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
-    assert time.monotonic() < deadline
+    try:
+        while len(list(begun.glob("*/metrics.jsonl"))) < 2:  # both are at their steps
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+        assert process.returncode == 143
+        deadline = time.monotonic() + 60
+        with contextlib.suppress(ProcessLookupError):  # no process of its session is left
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+        assert time.monotonic() < deadline
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert len(list(begun.glob("*/checkpoint-*"))) >= 2
     with lock_folder(board.folder):
         pass
