@@ -1,8 +1,11 @@
 """Runs of a comparison, one after another or in several processes at once."""
 
 import multiprocessing
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +17,7 @@ import torch
 from dylora.run_config import RunConfig
 
 RunAll = Callable[..., Iterator[Any]]
+SAVING_SECONDS = 60.0  # that a run has for it when its parent is gone
 
 
 @contextmanager
@@ -29,7 +33,7 @@ def workers(processes: int) -> Iterator[RunAll]:
     threads = max(1, torch.get_num_threads() // processes)
     context = multiprocessing.get_context("spawn")  # threads of this process do not survive a fork
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    pool = ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(processes, context, _begin, (threads,))
 
     def run_all(
         function: Callable[..., Any], runs: Sequence[RunConfig], *rest: Any
@@ -50,3 +54,19 @@ def workers(processes: int) -> Iterator[RunAll]:
                 process.terminate()
                 process.join(1)
         signal.signal(signal.SIGTERM, before)
+
+
+def _begin(threads: int) -> None:
+    """In a new process."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody, and this process would train on, or wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # a training saves itself
+    time.sleep(SAVING_SECONDS)
+    os._exit(128 + signal.SIGTERM)

@@ -259,20 +259,22 @@ def test_processes_train_and_score_what_one_after_another_does(write_board):
     ]
 
 
-def test_a_signal_stops_every_process_and_each_run_saves_itself(write_board):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_stops_every_process_and_each_run_saves_itself(write_board, number):
     file = write_board(name="long", processes=2, run=LONG)
     command = [sys.executable, "run.py", "compare", "--config", file]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    nowhere = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=nowhere, start_new_session=True)
     board = load_board(file, [])
     begun = board.folder / "lora"
     try:
         while len(list(begun.glob("*/metrics.jsonl"))) < 2:  # both are at their steps
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
-        assert process.returncode == 143
-        deadline = time.monotonic() + 60
+        process.send_signal(number)
+        process.wait(timeout=120)
+        assert process.returncode == (143 if number == signal.SIGTERM else -number)
+        deadline = time.monotonic() + 90
         with contextlib.suppress(ProcessLookupError):  # no process of its session is left
             while time.monotonic() < deadline:
                 os.killpg(process.pid, 0)
