@@ -255,10 +255,12 @@ def keep_as_stored(base: PreTrainedModel) -> None:
 
 
 def stored_bytes(parameter: torch.Tensor) -> int:
-    """Bytes of a parameter as it is stored; a torchao tensor is made of several."""
+    """Bytes of a parameter as it is stored here; a torchao tensor is made of several, and of one
+    that lies in parts this process has one."""
     tensor: Any = parameter
     if hasattr(tensor, "__tensor_flatten__"):
-        return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
     return parameter.nbytes
 
 

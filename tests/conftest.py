@@ -21,6 +21,7 @@ from run_fixtures import (  # noqa: F401 - fixtures
     make_config,
     make_tokenizer,
     rows_file,
+    shared_config,
     spaced_tokenizer,
     tokenizer,
 )

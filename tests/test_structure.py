@@ -26,7 +26,7 @@ METHODS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs/methods").g
 # for its modules, which may import each other, but see the test of circles.
 LAYERS = (
     ("fields", "sandbox"),
-    ("config", "data_config", "kernels", "tasks"),
+    ("config", "data_config", "kernels", "tasks", "train_config"),
     ("run_config", "routing", "storage.safe_io"),
     ("base_models", "base_fingerprint"),
     ("storage",),

@@ -115,6 +115,9 @@ def _dispatch(tokens: list[str]) -> int:
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name}{nearest(name, list(COMMANDS))}")
     command = COMMANDS[name]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (name != "train" or "--check" in tokens):
+        what = f"{name} --check" if name == "train" else name
+        raise ValueError(f"{what} runs in one process: start it without torchrun")
     if "-h" in tokens or "--help" in tokens:
         print(command_help(command.options, name))
         if takes_config(command.options):

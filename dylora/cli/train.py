@@ -20,8 +20,8 @@ class TrainOptions(ConfigOptions):
     """Print the resolved config and stop."""
     check: bool = False
     """Read the data, load the base, estimate the memory and take one step; keep nothing."""
-    resume_from_checkpoint: str | None = option(None, metavar="latest|DIR")
-    """Go on from this folder, or from the latest of the run."""
+    resume_from_checkpoint: str | None = option(None, metavar="latest|auto|DIR")
+    """Go on from this folder, or from the latest of the run; auto: the latest if there is one."""
 
 
 def run(options: TrainOptions, overrides: list[str]) -> None:
@@ -43,7 +43,11 @@ def run(options: TrainOptions, overrides: list[str]) -> None:
     from dylora.evaluation.report import report_run
     from dylora.training.loop import train
 
-    report_run(train(config, options.resume_from_checkpoint, callbacks=[Benchmark()]))
+    ended = train(config, options.resume_from_checkpoint, callbacks=[Benchmark()])
+    if config.train.parallel == "fsdp2":
+        ended.log.info("no report: the base lies in parts; run.py evaluate loads it whole")
+    elif ended.processes.is_first:
+        report_run(ended)
 
 
 def train_stages(config: RunConfig, resume_from_checkpoint: str | None) -> None:

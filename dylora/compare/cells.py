@@ -56,7 +56,7 @@ def train_cell(config: RunConfig) -> Result:
     result: Result = {"settings": settings}
     with _told_in(folder / TRAIN_LOG):
         try:
-            run = train(config, "latest" if checkpoints(folder) else None)
+            run = train(config, "auto")
         except NotFinite as error:
             result |= {"loss": None, "failure": str(error)}
         else:

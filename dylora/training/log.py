@@ -138,6 +138,28 @@ class RunLog:
             self.info(f"{failure}; metrics.jsonl has everything")
 
 
+class SilentLog(RunLog):
+    """Of a process beside the first: nothing is told, and no file is touched."""
+
+    def set_aside_earlier(self) -> None:
+        pass
+
+    def forget_after(self, step: int) -> None:
+        pass
+
+    def start(self, step: int, steps: int) -> None:
+        pass
+
+    def write(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def progress_line(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def info(self, text: str) -> None:
+        pass
+
+
 def say(text: str) -> None:
     """A line for the reader, clear of any bar."""
     with suppress(OSError, ValueError):  # nobody reads any more, or the disk is full

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 
 from dylora.routing.metrics import information_metrics
 from dylora.run_config import RunConfig
-from dylora.storage.folders import recover
+from dylora.storage.folders import checkpoints, recover
 from dylora.storage.lock import lock_folder
 from dylora.training.callbacks import (
     Callback,
@@ -14,13 +14,14 @@ from dylora.training.callbacks import (
     LateMaturityWarning,
     MetricsLog,
 )
+from dylora.training.distributed import Processes, join_processes, shard_base
 from dylora.training.environment import deterministic_algorithms
 from dylora.training.memory import explained
 from dylora.training.resume import load_best, preflight_save, resume, save
 from dylora.training.run import Parts, Run, log_summary, prepare, record_settings, run_folder
 from dylora.training.schedule import FOLLOWS_VALIDATION
 from dylora.training.signals import Interrupted
-from dylora.training.step import run_step
+from dylora.training.step import NotFinite, run_step
 from dylora.training.validation import SetScore, overall_loss, sparse_cost, validate
 
 
@@ -35,12 +36,14 @@ def train(
 
     Args:
         config: the run.
-        resume_from_checkpoint: `latest`, a checkpoint folder, or None for a fresh run.
+        resume_from_checkpoint: `latest`, a checkpoint folder, or None for a fresh run; `auto`:
+            the latest where there is one, for a command that is started again until it is done.
         callbacks: what else is done between the steps.
         parts: of a stage of a stream: its model, tokenizer and data, which a run builds otherwise.
 
     After SIGTERM or SIGINT it saves at the next step boundary, and ends with SystemExit (143) or
-    KeyboardInterrupt.
+    KeyboardInterrupt. In several processes (train.parallel) all return a run, whose passes cannot
+    be shared any more; with fsdp2 its base is of no more use.
 
     Raises ValueError for settings that do not fit together, for steps in a row that were not finite
     and for a checkpoint that cannot be saved; FileExistsError when a fresh run would write into a
@@ -51,26 +54,54 @@ def train(
         raise ValueError(
             "eval.benchmark_strategy needs the callback that runs benchmarks: pass it in callbacks"
         )
-    with lock_folder(run_folder(config)):
-        recover(run_folder(config))
-        run = prepare(config, fresh=resume_from_checkpoint is None, parts=parts)
-        if resume_from_checkpoint is not None:
-            resume(run, resume_from_checkpoint)
-        preflight_save(run)
-        if resume_from_checkpoint is None:
-            run.log.set_aside_earlier()
-        for callback in callbacks:
-            callback.on_start(run)
-        record_settings(run.config, run.model.device, f"until-step-{run.progress.step}")
-        log_summary(run)
+    with join_processes(config) as processes, ExitStack() as held:
+
+        def claim() -> str | None:
+            held.enter_context(lock_folder(run_folder(config)))
+            recover(run_folder(config))
+            if resume_from_checkpoint == "auto":
+                return "latest" if checkpoints(run_folder(config)) else None
+            return resume_from_checkpoint
+
+        source = processes.from_first(claim)
+        run = processes.together(lambda: begin(config, source, callbacks, parts, processes))
         fixed = deterministic_algorithms(config.train.deterministic)
         with closing(run.log), run.interruption, fixed:
-            run_steps(run, callbacks)
+            try:
+                run_steps(run, callbacks)
+            except NotFinite:  # in all processes alike: one of them tells
+                if processes.is_first:
+                    raise
+                raise SystemExit(2) from None
             load_best(run)
             for callback in callbacks:
                 callback.on_end(run)
             if run.interruption.received is not None:  # just after the last save
                 run.interruption.leave()
+    return run
+
+
+def begin(
+    config: RunConfig,
+    source: str | None,
+    callbacks: Sequence[Callback],
+    parts: Parts | None,
+    processes: Processes,
+) -> Run:
+    """Everything before the first step; source: the checkpoint to go on from."""
+    run = prepare(config, fresh=source is None, parts=parts, processes=processes)
+    if source is not None:
+        resume(run, source)
+    processes.from_first(lambda: preflight_save(run))
+    if source is None:
+        run.log.set_aside_earlier()
+    for callback in callbacks:
+        callback.on_start(run)
+    earlier = f"until-step-{run.progress.step}"
+    processes.from_first(lambda: record_settings(run.config, run.model.device, earlier))
+    log_summary(run)
+    if config.train.parallel == "fsdp2":
+        shard_base(run.model)
     return run
 
 
@@ -107,7 +138,7 @@ def finish_step(run: Run, callbacks: Sequence[Callback]) -> bool:
     due = is_due(progress.step, config.train.save_steps) or progress.benchmark_due
     last, leaving = progress.step == run.steps, interruption.received is not None
     if due or last or stopping or best or leaving:
-        folder = save(run)
+        folder = run.processes.from_first(lambda: save(run))
         for callback in callbacks:
             with suppress(Interrupted):
                 callback.on_save(run, folder)
@@ -129,6 +160,7 @@ def evaluate(run: Run) -> dict[str, SetScore]:
         batch_size=run.config.eval.batch_size,
         pad_token_id=run.pad_token_id,
         before_batch=run.interruption.check,
+        processes=run.processes,
     )
     loss, progress = overall_loss(scores), run.progress
     metrics = {"val/loss": loss, "val/ppl": math.exp(min(loss, 700.0))}

@@ -123,7 +123,7 @@ def load_best(run: Run) -> None:
             "validation loss: eval.load_best_at_end takes them"
         )
         return
-    checkpoint = Checkpoint.open(run.folder / name)
+    checkpoint = run.processes.from_first(lambda: Checkpoint.open(run.folder / name))
     load_model(run.model.experts, checkpoint)
     run.model.training_record = checkpoint.description["training"]
     run.log.info(f"took back the weights of {name}")
@@ -144,10 +144,13 @@ def resume(run: Run, source: str) -> None:
     to a future that is not going to be, and the run comes by those names again.
     Raises ValueError or FileNotFoundError naming what is missing or does not fit.
     """
-    if source == "latest":
-        checkpoint = Checkpoint.latest(run.folder, run.log.info)
-    else:
-        checkpoint = Checkpoint.open(source, run.log.info)
+
+    def find() -> Checkpoint:
+        if source == "latest":
+            return Checkpoint.latest(run.folder, run.log.info)
+        return Checkpoint.open(source, run.log.info)
+
+    checkpoint = run.processes.from_first(find)
     folder, description = checkpoint.path, checkpoint.description
     if not is_run_checkpoint(folder):
         raise ValueError(
@@ -182,14 +185,19 @@ def resume(run: Run, source: str) -> None:
     resume_schedule(run, checkpoint)
     generators = _load(folder / "rng_state.pt")
     check_random_state(folder / "rng_state.pt", generators)
+    run.processes.from_first(lambda: set_aside_later(run, checkpoint, step))
+    run.log.forget_after(step)
+    restore_random_state(generators)
+    run.log.info(f"resumed {folder} at step {step}")
+
+
+def set_aside_later(run: Run, checkpoint: Checkpoint, step: int) -> None:
+    """Rename the run's checkpoints of later steps."""
     for later in checkpoints(run.folder):
         if int(later.name.rpartition("-")[2]) > step:
             whole = later not in checkpoint.damaged and is_intact(later)
             aside = quarantine(later, "superseded" if whole else "damaged")
             run.log.info(f"set aside as {aside}")
-    run.log.forget_after(step)
-    restore_random_state(generators)
-    run.log.info(f"resumed {folder} at step {step}")
 
 
 def check_same_settings(run: Run, checkpoint: Checkpoint) -> None:

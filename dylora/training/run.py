@@ -24,9 +24,10 @@ from dylora.kernels.common import is_emulated
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import DataConfig, RunConfig, dump_run_config
 from dylora.storage.folders import checkpoints, quarantine, write_file
+from dylora.training.distributed import ALONE, Processes, Replicas
 from dylora.training.environment import environment, seed_everything
 from dylora.training.init_from import init_from_checkpoint
-from dylora.training.log import RunLog, say
+from dylora.training.log import RunLog, SilentLog, say
 from dylora.training.optim import build_optimizer
 from dylora.training.packing import require_packing
 from dylora.training.prompt_skills import fit_library
@@ -53,6 +54,8 @@ class Run(NamedTuple):
     log: RunLog
     progress: Progress
     interruption: Interruption
+    processes: Processes
+    replicas: Replicas
 
     @property
     def pad_token_id(self) -> int:
@@ -68,7 +71,13 @@ class Parts(NamedTuple):
     record: dict[str, Any]  # what training_record has besides what a run writes there
 
 
-def prepare(config: RunConfig, *, fresh: bool, parts: Parts | None = None) -> Run:
+def prepare(
+    config: RunConfig,
+    *,
+    fresh: bool,
+    parts: Parts | None = None,
+    processes: Processes = ALONE,
+) -> Run:
     """Load and build everything, in the order in which it can fail cheaply; not what `parts` has.
 
     The random state is the caller's where it brings the model.
@@ -83,11 +92,7 @@ def prepare(config: RunConfig, *, fresh: bool, parts: Parts | None = None) -> Ru
         tokenizer, data = parts.tokenizer, parts.data
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps
     sampler = build_sampler(config.data, data, per_step)
-    if parts is None:
-        seed_everything(config.train.seed)
-        model = build_model(config, tokenizer, device)
-    else:
-        model = parts.model
+    model = build_model(config, tokenizer, device) if parts is None else parts.model
     if config.data.packing:
         require_packing(model)
     model.training_record = record_of(config, data) | (parts.record if parts else {})
@@ -120,9 +125,11 @@ def prepare(config: RunConfig, *, fresh: bool, parts: Parts | None = None) -> Ru
         scaler=torch.amp.GradScaler(device.type, enabled=config.model.dtype == "float16"),
         steps=steps,
         target_tokens=targets_per_step * steps,
-        log=RunLog(folder, config.log, config.name, dataclasses.asdict(config)),
+        log=open_log(config, processes),
         progress=Progress(),
-        interruption=Interruption(),
+        interruption=Interruption(processes),
+        processes=processes,
+        replicas=Replicas(model, processes),
     )
 
 
@@ -148,7 +155,8 @@ def check_run(config: RunConfig, *, fresh: bool) -> Path:
 def build_model(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> DyLoRA_MoE:
-    """The mixture of a configuration, with fresh experts, on its base."""
+    """The mixture of a configuration, with fresh experts, on its base; seeds all generators."""
+    seed_everything(config.train.seed)
     model = DyLoRA_MoE.from_base(
         config.model.base,
         config.moe,
@@ -162,6 +170,12 @@ def build_model(
     if config.train.gradient_checkpointing:
         model.enable_checkpointing()
     return model
+
+
+def open_log(config: RunConfig, processes: Processes) -> RunLog:
+    """The log of a run, which the first process writes."""
+    log = RunLog if processes.is_first else SilentLog
+    return log(run_folder(config), config.log, config.name, dataclasses.asdict(config))
 
 
 def build_sampler(config: DataConfig, data: PreparedData, rows_per_step: int) -> InterleavedSampler:

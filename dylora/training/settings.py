@@ -18,7 +18,7 @@ TAKEN = {
         *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing"),
         *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps"),
         *("save_steps", "save_total_limit", "max_nonfinite_steps", "early_stopping_patience"),
-        *("gradient_checkpointing", "deterministic"),
+        *("gradient_checkpointing", "deterministic", "parallel", "process_timeout"),
     },
 }
 

@@ -5,6 +5,11 @@ import threading
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
+
+from dylora.training.distributed import ALONE, Processes
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -16,11 +21,14 @@ class Interruption:
     """While entered, remembers the first signal; as before afterwards.
 
     A second SIGINT means now: KeyboardInterrupt, nothing saved. Outside the main thread, where
-    Python allows no handlers, signals do what they did.
+    Python allows no handlers, signals do what they did. Of several processes all leave at the same
+    place: a signal counts from when all have heard of it, at the end of a step or in `check`.
     """
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self._processes = processes
+        self._noted: signal.Signals | None = None  # in this process
+        self._agreed: signal.Signals | None = None  # of several
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -32,9 +40,34 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @property
+    def received(self) -> signal.Signals | None:
+        """The signal that ends the run; of several processes the same in all."""
+        return self._noted if self._processes.size == 1 else self._agreed
+
+    def votes(self, like: Tensor) -> Tensor:
+        """Which of SIGNALS this process has noted, [2], to be added up over all of them.
+
+        Filled on the device: a copy to it would wait.
+        """
+        return torch.stack([like.new_full((), float(self._noted == one)) for one in SIGNALS])
+
+    def settle(self, votes: list[float]) -> None:
+        """What has come in any process, by the sum of `votes`, counts from here on in all."""
+        heard = [one for one, count in zip(SIGNALS, votes, strict=True) if count > 0]
+        self._agreed = self._agreed or next(iter(heard), None)
+
     def check(self) -> None:
-        """Raises Interrupted once a signal has come."""
+        """Raises Interrupted once a signal has come; every process calls it at the same place."""
+        if self.received is None and self._processes.size > 1:
+            (votes,) = self._processes.add_up([self.votes(torch.zeros(()))])
+            self.settle(votes.tolist())
         if self.received is not None:
+            raise Interrupted
+
+    def check_here(self) -> None:
+        """`check` for what this process does alone: the others do not hear of it."""
+        if self._noted is not None:
             raise Interrupted
 
     def leave(self) -> NoReturn:
@@ -45,6 +78,6 @@ class Interruption:
         raise SystemExit(128 + self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self._noted is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)
+        self._noted = self._noted or signal.Signals(number)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dylora.data.batching import micro_batches, to_device
 from dylora.data.packing import packed_batches
+from dylora.data.splits import derived_seed
 from dylora.kernels.cross_entropy import count_targets
 from dylora.model import BatchTotals
 from dylora.routing.losses import Observation, RoutingStatistics
@@ -56,9 +57,8 @@ def run_step(run: Run) -> StepResult:
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
     batches, totals = next_batches(run)
-    losses, seen = forward_backward(run, batches, totals)
-    grad_norm = clip_gradients(run)
-    losses, grad_norm, seen = to_numbers(losses, grad_norm, seen)
+    sums = add_up(run, *forward_backward(run, batches, totals))
+    losses, grad_norm, seen = to_numbers(run, *sums, clip_gradients(run))
     finite = {"loss": math.isfinite(losses["loss"]), "gradient": math.isfinite(grad_norm)}
     nonfinite = next((name for name, is_finite in finite.items() if not is_finite), None)
     if nonfinite is None:
@@ -86,7 +86,7 @@ def run_step(run: Run) -> StepResult:
 
 
 def next_batches(run: Run) -> tuple[list[dict[str, Tensor]], BatchTotals]:
-    """The micro-batches of one step on the device, and what they come to together.
+    """This process's micro-batches of one step on the device, and what those of all come to.
 
     Rows of similar length share a micro-batch, or are packed into rows: either saves padding.
     """
@@ -97,30 +97,55 @@ def next_batches(run: Run) -> tuple[list[dict[str, Tensor]], BatchTotals]:
         batches = packed_batches(rows, size, run.pad_token_id, one_row=one_row)
     else:
         batches = micro_batches(rows, parts, run.pad_token_id)
-    # Counted on the CPU, where nothing waits for the device.
+    # Counted on the CPU, where nothing waits for the device, nor for another process.
     target_tokens = sum(int(count_targets(batch["labels"])) for batch in batches)
     masks = [batch.get("token_mask", batch.get("attention_mask")) for batch in batches]
     tokens = sum(int(mask.sum()) for mask in masks if mask is not None)
     totals = BatchTotals(target_tokens, tokens, run.model.carried_fractions())
-    return [to_device(batch, run.model.device) for batch in batches], totals
+    own = [batches[part] for part in run.processes.share(len(batches))]
+    return [to_device(batch, run.model.device) for batch in own], totals
 
 
 def forward_backward(
     run: Run, batches: list[dict[str, Tensor]], totals: BatchTotals
 ) -> tuple[dict[str, Tensor], Observation]:
-    """The gradient of the whole batch; its losses, which add up under common totals, and what it
-    shows of the experts."""
+    """The gradient of the whole batch; the losses of this process's passes, which add up under
+    common totals, and what they show of the experts.
+
+    What a pass draws depends on its place in the run, not on the process or what was drawn before.
+    """
     losses: dict[str, Tensor] = {}
     seen: Observation | None = None
-    for batch in batches:
-        smoothing = run.config.train.label_smoothing
-        output = run.model(**batch, label_smoothing=smoothing, totals=totals, keep_logits=False)
-        run.scaler.scale(output.loss).backward()
-        for name, loss in {"loss": output.loss, **output.losses}.items():
-            losses[name] = losses.get(name, 0) + loss.detach()
-        seen = output.observation(batch["labels"]).plus(seen)
+    train, module, device = run.config.train, run.replicas.module(), run.model.device
+    parts = run.processes.share(len(batches) * run.processes.size)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for part, batch in zip(parts, batches, strict=True):
+            torch.manual_seed(derived_seed("pass", train.seed, run.progress.step, part))
+            with run.replicas.passing(last=part == parts[-1]):
+                smoothing = train.label_smoothing
+                output = module(
+                    **batch, label_smoothing=smoothing, totals=totals, keep_logits=False
+                )
+                # Gradients are averaged over processes, and are to be their sum.
+                run.scaler.scale(output.loss * run.processes.size).backward()
+            for name, loss in {"loss": output.loss, **output.losses}.items():
+                losses[name] = losses.get(name, 0) + loss.detach()
+            seen = output.observation(batch["labels"]).plus(seen)
     assert seen is not None
     return losses, seen
+
+
+def add_up(
+    run: Run, losses: dict[str, Tensor], seen: Observation
+) -> tuple[dict[str, Tensor], Observation, Tensor]:
+    """The sums over all processes, and their votes on leaving: `Interruption.votes`."""
+    votes = run.interruption.votes(seen.gate_sum_E)
+    sums, statistics = [seen.gate_sum_E, seen.loss_sum_E, seen.target_tokens], seen.statistics
+    added = run.processes.add_up([votes, *losses.values(), *sums, *(statistics or ())])
+    votes, *values = added[: 1 + len(losses)]
+    gate_sum_E, loss_sum_E, targets, *rest = added[1 + len(losses) :]
+    seen = Observation(gate_sum_E, loss_sum_E, targets, RoutingStatistics(*rest) if rest else None)
+    return dict(zip(losses, values, strict=True)), seen, votes
 
 
 def clip_gradients(run: Run) -> Tensor:
@@ -137,18 +162,19 @@ def clip_factor(grad_norm: float, limit: float) -> float:
 
 
 def to_numbers(
-    losses: dict[str, Tensor], grad_norm: Tensor, seen: Observation
+    run: Run, losses: dict[str, Tensor], seen: Observation, votes: Tensor, grad_norm: Tensor
 ) -> tuple[dict[str, float], float, Observation]:
-    """The same as numbers, and the experts' sums on the CPU.
+    """The losses and the norm as numbers, and the experts' sums on the CPU; settles the votes.
 
     The one time a step waits for the device: what is not finite must not be applied, and maturity
     decides how the next step is computed.
     """
     values = torch.stack([*losses.values(), grad_norm])
-    parts = torch.cat([values, seen.gate_sum_E, seen.loss_sum_E]).cpu()
-    values, gate_sum_E, loss_sum_E = parts.split(
-        [len(values), len(seen.gate_sum_E), len(seen.loss_sum_E)]
+    parts = torch.cat([values, votes, seen.gate_sum_E, seen.loss_sum_E]).cpu()
+    values, votes, gate_sum_E, loss_sum_E = parts.split(
+        [len(values), len(votes), len(seen.gate_sum_E), len(seen.loss_sum_E)]
     )
+    run.interruption.settle(votes.tolist())
     *numbers, norm = values.tolist()
     seen = seen._replace(gate_sum_E=gate_sum_E, loss_sum_E=loss_sum_E)
     return dict(zip(losses, numbers, strict=True)), norm, seen

@@ -25,7 +25,6 @@ from dylora.storage.folders import (
     write_folder,
 )
 from dylora.storage.manifest import is_intact
-from dylora.training.environment import seed_everything
 from dylora.training.init_from import init_from_checkpoint
 from dylora.training.log import say
 from dylora.training.run import build_model, fit_to_base, load_run_data, run_folder
@@ -73,7 +72,6 @@ def begin(config: RunConfig, pass_rate: PassRate | None, interruption: Interrupt
     config = fit_to_base(config)
     device = choose_device(config.model.device)
     tokenizer = load_tokenizer(config.model.base, config.model.revision)
-    seed_everything(config.train.seed)
     model = build_model(config, tokenizer, device)
     if config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), None)

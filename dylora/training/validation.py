@@ -14,6 +14,7 @@ from dylora.kernels.common import evaluation_mode
 from dylora.kernels.cross_entropy import count_targets
 from dylora.model import DyLoRA_MoE
 from dylora.routing.losses import RoutingStatistics
+from dylora.training.distributed import ALONE, Processes
 
 COST_ROWS = 16  # of each set, for sparse_cost
 
@@ -38,16 +39,18 @@ def validate(
     batch_size: int,
     pad_token_id: int,
     before_batch: Callable[[], None] = lambda: None,
+    processes: Processes = ALONE,
 ) -> dict[str, SetScore]:
     """Score every set in evaluation mode; afterwards every module is in its own mode again.
 
-    What `before_batch` raises ends the scoring.
+    What `before_batch` raises ends the scoring. Processes share the batches, and have the same
+    scores.
     """
     scores = {}
     with evaluation_mode(model):
         for examples in sets:
             scores[examples.name] = score_set(
-                model, examples, batch_size, pad_token_id, before_batch
+                model, examples, batch_size, pad_token_id, before_batch, processes
             )
     return scores
 
@@ -58,29 +61,38 @@ def score_set(
     batch_size: int,
     pad_token_id: int,
     before_batch: Callable[[], None],
+    processes: Processes,
 ) -> SetScore:
     """Score one set. Rows of similar length share a batch: less padding, the same result."""
     order = sorted(range(len(examples)), key=examples.length, reverse=True)
     loss: list[Tensor] = []  # of each batch; summed on the CPU, as MPS has no float64
     targets = torch.zeros((), dtype=torch.long, device=model.device)
     statistics: RoutingStatistics | None = None
-    for begin in range(0, len(order), batch_size):
+    begins = range(0, len(order), batch_size)
+    for first in range(0, len(begins), processes.size):
         before_batch()
+        mine = first + processes.rank
+        counts = mine < len(begins)
+        # Where none is left, the last one is run for its passes: a sharded base is gathered by all.
+        begin = begins[mine if counts else -1]
         rows = [examples[index] for index in order[begin : begin + batch_size]]
         batch = to_device(collate(rows, pad_token_id), model.device)
         output = model(**batch, keep_logits=False)
-        loss.append(output.token_losses)
-        targets += count_targets(batch["labels"])
+        loss.append(output.token_losses * counts)
+        targets += count_targets(batch["labels"]) * counts
         found = output.routing.statistics if output.routing else None
         if found is not None:
+            found = RoutingStatistics(*(value * counts for value in found))
             statistics = found if statistics is None else statistics.plus(found)
     usage_NE = active_N = None
     if statistics is not None:
+        statistics = RoutingStatistics(*processes.add_up(list(statistics)))
         usage_NE = statistics.usage_NE.cpu()
         active_N = (statistics.active_N / statistics.tokens.clamp_min(1)).cpu()
-    count = int(targets)
     total = sum(float(losses.cpu().double().sum()) for losses in loss)
-    return SetScore(total / count if count else math.nan, count, usage_NE, active_N)
+    sums = [torch.tensor(value, dtype=torch.float64) for value in (total, float(targets))]
+    total, count = (float(value) for value in processes.add_up(sums))
+    return SetScore(total / count if count else math.nan, int(count), usage_NE, active_N)
 
 
 def sparse_cost(model: DyLoRA_MoE, sets: list[TokenizedSet], pad_token_id: int) -> float | None:

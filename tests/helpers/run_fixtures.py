@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import string
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -111,47 +112,54 @@ def rows_file(tmp_path_factory) -> Path:
     return file
 
 
+def build_config(
+    root: Path, base: Path, rows: Path, name: str = "a", *, moe=None, dtype="float32", **changes
+) -> RunConfig:
+    """A run of ten steps with every source of randomness on; sections take changes by name."""
+    train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    log_changes = {k: changes.pop(k) for k in {"wandb"} & changes.keys()}
+    eval_changes = {k: v for k, v in changes.items() if k not in train_fields}
+    train_changes = {k: v for k, v in changes.items() if k in train_fields}
+    return RunConfig(
+        name=name,
+        output_dir=str(root / "runs"),
+        model=ModelConfig(base=str(base), dtype=dtype, device="cpu"),
+        moe=MoELoraConfig(
+            **{"r": 2, "num_experts": 3, "lora_dropout": 0.1, "expert_dropout": 0.2} | (moe or {})
+        ),
+        data=DataConfig(
+            sources=[
+                SourceConfig(
+                    name="rows",
+                    path=str(rows),
+                    instruction_column="question",
+                    output_column="answer",
+                )
+            ],
+            max_length=64,
+        ),
+        train=TrainConfig(
+            **{
+                "max_steps": STEPS,
+                "batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "learning_rate": 1e-2,
+                "warmup_steps": 2,
+            }
+            | train_changes
+        ),
+        eval=EvalConfig(**{"batch_size": 2} | eval_changes),
+        log=LogConfig(logging_steps=1, **log_changes),
+    )
+
+
 @pytest.fixture
 def make_config(tmp_path, base_folder, rows_file):
-    """A run of ten steps with every source of randomness on; sections take changes by name."""
+    """`build_config` for runs below the test's own folder."""
+    return partial(build_config, tmp_path, base_folder, rows_file)
 
-    def make(
-        name: str = "a", *, dtype: str = "float32", moe=None, wandb: bool = False, **changes
-    ) -> RunConfig:
-        train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
-        eval_changes = {k: v for k, v in changes.items() if k not in train_fields}
-        train_changes = {k: v for k, v in changes.items() if k in train_fields}
-        return RunConfig(
-            name=name,
-            output_dir=str(tmp_path / "runs"),
-            model=ModelConfig(base=str(base_folder), dtype=dtype, device="cpu"),
-            moe=MoELoraConfig(
-                **{"r": 2, "num_experts": 3, "lora_dropout": 0.1, "expert_dropout": 0.2}
-                | (moe or {})
-            ),
-            data=DataConfig(
-                sources=[
-                    SourceConfig(
-                        name="rows",
-                        path=str(rows_file),
-                        instruction_column="question",
-                        output_column="answer",
-                    )
-                ],
-                max_length=64,
-            ),
-            train=TrainConfig(
-                **{
-                    "max_steps": STEPS,
-                    "batch_size": 2,
-                    "gradient_accumulation_steps": 2,
-                    "learning_rate": 1e-2,
-                    "warmup_steps": 2,
-                }
-                | train_changes
-            ),
-            eval=EvalConfig(**{"batch_size": 2} | eval_changes),
-            log=LogConfig(logging_steps=1, wandb=wandb),
-        )
 
-    return make
+@pytest.fixture(scope="module")
+def shared_config(tmp_path_factory, base_folder, rows_file):
+    """The same for runs that several tests of a module look at."""
+    return partial(build_config, tmp_path_factory.mktemp("shared"), base_folder, rows_file)

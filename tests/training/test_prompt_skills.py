@@ -10,6 +10,8 @@ import torch
 from dylora import DyLoRA_MoE
 from dylora.run_config import DataConfig, SourceConfig
 from dylora.training.loop import train
+from parallel_runs import train_here
+from processes import results_of
 from runs import all_tensors, rows_of
 
 SKILLS = ("lists", "sql")
@@ -43,6 +45,15 @@ def test_every_source_trains_an_expert_of_its_own_beside_the_shared_one(joint):
     assert [row.skill for row in run.model.experts.table] == [None, "skill/lists", "skill/sql"]
     for _, parameter in run.model.named_expert_parameters():
         assert parameter.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_experts_that_their_own_prompts_choose(joint):
+    """An expert that the prompts of one process leave out has its gradient from the other."""
+    alone = train_here(joint("alone"))
+    both = results_of(2, train_here, joint("both", parallel="ddp"))
+    assert both[0] == both[1]
+    assert alone.losses == pytest.approx(both[0].losses, rel=0, abs=1e-5)
 
 
 def test_taking_a_skills_expert_away_costs_that_skill_and_not_the_other(joint):

@@ -5,6 +5,7 @@ benchmark/step-<n>/, so that an interrupted one is continued.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dylora.run_config import EvalConfig
 from dylora.storage.folders import quarantine, write_file
 from dylora.training.loop import Callback, is_out_of_patience
 from dylora.training.run import Run
+from dylora.training.signals import Interrupted
 from dylora.training.step import StepResult
 from dylora.training.validation import SetScore
 
@@ -35,14 +37,14 @@ def options_of(config: EvalConfig) -> BenchmarkOptions:
 
 class Benchmark(Callback):
     """Runs the suites of eval.benchmark_tasks as eval.benchmark_strategy says, each after a save:
-    generation may need memory that is not there."""
+    generation may need memory that is not there. Of several processes the first does it alone."""
 
     handles = ("eval.benchmark_strategy",)
 
     def on_start(self, run: Run) -> None:
         self.epoch = run.sampler.epoch
         if run.config.eval.benchmark_strategy != "none":
-            check_benchmark(run)
+            run.processes.from_first(lambda: check_benchmark(run))
 
     def after_step(self, run: Run, result: StepResult) -> None:
         strategy, ends_pass = run.config.eval.benchmark_strategy, run.sampler.epoch > self.epoch
@@ -58,7 +60,13 @@ class Benchmark(Callback):
 
     def on_save(self, run: Run, folder: Path) -> None:
         if run.progress.benchmark_due:
-            benchmark_step(run)
+
+            def work() -> None:
+                with suppress(Interrupted):  # `check` says so in all processes
+                    benchmark_step(run)
+
+            run.processes.from_first(work, patiently=True)
+            run.interruption.check()
             run.progress.benchmark_due = False
 
 
@@ -89,7 +97,7 @@ def benchmark_step(run: Run) -> None:
 
     Raises Interrupted, samples kept, when a signal came.
     """
-    run.interruption.check()
+    run.interruption.check_here()
     config, progress = run.config.eval, run.progress
     options, suites = options_of(config), _select(run)
     if run.log.has(progress.step, f"eval/{next(iter(suites))}/pass@1"):
@@ -99,7 +107,7 @@ def benchmark_step(run: Run) -> None:
     metrics, results = {}, {}
     for name, selection in suites.items():
         file = folder / f"{name.replace('/', '.')}.jsonl"
-        check = run.interruption.check
+        check = run.interruption.check_here
         found = score_model(
             run.model, run.tokenizer, selection, options, config.batch_size, file, check
         )
