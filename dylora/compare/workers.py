@@ -17,7 +17,7 @@ import torch
 from dylora.run_config import RunConfig
 
 RunAll = Callable[..., Iterator[Any]]
-SAVING_SECONDS = 60.0  # that a run has for it when its parent is gone
+SAVING_SECONDS = 60  # that a run has for it when its parent is gone
 
 
 @contextmanager
@@ -67,6 +67,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)  # a training saves itself
-    time.sleep(SAVING_SECONDS)
+    for _ in range(SAVING_SECONDS):
+        os.kill(os.getpid(), signal.SIGTERM)  # at the first a training saves itself
+        time.sleep(1)
     os._exit(128 + signal.SIGTERM)

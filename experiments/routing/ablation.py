@@ -22,7 +22,8 @@ from dylora.compare.rows import rows_to_report_on
 from dylora.data.batching import collate
 from dylora.data.prompts import pad_token_id
 from dylora.data.tokenize import TokenizedSet
-from dylora.run_config import DataConfig
+from dylora.data_config import DataConfig
+from dylora.kernels.cross_entropy import count_targets
 from dylora.storage.folders import checkpoints
 from dylora.tasks import SKILLS
 
@@ -36,9 +37,11 @@ def loss_of(model: DyLoRA_MoE, rows: TokenizedSet, pad: int, gates_E: Tensor | N
     for begin in range(0, len(rows), BATCH):
         examples = [rows[index] for index in range(begin, min(begin + BATCH, len(rows)))]
         given = {} if gates_E is None else {"routing_weights": gates_E.expand(len(examples), -1)}
-        losses = model(**collate(examples, pad), keep_logits=False, **given).token_losses
+        batch = collate(examples, pad)
+        losses = model(**batch, keep_logits=False, **given).token_losses
         assert losses is not None
-        total, targets = total + losses.double().sum().item(), targets + losses.numel()
+        total += losses.double().sum().item()
+        targets += int(count_targets(batch["labels"]))
     return total / targets
 
 

@@ -259,6 +259,7 @@ def test_processes_train_and_score_what_one_after_another_does(write_board):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_stops_every_process_and_each_run_saves_itself(write_board, number):
     file = write_board(name="long", processes=2, run=LONG)
