@@ -34,6 +34,7 @@ class RunLog:
             Mirror(service, self._file, config.project, run_name, settings)
             for service in config.services
         ]
+        self._early: list[str] | None = []  # lines of before the start, which may be refused
         self._lost_rows = 0
         self._started = time.perf_counter()
 
@@ -72,6 +73,9 @@ class RunLog:
     def start(self, step: int, steps: int) -> None:
         """Show the bar, if this is a terminal; start the mirrors."""
         self._started, self._first_step, self._steps = time.perf_counter(), step, steps
+        early, self._early = self._early, None
+        with suppress(OSError), self._text.open("a", encoding="utf-8") as file:
+            file.writelines(early or ())
         with suppress(OSError, ValueError):
             self._bar = tqdm(
                 total=steps, initial=step, disable=None, unit="step", dynamic_ncols=True
@@ -118,8 +122,12 @@ class RunLog:
     def info(self, text: str) -> None:
         """A line for the reader, clear of the bar, and in run.log with the time."""
         say(text)
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n"
+        if self._early is not None:
+            self._early.append(line)
+            return
         with suppress(OSError), self._text.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            file.write(line)
 
     def close(self) -> None:
         """End the bar and the mirrors."""

@@ -436,7 +436,7 @@ def test_the_peak_leaves_out_what_was_there_before():
         (["--device", "cuda:77"], "--device cuda:77 cannot be used ("),
         (["--out", "no/such/x.json"], "--out is 'no/such/x.json', but must be a file in a folder"),
         (["--base", "no/such/base"], "cannot load the model 'no/such/base'"),
-        (["--checkpoint", "no/such"], "checkpoint no/such does not exist"),
+        (["--checkpoint", "no/such/one"], "checkpoint no/such/one does not exist"),
     ],
 )
 def test_a_users_mistake_is_one_line(sound, capsys, options, message):

@@ -179,7 +179,7 @@ def test_what_cannot_be_pushed_or_fetched_is_one_line(
         (["push", str(tmp_path / "m"), "somebody/m"], "cannot be pushed to somebody/m"),
         (["push", str(tmp_path / "none"), "somebody/m"], "none does not exist"),
         (["push", str(tmp_path / "empty"), "somebody/m"], "is no mixture, no adapter and no model"),
-        (["push", str(tmp_path / "m")], "--repository is missing"),
+        (["push", str(tmp_path / "m")], "USER/NAME is missing"),
         (["info", "--checkpoint", "somebody/else"], "is no folder here, and the hub does not give"),
     ]
     for argv, told in cases:

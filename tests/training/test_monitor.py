@@ -265,6 +265,8 @@ def test_services_get_every_row_of_this_run_and_know_it_again(service, tmp_path,
 def test_a_run_leaves_what_it_said_in_a_file_with_the_time(tmp_path, capsys):
     log = RunLog(tmp_path, LogConfig(), "run", {})
     log.info("one of two")
+    assert not (tmp_path / "run.log").exists()  # what is refused before its start changes no folder
+    log.start(0, 1)
     log.info("two of two")
     lines = (tmp_path / "run.log").read_text().splitlines()
     assert [line[21:] for line in lines] == ["one of two", "two of two"]

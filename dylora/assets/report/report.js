@@ -96,7 +96,8 @@ for (const button of document.querySelectorAll("button[data-copy]"))
   button.addEventListener("click", async () => {
     const text = document.getElementById(button.dataset.copy);
     getSelection().selectAllChildren(text);
-    try { await navigator.clipboard.writeText(text.textContent); } catch { document.execCommand("copy"); }
+    // The clipboard's own function may wait for a permission that nobody is asked for.
+    if (!document.execCommand("copy")) await navigator.clipboard.writeText(text.textContent);
     button.textContent = "copied";
   });
 
