@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -388,12 +389,13 @@ def test_train_gets_the_config_where_to_resume_and_the_benchmark(config_file, mo
     from dylora.evaluation import report
     from dylora.evaluation.passk.callback import Benchmark
     from dylora.training import loop
+    from dylora.training.distributed import ALONE
 
-    calls, reports = [], []
+    calls, reports, run = [], [], SimpleNamespace(processes=ALONE)
 
     def train(config, resume, callbacks):
         calls.append((config, resume, [type(one) for one in callbacks]))
-        return "the run"
+        return run
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(report, "report_run", reports.append)
@@ -402,7 +404,7 @@ def test_train_gets_the_config_where_to_resume_and_the_benchmark(config_file, mo
     assert main(["train", "--config", path, "--resume_from_checkpoint", "latest"]) == 0
     config = RunConfig(name="file")
     assert calls == [(config, None, [Benchmark]), (config, "latest", [Benchmark])]
-    assert reports == ["the run"] * 2
+    assert reports == [run] * 2
 
 
 def test_evaluate_gets_the_config_and_the_checkpoint(config_file, monkeypatch):
