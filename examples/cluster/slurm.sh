@@ -11,6 +11,6 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@120
 set -euo pipefail
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export HEAD HOSTS=$SLURM_JOB_NUM_NODES GPUS=${SLURM_GPUS_ON_NODE:-8} JOB=$SLURM_JOB_ID
 exec srun examples/cluster/torchrun.sh "$@"
