@@ -1,6 +1,7 @@
 """The notebooks run from their first cell to their last, and are kept as they were run."""
 
 import os
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ MOST_BYTES = 150_000
 
 
 def outputs_of(notebook: Any) -> list[list[str]]:
-    """The kinds of output of each cell of code, without what went to stderr."""
+    """The kinds of output of each cell of code, a text that came in pieces once, without what went
+    to stderr."""
     return [
-        [output.output_type for output in cell.outputs if output.get("name") != "stderr"]
+        [
+            kind
+            for kind, _ in groupby(
+                output.output_type for output in cell.outputs if output.get("name") != "stderr"
+            )
+        ]
         for cell in notebook.cells
         if cell.cell_type == "code"
     ]
