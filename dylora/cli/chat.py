@@ -4,13 +4,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dylora.cli.options import (
-    AnswerOptions,
-    BaseOptions,
-    CheckpointOptions,
-    DeviceOptions,
-    RoutingOptions,
-)
+from dylora.cli.options import AnswerOptions, SpeakerOptions
 
 if TYPE_CHECKING:
     from dylora.serving.answering import Row, Sampling
@@ -24,7 +18,7 @@ HELP = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(AnswerOptions, RoutingOptions, BaseOptions, DeviceOptions, CheckpointOptions):
+class ChatOptions(AnswerOptions, SpeakerOptions):
     """Talk to a checkpoint in the terminal."""
 
     system: str | None = None
@@ -33,23 +27,8 @@ class ChatOptions(AnswerOptions, RoutingOptions, BaseOptions, DeviceOptions, Che
 
 def run(options: ChatOptions, overrides: list[str]) -> None:
     """Read lines and answer them, until there are no more."""
-    from dylora.serving.answering import Sampling
-    from dylora.serving.engine import Speaker
-
-    speaker = Speaker.open(
-        options.source(),
-        options.base,
-        device=options.device,
-        quantization=options.quantization,
-        routing=options.routing(),
-        template=options.template,
-    )
-    sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    speaker = options.speaker()
+    sampling = options.sampling()
     talk(speaker, sampling, options.system)
 
 

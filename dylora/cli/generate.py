@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dylora.cli.options import (
-    AnswerOptions,
-    BaseOptions,
-    CheckpointOptions,
-    DeviceOptions,
-    RoutingOptions,
-)
+from dylora.cli.options import AnswerOptions, SpeakerOptions
 from dylora.fields import option
 
 if TYPE_CHECKING:
@@ -22,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(AnswerOptions, RoutingOptions, BaseOptions, DeviceOptions, CheckpointOptions):
+class GenerateOptions(AnswerOptions, SpeakerOptions):
     """Answer a prompt, or every prompt of a file, with a checkpoint."""
 
     prompt: str | None = None
@@ -50,26 +44,11 @@ class GenerateOptions(AnswerOptions, RoutingOptions, BaseOptions, DeviceOptions,
 
 def run(options: GenerateOptions, overrides: list[str]) -> None:
     """Print what the mixture answers, or write it."""
-    from dylora.serving.answering import Sampling
-    from dylora.serving.engine import Speaker
-
     asked = None if options.prompts is None else list(read_prompts(Path(options.prompts)))
     if options.out is not None and Path(options.out).exists():
         raise FileExistsError(f"{options.out} exists: give another --out, or remove it")
-    speaker = Speaker.open(
-        options.source(),
-        options.base,
-        device=options.device,
-        quantization=options.quantization,
-        routing=options.routing(),
-        template=options.template,
-    )
-    sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    speaker = options.speaker()
+    sampling = options.sampling()
     if asked is not None:
         _answer_file(speaker, asked, sampling, options)
         return

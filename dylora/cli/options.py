@@ -29,6 +29,8 @@ from dylora.fields import (
 from dylora.run_config import RunConfig
 
 if TYPE_CHECKING:
+    from dylora.serving.answering import Sampling
+    from dylora.serving.engine import Speaker
     from dylora.storage.checkpoint import Checkpoint
 
 T = TypeVar("T")
@@ -115,6 +117,17 @@ class AnswerOptions:
     seed: int | None = None
     """Of the draws; none: another one each time."""
 
+    def sampling(self) -> "Sampling":
+        """How tokens are drawn."""
+        from dylora.serving.answering import Sampling
+
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
@@ -132,6 +145,24 @@ class DeviceOptions:
 class BaseOptions:
     base: str | None = None
     """Base model to use instead of the checkpoint's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakerOptions(RoutingOptions, BaseOptions, DeviceOptions, CheckpointOptions):
+    """A mixture that answers."""
+
+    def speaker(self) -> "Speaker":
+        """The mixture that these options name, loaded. Raises as `Speaker.open`."""
+        from dylora.serving.engine import Speaker
+
+        return Speaker.open(
+            self.source(),
+            self.base,
+            device=self.device,
+            quantization=self.quantization,
+            routing=self.routing(),
+            template=self.template,
+        )
 
 
 def read_options(cls: type[T], tokens: Sequence[str]) -> tuple[T, list[str]]:

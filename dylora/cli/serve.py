@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from dylora.cli.options import BaseOptions, CheckpointOptions, DeviceOptions, RoutingOptions
+from dylora.cli.options import SpeakerOptions
 from dylora.fields import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(RoutingOptions, BaseOptions, DeviceOptions, CheckpointOptions):
+class ServeOptions(SpeakerOptions):
     """Answer over HTTP as OpenAI's API does, for programs of this machine."""
 
     host: str = "127.0.0.1"
@@ -46,20 +46,13 @@ def run(options: ServeOptions, overrides: list[str]) -> None:
 
     import uvicorn
 
-    from dylora.serving.engine import Engine, Speaker
+    from dylora.serving.engine import Engine
     from dylora.serving.protocol import Limits
     from dylora.serving.server import build_app
 
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.create_server((options.host, options.port), family=family) as listening:
-        speaker = Speaker.open(
-            options.source(),
-            options.base,
-            device=options.device,
-            quantization=options.quantization,
-            routing=options.routing(),
-            template=options.template,
-        )
+        speaker = options.speaker()
         engine = Engine(speaker, batch_size=options.batch_size, waiting=options.max_waiting)
         name = options.name or Path(options.checkpoint).resolve().name
         app = build_app(engine, name, Limits(options.max_new_tokens, options.max_seconds))
