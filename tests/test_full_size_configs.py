@@ -1,6 +1,8 @@
-"""The configs for bases of the hub, each run small on a random model of the same architecture."""
+"""The configs for bases of the hub, each run small on a random model of the same architecture, and
+the memory that each is said to take."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from dylora.cli.config_file import load_run_config
 from dylora.storage.checkpoint import Checkpoint
 from dylora.training.loop import train
 from families import FAMILIES
+from full_size import FULL_SIZE, estimate_full_size
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+TABLE = CONFIGS.parent / "docs" / "configs.md"
 # Config -> the architecture of its base in the table of families.
 ARCHITECTURES = {
     "code_alpaca_mbpp": "gemma",
@@ -63,4 +67,21 @@ def test_a_config_trains_all_experts_and_routers_of_attention_on_its_architectur
 
 def test_every_config_whose_base_is_of_the_hub_is_among_them():
     bases = {path.stem: load_run_config(path).model.base for path in CONFIGS.glob("*.yaml")}
-    assert {name for name, base in bases.items() if "/" in base} == set(ARCHITECTURES)
+    of_the_hub = {name for name, base in bases.items() if "/" in base}
+    assert of_the_hub == set(ARCHITECTURES) == set(FULL_SIZE)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_config_and_the_table_tell_the_memory_that_the_estimate_gives_at_full_size(
+    name, tmp_path
+):
+    found = estimate_full_size(name, tmp_path)
+
+    assert found.base / 2 == pytest.approx(FULL_SIZE[name].parameters, rel=1e-4)  # bfloat16
+    told = f"{found.total / 1e9:.1f} GB"
+    head = (CONFIGS / f"{name}.yaml").read_text().partition("\nname:")[0].replace("\n# ", " ")
+    assert re.findall(r"about ([\d.]+ GB)", head) == [told]
+    assert f"python run.py info --config configs/{name}.yaml --estimate" in head
+    row = re.search(rf"^\| `configs/{name}.yaml` .*", TABLE.read_text(encoding="utf-8"), re.M)
+    assert row
+    assert row[0].split(" | ")[4] == f"{told} (estimate)"
