@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dylora.fields import check_fields, option, require
 
-Optim = Literal["adamw", "lora_plus", "lion", "sgd"]
+Optim = Literal["adamw", "lora_plus", "adafactor", "lion", "schedule_free", "sgd"]
 Parallel = Literal["none", "ddp", "fsdp2"]
 Schedule = Literal[
     "linear",
@@ -50,17 +50,19 @@ class TrainConfig:
     weight_decay: float = option(0.01, least=0)
     """Of the matrices A and B; routers and biases have none."""
     optim: Optim = "adamw"
-    """adamw; lora_plus: AdamW with another rate for the B's (Hayou et al. 2024); lion (Chen et al.
-    2023), with dylora[optim]; sgd, with momentum adam_beta1. Of others (Adafactor, 8-bit AdamW,
-    schedule-free, Muon) the state cannot be cut by expert."""
+    """adamw; lora_plus: AdamW with another rate for the B's (Hayou et al. 2024); adafactor (Shazeer
+    and Stern 2018), with learning_rate as its rate; lion (Chen et al. 2023) and schedule_free
+    (AdamW, Defazio et al. 2024), with dylora[optim]; sgd, with momentum adam_beta1. The state of
+    others (8-bit AdamW, Muon) cannot be cut by expert: docs/trainers.md."""
     lora_plus_ratio: float = option(16.0, above=0)
     """With optim lora_plus: the rate of the B's in terms of learning_rate."""
     adam_beta1: float = option(0.9, least=0, below=1)
-    """Decay of the first moment of AdamW and Lion, and of sgd's momentum."""
+    """Decay of the first moment of AdamW and Lion, and of sgd's momentum; schedule_free's share of
+    the average in the point that gradients are taken at."""
     adam_beta2: float = option(0.999, least=0, below=1)
-    """Decay of AdamW's second moment, and of Lion's moment between steps."""
+    """Decay of the second moment of AdamW and schedule_free, and of Lion's moment between steps."""
     adam_epsilon: float = option(1e-8, above=0)
-    """AdamW's epsilon."""
+    """Of AdamW and schedule_free."""
     max_grad_norm: float = option(1.0, least=0)
     """Gradients are clipped to this norm; 0: not clipped."""
     lr_scheduler_type: Schedule = "cosine"
@@ -108,10 +110,25 @@ class TrainConfig:
         check_fields(self)
         alone = self.train_experts is None or self.init_from is not None
         require(alone, "train_experts", self.train_experts, "unset without init_from")
-        unused = self.optim != "lora_plus" and self.lora_plus_ratio != 16.0
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        """Raises ValueError for a setting that means nothing to the optimizer, or that it rules
+        out."""
+        optim = self.optim
+        unused = optim != "lora_plus" and self.lora_plus_ratio != 16.0
         require(
             not unused, "lora_plus_ratio", self.lora_plus_ratio, "unset without optim lora_plus"
         )
+        if optim == "adafactor":
+            for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+                value = getattr(self, name)
+                require(value == getattr(TrainConfig, name), name, value, "unset with adafactor")
+        if optim == "schedule_free":
+            beta, schedule = self.adam_beta1, self.lr_scheduler_type
+            require(beta > 0, "adam_beta1", beta, "above 0 with optim schedule_free")
+            rule = "constant or constant_with_warmup with optim schedule_free"
+            require(schedule.startswith("constant"), "lr_scheduler_type", schedule, rule)
 
     @property
     def subset(self) -> int | float | None:

@@ -7,8 +7,12 @@ import bitsandbytes
 import pytest
 import torch
 from accelerate import Accelerator
+from schedulefree import AdamWScheduleFree
 from torch import nn, optim
 from transformers.optimization import Adafactor
+
+from dylora.training import adafactor
+from dylora.training.schedule_free import ScheduleFree
 
 
 class Custom(optim.Optimizer):
@@ -50,11 +54,10 @@ class Lamb(Custom):
         return momentum * parameter.norm() / momentum.norm()
 
 
-class ScheduleFree(Custom):
-    def move(self, state, gradient, parameter):
-        z = state.setdefault("z", parameter.clone())
-        z.sub_(0.01 * gradient)
-        return parameter - 0.1 * z
+def theirs_in_training(parameters):
+    optimizer = AdamWScheduleFree(parameters)
+    optimizer.train()
+    return optimizer
 
 
 RIGHT = {
@@ -71,17 +74,20 @@ RIGHT = {
     "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
     "Lion": Lion,
     "Muon by expert": MuonByExpert,
+    "Adafactor by expert": lambda p: adafactor.Adafactor(p, lr=0.01, weight_decay=0.1),
+    "schedule-free by parameter": lambda p: ScheduleFree(p, lr=0.01, weight_decay=0.1),
 }
 REFUSED = {  # and a word of the reason
     "Adafactor": (optim.Adafactor, "row_var"),
-    "Adafactor of transformers": (Adafactor, "exp_avg_sq_row"),
+    "Adafactor of transformers": (Adafactor, "what the others of its tensor do"),
     "Adam of 8 bits": (bitsandbytes.optim.Adam8bit, "state1"),
     "Adagrad": (optim.Adagrad, "'sum'"),
     "ASGD": (optim.ASGD, "'ax'"),
     "Rprop": (optim.Rprop, "'prev'"),
     "LBFGS": (optim.LBFGS, "closure"),
     "LAMB": (Lamb, "what the others of its tensor do"),
-    "schedule-free": (ScheduleFree, "'z'"),
+    "schedule-free": (theirs_in_training, "'k' for a whole group"),
+    "schedule-free, not in training": (AdamWScheduleFree, "train mode"),
 }
 
 

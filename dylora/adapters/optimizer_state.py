@@ -1,10 +1,10 @@
 """What an optimizer keeps for a parameter, cut by expert and grown by a row.
 
-Its state can be taken along where it has a number for every element (or one for all), its step on
-one expert does not look at the others of the tensor, and it is known what a new expert begins
-with.
+Its state can be taken along where it has a number for every element (or for every row or column of
+each expert's matrix, or one for all), its step on one expert does not look at the others of the
+tensor, and it is known what a new expert begins with.
 
-Shape letters: E experts.
+Shape letters: D input width, E experts, R rank.
 """
 
 from collections import Counter, OrderedDict, defaultdict
@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 # By the names that torch and the common optimizers beside it use: what a new row begins with.
 ZEROS = {"exp_avg", "momentum_buffer", "grad_avg"}
 # With squares of 0 beside an old step count, the first updates would be several times too large.
-MEANS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf"}
+FACTORS = {"exp_avg_sq_row", "exp_avg_sq_col"}  # [E, R] and [E, D] of a stack [E, R, D]
+MEANS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf", *FACTORS}
+WEIGHTS = {"z", "y"}  # other values of the parameter: those of its own new row
 ADVICE = "use an optimizer with moments of every element, such as AdamW, Lion or SGD"
 
 
@@ -39,16 +41,20 @@ def check_held_once(optimizer: Optimizer, named: Iterable[tuple[str, nn.Paramete
             raise ValueError(f"the optimizer holds {name} {times} times, not once")
 
 
-def is_by_row(value: Any, parameter: Tensor) -> bool:
-    """Whether a state has a number for every element, and so the experts' rows."""
-    return torch.is_tensor(value) and value.shape == parameter.shape
+def is_by_row(key: str, value: Any, parameter: Tensor) -> bool:
+    """Whether a state has the experts' rows: a number for every element, or for every row or column
+    of each matrix of a stack."""
+    shapes, shape = [parameter.shape], parameter.shape
+    if key in FACTORS and parameter.ndim > 2:
+        shapes += [shape[:-1], shape[:-2] + shape[-1:]]
+    return torch.is_tensor(value) and value.shape in shapes
 
 
 def check_state(state: dict[str, Any], parameter: Tensor) -> None:
     """Raises ValueError for a state that cannot be cut by expert, or not grown by one."""
     for key, value in state.items():
-        if is_by_row(value, parameter):
-            if key not in ZEROS | MEANS:
+        if is_by_row(key, value, parameter):
+            if key not in ZEROS | MEANS | WEIGHTS:
                 raise ValueError(
                     f"the optimizer keeps {key!r}, of which it is not known what a new expert "
                     f"begins with: {ADVICE}"
@@ -64,7 +70,7 @@ def cut_rows(states: list[dict[str, Any]], parameters: list[Tensor], places: lis
     """The state of a tensor that is made of one row of each of these parameters; copies."""
     first = {}
     for key, value in states[0].items():
-        if is_by_row(value, parameters[0]):
+        if is_by_row(key, value, parameters[0]):
             rows = [s[key][p : p + 1] for s, p in zip(states, places, strict=True)]
             first[key] = torch.cat(rows)
         else:
@@ -83,8 +89,9 @@ def grow(optimizer: Optimizer | None, old: nn.Parameter, new: nn.Parameter) -> N
         return
     check_state(state, old)
     for key, value in state.items():
-        if is_by_row(value, old):
+        if is_by_row(key, value, old):
             row = value.mean(0, keepdim=True) if key in MEANS else torch.zeros_like(value[:1])
+            row = new.detach()[len(old) :] if key in WEIGHTS else row
             state = state | {key: torch.cat([value, row])}
     optimizer.state[new] = state
 
@@ -163,7 +170,14 @@ def _stepped(
     vars(copy)["param_groups"] = [group | rate | {"params": parameters}]
     pairs = zip(parameters, map(_copied, states), strict=True)
     vars(copy)["state"] = defaultdict(dict, {p: state for p, state in pairs if state})
+    before = dict(copy.param_groups[0])
     type(copy).step(copy)  # of the class: a schedule counts the steps of the instance
+    for key, value in copy.param_groups[0].items():
+        if value is not before[key] and value != before[key]:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key!r} for a whole group of parameters, for an "
+                f"expert that comes later as well: {ADVICE}"
+            )
     return [p.detach() for p in parameters], [dict(copy.state.get(p, {})) for p in parameters]
 
 

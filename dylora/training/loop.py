@@ -17,6 +17,7 @@ from dylora.training.callbacks import (
 from dylora.training.distributed import Processes, join_processes, shard_base
 from dylora.training.environment import deterministic_algorithms
 from dylora.training.memory import explained
+from dylora.training.optim import settle, settled
 from dylora.training.resume import load_best, preflight_save, resume, save
 from dylora.training.run import Parts, Run, log_summary, prepare, record_settings, run_folder
 from dylora.training.schedule import FOLLOWS_VALIDATION
@@ -73,6 +74,7 @@ def train(
                 if processes.is_first:
                     raise
                 raise SystemExit(2) from None
+            settle(run.optimizer)
             load_best(run)
             for callback in callbacks:
                 callback.on_end(run)
@@ -129,7 +131,7 @@ def finish_step(run: Run, callbacks: Sequence[Callback]) -> bool:
     stopping = best = False
     if progress.evaluation_due:
         # A signal during evaluation leaves it due: the resumed run begins with it.
-        with suppress(Interrupted):
+        with suppress(Interrupted), settled(run.optimizer):
             scores = evaluate(run)
             progress.evaluation_due = False
             stopping, best = is_out_of_patience(run), progress.best_step == progress.step
@@ -138,10 +140,11 @@ def finish_step(run: Run, callbacks: Sequence[Callback]) -> bool:
     due = is_due(progress.step, config.train.save_steps) or progress.benchmark_due
     last, leaving = progress.step == run.steps, interruption.received is not None
     if due or last or stopping or best or leaving:
-        folder = run.processes.from_first(lambda: save(run))
-        for callback in callbacks:
-            with suppress(Interrupted):
-                callback.on_save(run, folder)
+        with settled(run.optimizer):
+            folder = run.processes.from_first(lambda: save(run))
+            for callback in callbacks:
+                with suppress(Interrupted):
+                    callback.on_save(run, folder)
         if interruption.received is not None:
             interruption.leave()
     if stopping:

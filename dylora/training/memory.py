@@ -31,7 +31,8 @@ from dylora.training.run import fit_to_base
 
 # Bytes of a weight in a linear layer; bnb-4bit has a float32 scale for each 64.
 QUANTISED = {"bnb-4bit": 0.5 + 4 / 64, "bnb-8bit": 1.0, "torchao-int8": 1.0}
-MOMENTS = {"adamw": 2, "lora_plus": 2, "lion": 1, "sgd": 1}  # float32 numbers of a trained value
+# Float32 numbers of a trained value. Adafactor has fewer, one for a row or a column of a matrix.
+MOMENTS = {"adamw": 2, "lora_plus": 2, "adafactor": 1, "lion": 1, "schedule_free": 3, "sgd": 1}
 
 
 class Estimate(NamedTuple):

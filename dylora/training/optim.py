@@ -3,23 +3,23 @@
 import importlib.util
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from dylora.fields import shown
+from dylora.fields import is_number, shown
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import TrainConfig
 from dylora.storage.tensors import is_plain
+from dylora.training.adafactor import Adafactor
 
 STACK = re.compile(r"(.*\.experts_)(\d{1,9})-(\d{1,9})(\.\w+)")  # a parameter's name
-STATE = {  # what an optimizer keeps for each parameter, by its class
-    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
-    "Lion": ("exp_avg",),
-    "SGD": ("momentum_buffer",),
-}
+NONNEGATIVE = ("step", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+PACKAGES = {"lion": "lion_pytorch", "schedule_free": "schedulefree"}  # of dylora[optim]
 
 
 def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> Optimizer:
@@ -28,12 +28,26 @@ def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> Optimizer:
     Frozen experts are in it too (without a gradient nothing touches them): they keep their moments.
     Raises ValueError when its package is not installed.
     """
+    package = PACKAGES.get(config.optim)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"train.optim is {config.optim}, which is not installed: pip install 'dylora[optim]'"
+        )
     groups, betas = parameter_groups(model, config), (config.adam_beta1, config.adam_beta2)
-    rate = config.learning_rate  # of the groups too; schedules divide min_lr and lr_end by it
+    # Of the groups too, each with its own; schedules divide min_lr and lr_end by it.
+    rate = config.learning_rate
     if config.optim == "sgd":
         optimizer: Optimizer = torch.optim.SGD(groups, lr=rate, momentum=config.adam_beta1)
     elif config.optim == "lion":
-        optimizer = _lion()(groups, lr=rate, betas=betas)
+        from lion_pytorch import Lion
+
+        optimizer = Lion(groups, lr=rate, betas=betas)
+    elif config.optim == "adafactor":
+        optimizer = Adafactor(groups, lr=rate)
+    elif config.optim == "schedule_free":
+        from dylora.training.schedule_free import ScheduleFree
+
+        optimizer = ScheduleFree(groups, lr=rate, betas=betas, eps=config.adam_epsilon)
     else:
         eps = config.adam_epsilon
         optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)
@@ -42,12 +56,27 @@ def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> Optimizer:
     return optimizer
 
 
-def _lion() -> Any:
-    if importlib.util.find_spec("lion_pytorch") is None:
-        raise ValueError("train.optim is lion, which is not installed: pip install 'dylora[optim]'")
-    from lion_pytorch import Lion
+def settle(optimizer: Optimizer) -> None:
+    """Let the parameters be what is evaluated and saved: with schedule_free their averages, which
+    are not what it trains; with any other they are that anyway."""
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()  # type: ignore[operator]
 
-    return Lion
+
+def unsettle(optimizer: Optimizer) -> None:
+    """Let the parameters be what is trained again, bit for bit."""
+    if hasattr(optimizer, "train"):
+        optimizer.train()  # type: ignore[operator]
+
+
+@contextmanager
+def settled(optimizer: Optimizer) -> Iterator[None]:
+    """Within, the parameters are what is evaluated and saved."""
+    settle(optimizer)
+    try:
+        yield
+    finally:
+        unsettle(optimizer)
 
 
 def increment_versions(optimizer: Optimizer, *_: Any) -> None:
@@ -102,14 +131,34 @@ def named_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:
     return expert_parameters(model) | dict(model.router_parameters())
 
 
-def empty_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+def state_shapes(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, torch.Size | None]:
+    """What an optimizer's state of a parameter is in a checkpoint, by its class; None: a number."""
+    full, one = parameter.shape, torch.Size()
+    kinds: dict[str, dict[str, torch.Size | None]] = {
+        "AdamW": {"step": one, "exp_avg": full, "exp_avg_sq": full},
+        "Adafactor": {"step": None, "exp_avg_sq": full},
+        "Lion": {"exp_avg": full},
+        "ScheduleFree": {
+            "y": full,
+            "z": full,
+            "exp_avg_sq": full,
+            "k": None,
+            "weight_sum": None,
+            "lr_max": None,
+        },
+        "SGD": {"momentum_buffer": full},
+    }
+    found = kinds[type(optimizer).__name__]
+    if isinstance(optimizer, Adafactor) and len(full) > 2:
+        rows, columns = full[:-1], full[:-2] + full[-1:]
+        found = {"step": None, "exp_avg_sq_row": rows, "exp_avg_sq_col": columns}
+    return found
+
+
+def empty_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     """What an optimizer's state of a parameter is before its first step, on the CPU."""
-    shapes = {key: () if key == "step" else parameter.shape for key in _state_keys(optimizer)}
-    return {key: torch.zeros(shape) for key, shape in shapes.items()}
-
-
-def _state_keys(optimizer: Optimizer) -> tuple[str, ...]:
-    return STATE[type(optimizer).__name__]
+    shapes = state_shapes(optimizer, parameter).items()
+    return {key: 0.0 if shape is None else torch.zeros(shape) for key, shape in shapes}
 
 
 def state_by_name(optimizer: Optimizer, model: DyLoRA_MoE) -> dict[str, Any]:
@@ -136,12 +185,14 @@ def load_state_by_name(optimizer: Optimizer, model: DyLoRA_MoE, saved: dict[str,
     for name in [*(parameters.keys() - saved.keys()), *(saved.keys() - parameters.keys())]:
         raise ValueError(f"the optimizer state does not fit: {shown(name)} is on one side only")
     for name, parameter in parameters.items():
-        if problem := _moments_problem(saved[name], parameter, _state_keys(optimizer)):
+        if problem := _moments_problem(saved[name], state_shapes(optimizer, parameter)):
             raise ValueError(f"the optimizer state does not fit: {name} {problem}")
         if saved[name]:
             optimizer.state[parameter] = {
-                key: value.to(parameter.device, copy=True) for key, value in saved[name].items()
+                key: value.to(parameter.device, copy=True) if torch.is_tensor(value) else value
+                for key, value in saved[name].items()
             }
+    unsettle(optimizer)
 
 
 def _cut_padded(saved: dict[str, Any], parameters: dict[str, nn.Parameter]) -> dict[str, Any]:
@@ -179,14 +230,18 @@ def _cut(value: Any, count: int, rows: slice, shape: torch.Size) -> Any:
     return cut[:, :rank].contiguous() if len(shape) == 3 and not cut[:, rank:].any() else cut
 
 
-def _moments_problem(state: Any, parameter: nn.Parameter, keys: tuple[str, ...]) -> str | None:
+def _moments_problem(state: Any, shapes: dict[str, torch.Size | None]) -> str | None:
     """What is wrong with the saved moments of a parameter; an empty entry is fine."""
-    if not isinstance(state, dict) or (state and set(state) != set(keys)):
+    if not isinstance(state, dict) or (state and set(state) != set(shapes)):
         found = ", ".join(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
-        return f"has {found}, not {', '.join(keys)}"
+        return f"has {found}, not {', '.join(shapes)}"
     for key, value in state.items():
-        shape = torch.Size() if key == "step" else parameter.shape
-        least = 0 if key in ("step", "exp_avg_sq") else -math.inf
+        shape = shapes[key]
+        if shape is None:
+            if not is_number(value, 0):
+                return f"has {key}, which must be a number of at least 0"
+            continue
+        least = 0 if key in NONNEGATIVE else -math.inf
         if torch.is_tensor(value) and value.shape != shape:
             return f"has {key} of the shape {list(value.shape)}, not {list(shape)}"
         plain = is_plain(value, torch.float32)

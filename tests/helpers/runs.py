@@ -16,7 +16,8 @@ def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         found = load_file(file).items()
         tensors |= {f"{file.relative_to(checkpoint)}: {key}": value for key, value in found}
     for name, state in torch.load(checkpoint / "optimizer.pt", weights_only=True).items():
-        tensors |= {f"optimizer.pt: {name} {key}": value for key, value in state.items()}
+        found = {f"optimizer.pt: {name} {key}": value for key, value in state.items()}
+        tensors |= {key: torch.as_tensor(value) for key, value in found.items()}
     return tensors
 
 

@@ -6,20 +6,29 @@ import shutil
 
 import pytest
 import torch
+from schedulefree import AdamWScheduleFree
+from torch import nn
+from transformers.optimization import Adafactor as TheirAdafactor
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.run_config import TrainConfig
+from dylora.training.adafactor import Adafactor
 from dylora.training.callbacks import Callback
 from dylora.training.loop import train
 from dylora.training.optim import build_optimizer
 from dylora.training.run import prepare
+from dylora.training.schedule_free import ScheduleFree
 from dylora.training.step import run_step
 from runs import all_tensors, rows_of
 
+OTHERS = ["lora_plus", "adafactor", "lion", "schedule_free", "sgd"]
+CONSTANT = {"schedule_free": {"lr_scheduler_type": "constant"}}  # what it asks for
 
-@pytest.mark.parametrize("optim", ["lora_plus", "lion", "sgd"])
+
+@pytest.mark.parametrize("optim", OTHERS)
 def test_a_run_with_any_optimizer_is_resumed_bit_for_bit(make_config, optim):
     settings = {"optim": optim, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-3}
+    settings |= CONSTANT.get(optim, {})
     whole = train(make_config("whole", **settings))
     parts = whole.folder.with_name("parts")
     shutil.copytree(whole.folder, parts)
@@ -32,9 +41,9 @@ def test_a_run_with_any_optimizer_is_resumed_bit_for_bit(make_config, optim):
     assert rows_of(parts) == rows_of(whole.folder)
 
 
-@pytest.mark.parametrize("optim", ["lora_plus", "lion", "sgd"])
+@pytest.mark.parametrize("optim", OTHERS)
 def test_experts_are_frozen_and_created_in_mid_run_with_any_optimizer(make_config, optim):
-    run = prepare(make_config(optim=optim), fresh=True)
+    run = prepare(make_config(optim=optim, **CONSTANT.get(optim, {})), fresh=True)
     run_step(run)
     run.model.experts.freeze(0)
     new = run.model.experts.create_expert(share=0.5)
@@ -66,9 +75,70 @@ def test_lora_plus_steps_the_Bs_so_many_times_as_far_as_the_As(llama):
     assert {rate for name, rate in rates.items() if "lora" not in name} == {5e-3}
 
 
-def test_an_optimizer_whose_state_has_no_row_for_an_expert_is_refused_by_name():
-    with pytest.raises(ValueError, match="optim is 'adafactor', but must be one of adamw"):
-        TrainConfig(optim="adafactor")
+def test_adafactor_moves_one_expert_as_that_of_transformers_does():
+    theirs = {"scale_parameter": False, "relative_step": False}
+    apart = [nn.Parameter(torch.randn(4, 6) / 4) for _ in range(3)]
+    stacked = nn.Parameter(torch.stack([p.detach() for p in apart]))
+    ours = Adafactor([stacked], lr=0.01, weight_decay=0.1)
+    others = [TheirAdafactor([p], lr=0.01, weight_decay=0.1, **theirs) for p in apart]
+    for _ in range(5):
+        gradient = torch.randn(3, 4, 6) * torch.tensor([0.1, 1.0, 10.0])[:, None, None]
+        stacked.grad = gradient.clone()
+        for p, its, other in zip(apart, gradient, others, strict=True):
+            p.grad = its.clone()
+            other.step()
+        ours.step()
+    torch.testing.assert_close(stacked, torch.stack(list(apart)))
+    assert ours.state[stacked]["exp_avg_sq_col"].shape == (3, 6)
+
+
+def test_schedule_free_trains_and_averages_as_that_of_its_authors():
+    one, other = (nn.Parameter(torch.linspace(-1, 1, 24).view(4, 6)) for _ in range(2))
+    ours = ScheduleFree([one], lr=0.01, weight_decay=0.1)
+    theirs = AdamWScheduleFree([other], lr=0.01, weight_decay=0.1)
+    for _ in range(5):
+        theirs.train()
+        one.grad = torch.randn(4, 6)
+        other.grad, kept = one.grad.clone(), one.grad.clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(one.grad, kept)
+        torch.testing.assert_close(one, other)
+        trained = one.detach().clone()
+        ours.eval()
+        theirs.eval()
+        torch.testing.assert_close(one, other)
+        averaged = one.detach().clone()
+        ours.train()
+        assert torch.equal(one, trained)
+    assert (averaged - trained).abs().max() > 1e-4
+
+
+def test_schedule_free_saves_averages_and_saving_changes_no_bit_of_the_run(make_config):
+    settings = {"optim": "schedule_free", "lr_scheduler_type": "constant", "max_steps": 4}
+    often = train(make_config("often", save_steps=1, **settings))
+    once = train(make_config("once", **settings))
+    found = [all_tensors(run.folder / "checkpoint-4") for run in (often, once)]
+    assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
+    name, router = next(iter(often.model.router_parameters()))
+    state = often.optimizer.state[router]
+    assert state["y"].allclose(0.9 * router + 0.1 * state["z"])
+    assert not torch.equal(state["y"], router)
+    saved = DyLoRA_MoE.from_pretrained(often.folder / "checkpoint-4")
+    assert torch.equal(dict(saved.router_parameters())[name], router)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim": "muon"}, "optim is 'muon', but must be one of adamw"),
+        ({"optim": "schedule_free"}, "lr_scheduler_type is 'cosine', but must be constant or"),
+        ({"optim": "adafactor", "adam_beta2": 0.9}, "adam_beta2 is 0.9, but must be unset with"),
+    ],
+)
+def test_what_an_optimizer_cannot_do_is_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
 
 
 def test_a_ratio_that_would_do_nothing_is_refused():
