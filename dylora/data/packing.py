@@ -37,6 +37,18 @@ def packed_batches(
     return batches
 
 
+def fill_up(batches: list[dict[str, Tensor]], multiple: int) -> list[dict[str, Tensor]]:
+    """The batches, and copies of the last one in which nothing counts, up to a multiple: as many
+    passes for each process, whose collectives meet in every one of them."""
+    last = batches[-1]
+    nothing = {
+        "labels": torch.full_like(last["labels"], IGNORED),
+        "token_mask": torch.zeros_like(last["token_mask"]),
+        "target_positions": last["target_positions"][:0],
+    }
+    return batches + [last | nothing] * (-len(batches) % multiple)
+
+
 def pack(lengths: Sequence[int]) -> list[list[int]]:
     """Indices of sequences that share a row, of no more tokens than the longest has.
 

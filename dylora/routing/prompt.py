@@ -172,7 +172,7 @@ def _prompt_mean(x: Tensor, pass_: Pass) -> Tensor:
         sums = x.new_zeros(count, x.shape[-1]).index_add(0, sequence_T, x_TD)
         tokens = weights_T.new_zeros(count).index_add(0, sequence_T, weights_T)
         return sums / tokens.clamp_min(1)[:, None]
-    weights = (mask / mask.sum(-1, keepdim=True)).to(x.dtype)
+    weights = (mask / mask.sum(-1, keepdim=True).clamp_min(1)).to(x.dtype)
     return torch.einsum("bsd,bs->bd", x, weights)
 
 

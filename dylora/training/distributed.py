@@ -169,16 +169,11 @@ def check_parallel(config: RunConfig, size: int) -> None:
             f"train.parallel is {parallel}, which torchrun starts: torchrun --nproc-per-node 2 "
             "run.py train …"
         )
-    if train.gradient_accumulation_steps % size:
+    if train.gradient_accumulation_steps % size and not config.data.packing:
         raise ValueError(
             f"train.gradient_accumulation_steps is {train.gradient_accumulation_steps}, but {size} "
             f"processes share the forward passes of a step: make it a multiple of {size} (with a "
             "smaller train.batch_size a step has the same rows)"
-        )
-    if config.data.packing:
-        raise ValueError(
-            "data.packing makes as many passes as the rows of a step need, but train."
-            f"parallel {parallel} shares them evenly: set one of the two otherwise"
         )
     if ":" in config.model.device:
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dylora.data.batching import micro_batches, to_device
-from dylora.data.packing import packed_batches
+from dylora.data.packing import fill_up, packed_batches
 from dylora.data.splits import derived_seed
 from dylora.kernels.cross_entropy import count_targets
 from dylora.model import BatchTotals
@@ -95,6 +95,7 @@ def next_batches(run: Run) -> tuple[list[dict[str, Tensor]], BatchTotals]:
     if run.config.data.packing:
         one_row = is_flash(run.model)
         batches = packed_batches(rows, size, run.pad_token_id, one_row=one_row)
+        batches = fill_up(batches, run.processes.size)
     else:
         batches = micro_batches(rows, parts, run.pad_token_id)
     # Counted on the CPU, where nothing waits for the device, nor for another process.

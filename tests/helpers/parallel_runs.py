@@ -17,6 +17,8 @@ from dylora.training.callbacks import Callback
 from dylora.training.distributed import Processes
 from dylora.training.loop import train
 from dylora.training.optim import named_parameters, state_by_name
+from dylora.training.step import run_step
+from runs import asked_of_the_device
 
 
 class Ended(NamedTuple):
@@ -164,3 +166,17 @@ def count_here(config: RunConfig) -> tuple[list[int], list[int], int]:
     count = Count()
     train(config, callbacks=[count])
     return count.gradients, count.others, count.trainable
+
+
+class Ask(Callback):
+    """Takes a second step, and sees what it asks the device for."""
+
+    def after_step(self, run, result):
+        self.asked = asked_of_the_device(run, lambda: run_step(run))
+
+
+def ask_here(config: RunConfig) -> list[tuple[str, str]]:
+    """What the second of two steps asks the device for."""
+    ask = Ask()
+    train(config, callbacks=[ask])
+    return ask.asked

@@ -33,7 +33,7 @@ def in_processes(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     results = []
     for child, end in children:
         with contextlib.suppress(EOFError):  # it was killed
-            results.append(pickle.loads(end.recv_bytes()) if end.poll(600) else TimeoutError())
+            results.append(pickle.loads(end.recv_bytes()) if end.poll(180) else TimeoutError())
         child.join(20)
         if child.is_alive():
             child.kill()

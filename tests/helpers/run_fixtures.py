@@ -117,6 +117,7 @@ def build_config(
 ) -> RunConfig:
     """A run of ten steps with every source of randomness on; sections take changes by name."""
     train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    data_changes = {k: changes.pop(k) for k in {"packing"} & changes.keys()}
     log_changes = {k: changes.pop(k) for k in {"wandb"} & changes.keys()}
     eval_changes = {k: v for k, v in changes.items() if k not in train_fields}
     train_changes = {k: v for k, v in changes.items() if k in train_fields}
@@ -137,6 +138,7 @@ def build_config(
                 )
             ],
             max_length=64,
+            **data_changes,
         ),
         train=TrainConfig(
             **{

@@ -19,13 +19,14 @@ from parallel_runs import (
     Grow,
     Hang,
     Signal,
+    ask_here,
     count_here,
     train_apart,
     train_here,
     train_on_a_full_disk,
 )
 from processes import in_processes, results_of
-from runs import all_tensors
+from runs import all_tensors, rows_of
 
 STEPS, SAVED = 30, 20
 MOE = {"maturity_mode": "usage", "router_z_loss_coef": 1e-2}
@@ -105,6 +106,23 @@ def test_a_checkpoint_has_the_same_files_whatever_the_number_of_processes(
     assert not list((folder / "ddp").glob(".*"))
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_packed_rows_that_the_processes_do_not_divide_give_the_losses_of_one(make_config, parallel):
+    """And its statistics: a pass that only fills up the others counts in nothing."""
+    changes = {"packing": True, "max_steps": 3, "gradient_accumulation_steps": 3, "moe": MOE}
+    config = make_config("alone", **changes)
+    drawn = prepare(dataclasses.replace(config, name="drawn"), fresh=True)
+    passes = [len(next_batches(drawn)[0]) for _ in range(config.train.max_steps)]
+    assert any(count % 2 for count in passes)
+    alone = train_here(config)
+    both = results_of(2, train_here, make_config("both", parallel=parallel, **changes))
+    assert close(alone.losses, both[0].losses)
+    assert both[0] == both[1]
+    one, two = (rows_of(Path(config.output_dir) / name) for name in ("alone", "both"))
+    for mine, other in zip(one, two, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
 def test_statistics_of_one_process_alone_are_other_losses(make_config):
     """What adding them up is for: the fractions of the balance loss, maturity, the losses."""
     moe = MOE | {"router_aux_loss_coef": 1.0, "maturity_tau": 2.0}
@@ -167,6 +185,11 @@ def test_a_step_sends_each_gradient_once_and_one_vector_of_statistics(make_confi
     # Votes, losses (the sum and four parts), three sums of the experts, the routing statistics.
     numbers = 2 + 5 + (2 * experts + 1) + (4 * blocks * experts + 3 * blocks + 1)
     assert others == [4 * numbers]
+
+
+def test_each_of_two_processes_asks_its_device_for_numbers_once_a_step(make_config):
+    both = results_of(2, ask_here, make_config(max_steps=2, parallel="ddp"))
+    assert both == [[("cpu", "to_numbers")]] * 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

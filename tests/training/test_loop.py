@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 from typing import get_args
 
 import pytest
@@ -27,7 +26,7 @@ from dylora.training.random_state import random_state, restore_random_state
 from dylora.training.resume import check_same_settings, last_good, resume, save
 from dylora.training.run import prepare
 from dylora.training.step import next_batches, run_step
-from runs import STEPS, all_tensors, rows_of
+from runs import STEPS, all_tensors, asked_of_the_device, rows_of
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -501,30 +500,11 @@ def test_a_run_says_when_the_cpu_has_no_instructions_for_its_precision(
     assert said == emulated
 
 
-def test_a_step_asks_the_device_for_numbers_once(make_config, monkeypatch):
+def test_a_step_asks_the_device_for_numbers_once(make_config):
     """From the first pass to the update: every `.item()` on the way would empty a GPU's queue."""
     run = prepare(make_config(), fresh=True)
     steps_of(run, 1)
-    asked, began = [], []
-    real = run.model.forward
-    monkeypatch.setattr(run.model, "forward", lambda *a, **k: began.append(1) or real(*a, **k))
-
-    def watch(name):
-        method = getattr(torch.Tensor, name)
-
-        def watched(self, *args, **kwargs):
-            caller = sys._getframe(1).f_code
-            if began and "/dylora/" in caller.co_filename:
-                asked.append((name, caller.co_name))
-                if name == "cpu":
-                    began.clear()
-            return method(self, *args, **kwargs)
-
-        monkeypatch.setattr(torch.Tensor, name, watched)
-
-    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
-        watch(name)
-    steps_of(run, 1)
+    asked = asked_of_the_device(run, lambda: steps_of(run, 1))
     assert asked == [("cpu", "to_numbers")]
 
 

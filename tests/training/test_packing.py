@@ -1,13 +1,13 @@
 """Packed rows: the losses, statistics, routing and gradients of the same rows padded."""
 
-import dataclasses
+import functools
 from itertools import combinations_with_replacement, product
 
 import pytest
 import torch
 
 from dylora.data.batching import micro_batches
-from dylora.data.packing import collate_packed, pack, packed_batches
+from dylora.data.packing import collate_packed, fill_up, pack, packed_batches
 from dylora.model import BatchTotals
 from dylora.routing.losses import fractions_of
 from dylora.skills import SkillLibrary
@@ -36,15 +36,7 @@ def measured(model, batches):
     """Losses and gradients of all batches together, statistics, and what was seen of experts."""
     tokens = sum(int(one.get("token_mask", one.get("attention_mask")).sum()) for one in batches)
     targets = sum(len(one["target_positions"]) for one in batches)
-    with torch.no_grad():
-        first = [model(**one).routing.statistics for one in batches]
-    fractions = None
-    if first[0] is not None:
-        total = first[0]
-        for other in first[1:]:
-            total = total.plus(other)
-        fractions = fractions_of(total)
-    totals, losses, seen = BatchTotals(targets, tokens, fractions), {}, None
+    totals, losses, seen = BatchTotals(targets, tokens, fractions(model, batches)), {}, None
     model.zero_grad()
     for one in batches:
         output = model(**one, totals=totals, keep_logits=False)
@@ -55,6 +47,27 @@ def measured(model, batches):
     grads = {name: p.grad for name, p in model.own_parameters() if p.grad is not None}
     statistics = () if seen.statistics is None else seen.statistics
     return losses, [*seen[:3], *statistics], grads
+
+
+def fractions(model, batches):
+    """f of the balance losses over all batches; None where no router learns."""
+    with torch.no_grad():
+        found = [model(**one).routing.statistics for one in batches]
+    if found[0] is None:
+        return None
+    return fractions_of(functools.reduce(lambda one, other: one.plus(other), found))
+
+
+def know_skills(model):
+    """A skill for each of three experts, of tokens of its own."""
+    library = SkillLibrary(model)
+    for skill in range(3):
+        low = 3 + 12 * skill
+        draw = torch.Generator().manual_seed(skill)
+        rows = [
+            [1, *torch.randint(low, low + 12, (6,), generator=draw).tolist()] for _ in range(40)
+        ]
+        library.add(f"skill {skill}", rows[:20], rows[20:], expert=skill)
 
 
 def assert_same(ours, theirs):
@@ -162,14 +175,7 @@ def test_whatever_routes_packed_rows_are_routed_as_padded_ones(name, mixture):
 def test_each_packed_sequence_is_routed_by_its_own_prompt(scope, mode, mixture):
     settings = {"router_scope": scope, "top_k_experts": 1, "routing_mode": mode}
     model = mixture(num_experts=3, **settings).train()
-    library = SkillLibrary(model)
-    for skill in range(3):
-        low = 3 + 12 * skill
-        draw = torch.Generator().manual_seed(skill)
-        rows = [
-            [1, *torch.randint(low, low + 12, (6,), generator=draw).tolist()] for _ in range(40)
-        ]
-        library.add(f"skill {skill}", rows[:20], rows[20:], expert=skill)
+    know_skills(model)
     made = []
     for seed, row in enumerate(examples()):
         low = 3 + 12 * (seed % 3)  # prompts of three skills
@@ -190,14 +196,40 @@ def test_a_packed_run_learns_what_a_padded_one_learns(make_config):
     still = {"lora_dropout": 0.0, "expert_dropout": 0.0, "router_noise": 0.0}
     runs = []
     for name, packing in (("padded", False), ("packed", True)):
-        config = make_config(name, max_steps=4, moe=still, gradient_accumulation_steps=3)
-        data = dataclasses.replace(config.data, packing=packing)
-        runs.append(train(dataclasses.replace(config, data=data)))
+        changes = {"max_steps": 4, "moe": still, "gradient_accumulation_steps": 3}
+        runs.append(train(make_config(name, packing=packing, **changes)))
     padded, packed = (rows_of(run.folder) for run in runs)
     for one, other in zip(padded, packed, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
             assert other[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
+
+
+@pytest.mark.parametrize("name", ["plain", "capped", *SETTINGS, "prompt", "running_mean"])
+def test_a_filling_pass_counts_for_nothing_and_reaches_every_parameter(name, mixture):
+    """Those of a prompt's experts alone, where only these are computed."""
+    scopes = {name: {"router_scope": name, "num_experts": 3} for name in ("prompt", "running_mean")}
+    capped = {"capped": {"routing_mode": "sparse", "expert_capacity_factor": 1.0}}
+    model = mixture(**(SETTINGS | scopes | capped).get(name, {})).train()
+    if name in scopes:
+        know_skills(model)
+    for lengths in (LENGTHS, (9, 9, 9)):  # sequences that share rows, and one in each
+        batches = packed_batches(examples(lengths=lengths), 2, PAD)
+        filled = fill_up(batches, 3)
+        assert len(filled) == 3
+        assert len(batches) == 2
+        tokens = sum(lengths)
+        totals = BatchTotals(tokens, tokens, None if name in scopes else fractions(model, batches))
+        model.zero_grad()
+        output = model(**filled[-1], totals=totals, keep_logits=False)
+        output.loss.backward()
+        assert output.loss == 0
+        seen = output.observation(filled[-1]["labels"])
+        assert all(not value.any() for value in (*seen[:3], *(seen.statistics or ())))
+        trained = [p for _, p in model.own_parameters() if p.requires_grad]
+        given = [p.grad for p in trained if p.grad is not None]
+        assert all(not grad.any() for grad in given)
+        assert len(given) == len(trained) or name == "prompt"
 
 
 # Bases that cannot

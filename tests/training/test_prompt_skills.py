@@ -21,7 +21,7 @@ SKILLS = ("lists", "sql")
 def joint(make_config):
     """A few steps on two embedded skills; a shared expert beside one for each."""
 
-    def make(name="a", *, experts=3, **changes):
+    def make(name="a", *, experts=3, packing=False, **changes):
         moe = {"num_experts": experts, "shared_experts": 1, "router_scope": "prompt"}
         moe |= {"top_k_experts": 1, "expert_dropout": 0.0, "maturity_mode": "manual"}
         moe |= {"expert_ranks": [4, *[2] * (experts - 1)]}
@@ -29,7 +29,7 @@ def joint(make_config):
         sources = [SourceConfig(name=f"skill/{skill}", rows=40) for skill in SKILLS]
         return dataclasses.replace(
             config,
-            data=DataConfig(sources=sources, max_length=200),
+            data=DataConfig(sources=sources, max_length=200, packing=packing),
             model=dataclasses.replace(config.model, base="tiny-code-llama"),
         )
 
@@ -48,10 +48,11 @@ def test_every_source_trains_an_expert_of_its_own_beside_the_shared_one(joint):
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_experts_that_their_own_prompts_choose(joint):
+@pytest.mark.parametrize("changes", [{}, {"packing": True, "gradient_accumulation_steps": 3}])
+def test_two_processes_train_the_experts_that_their_own_prompts_choose(joint, changes):
     """An expert that the prompts of one process leave out has its gradient from the other."""
-    alone = train_here(joint("alone"))
-    both = results_of(2, train_here, joint("both", parallel="ddp"))
+    alone = train_here(joint("alone", **changes))
+    both = results_of(2, train_here, joint("both", parallel="ddp", **changes))
     assert both[0] == both[1]
     assert alone.losses == pytest.approx(both[0].losses, rel=0, abs=1e-5)
 
