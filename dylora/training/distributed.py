@@ -94,6 +94,13 @@ class Processes:
             raise SystemExit(2)
         return result
 
+    def gather(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives in each process, in all of them. See `together`; patiently."""
+        found: list[Any] = [self.together(work, patiently=True)] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, found[0])
+        return found
+
     def from_first(self, work: Callable[[], T], *, patiently: bool = False) -> T:
         """What `work` gives in the first process, which alone does it. See `together`."""
         result = [self.together(lambda: work() if self.is_first else None, patiently=patiently)]

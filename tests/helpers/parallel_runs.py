@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from dylora.base_models import stored_bytes
+from dylora.evaluation.passk import sampling
+from dylora.evaluation.passk.callback import Benchmark
 from dylora.run_config import RunConfig
 from dylora.training.callbacks import Callback
 from dylora.training.distributed import Processes
@@ -180,3 +182,16 @@ def ask_here(config: RunConfig) -> list[tuple[str, str]]:
     ask = Ask()
     train(config, callbacks=[ask])
     return ask.asked
+
+
+def benchmark_here(config: RunConfig) -> list[str]:
+    """The tasks that this process answers in a run with a benchmark."""
+    answered, real = [], sampling.generate
+
+    def generate(model: Any, tokenizer: Any, problems: Any, **settings: Any) -> list[str]:
+        answered.extend(problem.task_id for problem in problems)
+        return real(model, tokenizer, problems, **settings)
+
+    sampling.generate = generate
+    train(config, callbacks=[Benchmark()])
+    return answered

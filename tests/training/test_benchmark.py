@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dylora.evaluation.passk import scoring
+from dylora.evaluation.passk import callback
 from dylora.evaluation.passk.callback import Benchmark
 from dylora.evaluation.passk.sampling import read_samples
 from dylora.training import loop
 from dylora.training.run import Run
+from parallel_runs import benchmark_here
+from processes import results_of
 from runs import STEPS, all_tensors, rows_of
 
 PASS = 7  # the step that ends the first pass: 27 rows, 4 a step
@@ -94,7 +96,7 @@ def test_a_run_that_stops_early_has_its_benchmark_then(benchmarked):
 @pytest.mark.parametrize("where", ["sample_to_file", "score"])
 def test_a_signal_in_a_benchmark_leaves_it_due_and_loses_nothing(benchmarked, monkeypatch, where):
     whole = train(benchmarked("whole")).folder
-    original, calls = getattr(scoring, where), 0
+    original, calls = getattr(callback, where), 0
 
     def signalled(*args, **kwargs):
         nonlocal calls
@@ -103,7 +105,7 @@ def test_a_signal_in_a_benchmark_leaves_it_due_and_loses_nothing(benchmarked, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(scoring, where, signalled)
+    monkeypatch.setattr(callback, where, signalled)
     with pytest.raises(SystemExit):
         train(benchmarked("parts"))
     parts = whole.parent / "parts"
@@ -158,3 +160,16 @@ def test_a_benchmark_without_its_callback_is_refused_before_anything_is_loaded(b
     with pytest.raises(ValueError, match=r"eval\.benchmark_strategy needs the callback"):
         loop.train(config)
     assert not (Path(config.output_dir) / "a").exists()
+
+
+def test_processes_share_the_tasks_of_a_benchmark_and_have_the_answers_of_one(benchmarked):
+    changes = {"max_steps": 1, "benchmark_limit": 3, "batch_size": 1}
+    one = benchmarked("one", "final", **changes)
+    train(one)
+    both = results_of(2, benchmark_here, benchmarked("two", "final", parallel="ddp", **changes))
+    assert sorted(map(len, both)) == [1, 2]
+    assert len({*both[0], *both[1]}) == 3
+    root = Path(one.output_dir)
+    files = [root / name / "benchmark" / "step-1" / "mbpp.jsonl" for name in ("one", "two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert scores(root / "two") == [1]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dylora.evaluation.passk.benchmark import find_backend, read_tasks
 from dylora.evaluation.passk.options import BenchmarkOptions, expand_tasks
-from dylora.evaluation.passk.scoring import Selection, score_model, select_tasks
+from dylora.evaluation.passk.sampling import sample_to_file
+from dylora.evaluation.passk.scoring import Selection, score, select_tasks
 from dylora.run_config import EvalConfig
 from dylora.storage.folders import quarantine, write_file
 from dylora.training.loop import Callback, is_out_of_patience
@@ -37,7 +38,7 @@ def options_of(config: EvalConfig) -> BenchmarkOptions:
 
 class Benchmark(Callback):
     """Runs the suites of eval.benchmark_tasks as eval.benchmark_strategy says, each after a save:
-    generation may need memory that is not there. Of several processes the first does it alone."""
+    generation may need memory that is not there. Several processes share the answers."""
 
     handles = ("eval.benchmark_strategy",)
 
@@ -60,13 +61,7 @@ class Benchmark(Callback):
 
     def on_save(self, run: Run, folder: Path) -> None:
         if run.progress.benchmark_due:
-
-            def work() -> None:
-                with suppress(Interrupted):  # `check` says so in all processes
-                    benchmark_step(run)
-
-            run.processes.from_first(work, patiently=True)
-            run.interruption.check()
+            benchmark_step(run)
             run.progress.benchmark_due = False
 
 
@@ -95,22 +90,45 @@ def check_benchmark(run: Run) -> None:
 def benchmark_step(run: Run) -> None:
     """Benchmark the mixture as it is now, unless the step has its row of metrics.jsonl already.
 
-    Raises Interrupted, samples kept, when a signal came.
+    Processes share the answers, and the first judges them. Raises Interrupted, samples kept, when a
+    signal came.
     """
-    run.interruption.check_here()
-    config, progress = run.config.eval, run.progress
-    options, suites = options_of(config), _select(run)
-    if run.log.has(progress.step, f"eval/{next(iter(suites))}/pass@1"):
+    run.interruption.check()
+    processes, suites = run.processes, run.processes.together(lambda: _select(run))
+    options, folder = options_of(run.config.eval), run.folder / FOLDER / f"step-{run.progress.step}"
+
+    def is_done() -> bool:
+        folder.mkdir(parents=True, exist_ok=True)
+        return run.log.has(run.progress.step, f"eval/{next(iter(suites))}/pass@1")
+
+    if processes.from_first(is_done):
         return
-    folder = run.folder / FOLDER / f"step-{progress.step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics, results = {}, {}
+    answers = {}
     for name, selection in suites.items():
         file = folder / f"{name.replace('/', '.')}.jsonl"
-        check = run.interruption.check_here
-        found = score_model(
-            run.model, run.tokenizer, selection, options, config.batch_size, file, check
+        sampling = options.sampling(selection.tasks.max_new_tokens, run.config.eval.batch_size)
+        check = run.interruption.check
+        answers[name] = sample_to_file(
+            run.model, run.tokenizer, selection.problems, sampling, file, check, processes
         )
+
+    def work() -> None:
+        with suppress(Interrupted):  # `check` says so in all processes
+            judge(run, suites, answers, folder)
+
+    processes.from_first(work, patiently=True)
+    run.interruption.check()
+
+
+def judge(
+    run: Run, suites: dict[str, Selection], answers: dict[str, dict[str, list[str]]], folder: Path
+) -> None:
+    """Check the answers of each suite, and write what they score; raises Interrupted."""
+    config, progress, options = run.config.eval, run.progress, options_of(run.config.eval)
+    metrics, results = {}, {}
+    for name, selection in suites.items():
+        check, limits = run.interruption.check_here, selection.tasks.limits
+        found = score(selection.problems, answers[name], options, limits, check)
         metrics[f"eval/{name}/pass@1"] = found.pass_at_k["1"]["mean"]
         sampling = options.sampling(selection.tasks.max_new_tokens, config.batch_size)
         results[name] = selection.describe(sampling) | found._asdict()

@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,6 +15,7 @@ from dylora.evaluation.passk.generation import by_length, generate
 from dylora.evaluation.passk.options import Sampling
 from dylora.evaluation.passk.problem import Problem, answer_of
 from dylora.model import DyLoRA_MoE
+from dylora.training.distributed import ALONE, Processes
 
 Draw = tuple[Problem, int]
 """An answer to be drawn: its task, and its number among the task's samples, from 0."""
@@ -25,40 +28,73 @@ def sample_to_file(
     sampling: Sampling,
     file: Path,
     before_batch: Callable[[], None] = lambda: None,
+    processes: Processes = ALONE,
 ) -> dict[str, list[str]]:
     """Answers to each task: those of the file, and the missing ones, which are added to it.
 
     A batch is the same whatever the file holds already, so a continued sampling gives the samples
-    of an undisturbed one. An exception of `before_batch` ends it, with nothing lost.
+    of an undisturbed one. An exception of `before_batch` ends it, with nothing lost. Processes
+    share the batches, and have the same answers; the first writes the file.
     """
-    answers = read_samples(file)
+    answers = processes.from_first(lambda: read_samples(file))
     batches = list(_batches(model, tokenizer, problems, sampling))
-    bar = tqdm(total=sum(map(len, batches)), desc=file.stem, disable=None)
-    with bar, file.open("a", encoding="utf-8") as stream:
-        for batch in batches:
-            kept = {problem.task_id: len(answers.get(problem.task_id, [])) for problem, _ in batch}
-            if any(number >= kept[problem.task_id] for problem, number in batch):
-                before_batch()
-                first, number = batch[0]
-                texts = generate(
-                    model,
-                    tokenizer,
-                    [problem for problem, _ in batch],
-                    max_new_tokens=sampling.max_new_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=derived_seed("benchmark", sampling.seed, first.task_id, number),
-                )
-                for (problem, number), text in zip(batch, texts, strict=True):
-                    if number >= kept[problem.task_id]:
-                        solution = answer_of(problem, text)
-                        row = {"task_id": problem.task_id, "solution": solution}
-                        stream.write(json.dumps(row) + "\n")
-                        answers.setdefault(problem.task_id, []).append(solution)
-                stream.flush()
-                os.fsync(stream.fileno())
-            bar.update(len(batch))
+    left = [batch for batch in batches if any(_is_missing(draw, answers) for draw in batch)]
+    total, missing = (sum(map(len, some)) for some in (batches, left))
+    silent = None if processes.is_first else True
+    with tqdm(total=total, initial=total - missing, desc=file.stem, disable=silent) as bar:
+        for begin in range(0, len(left), processes.size):
+            before_batch()
+            now = left[begin : begin + processes.size]
+            own = now[processes.rank : processes.rank + 1]  # the last ones may lack one
+            found = processes.gather(partial(_texts, model, tokenizer, own, sampling))
+            for batch, texts in zip(now, chain(*found), strict=True):
+                _keep(batch, texts, answers, file if processes.is_first else None)
+                bar.update(len(batch))
     return {one.task_id: answers[one.task_id][: sampling.samples] for one in problems}
+
+
+def _is_missing(draw: Draw, answers: dict[str, list[str]]) -> bool:
+    problem, number = draw
+    return number >= len(answers.get(problem.task_id, []))
+
+
+def _texts(
+    model: DyLoRA_MoE,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[Sequence[Draw]],
+    sampling: Sampling,
+) -> list[list[str]]:
+    """The texts of each batch, which its first draw seeds."""
+    return [
+        generate(
+            model,
+            tokenizer,
+            [problem for problem, _ in batch],
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=derived_seed("benchmark", sampling.seed, batch[0][0].task_id, batch[0][1]),
+        )
+        for batch in batches
+    ]
+
+
+def _keep(
+    batch: Sequence[Draw], texts: Sequence[str], answers: dict[str, list[str]], file: Path | None
+) -> None:
+    """Add the answers of a batch that are missing, to the file too if there is one."""
+    lines = []
+    for draw, text in zip(batch, texts, strict=True):
+        if _is_missing(draw, answers):
+            problem, _ = draw
+            solution = answer_of(problem, text)
+            answers.setdefault(problem.task_id, []).append(solution)
+            lines.append(json.dumps({"task_id": problem.task_id, "solution": solution}) + "\n")
+    if file is not None:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.writelines(lines)
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def _batches(

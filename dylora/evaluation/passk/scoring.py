@@ -99,16 +99,14 @@ def score_model(
     options: BenchmarkOptions,
     batch_size: int,
     file: Path,
-    before_each: Callable[[], None] = lambda: None,
 ) -> Score:
     """Draws the samples that the file lacks, and checks all of them.
 
-    before_each: called before each batch and each check; an exception of it ends the scoring.
     Raises ValueError for a prompt too long for the base, and where no sandbox works.
     """
     sampling = options.sampling(selection.tasks.max_new_tokens, batch_size)
-    answers = sample_to_file(model, tokenizer, selection.problems, sampling, file, before_each)
-    return score(selection.problems, answers, options, selection.tasks.limits, before_each)
+    answers = sample_to_file(model, tokenizer, selection.problems, sampling, file)
+    return score(selection.problems, answers, options, selection.tasks.limits)
 
 
 def score(
@@ -118,7 +116,11 @@ def score(
     limits: Limits,
     before_each: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Checks every answer (of each task equally many); limits: of a program over all its tests."""
+    """Checks every answer (of each task equally many).
+
+    limits: of a program over all its tests; before_each: called before each check; an exception of
+    it ends the scoring.
+    """
     jobs = [(problem, answer) for problem in problems for answer in answers[problem.task_id]]
 
     def check(sandbox: Sandbox | None, job: tuple[Problem, str]) -> Result:
