@@ -137,9 +137,8 @@ def _age(adapters: Iterable[Adapter], optimizer: Optimizer | None, expert: int) 
             state = {} if optimizer is None else optimizer.state.get(parameter, {})
             check_state(state, parameter)
             for name, value in state.items():
-                if is_by_row(
-                    name, value, parameter
-                ):  # one without a momentum cannot join those with one
+                if is_by_row(name, value, parameter):
+                    # One without a momentum cannot join those with one.
                     ages.append(name)
                 else:
                     ages.append((name, float(value) if torch.is_tensor(value) else value))
