@@ -63,10 +63,10 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
 def write_into_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     """As `write_folder`, but what others have put into the folder stays where it is.
 
-    In a folder that is not empty the manifest comes last: after a crash before it, nothing
-    verifies. Raises FileExistsError for the checkpoint of a run.
+    Others may write into a folder that exists meanwhile. There the manifest comes last: after a
+    crash before it, nothing verifies. Raises FileExistsError for the checkpoint of a run.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists():
         write_folder(folder, write_files)
         return
     if (folder / MANIFEST).exists() and is_run_checkpoint(folder):

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from transformers import Trainer, TrainingArguments
 
+from dylora import DyLoRA_MoE
 from dylora.base_models import stored_bytes
 from dylora.evaluation.passk import sampling
 from dylora.evaluation.passk.callback import Benchmark
@@ -122,6 +124,27 @@ def train_here(config: RunConfig, resume: str | None = None, callbacks: tuple = 
         len(run.model.experts),
         stored,
     )
+
+
+def train_by_trainer(
+    folder: str, rows_per_device: int, resume: str | None, settings: dict[str, Any]
+) -> tuple[list[float], bytes]:
+    """The losses of four steps of transformers' Trainer, and all that its mixture is then."""
+    torch.manual_seed(0)
+    model = DyLoRA_MoE.from_base("tiny-code-llama", num_experts=3, r=2, **settings)
+    ids = torch.randint(3, 200, (32, 24), generator=torch.Generator().manual_seed(1))
+    taken: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "logging_steps": 1}
+    taken |= {"learning_rate": 1e-3, "use_cpu": True, "disable_tqdm": True}
+    trainer = Trainer(
+        model.base,
+        TrainingArguments(folder, per_device_train_batch_size=rows_per_device, **taken),
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    base: Any = model.base
+    tensors = base.save_pretrained.__self__.state_dict()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
 
 
 def train_apart(config: RunConfig) -> Ended:

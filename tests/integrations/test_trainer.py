@@ -1,6 +1,7 @@
 """A base with experts in transformers' Trainer, with default arguments."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from types import MethodType, SimpleNamespace
@@ -12,8 +13,11 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from dylora import DyLoRA_MoE
+from dylora.integrations import base_methods
 from dylora.integrations.trainer import MixtureCallback, added_over_processes
 from dylora.storage.manifest import verify
+from parallel_runs import train_by_trainer
+from processes import results_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
@@ -393,6 +397,43 @@ def test_what_several_processes_have_seen_is_added_up(mixture, ids, monkeypatch)
     assert all(map(torch.equal, both[:2], expected[:2]))
     assert both.target_tokens == expected.target_tokens
     assert all(map(torch.equal, both.statistics, expected.statistics))
+
+
+@pytest.mark.slow
+def test_two_processes_hold_one_mixture_and_resume_to_the_same_bits(tmp_path):
+    dropout = {"lora_dropout": 0.2, "expert_dropout": 0.2}
+    first, second = results_of(2, train_by_trainer, str(tmp_path), 2, None, dropout)
+    assert first == second
+    middle, end = tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"
+    assert {path.name for path in middle.glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    verify(middle)
+    shutil.rmtree(end)
+    assert results_of(2, train_by_trainer, str(tmp_path), 2, str(middle), dropout) == [first] * 2
+    verify(end)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    without = {"load_balance_loss_type": "none"}  # as its f are of each micro-batch
+    both = results_of(2, train_by_trainer, str(tmp_path / "two"), 2, None, without)
+    [alone] = results_of(1, train_by_trainer, str(tmp_path / "one"), 4, None, without)
+    torch.testing.assert_close(both[0][0], alone[0], rtol=0, atol=2e-4)
+
+
+def test_what_others_write_into_a_folder_while_it_is_saved_stays(mixture, tmp_path, monkeypatch):
+    model = mixture()
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()  # as a trainer does, in each of its processes
+    write = base_methods.write_model
+
+    def write_beside(*args):
+        write(*args)
+        (folder / "rng_state_1.pth").write_text("of another process")
+
+    monkeypatch.setattr(base_methods, "write_model", write_beside)
+    model.base.save_pretrained(folder)
+    assert (folder / "rng_state_1.pth").read_text() == "of another process"
+    verify(folder)
 
 
 def test_a_loss_that_is_not_finite_changes_no_maturity(mixture, ids, tmp_path):
