@@ -134,6 +134,12 @@ class MixtureCallback(TrainerCallback):
         for line in find_collapses(self.collapsed, usage_NE, active, names, COLLAPSE_STEPS):
             log.warning(line.removeprefix("warning: "))
 
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A push between steps copies only those files of a checkpoint that a base would have."""
+        if self.experts is not None and args.should_save:
+            base: Any = self.experts.mixture.base
+            base.save_pretrained(args.output_dir)
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:

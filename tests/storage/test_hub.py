@@ -10,7 +10,13 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from dylora import DyLoRA_MoE, export_peft, load_peft_experts
 from dylora.cli.main import main
@@ -75,6 +81,37 @@ def test_save_pretrained_pushes_what_it_writes(hub, on_folder, tmp_path):
     on_folder().save_pretrained(tmp_path / "m", push_to_hub="somebody/m")
     written = {p.relative_to(tmp_path / "m").as_posix() for p in (tmp_path / "m").rglob("*.*")}
     assert written == set(hub.repositories["somebody/m"]["main"])
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_a_trainer_pushes_whole_mixtures_between_its_steps_and_at_the_end(hub, on_folder, tmp_path):
+    model = on_folder()
+    ids = torch.arange(3, 12)
+    settings = {"push_to_hub": True, "hub_model_id": "somebody/m", "use_cpu": True}
+    settings |= {"max_steps": 3, "save_steps": 2, "learning_rate": 0.1, "disable_tqdm": True}
+    rows = [{"input_ids": ids, "labels": ids}]
+    trainer = Trainer(
+        model.base, TrainingArguments(str(tmp_path / "out"), **settings), train_dataset=rows
+    )
+    before = logits(model)
+    pushed = []
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            trainer._finish_current_push()
+            kept = DyLoRA_MoE.from_pretrained("somebody/m", model.base_name)
+            pushed.append((state.global_step, logits(kept), logits(model.eval())))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert [step for step, *_ in pushed] == [2, 3]
+    assert all(torch.equal(found, expected) for _, found, expected in pushed)
+    with torch.no_grad():
+        next(p for _, p in model.named_expert_parameters()).add_(1)
+    trainer.push_to_hub()
+    found = DyLoRA_MoE.from_pretrained("somebody/m", model.base_name)
+    assert torch.equal(logits(found), logits(model))
+    assert not torch.equal(logits(model), before)
 
 
 def test_a_branch_is_made_for_a_push_and_main_stays(hub, on_folder):
