@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import set_tqdm_hook
+from transformers.utils.quantization_config import Mxfp4Config
 
 from dylora.config import Quantization
 from dylora.storage.safe_io import require_followable
@@ -109,6 +110,9 @@ class BaseSpec:
             options["quantization_config"] = quantization_config(self.quantization, dtype)
             # Packed weights are made where they stay.
             options["device_map"] = {"": self.device or "cpu"}
+        elif _stored_method(self.config()) == "mxfp4":
+            # Of itself transformers keeps it where the package kernels is installed.
+            options["quantization_config"] = Mxfp4Config(dequantize=True)
         if self.device_map is not None:
             options["device_map"] = self.device_map
             options["offload_folder"] = self.offload_folder
@@ -223,6 +227,24 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
+
+
+def _stored_method(config: Any) -> str | None:
+    """How the files of a base are quantised, by their own word."""
+    stored = getattr(config, "quantization_config", None)
+    return stored.get("quant_method") if isinstance(stored, dict) else None
+
+
+def require_gradients(base: PreTrainedModel) -> None:
+    """Raises ValueError for a base whose packed weights let no gradient pass."""
+    quantizer: Any = getattr(base, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        method = getattr(quantizer.quantization_config, "quant_method", "packed weights")
+        raise ValueError(
+            f"the base is quantised as {getattr(method, 'value', method)}, through which no "
+            "gradient passes: load it dequantised (from MXFP4 that is what its name does, and "
+            "Mxfp4Config(dequantize=True))"
+        )
 
 
 def quantization_of(base: PreTrainedModel) -> Quantization:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dylora.base_models import BaseSpec, LoadOptions
+from dylora.base_models import BaseSpec, LoadOptions, require_gradients
 from dylora.config import MoELoraConfig
 from dylora.experts import ExpertManager
 from dylora.fields import nearest
@@ -82,12 +82,13 @@ class DyLoRA_MoE(MixtureMethods):
                 and how a base given by name is loaded: dtype (float32), device ("cpu"), device_map,
                 offload_folder, attn_implementation, quantization ("none").
 
-        Raises ValueError when the base cannot be loaded or nothing in it can be adapted, and for
-        an option that is neither, naming the nearest.
+        Raises ValueError when the base cannot be loaded or trained through or nothing in it can be
+        adapted, and for an option that is neither, naming the nearest.
         """
         config, options = _settings(config, options)
         if isinstance(base, PreTrainedModel):
             _refuse_options(options)
+            require_gradients(base)
             return cls(base, config, base_revision=revision)
         if not isinstance(base, str):
             raise ValueError(
@@ -95,7 +96,9 @@ class DyLoRA_MoE(MixtureMethods):
                 "unwrap it first (a PeftModel by unload(), a compiled model by _orig_mod)"
             )
         spec = BaseSpec.resolve(base, revision, **options)
-        return cls(spec.load(), config, base_name=spec.name, base_revision=revision)
+        model = spec.load()
+        require_gradients(model)
+        return cls(model, config, base_name=spec.name, base_revision=revision)
 
     # One pass
 

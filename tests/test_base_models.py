@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import Mxfp4Config
+from transformers.quantizers import quantizer_mxfp4
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.base_models import EMBEDDED_BASES, BaseSpec, load_base
@@ -131,6 +133,27 @@ def test_a_peft_model_is_no_base_and_that_is_said(tiny_base):
 
 
 # Fingerprints
+
+
+def test_a_base_in_mxfp4_is_asked_for_dequantised_and_learns(tiny_base, tmp_path, ids, monkeypatch):
+    tiny_base("gpt_oss").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stored = {"quantization_config": {"quant_method": "mxfp4"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | stored))
+    asked, kind = [], quantizer_mxfp4.Mxfp4HfQuantizer
+    note = lambda self, **kwargs: asked.append(self.quantization_config.dequantize)  # noqa: E731
+    monkeypatch.setattr(kind, "validate_environment", note)
+    model = DyLoRA_MoE.from_base(str(tmp_path), MoELoraConfig(num_experts=2, r=2))
+    assert asked == [True]
+    model(ids, labels=ids).loss.backward()
+    assert next(p for _, p in model.named_expert_parameters()).grad is not None
+
+
+def test_a_base_that_lets_no_gradient_pass_is_refused_by_its_method(tiny_base):
+    base = tiny_base("gpt_oss")
+    base.hf_quantizer = quantizer_mxfp4.Mxfp4HfQuantizer(Mxfp4Config(), pre_quantized=True)
+    with pytest.raises(ValueError, match="quantised as mxfp4, through which no gradient passes"):
+        DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=2, r=2))
 
 
 def test_a_base_of_another_vocabulary_is_refused(tiny_base, tmp_path):

@@ -34,6 +34,7 @@ class MixtureCallback(TrainerCallback):
     def __init__(self) -> None:
         self.experts: ExpertManager | None = None
         self.trainer: Callable[[], Any] = lambda: None  # a weak reference to it
+        self.keeps_reference = False  # it was given one
         self.seen: Observation | None = None  # of the step's passes, added up
         self.last: Observation | None = None  # of the last step
         self.trained: set[int] = set()  # ids of the parameters that the optimizer has
@@ -57,6 +58,8 @@ class MixtureCallback(TrainerCallback):
         trainer = self.trainer()
         reference = getattr(trainer, "ref_model", None)
         if self.experts is None or reference is None or experts_of(reference) is not None:
+            return
+        if self.keeps_reference:  # another model than the policy began as, and that is meant
             return
         make_reference(reference, self.experts)
         log.warning(
@@ -184,6 +187,17 @@ def added_over_processes(seen: Observation) -> Observation:
     return Observation(sums[0], sums[1], sums[2], statistics)
 
 
+def reference_given(trainer: Any) -> bool:
+    """Whether a trainer, in whose __init__ this is, was called with a `ref_model`."""
+    frame = sys._getframe()
+    while frame is not None:
+        names = frame.f_locals
+        if names.get("self") is trainer and names.get("ref_model") is not None:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def install() -> None:
     """Give every Trainer of a mixture's base a MixtureCallback, from here on.
 
@@ -205,6 +219,8 @@ def install() -> None:
         callback = own[0] if own else MixtureCallback()
         self.callbacks = [callback, *(other for other in self.callbacks if other is not callback)]
         # transformers tells callbacks nothing of their trainer, in whose __init__ this is.
-        callback.follow(experts, sys._getframe(1).f_locals.get("self"))
+        trainer = sys._getframe(1).f_locals.get("self")
+        callback.follow(experts, trainer)
+        callback.keeps_reference = reference_given(trainer)
 
     CallbackHandler.__init__ = with_mixture

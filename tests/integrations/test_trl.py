@@ -139,6 +139,14 @@ def test_policy_and_reference_are_equal_before_the_first_step(policy, tmp_path, 
         assert (mine.data_ptr() == other.data_ptr()) == ("dylora" not in name)
 
 
+def test_a_bare_base_that_is_given_as_the_reference_stays_what_it_is(policy, base_folder, tmp_path):
+    model, given = policy(), load_base(str(base_folder))
+    trainer = dpo(model.base, tmp_path, given, save_strategy="no")
+    trainer.train()
+    assert experts_of(trainer.ref_model) is None
+    assert logs(trainer)[0]["rewards/margins"] != 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [kto, rloo])
 def test_the_reference_that_other_trainers_load_is_the_policy_too(policy, tmp_path, make):
