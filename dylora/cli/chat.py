@@ -1,7 +1,10 @@
 """`dylora chat`: a conversation in the terminal."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dylora.cli.options import AnswerOptions, SpeakerOptions
@@ -11,6 +14,7 @@ if TYPE_CHECKING:
     from dylora.serving.engine import Speaker
 
 HELP = """\
+/1, /2 …   a question of those suggested at the beginning, by itself
 /experts   which experts led the last answer
 /reset     forget the conversation
 /seed N    draw with this seed from now on
@@ -27,18 +31,32 @@ class ChatOptions(AnswerOptions, SpeakerOptions):
 
 def run(options: ChatOptions, overrides: list[str]) -> None:
     """Read lines and answer them, until there are no more."""
+    from dylora.serving.suggestions import suggested_questions
+
     speaker = options.speaker()
     sampling = options.sampling()
-    talk(speaker, sampling, options.system)
+    folder = Path(options.checkpoint)
+    run_folder = folder if (folder / "metrics.jsonl").exists() else folder.resolve().parent
+    suggested = suggested_questions(speaker.model.training_record, run_folder)
+    talk(speaker, sampling, options.system, suggested)
 
 
-def talk(speaker: "Speaker", sampling: "Sampling", system: str | None = None) -> None:
-    """The conversation, from the first line of standard input to its end."""
+def talk(
+    speaker: "Speaker",
+    sampling: "Sampling",
+    system: str | None = None,
+    suggested: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """The conversation, from the first line of standard input to its end; suggested: questions by
+    skill."""
     begin = [{"role": "system", "content": system}] if system else []
     messages, last = list(begin), None
     interactive = sys.stdin.isatty()
+    questions = {f"/{n}": question for n, question in enumerate(suggested.values(), 1)}
     if interactive:
         print("/help tells the commands")
+        for number, (skill, question) in zip(questions, suggested.items(), strict=True):
+            print(f"{number}  {skill}: {question}")
     while (line := _read("> " if interactive else "")) is not None:
         command, _, rest = line.strip().partition(" ")
         if command == "/quit":
@@ -49,10 +67,13 @@ def talk(speaker: "Speaker", sampling: "Sampling", system: str | None = None) ->
             sampling = replace(sampling, seed=int(rest))
         elif command == "/experts":
             print(experts_line(speaker, last) if last else "nothing was answered yet")
-        elif command.startswith("/"):
+        elif command.startswith("/") and command not in questions:
             print(HELP)
         elif command:
-            asked = [*messages, {"role": "user", "content": line.strip()}]
+            if said := questions.get(command):
+                messages = list(begin)
+                print(said)
+            asked = [*messages, {"role": "user", "content": said or line.strip()}]
             try:
                 last = _answer(speaker, asked, sampling)
             except ValueError as error:  # the conversation has become too long

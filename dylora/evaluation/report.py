@@ -1,6 +1,7 @@
 """What follows a training run: results.json and a table by set, then figures and report.html."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dylora.data.tokenize import TokenizedSet
 from dylora.evaluation.figures.catalogue import save_figures
+from dylora.evaluation.forgetting import t_quantile
 from dylora.evaluation.page.page import PAGE, write_page
 from dylora.evaluation.passk.estimate import wilson
 from dylora.evaluation.passk.skills import SkillScore, score_skills
-from dylora.evaluation.report_text import describe_routing, format_share
+from dylora.evaluation.report_text import describe_routing, format_loss, format_share
 from dylora.evaluation.routing_texts import write_routing
 from dylora.evaluation.run_files import ROUTING_FILE, read_run
 from dylora.model import DyLoRA_MoE
@@ -37,6 +40,7 @@ class SetRow(NamedTuple):
     expert: int | None  # the one with the largest share of the gate mass
     expert_share: float | None
     targets: int = 0  # tokens that the losses are means over
+    loss_half: float | None = None  # of trained_loss's 95 % interval over rows, the half
 
 
 def report_run(run: Run) -> list[SetRow]:
@@ -61,7 +65,7 @@ def report_run(run: Run) -> list[SetRow]:
         backend = trained_skills[skills[0]].backend
         run.log.info(f"answers ran under {backend}")
 
-    rows = [_set_row(model, name, base, trained, base_skills, trained_skills) for name in trained]
+    rows = [_set_row(model, one, base, trained, base_skills, trained_skills) for one in sets]
     routing = routing_summary(model, trained)
     run.log.info(format_table(rows, count))
     if routing is not None:
@@ -88,17 +92,21 @@ def report_run(run: Run) -> list[SetRow]:
 
     drawn = draw_all(run.folder, FIGURES, run.log.info, before=write_routing_file)
     run.log.info(f"wrote {run.folder}/: {', '.join(['results.json', *drawn])}")
+    scored = _checkpoint(run)
+    if (scored / "config.json").exists():
+        run.log.info(f"talk to it: python run.py chat --checkpoint {scored}")
     return rows
 
 
 def _set_row(
     model: DyLoRA_MoE,
-    name: str,
+    examples: TokenizedSet,
     base: dict[str, SetScore],
     trained: dict[str, SetScore],
     base_skills: dict[str, SkillScore],
     trained_skills: dict[str, SkillScore],
 ) -> SetRow:
+    name = examples.name
     skill, score = name.removeprefix(SKILL_PREFIX), trained[name]
     shared, usage_NE = model.config.shared_experts, score.usage_NE
     share_E = None if usage_NE is None else routed_shares(usage_NE, shared)
@@ -111,7 +119,13 @@ def _set_row(
         None if share_E is None else int(share_E.argmax()),
         None if share_E is None else float(share_E.max()),
         score.targets,
+        half_width(score.error, len(examples)),
     )
+
+
+def half_width(error: float, rows: int) -> float | None:
+    """Half of a mean's 95 % interval by Student's t; None where there is no standard error."""
+    return None if math.isnan(error) else t_quantile(0.975, rows - 1) * error
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
@@ -119,9 +133,14 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if value != value else value for key, value in row.items()}
 
 
+def _checkpoint(run: Run) -> Path:
+    """Where the weights that are scored lie, if they were kept."""
+    return run.folder / f"checkpoint-{run.model.training_record['step']}"
+
+
 def _write_card(run: Run, rows: list[SetRow], count: int) -> None:
     """Add what was found to the card of the checkpoint that has these weights, if it was kept."""
-    folder = run.folder / f"checkpoint-{run.model.training_record['step']}"
+    folder = _checkpoint(run)
     if (folder / "config.json").exists():
         card = mixture_card(read_json(folder / "config.json"), card_lines(rows, count))
         write_file(folder / CARD, card)
@@ -134,7 +153,8 @@ def card_lines(rows: list[SetRow], count: int) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row.name, f"{row.base_loss:.3f}", f"{row.trained_loss:.3f}"]
+        loss = format_loss(row.trained_loss, row.loss_half)
+        cells = [row.name, f"{row.base_loss:.3f}", loss]
         for share in (row.base_passed, row.trained_passed):
             if share is None:
                 cells.append("")
@@ -208,19 +228,20 @@ def format_table(rows: list[SetRow], count: int) -> str:
     """The table as plain text; the columns of passed answers only where there are any."""
     with_answers = any(row.trained_passed is not None for row in rows)
     passes = f" {'base passes':>12} {'trained [95 %]':>18}" if with_answers else ""
-    header = f"{'set':20} {'base loss':>10} {'trained':>8}{passes}   expert (share)"
+    header = f"{'set':20} {'base loss':>10} {'trained':>13}{passes}   expert (share)"
     lines = [header, "-" * len(header)]
     for row in rows:
-        line = f"{row.name:20} {row.base_loss:10.3f} {row.trained_loss:8.3f}"
+        loss = format_loss(row.trained_loss, row.loss_half)
+        line = f"{row.name:20} {row.base_loss:10.3f} {loss:>13}"
         if with_answers:
             base = "-" if row.base_passed is None else f"{row.base_passed:.0%}"
             line += f" {base:>12} {format_share(row.trained_passed, count):>18}"
         lines.append(
             line + ("" if row.expert is None else f"   {row.expert} ({row.expert_share:.0%})")
         )
+    lines.append(
+        "loss in nats per target token on validation, ± half of its 95 % interval over rows"
+    )
     if with_answers:
-        lines.append(
-            f"loss in nats per target token, on validation; {count} test answers a skill, with "
-            "Wilson's interval"
-        )
+        lines.append(f"{count} test answers a skill, with Wilson's 95 % interval")
     return "\n".join(lines)

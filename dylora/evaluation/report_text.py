@@ -27,3 +27,10 @@ def format_share(share: float | None, count: int) -> str:
         return f"{share:.0%}"
     found = wilson(round(share * count), count)
     return f"{share:.0%} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
+
+
+def format_loss(loss: float | None, half: float | None) -> str:
+    """A loss in nats, and half of its 95 % interval where that is known."""
+    if loss is None:
+        return "-"
+    return f"{loss:.3f}" + ("" if half is None else f" ±{half:.3f}")

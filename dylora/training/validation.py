@@ -26,6 +26,7 @@ class SetScore(NamedTuple):
     targets: int
     usage_NE: Tensor | None  # share of each block's gate sum, on the CPU; None without routers
     active_N: Tensor | None = None  # experts with a gate at a token, their mean, likewise
+    error: float = math.nan  # standard error of the loss over rows; NaN for fewer than two
 
     @property
     def perplexity(self) -> float:
@@ -65,8 +66,8 @@ def score_set(
 ) -> SetScore:
     """Score one set. Rows of similar length share a batch: less padding, the same result."""
     order = sorted(range(len(examples)), key=examples.length, reverse=True)
-    loss: list[Tensor] = []  # of each batch; summed on the CPU, as MPS has no float64
-    targets = torch.zeros((), dtype=torch.long, device=model.device)
+    # Losses of tokens and targets of rows, of each batch; summed on the CPU, as MPS has no float64.
+    seen: list[tuple[Tensor, Tensor]] = []
     statistics: RoutingStatistics | None = None
     begins = range(0, len(order), batch_size)
     for first in range(0, len(begins), processes.size):
@@ -78,8 +79,8 @@ def score_set(
         rows = [examples[index] for index in order[begin : begin + batch_size]]
         batch = to_device(collate(rows, pad_token_id), model.device)
         output = model(**batch, keep_logits=False)
-        loss.append(output.token_losses * counts)
-        targets += count_targets(batch["labels"]) * counts
+        targets_B = (batch["labels"][:, 1:] != -100).sum(1)
+        seen.append((output.token_losses * counts, targets_B * counts))
         found = output.routing.statistics if output.routing else None
         if found is not None:
             found = RoutingStatistics(*(value * counts for value in found))
@@ -89,10 +90,32 @@ def score_set(
         statistics = RoutingStatistics(*processes.add_up(list(statistics)))
         usage_NE = statistics.usage_NE.cpu()
         active_N = (statistics.active_N / statistics.tokens.clamp_min(1)).cpu()
-    total = sum(float(losses.cpu().double().sum()) for losses in loss)
-    sums = [torch.tensor(value, dtype=torch.float64) for value in (total, float(targets))]
-    total, count = (float(value) for value in processes.add_up(sums))
-    return SetScore(total / count if count else math.nan, int(count), usage_NE, active_N)
+    (sums,) = processes.add_up([sum_rows(seen)])
+    total, count = sums[:2].tolist()
+    loss = total / count if count else math.nan
+    return SetScore(loss, int(count), usage_NE, active_N, ratio_error(sums, len(examples)))
+
+
+def sum_rows(seen: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Σx, Σn, Σx², Σxn and Σn² over rows of x nats on n targets, float64; `seen`: losses [B, S] and
+    targets [B] of batches."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    for losses_BS, targets_B in seen:
+        losses_BS, n_B = losses_BS.cpu().double(), targets_B.cpu().double()
+        x_B = losses_BS.sum(1)
+        sums += torch.stack([losses_BS.sum(), n_B.sum(), x_B @ x_B, x_B @ n_B, n_B @ n_B])
+    return sums
+
+
+def ratio_error(sums: Tensor, rows: int) -> float:
+    """The standard error of Σx / Σn over rows (Cochran 1977, Sampling Techniques, 6.4); sums: those
+    of `sum_rows`. NaN for fewer than two rows."""
+    total, count, xx, xn, nn = sums.tolist()
+    if rows < 2 or not count:
+        return math.nan
+    loss = total / count
+    squares = max(xx - 2 * loss * xn + loss * loss * nn, 0.0)  # Σ(x - loss·n)²
+    return math.sqrt(squares * rows / (rows - 1)) / count
 
 
 def sparse_cost(model: DyLoRA_MoE, sets: list[TokenizedSet], pad_token_id: int) -> float | None:

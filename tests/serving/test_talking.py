@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import MappingProxyType
 
 import pytest
 
@@ -10,6 +11,8 @@ from dylora.cli.main import main
 from dylora.data.templates import load_template
 from dylora.serving.answering import Row, Sampling
 from dylora.serving.engine import Speaker
+from dylora.serving.suggestions import suggested_questions
+from dylora.tasks import generate_tasks
 
 SAMPLING = Sampling(max_new_tokens=6)
 
@@ -24,9 +27,9 @@ def answer_to(speaker, messages, sampling=SAMPLING) -> Row:
 def say(speaker, monkeypatch, capsys):
     """Types lines into a conversation; what it shows."""
 
-    def type_(*lines: str, sampling=SAMPLING, system=None):
+    def type_(*lines: str, sampling=SAMPLING, system=None, suggested=MappingProxyType({})):
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-        talk(speaker, sampling, system)
+        talk(speaker, sampling, system, suggested)
         return capsys.readouterr()
 
     return type_
@@ -73,6 +76,39 @@ def test_a_conversation_that_has_become_too_long_says_so_and_goes_on(say):
     assert "/reset forgets it" in shown.err
     assert shown.out.strip()
     assert "/experts" in say("/help").out
+
+
+# Suggestions
+
+RECORD = {"step": 5, "data": {"sources": [{"name": f"skill/{name}"} for name in ("json", "sql")]}}
+
+
+def test_a_suggested_question_is_asked_by_its_number_and_by_itself(say, speaker):
+    right = answer_to(speaker, [user("Count the rows of films.")]).text
+    shown = say("Add 1.", "/2", "/3", suggested={"json": "x", "sql": "Count the rows of films."})
+    assert f"\nCount the rows of films.\n{right}\n" in shown.out
+    assert "/experts" in shown.out  # there is no third one
+
+
+def test_a_question_that_the_run_answered_rightly_is_suggested_for_each_skill_of_its_rows(tmp_path):
+    first = {skill: generate_tasks(skill, "test", 1)[0].instruction for skill in ("sql", "json")}
+    assert suggested_questions(RECORD, tmp_path) == first
+    assert suggested_questions({"step": 5}, tmp_path) == {}
+    answers = [{"question": "a", "passed": False}, {"question": "b", "passed": True}]
+    results = {"step": 5, "answers": {"sql": answers, "json": answers[:1]}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert suggested_questions(RECORD, tmp_path) == first | {"sql": "b"}
+    assert suggested_questions(RECORD | {"step": 4}, tmp_path) == first  # other weights
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": 5, "answers": {"sql": [1]}}', "ESCAPE"])
+def test_results_that_cannot_be_believed_suggest_nothing(tmp_path, text):
+    if text == "ESCAPE":
+        answers = {"sql": [{"question": "\x1b[2J", "passed": True}]}
+        text = json.dumps({"step": 5, "answers": answers})
+    (tmp_path / "results.json").write_text(text)
+    found = suggested_questions(RECORD, tmp_path)
+    assert found["sql"] == generate_tasks("sql", "test", 1)[0].instruction
 
 
 # dylora generate

@@ -8,7 +8,7 @@ from typing import Any
 
 from dylora.evaluation.figures.style import COLORS
 from dylora.evaluation.page.svg import script_text
-from dylora.evaluation.report_text import describe_routing, format_share
+from dylora.evaluation.report_text import describe_routing, format_loss, format_share
 from dylora.evaluation.run_files import RunFiles
 
 Table = tuple[str, list[str], list[list[str]]]  # caption, header, rows
@@ -40,12 +40,13 @@ def results(run: RunFiles) -> list[Table]:
     count = run.results.get("test_answers_per_skill") or 0
     rows = run.results.get("sets") or []
     answered = any(row.get("trained_passed") is not None for row in rows)
-    header = ["set", "loss of the base", "trained"]
+    header = ["set", "loss of the base", "trained (± 95 %)"]
     header += [f"base passes (of {count})", "trained [95 %]"] if answered else []
     skills = {expert: row.get("skill") for expert, row in enumerate(run.experts)}
     lines = []
     for row in rows:
-        line = [row["name"], _loss(row["base_loss"]), _loss(row["trained_loss"])]
+        trained = format_loss(row["trained_loss"], row.get("loss_half"))
+        line = [row["name"], _loss(row["base_loss"]), trained]
         if answered:
             line += [format_share(row[f"{who}_passed"], count) for who in ("base", "trained")]
         expert = row["expert"]
