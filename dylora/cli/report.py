@@ -8,10 +8,11 @@ from dylora.fields import option
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """One page for any browser of what a run has left, or several runs beside each other."""
+    """One page for any browser of what a run has left, or several runs beside each other, or a
+    comparison."""
 
     runs: list[str] = option(metavar="DIR [DIR ...]", many=True, positional=True)
-    """Folders of runs or streams."""
+    """Folders of runs or streams, or the one of a comparison."""
     out: str | None = option(None, metavar="FILE")
     """The page; none: report.html in the run's folder, comparison.html here for several runs."""
     prompt: list[str] = option([], metavar="TEXT [TEXT ...]", many=True)

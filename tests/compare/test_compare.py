@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from dylora.compare.rows import rows_to_choose_by, rows_to_report_on
 from dylora.compare.run import compare
 from dylora.compare.statistics import Choice
 from dylora.data.tokenize import TokenizedSet
+from dylora.evaluation.page.board import read_board
 from dylora.run_config import DataConfig
 from dylora.storage.lock import lock_folder
 from dylora.tasks import generate_tasks
@@ -117,6 +119,34 @@ def test_the_grid_is_trained_with_the_first_seed_and_the_best_cell_with_all(boar
     saved = json.loads((board.folder / "report.json").read_text())["methods"]
     assert [one["name"] for one in saved] == ["lora", "uniform"]
     assert len(saved[0]["grid"]) == 4
+
+
+def test_the_page_of_a_comparison_has_its_report_and_the_runs_that_it_chose(
+    board, tmp_path, capsys
+):
+    compare(board)
+    assert main(["report", str(board.folder)]) == 0
+    page = unescape((board.folder / "report.html").read_text("utf-8"))
+    report = (board.folder / "report.md").read_text()
+    lines = [line for line in report.splitlines() if line.startswith("| ") and "---" not in line]
+    assert lines
+    for cell in {cell for line in lines for cell in line.strip("| ").split(" | ")}:
+        assert f"<td>{cell}</td>" in page or f"<th>{cell}</th>" in page
+    assert "<h1>board: 2 methods, 2 seeds</h1>" in page
+    found = read_board(board.folder, 1000)
+    assert {name: len(runs) for name, runs in found.runs.items()} == {"lora": 2, "uniform": 2}
+    scored = {folder for method, folder in results(board, "test.json")}
+    assert {run.folder.name for runs in found.runs.values() for run in runs} == scored
+    assert "<td>moe.router_type</td>" in page  # what differs
+
+    assert main(["report", str(board.folder), str(board.folder / "lora")]) == 2
+    assert "a page of its own: give it alone" in capsys.readouterr().err
+    (board.folder / "report.json").write_text('{"methods": [{"name": "../lora"}]}')
+    assert main(["report", str(board.folder)]) == 2
+    assert "report.json: not of run.py compare" in capsys.readouterr().err
+    (board.folder / "report.json").unlink()
+    assert main(["report", str(board.folder)]) == 2
+    assert "has not ended: start run.py compare again" in capsys.readouterr().err
 
 
 def test_uniform_experts_are_one_lora_of_their_ranks_in_number_of_parameters(board):

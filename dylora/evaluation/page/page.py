@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dylora.evaluation.figures.catalogue import FIGURES, draw
 from dylora.evaluation.page import comparison, tables
+from dylora.evaluation.page.board import BoardFiles, is_board, read_board
 from dylora.evaluation.page.svg import figure_markup
 from dylora.evaluation.run_files import RunFiles, read_run
 from dylora.storage.folders import write_file
@@ -50,18 +51,26 @@ class Section:
 
 
 def write_page(folders: Sequence[Path], out: Path) -> None:
-    """Write the report of a run, or of several beside each other.
+    """Write the report of a run, of several beside each other, or of a comparison's folder.
 
     Raises ImportError naming the extra, FileNotFoundError for a folder that holds no run, and
-    ValueError for a file in it that cannot be parsed.
+    ValueError for a file in it that cannot be parsed and for a comparison among other folders.
     """
-    runs = [read_run(folder, most_points=MOST_POINTS // len(folders)) for folder in folders]
-    if len(runs) == 1:
-        title, summary, sections = runs[0].name, tables.summary(runs[0]), _sections(runs[0])
+    board = next(filter(is_board, folders), None)
+    if board is None:
+        runs = [read_run(folder, most_points=MOST_POINTS // len(folders)) for folder in folders]
+        if len(runs) == 1:
+            title, summary, sections = runs[0].name, tables.summary(runs[0]), _sections(runs[0])
+        else:
+            title, summary, sections = f"{len(runs)} runs compared", [], _comparison(runs)
+    elif len(folders) > 1:
+        raise ValueError(f"{board} is of a comparison, which has a page of its own: give it alone")
     else:
-        title, summary, sections = f"{len(runs)} runs compared", [], _comparison(runs)
+        found = read_board(board, MOST_POINTS)
+        runs = [run for group in found.runs.values() for run in group]
+        title, summary, sections = found.title, [], _board(found)
     thinned = sorted({run.thinned for run in runs if run.thinned})
-    if any(run.routing.get("texts") for run in runs) and len(runs) == 1:
+    if len(runs) == 1 and runs[0].routing.get("texts"):
         thinned.append(tables.thinned_texts(runs[0]))
     footer = "; ".join(["Written by dylora", *filter(None, thinned)]) + "."
     shown = [section for section in sections if not section.is_empty]
@@ -122,7 +131,6 @@ def _sections(run: RunFiles) -> list[Section]:
 
 def _comparison(runs: list[RunFiles]) -> list[Section]:
     groups = comparison.grouped(runs)
-    figures = comparison.figures(groups)
     return [
         Section(
             "results",
@@ -131,16 +139,27 @@ def _comparison(runs: list[RunFiles]) -> list[Section]:
             "runs, with Student's 95 % interval over them.",
             tables=comparison.final_numbers(groups),
         ),
-        Section(
-            "curves",
-            "Curves",
-            figures=[
-                PageFigure(title, caption, _markup(f"compared-{number}", variants, title))
-                for number, (title, caption, variants) in enumerate(figures)
-            ],
-        ),
+        *_curves_and_settings(groups, [(run.name, run.config) for run in runs if run.config]),
+    ]
+
+
+def _board(found: BoardFiles) -> list[Section]:
+    first = [(name, runs[0].config) for name, runs in found.runs.items() if runs[0].config]
+    return [
+        Section("results", "Results", text=" ".join(found.notes), tables=found.tables),
+        *_curves_and_settings(found.runs, first),
+    ]
+
+
+def _curves_and_settings(groups: comparison.Groups, files: list[tuple[str, str]]) -> list[Section]:
+    figures = [
+        PageFigure(title, caption, _markup(f"compared-{number}", variants, title))
+        for number, (title, caption, variants) in enumerate(comparison.figures(groups))
+    ]
+    return [
+        Section("curves", "Curves", figures=figures),
         Section("differences", "What differs", tables=comparison.differences(groups)),
-        Section("settings", "Settings", files=[(run.name, run.config) for run in runs]),
+        Section("settings", "Settings", files=files),
     ]
 
 
