@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from dylora import plot_loss, plot_maturity
 from dylora.cli.main import main
 from dylora.evaluation.figures.catalogue import FIGURES, draw
+from dylora.evaluation.figures.curves import MOST_STAGES
 from dylora.evaluation.figures.style import COLORS, LONGEST_NAME, MANY, styled
 from dylora.evaluation.run_files import read_run
 from run_folders import write_run, write_stream
@@ -56,7 +57,10 @@ def test_no_figure_of_a_run_is_clipped_or_covered(experts, sites, sets, tmp_path
 @pytest.mark.parametrize("skills", [1, 6, 20])
 def test_no_figure_of_a_stream_is_clipped_or_covered(skills, tmp_path):
     run = read_run(write_stream(tmp_path / "a", skills))
-    drawn = {name: draw(name, run) for name in OF_STREAMS if name != "passed"}
+    drawn = {name: draw(name, run) for name in ("loss", *OF_STREAMS) if name != "passed"}
+    above = drawn["loss"].axes[0].child_axes[0]
+    named = [f"skill {n}" for n in range(0, skills, 2 if skills > MOST_STAGES else 1)]
+    assert [text.get_text() for text in above.get_xticklabels()] == named
     assert {name: found for name, figure in drawn.items() if (found := faults(figure))} == {}
 
 

@@ -155,6 +155,18 @@ def test_no_width_makes_the_page_scroll_sideways(browser, report, width):
     assert min(text for _, text in sizes) > 6.5  # pixels of the smallest text
 
 
+def test_on_a_phone_answers_are_stacked_and_what_goes_on_sideways_fades(browser, report):
+    """The fade goes where the end is reached."""
+    browser.open(report, 360)
+    over = "[...document.querySelectorAll('{}')].filter(one => one.scrollWidth > one.clientWidth)"
+    assert browser.evaluate(over.format(".answers .scroll") + ".length") == 0
+    found = over.format("#experts .scroll, #routing .wide .plot")
+    assert browser.evaluate(found + ".map(one => one.className)") == ["scroll more", "plot more"]
+    browser.evaluate(f"{found}.forEach(one => one.scrollTo(9999, 0))")
+    browser.evaluate("new Promise(requestAnimationFrame)")
+    assert browser.evaluate(found + ".map(one => one.className)") == ["scroll", "plot"]
+
+
 def test_a_dark_page_has_light_ink_in_its_figures(browser, report):
     inks = []
     for dark in (False, True):

@@ -85,11 +85,21 @@ for (const plot of document.querySelectorAll(".plot")) {
 }
 addEventListener("scroll", hide, {passive: true});
 
+// What goes on beyond the right edge fades there.
+const sideways = document.querySelectorAll(".plot, .scroll");
+const fade = one => one.classList.toggle("more", one.scrollLeft + one.clientWidth + 2 < one.scrollWidth);
+for (const one of sideways) one.addEventListener("scroll", () => fade(one), {passive: true});
+const fadeAll = () => sideways.forEach(fade);
+addEventListener("resize", fadeAll);
+addEventListener("toggle", fadeAll, true);  // of answers
+fadeAll();
+
 for (const button of document.querySelectorAll("button[data-switch]"))
   button.addEventListener("click", () => {
     const figure = button.closest("figure");
     for (const plot of figure.querySelectorAll(".plot")) plot.hidden = !plot.hidden;
     button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
+    fadeAll();
   });
 
 for (const button of document.querySelectorAll("button[data-copy]"))

@@ -19,6 +19,7 @@ from dylora.evaluation.figures.style import (
 from dylora.evaluation.run_files import Points, RunFiles
 
 NATS = "loss (nats per target token)"
+MOST_STAGES = 14  # of a stream that are named above a figure
 
 
 def loss(run: RunFiles, *, log: bool = False) -> Any:
@@ -43,6 +44,7 @@ def loss(run: RunFiles, *, log: bool = False) -> Any:
     if total is not None:
         axes.axhline(total, color=INK, linestyle=":", label="base, all sets", linewidth=1)
     _draw_boundaries(axes, run)
+    _name_stages(axes, run)
     limits: dict[str, Any] = {"yscale": "log"} if log else {"ylim": (0, None)}
     return finish_curves(figure, axes, "step", NATS, **limits)
 
@@ -127,7 +129,9 @@ def collapse(run: RunFiles) -> Any:
 def dead(run: RunFiles) -> Any:
     """Experts with under 1 % of a site's gates, summed over sites."""
     points = run.points("router/dead_experts")
-    return _curves(run, {"dead experts": points}, "dead experts, all sites", ylim=(-0.2, None))
+    top = max((count for _, count in points), default=0) or 1  # none, the whole run: at the axis
+    limits = {"ylim": (-0.03 * top, 1.06 * top)}
+    return _curves(run, {"dead experts": points}, "dead experts, all sites", **limits)
 
 
 def sparse_cost(run: RunFiles) -> Any:
@@ -213,3 +217,15 @@ def _draw_boundaries(axes: Any, run: RunFiles) -> None:
     """Where the stages of a stream begin."""
     for step, _ in run.boundaries[1:]:
         axes.axvline(step, color=COLORS[-1], linewidth=0.5, label="_")
+
+
+def _name_stages(axes: Any, run: RunFiles) -> None:
+    """The names of a stream's stages above where they begin, as far as there is room."""
+    every = max(1, -(-len(run.boundaries) // MOST_STAGES))
+    named = run.boundaries[::every]
+    if named:
+        above = axes.secondary_xaxis("top")
+        names = [shorten(name) for _, name in named]
+        above.set_xticks([step for step, _ in named], names, rotation=35, ha="left", fontsize=7)
+        above.tick_params(length=0, pad=1)
+        above.spines["top"].set_visible(False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dylora.evaluation.figures.style import INK, RULE, styled, svg_of
 
+LEAST = 0.7  # of its width, to which a wide figure shrinks before it scrolls sideways
 MOST_LINES = 64  # that hovering looks through in one set of axes
 
 
@@ -36,7 +37,8 @@ def _svg(name: str, figure: Any, title: str) -> str:
     text = re.sub(r'="[^"]*"', _rounded, text)
     text = re.sub(r"\n\s*", "\n", text)
     width = figure.get_figwidth() * 96  # pixels of CSS
-    size = f'<svg role="img" aria-label="{escape(title)}" style="width: {width:.0f}px"'
+    style = f"width: {width:.0f}px; --least: {LEAST * width:.0f}px"
+    size = f'<svg role="img" aria-label="{escape(title)}" style="{style}"'
     return re.sub(r'<svg([^>]*?) width="[^"]*" height="[^"]*"', rf"{size}\1", text, count=1)
 
 
