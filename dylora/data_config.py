@@ -53,12 +53,17 @@ class SourceConfig:
     """How often its rows are drawn, as a multiple of what they would be otherwise."""
     rows: int | None = option(None, least=1)
     """Skills only: training examples to generate."""
+    stream_rows: int | None = option(None, least=1)
+    """Read the set while it is trained on, and never whole, with so many examples in an epoch. Its
+    held-out rows are those of validation_path."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         require(bool(self.name), "name", self.name, "a word")
         held_out = self.validation_path is None or self.split is None
         require(held_out, "split", self.split, "unset with validation_path")
+        streams = self.stream_rows is None or None not in (self.path, self.validation_path)
+        require(streams, "stream_rows", self.stream_rows, "beside a path and a validation_path")
 
 
 def shares(split: str) -> tuple[int, int] | None:
@@ -105,3 +110,5 @@ class DataConfig:
         check_fields(self)
         names = [source.name for source in self.sources]
         require(len(names) == len(set(names)), "sources", names, "of different names")
+        sorted_ = self.bucket_steps > 1 and any(source.stream_rows for source in self.sources)
+        require(not sorted_, "bucket_steps", self.bucket_steps, "1 with a source of stream_rows")

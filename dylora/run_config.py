@@ -131,6 +131,8 @@ class StageConfig:
         check_fields(self)
         require_folder_name(self.name, MAX_NAME - 16)  # stage-<number>- stands before it
         require(self.name.isprintable(), "name", self.name, "printable")
+        streams = [source.name for source in self.sources if source.stream_rows]
+        require(not streams, "sources", streams, "without stream_rows in a stage")
 
     def settings(self, common: TrainConfig) -> TrainConfig:
         """The training of this stage, where `common` says what it leaves open."""
@@ -165,6 +167,9 @@ class RunConfig:
         asked = self.data.train_on_inputs and self.moe.routes_prompts
         rule = f"false with moe.router_scope {self.moe.router_scope}, which routes by what is asked"
         require(not asked, "data.train_on_inputs", asked, rule)
+        streams = [source.name for source in self.data.sources if source.stream_rows]
+        rule = f"without stream_rows with moe.router_scope {self.moe.router_scope}"
+        require(not (streams and self.moe.routes_prompts), "data.sources", streams, rule)
         for name, holds, value, rule in self._rules_of_stages() if self.stages else ():
             require(holds, name, value, rule)
 

@@ -2,17 +2,21 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.data.cache import LoadedSource, cached_source
-from dylora.data.sources import SourceRows, read_source
+from dylora.data.sources import SourceRows, read_source, read_stream
 from dylora.data.splits import content_hash, seeded_generator
+from dylora.data.streamed import StreamedSet, TrainingSet
 from dylora.data.templates import Template, load_template
 from dylora.data.tokenize import SetReport, TokenizedSet, TokenizedSplit, tokenize_rows
 from dylora.data_config import DataConfig, SourceConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MAX_LENGTH = 512  # tokens of an example, where data.max_length is not set
 
@@ -20,7 +24,7 @@ MAX_LENGTH = 512  # tokens of an example, where data.max_length is not set
 class PreparedData(NamedTuple):
     """Everything `load_data` found out. No set is empty."""
 
-    train: list[TokenizedSet]  # in the order of the sources
+    train: list[TrainingSet]  # in the order of the sources
     validation: list[TokenizedSet]
     reports: list[SetReport]
     provenance: dict[str, Any]  # JSON types, for checkpoints: what was trained on, how it was split
@@ -47,6 +51,13 @@ def load_data(
     template = load_template(config.template, tokenizer)
     subsets = (training_subset, eval_subset)
     for source in config.sources:
+        if source.stream_rows is not None:
+            train, validation, report, provenance = _load_stream(source, config, template, subsets)
+            data.train.append(train)
+            data.validation.append(validation)
+            data.reports.append(report)
+            sources.append(provenance)
+            continue
         load = partial(_load, source, config, template, subsets)
         loaded = cached_source(source, config, tokenizer, template.text, subsets, load)
         data.train.append(loaded.train)
@@ -79,6 +90,35 @@ def _load(
     report = SetReport(source.name, read.counts, splits)
     provenance = _provenance(source, read, config.seed, train)
     return LoadedSource(train.examples, validation.examples, report, provenance)
+
+
+def _load_stream(
+    source: SourceConfig,
+    config: DataConfig,
+    template: Template,
+    subsets: tuple[int | float | None, int | None],
+) -> tuple[StreamedSet, TokenizedSet, SetReport, dict[str, Any]]:
+    """A set that is read while it is trained on; what is said of it is of its first block."""
+    if subsets[0] is not None:
+        raise ValueError(
+            f"source {source.name!r} has stream_rows, which say how much is taken of it: leave out "
+            "train.training_subset"
+        )
+    read, blocks = read_stream(source, seed=config.seed)
+    validation = _tokenize(read, "validation", subsets[1], source.name, template, config)
+
+    def tokenize(rows: "Dataset") -> TokenizedSplit:
+        examples = TokenizedSet(source.name, "train")
+        return tokenize_rows(examples, rows, template, read.format, config=config)
+
+    assert source.stream_rows is not None
+    train = StreamedSet(source.name, source.stream_rows, config.seed, blocks, tokenize)
+    splits = {"train": train.first.report, "validation": validation.report}
+    report = SetReport(source.name, read.counts.plus(train.counts), splits, streamed=True)
+    provenance = _provenance(source, read, config.seed, train.first)
+    provenance |= {"training_rows": source.stream_rows, "streamed": True}
+    del provenance["text_hashes"]  # of later rows they are not known
+    return train, validation.examples, report, provenance
 
 
 def _tokenize(

@@ -36,9 +36,11 @@ def read_records(
     columns: Sequence[str] | Columns | None,
     hub_config: str | None = None,
     hub_splits: tuple[str, ...] | None = None,
+    streaming: bool = False,
 ) -> Iterator[Record]:
     """The rows of a file, of a folder's files, of those that fit a pattern, of a list of these, or
     of a set of the hub, in this order. columns: those that have to be there; None: all that are.
+    streaming: a set of the hub is fetched as it is read.
 
     Raises ValueError where the path cannot be read or a column is nowhere in it.
     """
@@ -46,7 +48,7 @@ def read_records(
     files = find_files(path)
     if files is None:
         assert isinstance(path, str)
-        return _hub_records(path, revision, columns, hub_config, hub_splits)
+        return _hub_records(path, revision, columns, hub_config, hub_splits, streaming)
     if revision is not None:
         raise ValueError(f"{path} is local, so the revision {revision!r} means nothing; remove it")
     return _file_records(files, columns, hub_splits)
@@ -115,12 +117,13 @@ def _hub_records(
     columns: Columns,
     config: str | None,
     splits: tuple[str, ...] | None,
+    streaming: bool,
 ) -> Iterator[Record]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        tables: Any = load_dataset(name, config, revision=revision)
+        tables: Any = load_dataset(name, config, revision=revision, streaming=streaming)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name!r} is no local file, and the hub's set of that name (revision "

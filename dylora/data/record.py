@@ -23,6 +23,11 @@ class RowCounts(NamedTuple):
     duplicates: int  # equal to an earlier row in instruction, input and output
     problems: tuple[str, ...]  # `file:line: why` of the first empty and malformed ones
 
+    def plus(self, other: "RowCounts") -> "RowCounts":
+        """Of both."""
+        read, empty, malformed, duplicates = map(sum, zip(self[:4], other[:4], strict=True))
+        return RowCounts(read, empty, malformed, duplicates, self.problems + other.problems)
+
 
 class BadRecord(Exception):
     """The record is no row; the text says why."""
@@ -48,7 +53,8 @@ class Columns(NamedTuple):
 
 def table_records(location: str, table: Any, wanted: Columns) -> Iterator[Record]:
     """The rows of a `datasets` table, numbered from 1."""
-    columns = wanted.choose(location, table.column_names)
+    # A streamed one may not know its columns before its first row.
+    columns = wanted.choose(location, table.column_names or list(next(iter(table), ())))
     row = 0
     for batch in table.select_columns(columns).iter(batch_size=1000):
         for values in zip(*(batch[column] for column in columns), strict=True):

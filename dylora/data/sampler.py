@@ -33,12 +33,14 @@ class InterleavedSampler:
         rows_per_step: int = 1,
         tokens: Sequence[Tensor] = (),
         weights: Sequence[float] = (),
+        streamed: Sequence[int] = (),
     ) -> None:
         """Raises ValueError where a set is empty.
 
         lengths: examples of each set; weights: of each set, by default 1. For bucket_steps above 1
         alone: rows_per_step, the examples of an optimizer step, and tokens, those of every example,
-        [length] of each set.
+        [length] of each set. streamed: sets whose rows come in their own order, epoch after epoch
+        numbered on.
         """
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every set needs an example, but the lengths are {list(lengths)}")
@@ -53,6 +55,7 @@ class InterleavedSampler:
         self.counts = [  # what each set gives to an epoch
             max(1, round(weight * count)) for weight, count in zip(self.weights, each, strict=True)
         ]
+        self._streamed = list(streamed)
         self.epoch = 0
         self.position = 0  # examples given out in this epoch; below len(self)
         self._order = self._epoch_order()
@@ -111,6 +114,9 @@ class InterleavedSampler:
     def _epoch_order(self) -> Tensor:
         """[examples, 2] of set index and row index."""
         order = self._drawn_order()
+        for index in self._streamed:
+            own = order[:, 0] == index
+            order[own, 1] = torch.arange(int(own.sum())) + self.epoch * int(own.sum())
         return order if self._tokens is None else self._sorted_in_buckets(order)
 
     def _sorted_in_buckets(self, order: Tensor) -> Tensor:

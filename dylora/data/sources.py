@@ -37,6 +37,8 @@ FOREIGN = ("hub_config", "hub_split", "validation_path", "format", *COLUMNS)
 LOOKED_AT = 100  # records whose columns tell how a set is written
 MAX_PROBLEMS = 20
 CHUNK_ROWS = 10_000
+STREAMED_RECORDS = 4096  # of a source of stream_rows, in memory at once
+BlockReader = Callable[[], Iterator[tuple["Dataset | None", RowCounts]]]
 
 
 class SourceRows(NamedTuple):
@@ -78,6 +80,31 @@ def read_source(
     return SourceRows(rows, splits, plan.path, plan.scheme, plan.format, counts)
 
 
+def read_stream(source: SourceConfig, *, seed: int = 0) -> tuple[SourceRows, BlockReader]:
+    """The held-out rows of a source of stream_rows, and what reads the others from their begin:
+    blocks of usable rows with what became of their records. A duplicate counts once in a block,
+    and what is held out is not trained on. Raises ValueError as `read_source`.
+    """
+    if source.name == "mbpp" or source.name.startswith("skill/"):
+        raise ValueError(f"source {source.name!r} is small: leave out stream_rows")
+    plan = _columns_plan(source, seed)
+    assert plan.held_out is not None
+    assert plan.reread is not None
+    reread, held_out = plan.reread, _Collection(plan)
+    held_out.add(plan.held_out)
+    rows, counts = held_out.close(source.name)
+    splits = {"train": [], "validation": list(range(len(rows)))}
+
+    def blocks() -> Iterator[tuple["Dataset | None", RowCounts]]:
+        records = reread()
+        while block := list(islice(records, STREAMED_RECORDS)):
+            found = _Collection(plan)
+            found.seen = set(held_out.seen)
+            yield (found.close(source.name) if found.add(block) else (None, found.counts))
+
+    return SourceRows(rows, splits, plan.path, plan.scheme, plan.format, counts), blocks
+
+
 # The three kinds of source
 
 
@@ -91,6 +118,7 @@ class _Plan(NamedTuple):
     scheme: str | None
     format: RowFormat = "instruction"
     held_out: Iterable[Record] | None = None
+    reread: Callable[[], Iterator[Record]] | None = None  # records, from their begin
 
 
 def _skill_plan(source: SourceConfig, seed: int, validation_rows: int | None) -> _Plan:
@@ -150,6 +178,7 @@ def _columns_plan(source: SourceConfig, seed: int) -> _Plan:
             columns=columns,
             hub_config=source.hub_config,
             hub_splits=splits,
+            streaming=source.stream_rows is not None,
         )
 
     found = {key for record in islice(records(Columns()), LOOKED_AT) for key in record.fields}
@@ -168,6 +197,7 @@ def _columns_plan(source: SourceConfig, seed: int) -> _Plan:
         scheme if held_out is None else "validation_path",
         reader.format,
         held_out,
+        partial(records, reader.columns),
     )
 
 
@@ -244,8 +274,12 @@ class _Collection:
                 f"source {name!r} has no usable row: {self.read} read, {self.malformed} malformed, "
                 f"{self.empty} empty" + "".join(f"\n  {problem}" for problem in self.problems[:3])
             )
-        counts = (self.read, self.empty, self.malformed, self.duplicates, tuple(self.problems))
-        return concatenate_datasets(self.chunks), RowCounts(*counts)
+        return concatenate_datasets(self.chunks), self.counts
+
+    @property
+    def counts(self) -> RowCounts:
+        lost = (self.empty, self.malformed, self.duplicates)
+        return RowCounts(self.read, *lost, tuple(self.problems))
 
 
 def _skill_records(skill: str, wanted: dict[str, int], seed: int) -> Iterator[Record]:

@@ -48,11 +48,13 @@ class SetReport(NamedTuple):
     counts: RowCounts
     splits: dict[str, SplitReport]  # of train and validation
     cached: bool = False  # read from data.cache
+    streamed: bool = False  # of the first block of rows alone, and of those held out
 
     def describe(self) -> str:
         """One line of counts, then a line for each problem."""
         read, empty, malformed, duplicates, problems = self.counts
         known = " (data.cache has them)" if self.cached else ""
+        known = " before training, others while it is trained on" if self.streamed else known
         parts = [
             f"{self.name}: {read} rows read{known}, {empty} empty, {malformed} malformed, "
             f"{duplicates} duplicate"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from dylora.data.prepare import PreparedData
-from dylora.data.tokenize import TokenizedSet
+from dylora.data.streamed import TrainingSet
 from dylora.model import DyLoRA_MoE
 from dylora.skills import SkillLibrary
 
@@ -34,7 +34,7 @@ def fit_library(model: DyLoRA_MoE, data: PreparedData) -> None:
         model.experts[shared + number].skill = train.name
 
 
-def evenly(sets: Sequence[TokenizedSet], most: int) -> list[dict[str, list[int]]]:
+def evenly(sets: Sequence[TrainingSet], most: int) -> list[dict[str, list[int]]]:
     """So many rows of these sets at most, evenly from all of them."""
     places = [(examples, index) for examples in sets for index in range(len(examples))]
     count = min(most, len(places))

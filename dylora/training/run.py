@@ -20,6 +20,7 @@ from dylora.base_models import (
 from dylora.data.prepare import MAX_LENGTH, PreparedData, load_data
 from dylora.data.prompts import pad_token_id
 from dylora.data.sampler import InterleavedSampler
+from dylora.data.streamed import StreamedSet
 from dylora.kernels.common import is_emulated
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import DataConfig, RunConfig, dump_run_config
@@ -188,6 +189,7 @@ def build_sampler(config: DataConfig, data: PreparedData, rows_per_step: int) ->
         rows_per_step=rows_per_step,
         tokens=[examples.all_lengths for examples in data.train],
         weights=[source.weight for source in config.sources],
+        streamed=[i for i, source in enumerate(config.sources) if source.stream_rows],
     )
 
 
@@ -228,6 +230,8 @@ def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
             )
         if examples.largest_id >= rows:
             _refuse_id(config, examples.largest_id, rows, f"{examples.name}/{examples.split}")
+        if isinstance(examples, StreamedSet):
+            examples.embeddings = rows
     return data
 
 
