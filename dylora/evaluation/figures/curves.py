@@ -130,8 +130,8 @@ def dead(run: RunFiles) -> Any:
     """Experts with under 1 % of a site's gates, summed over sites."""
     points = run.points("router/dead_experts")
     top = max((count for _, count in points), default=0) or 1  # none, the whole run: at the axis
-    limits = {"ylim": (-0.03 * top, 1.06 * top)}
-    return _curves(run, {"dead experts": points}, "dead experts, all sites", **limits)
+    found = {"dead experts": points}
+    return _curves(run, found, "dead experts, all sites", ylim=(-0.03 * top, 1.06 * top))
 
 
 def sparse_cost(run: RunFiles) -> Any:
