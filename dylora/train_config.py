@@ -75,6 +75,12 @@ class TrainConfig:
     """Share of the target probability spread over the vocabulary."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    compile: bool = False
+    """Let torch.compile compile the base's passes in training. The first step takes minutes, and so
+    does the first one after experts have come, gone or matured."""
+    tf32: bool = False
+    """Multiply float32 matrices in TensorFloat-32, with 10 bits after the point in place of 23; on
+    CUDA."""
     training_subset: int | float | str | None = option(
         None,
         accept=lambda value: rows_or_share(value) is not None,

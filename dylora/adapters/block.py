@@ -5,6 +5,7 @@ Shape letters: B batch, S sequence, T tokens (B·S), D hidden width, E experts, 
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,14 @@ class RoutedBlock:
         self.router: Router | None = None  # None: fixed weights, or the first block's
         self.shares_first = False
         self.adapters: dict[str, Any] = {}  # Adapter of the block's projections, by their names
-        self._groups: dict[str, list[str]] = {}  # of those, which share an input
+        self.groups: dict[str, list[str]] = {}  # of those, which get the same input, by each
+
+    def add(self, adapter: Any) -> None:
+        """An Adapter of a projection of this block."""
+        self.adapters[adapter.name] = adapter
+        sharing = next((names for names in SHARE_INPUT if adapter.name in names), (adapter.name,))
+        names = [name for name in sharing if name in self.adapters]
+        self.groups |= dict.fromkeys(names, names)
 
     def route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the block; reads its first argument, the hidden states [B, S, D]."""
@@ -111,21 +119,13 @@ class RoutedBlock:
         pass_.decisions[self.index] = decision
         pass_.blocks[self.index] = BlockPass(self, pass_, decision, dtype)
 
-    def group(self, name: str) -> list[str]:
-        """The projections that get the same input as `name`, itself among them."""
-        names = self._groups.get(name)
-        if names is None:
-            group = next((names for names in SHARE_INPUT if name in names), (name,))
-            names = self._groups[name] = [other for other in group if other in self.adapters]
-        return names
-
     def decode_caches(
         self, dtype: torch.dtype, dense: list[Dense] | None = None
     ) -> dict[str, DecodeCache]:
         """The matrices of every projection, laid out for few tokens; of all experts, or of some."""
         caches: dict[str, DecodeCache] = {}
         for name in self.adapters:
-            names = self.group(name)
+            names = self.groups[name]
             if name == names[0]:
                 own = {other: self.adapters[other] for other in names}
                 weights = {other: one.projection_weights(dense) for other, one in own.items()}
@@ -141,7 +141,7 @@ class BlockPass:
         self.decision = decision
         self._dtype = dtype
         self._plan: DispatchPlan | None = None
-        self._input: weakref.ref[Tensor] | None = None
+        self._input: Callable[[], Tensor | None] | None = None
         self._dropped: Tensor | None = None
         self._down: dict[str, DownProjection] = {}  # of projections that are still to come
         self.detached_input: Tensor | None = None  # of a projection that runs outside autograd
@@ -180,9 +180,11 @@ class BlockPass:
 
     def shared_input(self, name: str, x: Tensor) -> tuple[list[str], Tensor]:
         """The projections that get the input of `name`, and drop(x), drawn once for them."""
-        names = self.block.group(name)
+        names = self.block.groups[name]
         if self._input is None or self._input() is not x:
-            self._input, self._down = weakref.ref(x), {}
+            # Compilers know no weak references, and hold no tensor longer than they need it.
+            self._input = (lambda: x) if torch.compiler.is_compiling() else weakref.ref(x)
+            self._down = {}
             dropped = self.block.adapters[name].dropout(x)
             self._dropped = None if dropped is x else dropped
         return names, x if self._dropped is None else self._dropped

@@ -157,7 +157,7 @@ def _new_adapter(
             own = [alphas[expert] for expert in run]
             adapter.stacks.append(adapter.create_stack(run[0], ranks[run[0]], own, projection))
     projection.add_module(ADAPTER_NAME, adapter)
-    block.adapters[adapter.name] = adapter
+    block.add(adapter)
     return adapter
 
 

@@ -135,7 +135,10 @@ class StackedLoRA(Adapter):
 
         ratios [E, O] of each stack multiply the outputs of B (DoRA).
         """
-        x = self.dropout(x)
+        return self.mix(self.dropout(x), gates, ratios)
+
+    def mix(self, x: Tensor, gates: Tensor, ratios: list[Tensor] | None = None) -> Tensor:
+        """`forward` of an input that dropout has been at."""
         update = None
         for index, stack in enumerate(self.stacks):
             B = stack.lora_B if ratios is None else stack.lora_B * ratios[index][:, None]
@@ -164,7 +167,7 @@ class StackedLoRA(Adapter):
         if self.config.bias != "none":
             output = self._add_biases(gates, output)
         if torch.compiler.is_compiling():  # the compiler fuses the plain form as well as can be
-            return output + self(x, gates).to(output.dtype)
+            return output + self.mix(run.shared_input(self.name, x)[1], gates).to(output.dtype)
         plan = run.plan()
         if not (plan.dense or plan.sparse):
             return output

@@ -88,7 +88,7 @@ class RoutingState(ExpertState):
         """experts: see `ExpertState`."""
         super().__init__(*experts)
         self.mine = _PerThread()
-        self._traced: Pass | None = None  # of code that torch.compile traces, hooks included
+        self._traced: Pass | None = None  # of code that torch.compile traces
         self._latest: Pass | None = None  # the inputs of the latest pass with gradient
         self._decodings = weakref.WeakKeyDictionary[Cache, dict[str, Any]]()
 
@@ -127,6 +127,16 @@ class RoutingState(ExpertState):
         if torch.compiler.is_compiling() and self._traced is not None:
             return self._traced
         return self.mine.current
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """The base's hooks have begun a pass, and compiled code within computes it: torch.compile
+        reads an attribute, but not (before torch 2.12) what a thread has of its own."""
+        self._traced = self.mine.current
+        try:
+            yield
+        finally:
+            self._traced = None
 
     def hook_pass(self, module: nn.Module, scope: str) -> list[RemovableHandle]:
         """Let a pass begin and end with calls of this module: the base, or its decoder for callers

@@ -205,10 +205,14 @@ def shard_base(model: DyLoRA_MoE) -> None:
     from torch.distributed.fsdp import fully_shard
 
     own = {parameter for _, parameter in model.own_parameters()}
-    layers = {match[0] for name in model.site_names if (match := LAYER.match(name))}
-    for name in sorted(layers):
+    for name in layers_of(model):
         fully_shard(model.base.get_submodule(name), ignored_params=own)
     fully_shard(model.base, ignored_params=own)
+
+
+def layers_of(model: DyLoRA_MoE) -> list[str]:
+    """The base's layers that have experts, by the paths of their modules."""
+    return sorted({match[0] for name in model.site_names if (match := LAYER.match(name))})
 
 
 class Replicas:

@@ -40,6 +40,23 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+@contextmanager
+def tf32_products(wanted: bool, device: torch.device) -> Iterator[None]:
+    """While entered, products of float32 matrices may be taken in TensorFloat-32; as before
+    afterwards. Raises ValueError where the device has none."""
+    if not wanted:
+        yield
+        return
+    if device.type != "cuda":
+        raise ValueError(f"train.tf32 is true, but the run is on {device.type}: it needs CUDA")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, command and hardware, for env.json. `commit` and `dirty` (files differ from it) are
     of dylora's repository, None where it is installed without one."""

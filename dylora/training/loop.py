@@ -14,8 +14,9 @@ from dylora.training.callbacks import (
     LateMaturityWarning,
     MetricsLog,
 )
+from dylora.training.compilation import compiled_passes
 from dylora.training.distributed import Processes, join_processes, shard_base
-from dylora.training.environment import deterministic_algorithms
+from dylora.training.environment import deterministic_algorithms, tf32_products
 from dylora.training.memory import explained
 from dylora.training.optim import settle, settled
 from dylora.training.resume import load_best, preflight_save, resume, save
@@ -66,8 +67,10 @@ def train(
 
         source = processes.from_first(claim)
         run = processes.together(lambda: begin(config, source, callbacks, parts, processes))
-        fixed = deterministic_algorithms(config.train.deterministic)
-        with closing(run.log), run.interruption, fixed:
+        held.enter_context(deterministic_algorithms(config.train.deterministic))
+        held.enter_context(tf32_products(config.train.tf32, run.model.device))
+        held.enter_context(compiled_passes(run.model, config.train.compile))
+        with closing(run.log), run.interruption:
             try:
                 run_steps(run, callbacks)
             except NotFinite:  # in all processes alike: one of them tells

@@ -14,9 +14,11 @@ mkdir -p "$out"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
 
 if [ -n "${TOY:-}" ]; then
+  loop="--layers 1 --length 128 --steps 3 --cases eager recomputed"
   layers=1 wide_tokens=16 tokens=32 wide_experts="2" rounds=1 compile="" steps=3 limit=600
   small_case="E=4" sparse_case="E=8, T=16" width=64 sparse_tokens=16 sparse_experts=8
 else
+  loop="--layers 18"
   layers=18 wide_tokens=2048 tokens=1024 wide_experts="8 4 64" rounds=9 compile="--compile" steps=200
   small_case="hidden 512" sparse_case="" width=2048
   sparse_tokens="2048 8192 32768" sparse_experts="16 64 256 512" limit=${LIMIT:-150}
@@ -37,6 +39,8 @@ section() { # section NAME SECONDS COMMAND…
 
 section correctness "$limit" "$python" experiments/gpu/correctness.py --device "$device" \
   --out "$out/correctness.json"
+section loop "$((limit * 2))" "$python" experiments/gpu/loop.py --device "$device" --dtype "$dtype" \
+  $loop --out "$out/loop.json"
 section sparse "$limit" $bench --section sparse --case "$sparse_case" --out "$out/sparse.json"
 section sparse_wide "$limit" $bench --section sparse --width $width --sparse_tokens $sparse_tokens \
   --sparse_experts $sparse_experts --out "$out/sparse_wide.json"

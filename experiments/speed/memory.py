@@ -101,7 +101,9 @@ def make_case(name: str, folder: Path) -> str:
         tokenizer.save_pretrained(base)
     each = len(tokenizer("x = 1\n" * 100)["input_ids"]) / 100
     most = int(length / each)  # lines; some rows are too long, and dropped
-    rows = [{"question": "Go.", "answer": "x = 1\n" * max(most - i, 1)} for i in range(ROWS)]
+    rows = [
+        {"question": f"Repeat {i}.", "answer": "x = 1\n" * max(most - i, 1)} for i in range(ROWS)
+    ]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"name": "mine", "path": str(place / "rows.jsonl")}
     source |= {"instruction_column": "question", "output_column": "answer"}
