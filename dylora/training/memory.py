@@ -10,7 +10,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +70,11 @@ def estimate(config: RunConfig) -> Estimate:
     if config.moe.use_dora:
         raise ValueError("DoRA measures the base's weights: a run with it is not estimated")
     config = fit_to_base(config)
-    process = resident_bytes() if choose_device(config.model.device).type == "cpu" else 0
+    process = 0
+    if choose_device(config.model.device).type == "cpu":
+        with suppress(ImportError):  # rows are read with it: 0.1 GB of libraries
+            import datasets  # noqa: F401
+        process = resident_bytes()
     model = build_fake(config)
     own = [parameter for _, parameter in model.own_parameters()]
     ours = {id(parameter) for parameter in own}
@@ -180,6 +184,9 @@ def pass_bytes(model: DyLoRA_MoE, rows: int, length: int) -> tuple[int, int]:
     """What one training pass of `rows` x `length` tokens holds at most beside the weights, and what
     of it its head and loss hold; gradients of experts and routers count as they come."""
     ids_BS = torch.ones(rows, length, dtype=torch.long)
+    mask_BS = torch.ones_like(ids_BS)
+    if rows > 1:
+        mask_BS[0, -1] = 0  # with padding attention is given a mask, which it keeps in each layer
     linear: Any = model.base.get_output_embeddings()
     counter = LiveBytes(model)
     begin = linear.register_forward_pre_hook(lambda *_: counter.mark())
@@ -187,7 +194,7 @@ def pass_bytes(model: DyLoRA_MoE, rows: int, length: int) -> tuple[int, int]:
         with counter, warnings.catch_warnings():
             # torch looks for a gradient of every real tensor that meets one without values.
             warnings.filterwarnings("ignore", "The .grad attribute")
-            output = model(ids_BS, torch.ones_like(ids_BS), labels=ids_BS, keep_logits=False)
+            output = model(ids_BS, mask_BS, labels=ids_BS, keep_logits=False)
             logits = counter.since_mark()
             assert output.loss is not None
             output.loss.backward()

@@ -4,16 +4,22 @@
 
 For each config: the estimate of `run.py info --estimate`, and the peak resident memory, as Linux
 reports it, of a process that trains one step on the longest rows, as `run.py train --check` does.
-Both are forks of a process that has imported the libraries and nothing else. Writes
+Both are forks of a process that has imported the libraries and nothing else. The peak is taken
+twice: with glibc's malloc as it is, which keeps freed blocks of up to 32 MB in a heap that comes to
+have holes, and with blocks from 1 MB on given back when they are freed, as
+MALLOC_MMAP_THRESHOLD_=1048576 does it, so that the process has what its tensors hold. Writes
 experiments/results/memory.json after each.
 """
 
+import ctypes
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +37,7 @@ from dylora.training.step import run_step
 
 RESULTS = Path("experiments/results/memory.json")
 ROWS = 40
+M_MMAP_THRESHOLD = -3  # of malloc.h
 # Name -> layers, width and vocabulary of the base (none: the embedded one), rows and tokens of a
 # batch, and settings.
 CASES: dict[str, tuple[tuple[int, int, int] | None, tuple[int, int], dict[str, str]]] = {
@@ -55,12 +62,18 @@ def main() -> None:
             config = forked(lambda name=name: make_case(name, Path(folder)))[0]
             config = load_run_config(config)
             parts, _ = forked(lambda config=config: parts_of(config))
-            _, peak = forked(lambda config=config: train_step(config))
-            error = parts["total"] / peak - 1
-            found[name] = parts | {"peak": peak, "error": error}
-            print(
-                f"{name}: {parts['total']:.3f} GB expected, {peak:.3f} ({error:+.1%})", flush=True
-            )
+            expected = parts["total"]
+            found[name] = dict(parts)
+            for kind, mapped in (("peak", False), ("peak_mapped", True)):
+                work = partial(train_step, config, mapped=mapped)
+                seconds, peak = forked(work)
+                error = expected / peak - 1
+                found[name] |= {kind: peak, f"{kind}_error": error, f"{kind}_cpu_seconds": seconds}
+                print(
+                    f"{name}, {kind}: {expected:.3f} GB expected, {peak:.3f} ({error:+.1%}), "
+                    f"{seconds:.2f} CPU seconds",
+                    flush=True,
+                )
             RESULTS.write_text(json.dumps(found, indent=2) + "\n")
 
 
@@ -70,12 +83,15 @@ def parts_of(config: RunConfig) -> dict[str, float]:
     return {key: size / 1e9 for key, size in (found._asdict() | {"total": found.total}).items()}
 
 
-def train_step(config: RunConfig) -> None:
-    """One step on the longest rows."""
+def train_step(config: RunConfig, *, mapped: bool) -> float:
+    """One step on the longest rows; its CPU seconds."""
+    if mapped:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     run = prepare(config, fresh=True)
     with closing(run.log):
-        result = run_step(run._replace(sampler=LongestRows(run)))  # type: ignore[arg-type]
-    print(f"  {result.tokens} tokens, loss {result.loss:.2f}", flush=True)
+        began = time.process_time()
+        run_step(run._replace(sampler=LongestRows(run)))  # type: ignore[arg-type]
+    return time.process_time() - began
 
 
 def make_case(name: str, folder: Path) -> str:

@@ -71,6 +71,13 @@ def test_recomputing_activations_holds_less_and_a_batch_of_twice_the_rows_about_
     assert recomputed.activations < 0.7 * once.activations
 
 
+def test_rows_with_padding_hold_the_mask_of_attention_in_each_layer():
+    model = build_fake(config_of())
+    (one, _), (two, _) = (pass_bytes(model, rows, 256) for rows in (1, 2))
+    masks = len(model.site_names) * 2 * 256 * 256 * 4
+    assert two - 2 * one > masks
+
+
 def test_what_is_held_counts_once_and_no_longer_than_it_is_held():
     model = torch.nn.Linear(4, 4)
     with LiveBytes(model) as counter:
