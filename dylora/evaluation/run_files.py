@@ -86,9 +86,9 @@ def read_run(folder: Path, *, most_points: int | None = None) -> RunFiles:
     rows, boundaries = read_rows(folder / "metrics.jsonl"), []
     stages = sorted(folder.glob("stage-*-*"), key=lambda path: _stage_number(path.name))
     for stage in stages if not rows else []:
-        begun = rows[-1]["step"] if rows else 0
-        boundaries.append((begun, stage.name.split("-", 2)[2]))
-        rows += [row | {"step": row["step"] + begun} for row in read_rows(stage / "metrics.jsonl")]
+        last = rows[-1] if rows else {"step": 0}
+        boundaries.append((last["step"], stage.name.split("-", 2)[2]))
+        rows += [_after(last, row) for row in read_rows(stage / "metrics.jsonl")]
     if not rows and not stages:
         raise FileNotFoundError(f"{folder} holds no run: there are no rows in its metrics.jsonl")
     rows, thinned = _thin(rows, most_points)
@@ -117,6 +117,12 @@ def read_rows(metrics_file: Path) -> list[Row]:
         if isinstance(row, dict) and is_whole_number(row.get("step")):
             rows.append(row)
     return rows
+
+
+def _after(last: Row, row: Row) -> Row:
+    """A row of a stage, whose steps and tokens go on from the last row before it."""
+    seen = {key: last.get(key, 0) + row[key] for key in ("step", "tokens") if key in row}
+    return row | seen
 
 
 def _is_finite(value: Any) -> bool:

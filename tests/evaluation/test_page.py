@@ -194,6 +194,7 @@ def test_a_stream_has_its_matrix_and_its_novelty(browser, tmp_path):
     )
     assert len(titles) == 4
     assert browser.problems == []
+    assert "12 steps, 1,200 target tokens" in browser.evaluate("document.body.innerText")
     browser.hover(*place(browser, "#figure-novelty-0 svg", 0.4, 0.3))
     assert tip(browser).startswith("distance / threshold")
     assert "skill 2" in browser.evaluate("document.querySelector('#stream table').innerText")

@@ -139,8 +139,8 @@ def _square(
     numbers = numpy.array(values, dtype=float)  # None: not taken
     named = max(len(rows), len(columns)) <= MOST_NAMES
     widest = max(map(len, columns)) if named else 2
-    cell = 0.5 if named else 0.16
-    width, height = 2.2 + cell * len(columns), 1.0 + 0.32 * len(rows) * (1 if named else 0.5)
+    cell = 0.44 if named else 0.16
+    width, height = 2.0 + cell * len(columns), 1.0 + 0.32 * len(rows) * (1 if named else 0.5)
     figure, grid = new_figure(max(width, 3.4), max(height + 0.05 * widest, 2.0))
     axes = grid[0, 0]
     axes.grid(visible=False)
