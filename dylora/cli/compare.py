@@ -10,7 +10,13 @@ from dylora.compare.config import Board, CompareConfig, Method
 from dylora.fields import shown
 from dylora.run_config import RunConfig
 
-OF_METHODS = ("router_learning_rate", "freeze_routers", "weight_decay")  # of the section train
+OF_METHODS = (  # of the section train
+    "router_learning_rate",
+    "freeze_routers",
+    "weight_decay",
+    "optim",
+    "lora_plus_ratio",
+)
 # What the comparison itself sets, and by which of its settings.
 OWNED = {
     "name": "the name of the comparison",

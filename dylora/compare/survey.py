@@ -80,7 +80,8 @@ def _survey(board: Board, method: Method) -> Survey:
         cell = board.cell(method, rate, scale, config.seeds[0])
         cell = dataclasses.replace(cell, output_dir=folder, data=_with_few_rows(cell))
         run = prepare(cell, fresh=True)
-        step_s = statistics.median(run_step(run).seconds for _ in range(STEPS))
+        steps = min(STEPS, run.steps)
+        step_s = statistics.median(run_step(run).seconds for _ in range(steps))
         begun = time.perf_counter()
         validate(
             run.model,

@@ -235,6 +235,18 @@ def test_an_estimate_trains_nothing_and_names_the_number_of_runs(write_board, ca
     assert not (Path(file).parent / "boards").exists()
 
 
+def test_a_run_of_fewer_steps_than_are_measured_is_estimated_as_well(write_board):
+    file = write_board()
+    assert main(["compare", "--config", file, "--estimate", "--run.train.max_steps", "1"]) == 0
+
+
+def test_a_method_may_name_its_optimizer(write_board):
+    plus = LORA | {"name": "plus", "train": {"optim": "lora_plus", "lora_plus_ratio": 4}}
+    first, second = load_board(write_board([LORA, plus]), []).methods
+    assert (first.run.train.optim, second.run.train.optim) == ("adamw", "lora_plus")
+    assert second.run.train.lora_plus_ratio == 4
+
+
 def test_results_of_other_settings_are_not_taken(board, write_board):
     cell = board.cell(board.methods[0], 1e-3, 2, 0)
     train_cell(cell)
