@@ -8,6 +8,8 @@ from tempfile import TemporaryDirectory
 
 from dylora.run_config import RunConfig
 from dylora.training import run as runs
+from dylora.training.compilation import compiled_passes
+from dylora.training.environment import tf32_products
 from dylora.training.log import memory_gb, say
 from dylora.training.memory import estimate
 from dylora.training.signals import Interruption
@@ -34,7 +36,14 @@ def check(config: RunConfig) -> None:
             runs.log_summary(run)
             if expected is not None:
                 say(f"memory: about {expected.total / 1e9:.3g} GB, with batches as large as may be")
-            result = run_step(run._replace(sampler=LongestRows(run)))  # type: ignore[arg-type]
+            run = run._replace(sampler=LongestRows(run))  # type: ignore[arg-type]
+            with (
+                tf32_products(config.train.tf32, run.model.device),
+                compiled_passes(run.model, config.train.compile),
+            ):
+                result = run_step(run)
+                if config.train.compile and run.steps > 1:
+                    result = run_step(run)  # the first one has compiled
     rate = result.tokens / max(result.seconds, 1e-9)
     say(
         f"one step on the longest rows: loss {result.loss:.4f}, {result.tokens:,} tokens in "

@@ -136,7 +136,7 @@ class Shared(Experts):
 
     rank: int = 8
     first: int = 1
-    first_rate: float = 2.5e-3
+    first_rate: float = 1.25e-3
 
     ORACLE: ClassVar[bool] = False
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from dylora.training.check import check
 from dylora.training.compilation import compiled_passes
 from dylora.training.environment import tf32_products
 from dylora.training.loop import train
@@ -116,6 +117,13 @@ def test_evaluation_and_what_comes_after_run_as_they_are(make_config, quick, ids
 def test_recomputed_activations_are_refused(make_config):
     with pytest.raises(ValueError, match=r"the compiler has no train\.gradient_checkpointing"):
         train(make_config(compile=True, gradient_checkpointing=True))
+
+
+def test_a_check_refuses_what_training_would(make_config):
+    with pytest.raises(ValueError, match=r"the compiler has no"):
+        check(make_config(compile=True, gradient_checkpointing=True))
+    with pytest.raises(ValueError, match=r"train\.tf32 is true"):
+        check(make_config(tf32=True))
 
 
 def test_tf32_is_refused_where_there_is_none_and_put_back_where_there_is(make_config):
