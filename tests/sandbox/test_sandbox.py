@@ -106,7 +106,10 @@ def try_at(place: Place, attack: Attack, outside: Path, server: socket.socket) -
     assert result.cpu_seconds < box.limits.seconds + 1.5, place.name
     assert survivors(box._process.pid, place.residents[box._process.pid]) == set(), place.name
     assert box._process.poll() is None, place.name
-    honest = box.run_tests("def f(x): return 2 * x", "assert f(2) == 4", entry_points=["f"])
+    for _ in range(5):  # on a busy machine a program waits longer than an impatient one allows
+        honest = box.run_tests("def f(x): return 2 * x", "assert f(2) == 4", entry_points=["f"])
+        if honest.outcome != "timeout":
+            break
     assert honest.outcome == "passed", (place.name, honest)
 
 
