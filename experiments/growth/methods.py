@@ -231,8 +231,8 @@ class Joint(Method):
 class JointLora(Method):
     """One LoRA on all rows in one shuffle."""
 
-    rate: float = 6e-4
-    scale: float = 8.0
+    rate: float = 1.5e-4
+    scale: float = 32.0
 
     JOINT: ClassVar[bool] = True
     learn_all = Joint.learn_all
