@@ -83,7 +83,8 @@ def fake_module(monkeypatch):
             "data: {sources: mbpp}",
             "configs/x.yaml: data.sources[0] is 'mbpp', but must have the fields name, path, "
             "revision, hub_config, hub_split, validation_path, format, instruction_column, "
-            "input_column, output_column, messages_column, text_column, split, weight, rows",
+            "input_column, output_column, messages_column, text_column, split, weight, rows, "
+            "stream_rows",
         ),
     ],
 )

@@ -31,8 +31,10 @@ from hub import Hub
 def hub(monkeypatch, tmp_path):
     """huggingface_hub asks it, as somebody who is logged in, and has fetched nothing yet."""
     from huggingface_hub import _commit_api, constants, file_download, hf_api
+    from transformers.utils import hub as of_transformers
 
     found = Hub()
+    monkeypatch.setattr(of_transformers, "_hf_api", None)  # which one a test before may have made
     for module in (constants, hf_api, file_download, _commit_api):
         for name in ("ENDPOINT", "_HF_DEFAULT_ENDPOINT"):
             if hasattr(module, name):
