@@ -70,7 +70,7 @@ def adapted(
         projection.add_module("dylora_adapter", lora)
         projection.register_forward_pre_hook(lora.run_outside_autograd)
         projection.register_forward_hook(lora.add_update)
-        site.adapters[name] = lora
+        site.add(lora)
 
     def begin(module: nn.Module, args: Any) -> None:
         pass_ = site.state.begin_block()
