@@ -197,12 +197,12 @@ def test_a_base_of_other_positions_is_refused(saved, base_folder):
 def test_the_same_base_in_another_precision_is_the_same(trained, used, base_folder, tmp_path):
     model = DyLoRA_MoE.from_base(str(base_folder), CONFIG, dtype=trained)
     model.save_pretrained(tmp_path / "saved")
-    DyLoRA_MoE.from_pretrained(tmp_path / "saved", dtype=used)
+    assert DyLoRA_MoE.from_pretrained(tmp_path / "saved", dtype=used).base.dtype == used
 
 
 def test_a_checkpoint_without_a_fingerprint_still_loads(saved):
     edit(saved, base_fingerprint=...)
-    DyLoRA_MoE.from_pretrained(saved)
+    assert len(DyLoRA_MoE.from_pretrained(saved).experts) == CONFIG.num_experts
 
 
 @pytest.mark.parametrize(

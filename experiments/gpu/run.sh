@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU shows, in under ten minutes on one H100: one JSON a section, written as
-# it goes, so that a run that is cut short is still of use. Needs dylora's core dependencies alone.
+# it goes, so that a run that is cut short is still of use. Needs dylora's core dependencies alone,
+# but for the training runs of loop.py, which need datasets and say so where it is missing.
 #
 #   bash experiments/gpu/run.sh [FOLDER]                       # experiments/results/gpu by default
 #   DEVICE=cpu DTYPE=float32 TOY=1 bash experiments/gpu/run.sh FOLDER    # the same at toy sizes

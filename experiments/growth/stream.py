@@ -5,8 +5,8 @@ have as many trainable parameters (a library's numbers count) and see as many ro
 the scores that the measures need are taken: of its own skill, of the next before it is learned,
 after the last stage of all; greedy answers to --tasks test tasks a skill, and the loss on
 validation rows. With --published the languages of CodeAlpaca and MBPP as a second stream, whose
-losses alone are taken. Rate and scale of experts and of joint training are those that rates.py
-found; those of the other methods are of a feasibility study, or guesses of like size.
+losses alone are taken. Rate and scale of experts and of joint-lora are those that rates.py found,
+and a shared expert has the experts'; those of the others are of a feasibility study, or guesses.
 Cells (method, seed, order) that are in the result already are not run again.
 Result: experiments/results/continual.json and experiments/LOG.md.
 
