@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,11 +203,20 @@ def test_the_folder_and_the_launcher_go_when_the_host_is_killed(backend: str, tm
 
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_runs_leave_no_process_no_mount_no_file_and_no_descriptor(backend: str, monkeypatch):
-    def state() -> tuple[object, ...]:
-        descriptors = len(os.listdir("/proc/self/fd"))
-        return Path("/proc/self/mounts").read_text(), os.listdir("/dev/shm"), descriptors
+    name = uuid.uuid4().hex  # other processes come and go in /dev/shm
+    left = (
+        "def f(x): return 2 * x\n"
+        f"for path in ('a', '/dev/shm/{name}', '/tmp/{name}'):\n"
+        "    try: open(path, 'w').close()\n"
+        "    except OSError: pass"
+    )
 
-    sources = ["def f(x): return 2 * x\nopen('a', 'w').close()", "import os\nos.kill(1, 0)"]
+    def state() -> tuple[str, int, list[bool]]:
+        descriptors = len(os.listdir("/proc/self/fd"))
+        shared = [Path(folder, name).exists() for folder in ("/dev/shm", "/tmp")]
+        return Path("/proc/self/mounts").read_text(), descriptors, shared
+
+    sources = [left, "import os\nos.kill(1, 0)"]
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o711)  # nobody has to pass
         monkeypatch.setattr(tempfile, "tempdir", folder)
