@@ -42,17 +42,7 @@ def write_folder(folder: Path, write_files: Callable[[Path], None]) -> None:
     _recover(folder)
     _require_ours(folder)
     _make_parents(folder)
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
-    try:
-        write_files(temporary)
-        write_manifest(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full stays full otherwise
-        raise
+    _fill(temporary, write_files)
     if folder.exists():
         folder.rename(replaced)
     temporary.rename(folder)
@@ -71,8 +61,8 @@ def write_into_folder(folder: Path, write_files: Callable[[Path], None]) -> None
         return
     if (folder / MANIFEST).exists() and is_run_checkpoint(folder):
         raise FileExistsError(f"{folder} is a run's checkpoint, which is not replaced")
-    fresh = folder.with_name(f".{folder.name}.writing")
-    write_folder(fresh, write_files)
+    fresh = folder / "_writing"  # transformers' Trainer uploads no name that begins so
+    _fill(fresh, write_files)
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in sorted(fresh.iterdir(), key=lambda path: path.name == MANIFEST):
         old = folder / path.name
@@ -191,6 +181,21 @@ def rotate(run_folder: Path, keep: int, best: Path | None) -> None:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _fill(temporary: Path, write_files: Callable[[Path], None]) -> None:
+    """Let `write_files` fill a folder that is whole and on the disk afterwards, or is not there."""
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    try:
+        write_files(temporary)
+        write_manifest(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full stays full otherwise
+        raise
 
 
 def _require_ours(folder: Path) -> None:

@@ -9,12 +9,14 @@ from types import MethodType, SimpleNamespace
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from dylora import DyLoRA_MoE
 from dylora.integrations import base_methods
 from dylora.integrations.trainer import MixtureCallback, added_over_processes
+from dylora.storage import folders
 from dylora.storage.manifest import verify
 from parallel_runs import train_by_trainer
 from processes import results_of
@@ -434,6 +436,23 @@ def test_what_others_write_into_a_folder_while_it_is_saved_stays(mixture, tmp_pa
     model.base.save_pretrained(folder)
     assert (folder / "rng_state_1.pth").read_text() == "of another process"
     verify(folder)
+
+
+def test_an_upload_that_runs_meanwhile_takes_nothing_half_written(mixture, tmp_path, monkeypatch):
+    """By the patterns that transformers' Trainer gives to its uploads of its whole folder."""
+    base, seen = mixture().base, set()
+    original = folders.write_manifest
+
+    def look(folder, *rest):
+        seen.update(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+        return original(folder, *rest)
+
+    monkeypatch.setattr(folders, "write_manifest", look)
+    for folder in (tmp_path / "checkpoint-1", tmp_path):
+        folder.mkdir(exist_ok=True)
+        base.save_pretrained(folder)
+    assert any("writing" in path for path in seen)
+    assert list(filter_repo_objects(seen, ignore_patterns=["_*", "checkpoint-*"])) == []
 
 
 def test_a_loss_that_is_not_finite_changes_no_maturity(mixture, ids, tmp_path):
