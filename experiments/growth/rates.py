@@ -55,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     cells = json.loads(options.out.read_text())["cells"] if options.out.exists() else []
-    stages = skill_stages()
+    stages = skill_stages(640)
     for name in options.methods.split(","):
         for scale in map(float, options.scales.split(",")):
             for rate in map(float, options.rates.split(",")):

@@ -40,9 +40,10 @@ from experiments.growth.methods import (
 from experiments.growth.prompted import Experts, Shared
 from experiments.growth.scores import loss_of, passed_of
 
-ROWS, LOSS_ROWS = 640, 16
+LOSS_ROWS = 16
 METHODS: dict[str, Any] = {
     "experts": Experts,
+    "experts-best": lambda **k: Experts(begin="best", **k),
     "experts-nearest": lambda **k: Experts(begin="nearest", **k),
     "experts-newest": lambda **k: Experts(begin="newest", **k),
     "shared": Shared,
@@ -59,21 +60,21 @@ METHODS: dict[str, Any] = {
 }
 
 
-def skill_stages() -> list[Stage]:
+def skill_stages(count: int) -> list[Stage]:
     stages = []
     for skill in SKILLS:
-        parts = (generate_tasks(skill, "train", ROWS), generate_tasks(skill, "validation", 64))
+        parts = (generate_tasks(skill, "train", count), generate_tasks(skill, "validation", 64))
         rows = [tokenized([(t.instruction, "", t.answer) for t in part]) for part in parts]
         stages.append(Stage(skill, *rows))
     return stages
 
 
-def language_stages(folder: Path) -> list[Stage]:
+def language_stages(folder: Path, most: int) -> list[Stage]:
     """CodeAlpaca's languages by the one name in the instruction, and MBPP: 64 rows are held out."""
     texts = novelty.languages(folder / "code_alpaca.json")
     texts["mbpp"] = novelty.mbpp(folder / "mbpp.jsonl")
     return [
-        Stage(name, tokenized(rows[64 : 64 + ROWS], 256), tokenized(rows[:64], 256))
+        Stage(name, tokenized(rows[64 : 64 + most], 256), tokenized(rows[:64], 256))
         for name, rows in texts.items()
     ]
 
@@ -172,7 +173,7 @@ def run(method: Method, stages: list[Stage], tasks: dict[str, list[Task]]) -> di
 def summary(cells: list[dict[str, Any]]) -> str:
     """Tables by stream and order: a line a method and form."""
     lines = []
-    keys = ("stream", "order", "updates", "tasks")
+    keys = ("stream", "order", "updates", "rows", "tasks")
     for stream in dict.fromkeys(tuple(cell[key] for key in keys) for cell in cells):
         own = [cell for cell in cells if tuple(cell[key] for key in keys) == stream]
         for kind in ("passed", "loss"):
@@ -188,7 +189,7 @@ def summary(cells: list[dict[str, Any]]) -> str:
                     alone = measure([oracle], learned=[0] * len(oracle))
                     found.setdefault(f"{cell['method']}, oracle", []).append(alone)
             if found:
-                lines += ["\n{}, {}, {} updates, {} tasks: {}".format(*stream, kind)]
+                lines += ["\n{}, {}, {} updates, {} rows, {} tasks: {}".format(*stream, kind)]
                 lines += [format_methods(found, percent=kind == "passed")]
     return "\n".join(lines)
 
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--orders", default="forward", help="forward, reversed or both by a comma")
     parser.add_argument("--published", type=Path, help="folder: the stream of languages instead")
     parser.add_argument("--updates", type=int, default=320, help="a stage")
+    parser.add_argument("--rows", type=int, default=640, help="of a skill, at most")
     parser.add_argument("--tasks", type=int, default=100, help="for testing, a skill")
     parser.add_argument("--work", type=Path, help="folder in which trained experts are kept")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/continual.json"))
@@ -241,7 +243,8 @@ def main() -> None:
         print(summary(cells))
         return
     stream = "languages" if options.published else "skills"
-    stages = language_stages(options.published) if options.published else skill_stages()
+    rows = options.rows
+    stages = language_stages(options.published, rows) if options.published else skill_stages(rows)
     tasks = (
         {} if options.published else {s: generate_tasks(s, "test", options.tasks) for s in SKILLS}
     )
@@ -251,6 +254,7 @@ def main() -> None:
                 key: dict[str, Any] = {"stream": stream, "method": name, "seed": int(seed)}
                 key |= {"order": order, "updates": options.updates}
                 key |= {"tasks": 0 if options.published else options.tasks}
+                key["rows"] = rows
                 if any(key.items() <= cell.items() for cell in cells):
                     continue
                 print(key, time.strftime("%H:%M:%S"), flush=True)
