@@ -149,7 +149,8 @@ def _step_seconds(folder: Path) -> float:
 def _read(file: Path, settings: Result) -> Result:
     """A result. Raises ValueError where it was made with other settings."""
     result = read_json(file)
-    difference = _difference(result.get("settings"), settings)
+    before = _with_defaults(result.get("settings"), settings_of(RunConfig()))
+    difference = _difference(before, settings)
     if difference is not None:
         key, before, now = difference
         raise ValueError(
@@ -157,6 +158,14 @@ def _read(file: Path, settings: Result) -> Result:
             "it back, or give another --name"
         )
     return result
+
+
+def _with_defaults(before: Any, defaults: Any) -> Any:
+    """Settings that were written before some options existed, with the defaults of these."""
+    if not (isinstance(before, dict) and isinstance(defaults, dict)):
+        return before
+    known = {name: _with_defaults(before[name], defaults.get(name)) for name in before}
+    return defaults | known
 
 
 def _difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:

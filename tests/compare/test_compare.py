@@ -1,6 +1,7 @@
 """A comparison of two methods on a tiny base, from its files to its report."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -254,6 +255,18 @@ def test_results_of_other_settings_are_not_taken(board, write_board):
     message = r"result.json was made with train.weight_decay = 0.01, the comparison has 0.5"
     with pytest.raises(ValueError, match=message):
         train_cell(other.cell(other.methods[0], 1e-3, 2, 0))
+
+
+def test_a_result_from_before_an_option_existed_is_taken_with_its_default(board, write_board):
+    cell = board.cell(board.methods[0], 1e-3, 2, 0)
+    trained = train_cell(cell)
+    file = board.folder / "lora" / cell.name / "result.json"
+    del trained["settings"]["moe"]["lora_dropout"]
+    file.write_text(json.dumps(trained))
+    assert train_cell(cell) == trained
+    other = dataclasses.replace(cell, moe=dataclasses.replace(cell.moe, lora_dropout=0.5))
+    with pytest.raises(ValueError, match=r"lora_dropout = 0\.0, the comparison has 0\.5"):
+        train_cell(other)
 
 
 @pytest.mark.parametrize(("most", "failure"), [(3, "rows to choose by"), (1, "1 steps in a row")])
