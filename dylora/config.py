@@ -15,6 +15,7 @@ from dylora.fields import build, check_fields, option, require
 
 RouterType = Literal["learned", "learned_with_maturity", "fixed", "threshold"]
 RouterScope = Literal["site", "shared", "prompt", "running_mean"]
+RouterInput = Literal["token", "running_mean"]
 RouterLogits = Literal["linear", "absolute"]
 RoutingMode = Literal["maturity", "dense", "sparse", "dense_train_sparse_eval"]
 GateScale = Literal["keep_size", "sum_to_one"]
@@ -29,8 +30,8 @@ _MEANINGLESS = {
     "loha": ("bias", "use_rslora", "use_dora", "freeze_A", "share_A", "init_lora_weights"),
 }
 _OF_TRAINED_ROUTERS = (  # mean nothing for rules in closed form
-    *("router_type", "router_hidden_size", "router_logits", "router_temperature", "router_noise"),
-    *("gate_scale", "expert_dropout"),
+    *("router_type", "router_hidden_size", "router_input", "router_logits", "router_temperature"),
+    *("router_noise", "gate_scale", "expert_dropout"),
 )
 
 
@@ -98,6 +99,9 @@ class MoELoraConfig:
     """site: a router in every adapted block; shared: the first one serves all; prompt: one decision
     a sequence, in closed form by the skill library, from its prompt; running_mean: likewise a
     decision a token, from the text up to it."""
+    router_input: RouterInput = option("token", routing=True)
+    """What a trained router reads. token: the hidden state; running_mean: the layer-normed mean of
+    the hidden states of the text up to the token, with router_scope shared."""
     router_logits: RouterLogits = option("linear", routing=True)
     """linear: w·x + b; absolute: |w·x| + b, which takes a row for what it is up to its sign, as the
     prototypes of Arrow need (Ostapenko et al. 2024)."""
@@ -184,6 +188,10 @@ class MoELoraConfig:
             default = "learned_with_maturity" if name == "router_type" else default
             rule = f"{default!r} with router_scope {self.router_scope!r}, which trains no router"
             yield name, getattr(self, name) == default, rule
+        reads = (
+            self.router_input == "token" or grows or (self.router_scope == "shared" and not fixed)
+        )
+        yield "router_input", reads, "token unless router_scope is shared, with a trained router"
         unset = self.router_z_loss_coef == MoELoraConfig.router_z_loss_coef
         rule = "unset with load_balance_loss_type z_loss, whose weight is router_aux_loss_coef"
         yield "router_z_loss_coef", unset or self.load_balance_loss_type != "z_loss", rule
@@ -239,6 +247,11 @@ class MoELoraConfig:
     def routes_prompts(self) -> bool:
         """Whether the skill library routes, by prompts."""
         return self.use_moe_routing and self.router_scope in ("prompt", "running_mean")
+
+    @property
+    def routes_text(self) -> bool:
+        """Whether a token's decision depends on the tokens before it."""
+        return self.routes_prompts or (self.use_moe_routing and self.router_input != "token")
 
     @property
     def is_learned(self) -> bool:

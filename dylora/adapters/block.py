@@ -18,6 +18,7 @@ from dylora.kernels.dense import down_products
 from dylora.kernels.frozen_linear import FrozenLinearGrads
 from dylora.kernels.grouped import grouped_products
 from dylora.routing.gating import RouterOutput, expand_override
+from dylora.routing.prompt import normed_running_mean
 from dylora.routing.router import Router
 from dylora.routing.state import Pass, RoutingState
 
@@ -96,6 +97,8 @@ class RoutedBlock:
     def _route(self, router: Router, x: Tensor, pass_: Pass) -> RouterOutput:
         """The router's decision, and the gate 1 for the experts that all tokens share."""
         state = self.state
+        if router.config.router_input == "running_mean":
+            x = normed_running_mean(x, pass_)
         if not state.shared:
             return router(x, pass_)
         if state.routed_count:

@@ -99,9 +99,10 @@ def _add_state(base: PreTrainedModel, config: MoELoraConfig, path: str) -> Routi
     device = device_of(base, path)
     state = RoutingState(config.expert_count, weights, device, config.shared_experts)
     base.add_module(STATE_NAME, state)
-    if config.routes_prompts:
-        state.prompts = PromptTokens.of(base.config)
-        running = config.router_scope == "running_mean"
+    if config.routes_text:
+        by_prompt = config.routes_prompts
+        state.prompts = PromptTokens.of(base.config) if by_prompt else PromptTokens(whole=True)
+        running = config.router_scope != "prompt"
         generate: Any = PromptedGenerate(base, state, running=running)
         base.generate = generate
     return state

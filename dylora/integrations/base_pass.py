@@ -83,7 +83,7 @@ class BasePass:
             self.observer.before_pass()
         pass_, positions = self.mixture.state.current(), kwargs.get("position_ids")
         told = pass_ is not None and pass_.sequences is not None
-        if self.mixture.config.routes_prompts and not told and _several_in_a_row(positions):
+        if self.mixture.config.routes_text and not told and _several_in_a_row(positions):
             raise ValueError(
                 "these rows hold several packed sequences, which are told only without an "
                 "attention_mask: leave it out"

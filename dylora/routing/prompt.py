@@ -13,6 +13,7 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -92,7 +93,7 @@ class PromptRouter(Router):
         used = None
         with torch.autocast(x.device.type, enabled=False):
             if self.config.router_scope == "running_mean":
-                gates, chances = self._decide(_running_mean(x, pass_), served, state)
+                gates, chances = self._decide(running_mean(x, pass_), served, state)
             else:
                 held = pass_.held
                 if "gates" not in held:
@@ -176,7 +177,7 @@ def _prompt_mean(x: Tensor, pass_: Pass) -> Tensor:
     return torch.einsum("bsd,bs->bd", x, weights)
 
 
-def _running_mean(x: Tensor, pass_: Pass) -> Tensor:
+def running_mean(x: Tensor, pass_: Pass) -> Tensor:
     """[B, S, D] -> [B, S, D]: of each token's own text up to it, padding and BOS left out."""
     mask = x.new_ones(x.shape[:2]) if pass_.prompt_mask is None else pass_.prompt_mask
     mask_BS1 = mask.to(x.device, torch.float32)[..., None]
@@ -188,6 +189,12 @@ def _running_mean(x: Tensor, pass_: Pass) -> Tensor:
         total, count = total + held["total"], count + held["count"]
     held["total"], held["count"] = total[:, -1:].detach(), count[:, -1:]
     return total / count.clamp_min(1)
+
+
+def normed_running_mean(x: Tensor, pass_: Pass) -> Tensor:
+    """The running mean of x [B, S, D], each token's brought to mean 0 and variance 1."""
+    mean = running_mean(x, pass_)
+    return F.layer_norm(mean, mean.shape[-1:], eps=1e-10)  # 1e-5 is much for raw embeddings
 
 
 def _for_sequence(held_BE: Tensor, x: Tensor, sequences: Tensor | None) -> Tensor:
@@ -210,7 +217,7 @@ class _Decided(Exception):
 
 
 class PromptedGenerate:
-    """`generate` of a base whose tokens are routed by the prompt: says where the prompts end.
+    """`generate` of a base whose tokens are routed by their text: says where the prompts end.
 
     So tokens that assisted decoding guesses do not count as the prompt's, and a prompt that comes
     in pieces (`prefill_chunk_size`) is read as a whole before the first of them.
@@ -232,31 +239,40 @@ class PromptedGenerate:
 
     def _prompts(
         self, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """What all passes of one call hold. Raises ValueError for what cannot be followed."""
+    ) -> dict[str, Any] | None:
+        """What all passes of one call hold; None: nothing, as each reads the text from its
+        beginning. Raises ValueError for what cannot be followed."""
         settings: Any = args[0] if args else kwargs.get("generation_config")
-        settings = settings or self.base.generation_config
 
         def asked(name: str) -> Any:
-            return kwargs.get(name, getattr(settings, name, None))
+            given = kwargs.get(name, getattr(settings, name, None))
+            return getattr(self.base.generation_config, name, None) if given is None else given
 
         guessed = kwargs.get("assistant_model") or asked("prompt_lookup_num_tokens")
         if self.running and (guessed or (asked("num_beams") or 1) > 1):
             raise ValueError(
-                "router_scope 'running_mean' cannot follow beams or assisted decoding, which take "
-                "tokens back: use router_scope 'prompt', or decode without"
+                "routing by the running mean cannot follow beams or assisted decoding, which take "
+                "tokens back: decode without, or train with another router_scope"
             )
         given = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
         ids = next((value for value in (inputs, *given) if value is not None), None)
-        cache, prompts = kwargs.get("past_key_values"), {}
+        cache, mask, prompts = kwargs.get("past_key_values"), kwargs.get("attention_mask"), {}
+        # With such a cache the base gets no mask of tokens.
+        fixed = getattr(cache, "is_compileable", None) or asked("cache_implementation")
+        fixed = fixed not in (None, False, "dynamic", "offloaded", "quantized")
+        if self.running and fixed and (mask is None or not bool(mask.all())):
+            raise ValueError(
+                "routing by the running mean cannot tell padding with a static cache: give texts "
+                "of one length and an attention_mask of ones, or leave the cache out"
+            )
         begun = cache is not None and int(cache.get_seq_length()) > 0
         if begun and hasattr(cache, HELD):
             return getattr(cache, HELD)
         if ids is None or self.running:
-            return prompts
+            return None if self.running and asked("use_cache") is False else prompts
         prompts["length"] = ids.shape[1]
-        if begun or asked("prefill_chunk_size"):
-            self._decide(ids, kwargs.get("attention_mask"), prompts)
+        if begun or fixed or asked("prefill_chunk_size"):
+            self._decide(ids, mask, prompts)
         return prompts
 
     @torch.no_grad()

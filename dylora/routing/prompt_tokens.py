@@ -22,6 +22,7 @@ class PromptTokens(NamedTuple):
 
     bos: Collection[int] = ()  # ids that begin a text
     padding: Collection[int] = ()  # what may fill up a text without a mask at its end
+    whole: bool = False  # the prompt goes on beyond the first label, to the end of its text
 
     @classmethod
     def of(cls, config: Any) -> "PromptTokens":
@@ -57,7 +58,7 @@ class PromptTokens(NamedTuple):
         if ids.ndim == 2 and self.bos:
             begins = real & (since_begin(real.cumsum(-1), real.long(), sequences) == 1)
             own = own & ~(begins & _is_one_of(ids, self.bos))
-        if labels is not None:
+        if labels is not None and not self.whole:
             learned = (labels.to(ids.device) != -100).long()
             own = own & (since_begin(learned.cumsum(-1), learned, sequences) == 0)
         if sequences is None:

@@ -329,6 +329,15 @@ def test_generation_holds_the_prompts_experts_to_its_end(routed, options, whose)
         assert not torch.equal(model.generate(ids, **options), expected)
 
 
+def test_padding_is_not_the_prompts_with_a_static_cache_either(routed):
+    model = routed()
+    ids, mask = padded([prompt(2, 12), prompt(0, 2)])
+    ids[mask == 0] = 24  # an id of skill 2
+    options = GREEDY | {"attention_mask": mask, "cache_implementation": "static"}
+    expected = model.generate(ids, routing_weights=one_hot(2, 0), **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
 @pytest.mark.parametrize("assisted", ["assistant", "lookup"])
 def test_tokens_that_are_guessed_do_not_count_as_the_prompts(routed, llama, assisted):
     model = routed()
@@ -492,10 +501,12 @@ def test_a_running_mean_goes_on_through_decoding(routed):
     text = model.generate(ids, output_scores=True, return_dict_in_generate=True, **GREEDY)
     logits = model(text.sequences).logits[0, 6:-1]
     torch.testing.assert_close(torch.stack(text.scores)[:, 0], logits, rtol=0, atol=1e-5)
-    chunked = model.generate(ids, prefill_chunk_size=3, **GREEDY)
-    assert torch.equal(chunked, text.sequences)
+    asked = GREEDY | {"output_scores": True, "return_dict_in_generate": True}
+    for options in ({"prefill_chunk_size": 3}, {"use_cache": False}):
+        scores = model.generate(ids, **asked, **options).scores
+        torch.testing.assert_close(torch.stack(scores), torch.stack(text.scores))
     for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(ValueError, match="'running_mean' cannot follow beams or assisted"):
+        with pytest.raises(ValueError, match="running mean cannot follow beams or assisted"):
             model.generate(ids, **GREEDY, **options)
 
 
