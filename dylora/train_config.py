@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from dylora.fields import check_fields, option, require
 
-Optim = Literal["adamw", "lora_plus", "adafactor", "lion", "schedule_free", "sgd"]
+Optim = Literal[
+    "adamw", "adamw_8bit", "lora_plus", "muon", "adafactor", "lion", "schedule_free", "sgd"
+]
 Parallel = Literal["none", "ddp", "fsdp2"]
 Schedule = Literal[
     "linear",
@@ -50,10 +52,11 @@ class TrainConfig:
     weight_decay: float = option(0.01, least=0)
     """Of the matrices A and B; routers and biases have none."""
     optim: Optim = "adamw"
-    """adamw; lora_plus: AdamW with another rate for the B's (Hayou et al. 2024); adafactor (Shazeer
-    and Stern 2018), with learning_rate as its rate; lion (Chen et al. 2023) and schedule_free
-    (AdamW, Defazio et al. 2024), with dylora[optim]; sgd, with momentum adam_beta1. The state of
-    others (8-bit AdamW, Muon) cannot be cut by expert: docs/trainers.md."""
+    """adamw; adamw_8bit (Dettmers et al. 2022), with dylora[optim]; lora_plus: AdamW with another
+    rate for the B's (Hayou et al. 2024); muon (Jordan et al. 2024) for A and B, at AdamW's rates,
+    and AdamW for all else; adafactor (Shazeer and Stern 2018), with learning_rate as its rate; lion
+    (Chen et al. 2023) and schedule_free (AdamW, Defazio et al. 2024), with dylora[optim]; sgd, with
+    momentum adam_beta1. Compared in docs/trainers.md."""
     lora_plus_ratio: float = option(16.0, above=0)
     """With optim lora_plus: the rate of the B's in terms of learning_rate."""
     adam_beta1: float = option(0.9, least=0, below=1)

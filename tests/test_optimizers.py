@@ -12,6 +12,8 @@ from torch import nn, optim
 from transformers.optimization import Adafactor
 
 from dylora.training import adafactor
+from dylora.training.adamw_8bit import AdamW8bit
+from dylora.training.muon import Muon
 from dylora.training.schedule_free import ScheduleFree
 
 
@@ -35,16 +37,6 @@ class Lion(Custom):
         direction = (0.9 * average + 0.1 * gradient).sign()
         average.mul_(0.99).add_(0.01 * gradient)
         return direction
-
-
-class MuonByExpert(Custom):
-    def move(self, state, gradient, parameter):
-        momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
-        momentum.mul_(0.9).add_(gradient)
-        if parameter.ndim < 3:
-            return momentum
-        U, _, V = torch.linalg.svd(momentum, full_matrices=False)
-        return U @ V
 
 
 class Lamb(Custom):
@@ -73,7 +65,8 @@ RIGHT = {
     "Adadelta": lambda p: optim.Adadelta(p, lr=1.0),
     "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
     "Lion": Lion,
-    "Muon by expert": MuonByExpert,
+    "Muon by expert": lambda p: Muon(p, lr=0.01, weight_decay=0.1),
+    "AdamW of 8 bits by expert": lambda p: AdamW8bit(p, lr=0.01, weight_decay=0.1),
     "Adafactor by expert": lambda p: adafactor.Adafactor(p, lr=0.01, weight_decay=0.1),
     "schedule-free by parameter": lambda p: ScheduleFree(p, lr=0.01, weight_decay=0.1),
 }

@@ -1,8 +1,8 @@
 """What an optimizer keeps for a parameter, cut by expert and grown by a row.
 
-Its state can be taken along where it has a number for every element (or for every row or column of
-each expert's matrix, or one for all), its step on one expert does not look at the others of the
-tensor, and it is known what a new expert begins with.
+Its state can be taken along where it has a number for every element (or for every row, column or
+block of each expert's matrix, or one for all), its step on one expert does not look at the others
+of the tensor, and it is known what a new expert begins with.
 
 Shape letters: D input width, E experts, R rank.
 """
@@ -20,6 +20,7 @@ ZEROS = {"exp_avg", "momentum_buffer", "grad_avg"}
 # With squares of 0 beside an old step count, the first updates would be several times too large.
 FACTORS = {"exp_avg_sq_row", "exp_avg_sq_col"}  # [E, R] and [E, D] of a stack [E, R, D]
 MEANS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf", *FACTORS}
+SCALES = {"exp_avg_scale", "exp_avg_sq_scale"}  # [E, N] of blocks of each matrix of a stack
 WEIGHTS = {"z", "y"}  # other values of the parameter: those of its own new row
 ADVICE = "use an optimizer with moments of every element, such as AdamW, Lion or SGD"
 
@@ -42,8 +43,10 @@ def check_held_once(optimizer: Optimizer, named: Iterable[tuple[str, nn.Paramete
 
 
 def is_by_row(key: str, value: Any, parameter: Tensor) -> bool:
-    """Whether a state has the experts' rows: a number for every element, or for every row or column
-    of each matrix of a stack."""
+    """Whether a state has the experts' rows: a number for every element, or for every row, column
+    or block of each matrix of a stack."""
+    if key in SCALES:
+        return torch.is_tensor(value) and value.ndim == 2 and len(value) == len(parameter)
     shapes, shape = [parameter.shape], parameter.shape
     if key in FACTORS and parameter.ndim > 2:
         shapes += [shape[:-1], shape[:-2] + shape[-1:]]
@@ -54,7 +57,7 @@ def check_state(state: dict[str, Any], parameter: Tensor) -> None:
     """Raises ValueError for a state that cannot be cut by expert, or not grown by one."""
     for key, value in state.items():
         if is_by_row(key, value, parameter):
-            if key not in ZEROS | MEANS | WEIGHTS:
+            if key not in ZEROS | MEANS | WEIGHTS | SCALES:
                 raise ValueError(
                     f"the optimizer keeps {key!r}, of which it is not known what a new expert "
                     f"begins with: {ADVICE}"

@@ -26,13 +26,11 @@ from dylora.base_models import BaseSpec, choose_device
 from dylora.kernels.cross_entropy import LogitTransform
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import RunConfig
-from dylora.training.optim import named_parameters
+from dylora.training.optim import make_optimizer, named_parameters, state_like
 from dylora.training.run import fit_to_base
 
 # Bytes of a weight in a linear layer; bnb-4bit has a float32 scale for each 64.
 QUANTISED = {"bnb-4bit": 0.5 + 4 / 64, "bnb-8bit": 1.0, "torchao-int8": 1.0}
-# Float32 numbers of a trained value. Adafactor has fewer, one for a row or a column of a matrix.
-MOMENTS = {"adamw": 2, "lora_plus": 2, "adafactor": 1, "lion": 1, "schedule_free": 3, "sgd": 1}
 
 
 class Estimate(NamedTuple):
@@ -63,7 +61,8 @@ def estimate(config: RunConfig) -> Estimate:
     """The memory of a run, for batches as large as data.max_length allows.
 
     Raises ValueError for a base whose configuration cannot be loaded or that cannot be adapted, for
-    stages, whose experts come one by one, and for DoRA, which needs values.
+    stages, whose experts come one by one, for DoRA, which needs values, and for an optimizer that
+    is not installed.
     """
     if config.stages:
         raise ValueError("a run of stages makes its experts one by one: estimate one without them")
@@ -78,15 +77,17 @@ def estimate(config: RunConfig) -> Estimate:
     model = build_fake(config)
     own = [parameter for _, parameter in model.own_parameters()]
     ours = {id(parameter) for parameter in own}
-    trained = sum(p.nbytes for p in named_parameters(model).values() if p.requires_grad)
+    trained = [p for p in named_parameters(model).values() if p.requires_grad]
+    optimizer = make_optimizer(model, config.train)
+    moments = [t for p in trained for t in state_like(optimizer, p).values() if t is not None]
     assert config.data.max_length is not None
     activations, logits = pass_bytes(model, config.train.batch_size, config.data.max_length)
     return Estimate(
         process=process,
         base=base_bytes(model.base, ours, config.model.quantization),
         experts=sum(parameter.nbytes for parameter in own),
-        optimizer=MOMENTS[config.train.optim] * trained,
-        gradients=trained,
+        optimizer=sum(moment.nbytes for moment in moments if moment.ndim),
+        gradients=sum(parameter.nbytes for parameter in trained),
         activations=activations,
         logits=logits,
     )

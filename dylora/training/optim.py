@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dylora.fields import is_number, shown
@@ -16,44 +16,63 @@ from dylora.model import DyLoRA_MoE
 from dylora.run_config import TrainConfig
 from dylora.storage.tensors import is_plain
 from dylora.training.adafactor import Adafactor
+from dylora.training.by_matrix import ByMatrix
+from dylora.training.muon import Muon
 
 STACK = re.compile(r"(.*\.experts_)(\d{1,9})-(\d{1,9})(\.\w+)")  # a parameter's name
-NONNEGATIVE = ("step", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
-PACKAGES = {"lion": "lion_pytorch", "schedule_free": "schedulefree"}  # of dylora[optim]
+NONNEGATIVE = (
+    *("step", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"),
+    *("exp_avg_scale", "exp_avg_sq_scale"),
+)
+PACKAGES = {  # of dylora[optim]
+    "lion": "lion_pytorch",
+    "schedule_free": "schedulefree",
+    "adamw_8bit": "bitsandbytes",
+}
 
 
 def build_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> Optimizer:
-    """What train.optim names, over `parameter_groups`.
+    """What train.optim names, with the experts' life.
 
     Frozen experts are in it too (without a gradient nothing touches them): they keep their moments.
     Raises ValueError when its package is not installed.
     """
+    optimizer = make_optimizer(model, config)
+    optimizer.register_step_post_hook(increment_versions)
+    model.experts.attach_optimizer(optimizer)
+    return optimizer
+
+
+def make_optimizer(model: DyLoRA_MoE, config: TrainConfig) -> Optimizer:
+    """What train.optim names, over `parameter_groups`. Raises ValueError as `build_optimizer`."""
     package = PACKAGES.get(config.optim)
     if package is not None and importlib.util.find_spec(package) is None:
         raise ValueError(
             f"train.optim is {config.optim}, which is not installed: pip install 'dylora[optim]'"
         )
     groups, betas = parameter_groups(model, config), (config.adam_beta1, config.adam_beta2)
+    adam = {"betas": betas, "eps": config.adam_epsilon}
     # Of the groups too, each with its own; schedules divide min_lr and lr_end by it.
     rate = config.learning_rate
     if config.optim == "sgd":
-        optimizer: Optimizer = torch.optim.SGD(groups, lr=rate, momentum=config.adam_beta1)
-    elif config.optim == "lion":
+        return torch.optim.SGD(groups, lr=rate, momentum=config.adam_beta1)
+    if config.optim == "adafactor":
+        return Adafactor(groups, lr=rate)
+    if config.optim == "muon":
+        return Muon(groups, lr=rate, **adam)
+    if config.optim == "lion":
         from lion_pytorch import Lion
 
-        optimizer = Lion(groups, lr=rate, betas=betas)
-    elif config.optim == "adafactor":
-        optimizer = Adafactor(groups, lr=rate)
-    elif config.optim == "schedule_free":
+        return Lion(groups, lr=rate, betas=betas)
+    if config.optim == "schedule_free":
         from dylora.training.schedule_free import ScheduleFree
 
-        optimizer = ScheduleFree(groups, lr=rate, betas=betas, eps=config.adam_epsilon)
-    else:
-        eps = config.adam_epsilon
-        optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)
-    optimizer.register_step_post_hook(increment_versions)
-    model.experts.attach_optimizer(optimizer)
-    return optimizer
+        return ScheduleFree(groups, lr=rate, **adam)
+    if config.optim == "adamw_8bit":
+        from dylora.training.adamw_8bit import AdamW8bit
+
+        return AdamW8bit(groups, lr=rate, **adam)
+    return torch.optim.AdamW(groups, lr=rate, fused=True, **adam)
 
 
 def settle(optimizer: Optimizer) -> None:
@@ -131,34 +150,37 @@ def named_parameters(model: DyLoRA_MoE) -> dict[str, nn.Parameter]:
     return expert_parameters(model) | dict(model.router_parameters())
 
 
-def state_shapes(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, torch.Size | None]:
-    """What an optimizer's state of a parameter is in a checkpoint, by its class; None: a number."""
-    full, one = parameter.shape, torch.Size()
-    kinds: dict[str, dict[str, torch.Size | None]] = {
-        "AdamW": {"step": one, "exp_avg": full, "exp_avg_sq": full},
+def state_like(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor | None]:
+    """What an optimizer's state of a parameter is in a checkpoint: shapes and types, as tensors
+    without values; None: a number."""
+    kind, full = type(optimizer).__name__, torch.empty(parameter.shape, device="meta")
+    if isinstance(optimizer, ByMatrix):
+        if full.ndim > 2:
+            state = optimizer.new_state(full)
+            return {key: like if torch.is_tensor(like) else None for key, like in state.items()}
+        kind = "AdamW"
+    if kind == "Adafactor" and full.ndim > 2:
+        rows, columns = full[..., 0], full[..., 0, :]
+        return {"step": None, "exp_avg_sq_row": rows, "exp_avg_sq_col": columns}
+    kinds: dict[str, dict[str, Tensor | None]] = {
+        "AdamW": {"step": full.new_empty(()), "exp_avg": full, "exp_avg_sq": full},
         "Adafactor": {"step": None, "exp_avg_sq": full},
         "Lion": {"exp_avg": full},
         "ScheduleFree": {
             "y": full,
             "z": full,
             "exp_avg_sq": full,
-            "k": None,
-            "weight_sum": None,
-            "lr_max": None,
+            **dict.fromkeys(("k", "weight_sum", "lr_max")),
         },
         "SGD": {"momentum_buffer": full},
     }
-    found = kinds[type(optimizer).__name__]
-    if isinstance(optimizer, Adafactor) and len(full) > 2:
-        rows, columns = full[:-1], full[:-2] + full[-1:]
-        found = {"step": None, "exp_avg_sq_row": rows, "exp_avg_sq_col": columns}
-    return found
+    return kinds[kind]
 
 
 def empty_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     """What an optimizer's state of a parameter is before its first step, on the CPU."""
-    shapes = state_shapes(optimizer, parameter).items()
-    return {key: 0.0 if shape is None else torch.zeros(shape) for key, shape in shapes}
+    state = state_like(optimizer, parameter).items()
+    return {k: 0.0 if like is None else torch.zeros_like(like, device="cpu") for k, like in state}
 
 
 def state_by_name(optimizer: Optimizer, model: DyLoRA_MoE) -> dict[str, Any]:
@@ -175,8 +197,8 @@ def state_by_name(optimizer: Optimizer, model: DyLoRA_MoE) -> dict[str, Any]:
 def load_state_by_name(optimizer: Optimizer, model: DyLoRA_MoE, saved: dict[str, Any]) -> None:
     """Put copies of saved moments back, those of padded stacks cut to the experts' own ranks.
 
-    Raises ValueError naming a parameter that has none, is unknown, or whose moments are not finite
-    float32 of its shape.
+    Raises ValueError naming a parameter that has none, is unknown, or whose moments are not of its
+    shape and type, or not finite.
     """
     parameters = named_parameters(model)
     if not isinstance(saved, dict):
@@ -185,7 +207,7 @@ def load_state_by_name(optimizer: Optimizer, model: DyLoRA_MoE, saved: dict[str,
     for name in [*(parameters.keys() - saved.keys()), *(saved.keys() - parameters.keys())]:
         raise ValueError(f"the optimizer state does not fit: {shown(name)} is on one side only")
     for name, parameter in parameters.items():
-        if problem := _moments_problem(saved[name], state_shapes(optimizer, parameter)):
+        if problem := _moments_problem(saved[name], state_like(optimizer, parameter)):
             raise ValueError(f"the optimizer state does not fit: {name} {problem}")
         if saved[name]:
             optimizer.state[parameter] = {
@@ -230,21 +252,21 @@ def _cut(value: Any, count: int, rows: slice, shape: torch.Size) -> Any:
     return cut[:, :rank].contiguous() if len(shape) == 3 and not cut[:, rank:].any() else cut
 
 
-def _moments_problem(state: Any, shapes: dict[str, torch.Size | None]) -> str | None:
+def _moments_problem(state: Any, likes: dict[str, Tensor | None]) -> str | None:
     """What is wrong with the saved moments of a parameter; an empty entry is fine."""
-    if not isinstance(state, dict) or (state and set(state) != set(shapes)):
+    if not isinstance(state, dict) or (state and set(state) != set(likes)):
         found = ", ".join(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
-        return f"has {found}, not {', '.join(shapes)}"
+        return f"has {found}, not {', '.join(likes)}"
     for key, value in state.items():
-        shape = shapes[key]
-        if shape is None:
+        like, least = likes[key], 0 if key in NONNEGATIVE else -math.inf
+        if like is None:
             if not is_number(value, 0):
                 return f"has {key}, which must be a number of at least 0"
-            continue
-        least = 0 if key in NONNEGATIVE else -math.inf
-        if torch.is_tensor(value) and value.shape != shape:
-            return f"has {key} of the shape {list(value.shape)}, not {list(shape)}"
-        plain = is_plain(value, torch.float32)
-        if not plain or not bool((value.isfinite() & (value >= least)).all()):
+        elif torch.is_tensor(value) and value.shape != like.shape:
+            return f"has {key} of the shape {list(value.shape)}, not {list(like.shape)}"
+        elif like.dtype == torch.uint8:
+            if not is_plain(value, torch.uint8):
+                return f"has {key}, which must be uint8"
+        elif not (is_plain(value, torch.float32) and (value.isfinite() & (value >= least)).all()):
             return f"has {key}, which must be finite float32" + " of at least 0" * (least == 0)
     return None

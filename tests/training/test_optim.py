@@ -1,11 +1,14 @@
 """The optimizers that a run may name."""
 
+import copy
 import dataclasses
 import importlib.util
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit as TheirAdamW8bit
 from schedulefree import AdamWScheduleFree
 from torch import nn
 from transformers.optimization import Adafactor as TheirAdafactor
@@ -13,15 +16,17 @@ from transformers.optimization import Adafactor as TheirAdafactor
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.run_config import TrainConfig
 from dylora.training.adafactor import Adafactor
+from dylora.training.adamw_8bit import AdamW8bit
 from dylora.training.callbacks import Callback
 from dylora.training.loop import train
-from dylora.training.optim import build_optimizer
+from dylora.training.muon import Muon
+from dylora.training.optim import build_optimizer, load_state_by_name, state_by_name
 from dylora.training.run import prepare
 from dylora.training.schedule_free import ScheduleFree
 from dylora.training.step import run_step
 from runs import all_tensors, rows_of
 
-OTHERS = ["lora_plus", "adafactor", "lion", "schedule_free", "sgd"]
+OTHERS = ["adamw_8bit", "lora_plus", "muon", "adafactor", "lion", "schedule_free", "sgd"]
 CONSTANT = {"schedule_free": {"lr_scheduler_type": "constant"}}  # what it asks for
 
 
@@ -92,6 +97,90 @@ def test_adafactor_moves_one_expert_as_that_of_transformers_does():
     assert ours.state[stacked]["exp_avg_sq_col"].shape == (3, 6)
 
 
+def beside(ours, theirs, shape, steps=5):
+    """A stack [E, R, D] moved by one optimizer, and by another one of its own for each matrix."""
+    stacked = nn.Parameter(torch.randn(shape) / 4)
+    apart = [nn.Parameter(matrix.clone()) for matrix in stacked.detach()]
+    ours, others = ours([stacked]), [theirs([p]) for p in apart]
+    for _ in range(steps):
+        stacked.grad = torch.randn(shape) * torch.tensor([0.1, 1.0, 10.0])[:, None, None]
+        for p, gradient, other in zip(apart, stacked.grad, others, strict=True):
+            p.grad = gradient.clone()
+            other.step()
+        ours.step()
+    return stacked.detach(), torch.stack([p.detach() for p in apart])
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (3, 6, 4)])
+def test_muon_moves_each_expert_as_that_of_torch_does(shape, monkeypatch):
+    settings = {"lr": 0.01, "weight_decay": 0.1}
+    ours = partial(Muon, **settings)
+    theirs = partial(torch.optim.Muon, **settings, adjust_lr_fn="match_rms_adamw")
+    torch.testing.assert_close(*beside(ours, theirs, shape), rtol=0, atol=1e-3)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # in which theirs multiplies
+    torch.testing.assert_close(*beside(ours, theirs, shape))
+
+
+def test_muon_leaves_an_expert_that_a_step_has_no_gradient_for_as_it_is():
+    stack = nn.Parameter(torch.randn(2, 4, 6))
+    optimizer = Muon([stack], lr=0.01, weight_decay=0.1)
+    stack.grad = torch.randn(2, 4, 6)
+    optimizer.step()
+    first = [t.detach()[0].clone() for t in (stack, optimizer.state[stack]["momentum_buffer"])]
+    other = stack.detach()[1].clone()
+    stack.grad[0] = 0
+    optimizer.step()
+    assert torch.equal(stack[0], first[0])
+    assert torch.equal(optimizer.state[stack]["momentum_buffer"][0], first[1])
+    assert not torch.equal(stack[1], other)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 512), (3, 9, 500)], ids=["whole blocks", "and a part"])
+def test_adamw_of_8_bits_moves_each_expert_to_the_bit_as_that_of_bitsandbytes_does(shape):
+    settings = {"lr": 0.01, "weight_decay": 0.1}
+    ours, theirs = (
+        lambda p, kind=kind: kind(p, **settings) for kind in (AdamW8bit, TheirAdamW8bit)
+    )
+    assert torch.equal(*beside(ours, theirs, shape))
+
+
+def test_the_moments_of_8_bits_have_two_bytes_a_value_and_scales_in_a_checkpoint(make_config):
+    run = train(make_config(optim="adamw_8bit", max_steps=1))
+    moments = torch.load(run.folder / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    for name, parameter in run.model.own_parameters():
+        size = sum(t.nbytes for t in moments[name].values() if torch.is_tensor(t) and t.ndim)
+        values, experts = parameter.numel(), len(parameter)
+        if parameter.ndim < 3:
+            assert size == 8 * values
+        else:
+            assert size == 2 * values + 8 * experts * -(-values // experts // 256)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "problem"),
+    [
+        ("exp_avg", lambda codes: codes.float(), "exp_avg, which must be uint8"),
+        ("exp_avg", lambda codes: codes[:, :1], "exp_avg of the shape"),
+        ("exp_avg_scale", lambda scale: -scale - 1, "exp_avg_scale, which must be finite"),
+        ("exp_avg_sq_scale", lambda scale: scale / 0, "exp_avg_sq_scale, which must be finite"),
+        ("exp_avg_sq_scale", lambda scale: scale.repeat(1, 2), "exp_avg_sq_scale of the shape"),
+        ("step", lambda step: -1, "step, which must be a number of at least 0"),
+    ],
+)
+def test_damaged_moments_of_8_bits_are_refused(key, change, problem, llama):
+    model = DyLoRA_MoE.from_base(llama(), MoELoraConfig(num_experts=2, r=2))
+    optimizer = build_optimizer(model, TrainConfig(optim="adamw_8bit"))
+    for _, parameter in model.own_parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved = copy.deepcopy(state_by_name(optimizer, model))
+    load_state_by_name(optimizer, model, saved)
+    damaged = next(state for name, state in saved.items() if name.endswith("lora_B"))
+    damaged[key] = change(damaged[key])
+    with pytest.raises(ValueError, match=f"lora_B has {problem}"):
+        load_state_by_name(optimizer, model, saved)
+
+
 def test_schedule_free_trains_and_averages_as_that_of_its_authors():
     one, other = (nn.Parameter(torch.linspace(-1, 1, 24).view(4, 6)) for _ in range(2))
     ours = ScheduleFree([one], lr=0.01, weight_decay=0.1)
@@ -131,7 +220,7 @@ def test_schedule_free_saves_averages_and_saving_changes_no_bit_of_the_run(make_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optim": "muon"}, "optim is 'muon', but must be one of adamw"),
+        ({"optim": "adam_8bit"}, "optim is 'adam_8bit', but must be one of adamw, adamw_8bit"),
         ({"optim": "schedule_free"}, "lr_scheduler_type is 'cosine', but must be constant or"),
         ({"optim": "adafactor", "adam_beta2": 0.9}, "adam_beta2 is 0.9, but must be unset with"),
     ],
@@ -146,12 +235,17 @@ def test_a_ratio_that_would_do_nothing_is_refused():
         TrainConfig(lora_plus_ratio=4.0)
 
 
-def test_a_package_that_is_missing_is_named_with_the_extra(make_config, monkeypatch):
+@pytest.mark.parametrize(
+    ("optim", "package"), [("lion", "lion_pytorch"), ("adamw_8bit", "bitsandbytes")]
+)
+def test_a_package_that_is_missing_is_named_with_the_extra(
+    optim, package, make_config, monkeypatch
+):
     find = importlib.util.find_spec
-    missing = lambda name: None if name == "lion_pytorch" else find(name)  # noqa: E731
+    missing = lambda name: None if name == package else find(name)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     with pytest.raises(ValueError, match=r"not installed: pip install 'dylora\[optim\]'"):
-        train(make_config(optim="lion"))
+        train(make_config(optim=optim))
 
 
 def test_deterministic_holds_for_the_steps_of_a_run_and_no_longer(make_config, monkeypatch):
