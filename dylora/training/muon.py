@@ -44,8 +44,6 @@ class Muon(ByMatrix):
 
 def orthogonalised(x_ERD: Tensor) -> Tensor:
     """U Vᵀ of each matrix U S Vᵀ, roughly: Newton–Schulz brings its singular values near 1."""
-    if x_ERD.shape[1] > x_ERD.shape[2]:
-        return orthogonalised(x_ERD.mT).mT
     norms = torch.linalg.vector_norm(x_ERD, dim=(1, 2), keepdim=True)
     x_ERD = x_ERD / norms.clamp(min=EPSILON)
     for _ in range(STEPS):

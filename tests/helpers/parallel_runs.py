@@ -99,7 +99,7 @@ def digest(run) -> str:
     hashed = hashlib.sha256()
     tensors = {**named_parameters(run.model), **run.model.maturity._asdict()}
     for name, state in state_by_name(run.optimizer, run.model).items():
-        tensors |= {f"{name} {key}": value for key, value in state.items()}
+        tensors |= {f"{name} {key}": torch.as_tensor(value) for key, value in state.items()}
     tensors |= {f"f {name}": value for name, value in (run.model.mixture.fractions or {}).items()}
     tensors["random"] = torch.get_rng_state()
     for name, tensor in tensors.items():

@@ -123,6 +123,16 @@ def test_packed_rows_that_the_processes_do_not_divide_give_the_losses_of_one(mak
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("optim", "parallel"), [("adamw_8bit", "ddp"), ("muon", "fsdp2")])
+def test_two_processes_have_the_losses_of_one_with_other_optimizers(make_config, optim, parallel):
+    changes = {"optim": optim, "max_steps": 4, "learning_rate": 1e-2}
+    alone = train_here(make_config("alone", **changes))
+    both = results_of(2, train_here, make_config("both", parallel=parallel, **changes))
+    assert close(alone.losses, both[0].losses)
+    assert both[0] == both[1]
+
+
 def test_statistics_of_one_process_alone_are_other_losses(make_config):
     """What adding them up is for: the fractions of the balance loss, maturity, the losses."""
     moe = MOE | {"router_aux_loss_coef": 1.0, "maturity_tau": 2.0}
