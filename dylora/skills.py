@@ -182,6 +182,12 @@ class SkillLibrary:
         detector.check_size(len(rows))
         return detector.judge(embed(self.mixture, rows).whole)
 
+    def by_distance(self, rows: Sequence[Row]) -> list[str]:
+        """The names of the known skills, that nearest to a batch first."""
+        order = NoveltyDetector(self).distances(embed(self.mixture, rows).whole).argsort()
+        names = list(self.skills)
+        return [names[place] for place in order.tolist()]
+
     def which(self, prompt: Row) -> Choice:
         """Which known skill one prompt asks for: token ids [S], or a row, whose answer is not read.
 

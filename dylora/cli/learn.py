@@ -8,7 +8,7 @@ from typing import Any
 from dylora.cli.config_file import load_run_config
 from dylora.cli.train import train_stages
 from dylora.fields import option
-from dylora.run_config import OnKnown, SourceConfig, StageConfig, dump_run_config
+from dylora.run_config import OnKnown, SourceConfig, StageConfig, Start, dump_run_config
 
 BUILT_IN = ("code_alpaca", "mbpp")
 COLUMNS = ("instruction_column", "input_column", "output_column")
@@ -41,6 +41,9 @@ class LearnOptions:
     on_known: OnKnown = "skip"
     """Where the rows are of a known skill. skip: say which expert serves it; continue: train that
     expert further; new: add an expert all the same."""
+    start: Start = "copy"
+    """Where the new expert starts. copy: as the known expert of its rank and alpha that has the
+    lowest loss on the rows, where that is a tenth under the base's; fresh: without an update."""
     rank: int | None = option(None, least=1)
     """Of the new expert; none: moe.r of the checkpoint."""
     alpha: float | None = option(None, above=0)
@@ -81,6 +84,7 @@ def stage_of(options: LearnOptions) -> StageConfig:
         name=name,
         sources=[source],
         on_known=options.on_known,
+        start=options.start,
         rank=options.rank,
         alpha=options.alpha,
     )

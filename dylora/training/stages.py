@@ -70,6 +70,8 @@ class StageRecord:
     """Those that it trained; of action skip the one that knows its skill."""
     rank: int
     alpha: float
+    copied: int | None = None
+    """The expert that its new one started as a copy of."""
     nearest: str | None = None
     """The known skill that its rows are nearest to; none: nothing was known."""
     margin: float | None = None
@@ -179,6 +181,8 @@ def describe(record: StageRecord) -> str:
     """What was decided, in a line."""
     made = f"of rank {record.rank}, alpha {record.alpha:g}"
     numbers = ", ".join(map(str, record.experts))
+    if record.copied is not None:
+        made += f", from a copy of expert {record.copied}"
     if record.action == "shared":
         return f"{record.name}: for all skills, shared expert {numbers} {made}"
     if record.margin is None:

@@ -1,7 +1,7 @@
 """Loss and routing on held-out sets."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,6 +94,19 @@ def score_set(
     total, count = sums[:2].tolist()
     loss = total / count if count else math.nan
     return SetScore(loss, int(count), usage_NE, active_N, ratio_error(sums, len(examples)))
+
+
+def loss_of_rows(
+    model: DyLoRA_MoE, rows: Sequence[dict[str, list[int]]], batch_size: int, pad_token_id: int
+) -> float:
+    """Mean cross-entropy over the targets of rows in evaluation mode, in nats; NaN without any."""
+    total, count = 0.0, 0
+    with evaluation_mode(model):
+        for begin in range(0, len(rows), batch_size):
+            batch = to_device(collate(rows[begin : begin + batch_size], pad_token_id), model.device)
+            total += float(model(**batch, keep_logits=False).token_losses.sum())
+            count += int(count_targets(batch["labels"]))
+    return total / count if count else math.nan
 
 
 def sum_rows(seen: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from dylora.data.templates import PLAIN, recorded_template
+from dylora.evaluation.stream_report import experts_table
 from dylora.run_config import SourceConfig, StageConfig, dump_run_config
 from dylora.storage.checkpoint import Checkpoint
 from dylora.training import curriculum, loop, stream
 from dylora.training.curriculum import train_stream
 from dylora.training.stages import StageRecord, records_of
+from dylora.training.validation import loss_of_rows, overall_loss, validate
 
 ROOT = Path(__file__).parents[2]
 SKILLS = {
@@ -229,6 +231,77 @@ def test_shared_experts_are_learned_first_and_stay_as_they_are(make_stream, sour
     kept = Path("peft_adapters") / "expert_0"
     first, last = (found.folder / f"checkpoint-{stage}" / kept for stage in (1, 3))
     assert same_tensors(first, last)
+
+
+@pytest.fixture
+def begun(make_stream, source, monkeypatch):
+    """The first update of the last stage's expert, by path, and what became of the stage, of a
+    stream that learns sums and then other rows."""
+
+    def run(skill: str, begin: int, **changes):
+        updates: dict[str, torch.Tensor] = {}
+        original = curriculum.train
+
+        def look(config, resumed, *, parts, **rest):
+            number = len(parts.model.experts.table) - 1
+            for path, adapter in parts.model.mixture.adapters.items():
+                updates[path] = adapter.delta_weight(number).clone()
+            return original(config, resumed, parts=parts, **rest)
+
+        monkeypatch.setattr(curriculum, "train", look)
+        last = StageConfig(name="last", sources=[source(skill, begin)], on_known="new", **changes)
+        config = make_stream(skill, [*make_stream().stages[:1], last], learning_rate=0.05)
+        found = train_stream(config)
+        return found, updates
+
+    return run
+
+
+def test_an_expert_starts_as_the_known_one_that_explains_its_rows_best(begun):
+    found, updates = begun("sums", 90)
+    assert found.records[-1].copied == 0
+    for path, adapter in found.model.mixture.adapters.items():
+        assert torch.equal(updates[path], adapter.delta_weight(0))
+        assert not torch.equal(updates[path], adapter.delta_weight(1))  # it has learned since
+    assert "from a copy of 0" in experts_table(found)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"start": "fresh"}, {"rank": 3, "alpha": 6.0}, {"alpha": 6.0}], ids=str
+)
+def test_an_expert_that_is_told_to_or_of_another_size_starts_without_an_update(begun, changes):
+    found, updates = begun("sums", 90, **changes)
+    assert found.records[-1].copied is None
+    assert not any(update.any() for update in updates.values())
+
+
+def test_a_known_expert_that_is_hardly_better_than_the_base_is_no_start(begun, monkeypatch):
+    losses = iter([2.0, 1.81])
+    monkeypatch.setattr(curriculum, "loss_of_rows", lambda *rest: next(losses))
+    found, updates = begun("words", 0)
+    assert found.records[-1].copied is None
+    assert not any(update.any() for update in updates.values())
+
+
+def test_only_experts_of_the_nearest_skills_are_compared(whole, source, monkeypatch):
+    library = whole.model.skill_library
+    [stage] = [one for one in whole.stages if one.name == "words"]
+    assert library.by_distance(stage.rows("train", 32)) == ["words", "sums"]
+    monkeypatch.setattr(curriculum, "COMPARED", 1)
+    seen = []
+    monkeypatch.setattr(curriculum, "loss_of_rows", lambda model, *rest: seen.append(
+        [row.enabled for row in model.experts.table]) or 1.0)  # fmt: skip
+    record = dataclasses.replace(whole.records[-1], experts=[0])
+    curriculum.start_expert(whole, stage, record)
+    assert seen == [[True, False], [False, True]]
+
+
+def test_the_loss_of_rows_is_that_of_their_set(whole):
+    stage = whole.stages[0]
+    rows = [stage.data.train[0][index] for index in range(len(stage.data.train[0]))]
+    scored = validate(whole.model, stage.data.train, batch_size=7, pad_token_id=0)
+    loss = loss_of_rows(whole.model, rows, 3, 0)
+    assert loss == pytest.approx(overall_loss(scored), abs=1e-5)
 
 
 # Resume
