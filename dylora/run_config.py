@@ -14,7 +14,7 @@ Service = Literal["wandb", "tensorboard", "trackio", "mlflow"]
 MAX_NAME = 255
 BenchmarkStrategy = Literal["none", "epoch", "final"]
 OnKnown = Literal["skip", "continue", "new"]
-Start = Literal["copy", "fresh"]
+Start = Literal["known", "fresh"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,9 @@ class StageConfig:
     on_known: OnKnown = "skip"
     """When its rows are of a known skill. skip: name the expert and learn nothing; continue: train
     that expert further; new: add another one."""
-    start: Start = "copy"
-    """Where its new expert starts. copy: as the known expert of its rank and alpha that has the
-    lowest loss on its rows, where that is a tenth under the base's; fresh: without an update."""
+    start: Start = "known"
+    """Where its new expert starts. known: at the share of a known expert's update, of its rank and
+    alpha, that has the lowest loss on its rows; fresh: without an update."""
     shared: bool = False
     """Train the shared experts of moe.shared_experts instead, for all skills to come."""
     rank: int | None = option(None, least=1)

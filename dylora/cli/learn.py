@@ -41,9 +41,9 @@ class LearnOptions:
     on_known: OnKnown = "skip"
     """Where the rows are of a known skill. skip: say which expert serves it; continue: train that
     expert further; new: add an expert all the same."""
-    start: Start = "copy"
-    """Where the new expert starts. copy: as the known expert of its rank and alpha that has the
-    lowest loss on the rows, where that is a tenth under the base's; fresh: without an update."""
+    start: Start = "known"
+    """Where the new expert starts. known: at the share of a known expert's update, of its rank and
+    alpha, that has the lowest loss on the rows; fresh: without an update."""
     rank: int | None = option(None, least=1)
     """Of the new expert; none: moe.r of the checkpoint."""
     alpha: float | None = option(None, above=0)

@@ -197,7 +197,9 @@ def experts_table(stream: Stream) -> str:
         losses = record.base[0], (record.losses or {}).get(record.name), last.get(record.name)
         told = " → ".join("–" if loss is None else f"{loss:.3f}" for loss in losses)
         made = f"{record.rank}, {record.alpha:g}"
-        made += "" if record.copied is None else f", from a copy of {record.copied}"
+        made += (
+            "" if record.copied is None else f", from {record.share:g} of expert {record.copied}"
+        )
         steps = run.get("step", 0)
         cells = [
             *(", ".join(map(str, record.experts)), record.name, record.number),

@@ -40,12 +40,11 @@ from dylora.training.stages import (
     read_record,
     stage_run,
 )
+from dylora.training.start import start_expert
 from dylora.training.stream import PassRate, Stream, begin, last_checkpoint, restore, save
-from dylora.training.validation import loss_of_rows, overall_loss, validate
+from dylora.training.validation import overall_loss, validate
 
 JUDGED_ROWS = 64  # training rows by which a stage is judged, at most
-COMPARED = 8  # experts that a new one may start from, those of the nearest skills
-CLEARLY = 0.9  # of the base's loss: below it another expert is a better start
 
 
 def train_stream(
@@ -165,42 +164,16 @@ def choose_expert(stream: Stream, stage: Stage, record: StageRecord) -> StageRec
     if record.action == "new":
         chosen = idle_experts(stream)[:1] or [experts.create_expert(record.rank, record.alpha)]
         experts[chosen[0]].skill = record.name
-        record = start_expert(stream, stage, replace(record, experts=chosen))
+        if stage.config is not None and stage.config.start == "known":
+            rows, batch = stage.rows("train", JUDGED_ROWS), stream.config.eval.batch_size
+            found = start_expert(
+                stream.model, chosen[0], rows, batch, pad_token_id(stream.tokenizer)
+            )
+            record = replace(record, copied=found and found.expert, share=found and found.share)
     experts.unfreeze(*chosen)
     experts.freeze(*(e for e in range(stream.model.config.shared_experts) if e not in chosen))
     experts.activate(*chosen)
     return replace(record, experts=chosen)
-
-
-def start_expert(stream: Stream, stage: Stage, record: StageRecord) -> StageRecord:
-    """Let a new expert start as the known one that explains the stage's rows best, if one does.
-
-    A related skill is a start that rows are saved by; one that is not explains them no better than
-    the base.
-    """
-    model, library, settings = stream.model, stream.model.skill_library, stage.config
-    assert settings is not None
-    if settings.start == "fresh" or not library:
-        return record
-    rows, made = stage.rows("train", JUDGED_ROWS), (record.rank, record.alpha)
-    known = dict.fromkeys(map(library.expert_of, library.by_distance(rows)))
-    alike = [
-        e
-        for e in known
-        if e is not None and (model.experts[e].rank, model.experts[e].alpha) == made
-    ]
-    losses = {}
-    for expert in (*record.experts, *alike[:COMPARED]):
-        model.experts.activate(expert)
-        losses[expert] = loss_of_rows(
-            model, rows, stream.config.eval.batch_size, pad_token_id(stream.tokenizer)
-        )
-    best, own = min(losses, key=losses.__getitem__), record.experts[0]
-    if losses[best] >= CLEARLY * losses[own]:
-        return record
-    for adapter in model.mixture.adapters.values():
-        adapter.load_expert(own, adapter.expert_tensors(best))
-    return replace(record, copied=best)
 
 
 def idle_experts(stream: Stream) -> list[int]:

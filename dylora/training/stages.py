@@ -71,7 +71,9 @@ class StageRecord:
     rank: int
     alpha: float
     copied: int | None = None
-    """The expert that its new one started as a copy of."""
+    """The expert that its new one started from."""
+    share: float | None = None
+    """Of that one's update."""
     nearest: str | None = None
     """The known skill that its rows are nearest to; none: nothing was known."""
     margin: float | None = None
@@ -182,7 +184,7 @@ def describe(record: StageRecord) -> str:
     made = f"of rank {record.rank}, alpha {record.alpha:g}"
     numbers = ", ".join(map(str, record.experts))
     if record.copied is not None:
-        made += f", from a copy of expert {record.copied}"
+        made += f", which starts at {record.share:g} of expert {record.copied}"
     if record.action == "shared":
         return f"{record.name}: for all skills, shared expert {numbers} {made}"
     if record.margin is None:

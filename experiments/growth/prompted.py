@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dylora import DyLoRA_MoE, MoELoraConfig, SkillLibrary
+from dylora import DyLoRA_MoE, MoELoraConfig, SkillLibrary, load_tokenizer
+from dylora.data.prompts import pad_token_id
 from dylora.features import embed
 from dylora.storage.skill_file import VECTORS
 from dylora.tasks import Task
+from dylora.training.start import start_expert
 from experiments.growth.methods import (
+    BASE,
     Method,
     Recipe,
     Stage,
@@ -24,22 +27,20 @@ from experiments.growth.methods import (
     fit,
     tokenized,
 )
-from experiments.growth.scores import loss_of
 
 
 @dataclass
 class Experts(Method):
     """An expert a skill, trained alone and frozen; the library's rule chooses by the prompt.
 
-    `begin` from a copy of the "newest" expert, of that of the "nearest" known skill, or of the one
-    that explains the new rows "best": whose loss on 64 of them is the lowest, and at least a tenth
-    under the base's.
+    With `from_known` it starts as a stage of the package does, at a share of the known expert that
+    explains its rows best.
     """
 
     rate: float = 1.25e-3
     scale: float = 8.0
     rank: int = 16
-    begin: str = ""
+    from_known: bool = False
 
     ORACLE: ClassVar[bool] = True
 
@@ -74,20 +75,12 @@ class Experts(Method):
 
     def train_newest(self, expert: int, stage: Stage) -> None:
         """Or take what an earlier run has trained likewise."""
-        if self.begin and len(self.library):
-            source = expert - 1
-            if self.begin == "nearest":
-                nearest = self.library.judge(stage.rows[:32]).nearest
-                source = self.library.expert_of(nearest) or 0
-            elif self.begin == "best":
-                source = self.best_expert(stage)
-            if source is not None:
-                for adapter in self.model.mixture.adapters.values():
-                    adapter.load_expert(expert, adapter.expert_tensors(source))
-            print("  begins from expert", source, flush=True)
+        if self.from_known:
+            pad = pad_token_id(load_tokenizer(BASE))
+            print(" ", start_expert(self.model, expert, stage.rows[:64], 8, pad), flush=True)
         recipe = f"{self.recipe.updates}x{self.recipe.batch}-{self.rate}-{self.scale}-r{self.rank}"
         name = f"{type(self).__name__}-{stage.name}-{self.seed}-{recipe}.safetensors"
-        file = None if self.work is None or self.begin else self.work / name
+        file = None if self.work is None or self.from_known else self.work / name
         if file is not None and file.exists():
             kept = load_file(file)
             for path, adapter in self.model.mixture.adapters.items():
@@ -104,18 +97,6 @@ class Experts(Method):
                 for name, tensor in adapter.expert_tensors(expert).items()
             }
             save_file(tensors, file)
-
-    def best_expert(self, stage: Stage) -> int | None:
-        """The frozen expert with the lowest loss on the new rows; None: no better than the base."""
-        rows, losses = stage.rows[:64], {}
-        with self.model.disable_adapters():
-            base = loss_of(self.model, rows)
-        for expert in range(len(self.stages) - 1):
-            self.model.experts.activate(expert)
-            losses[expert] = loss_of(self.model, rows)
-        self.model.experts.activate(len(self.stages) - 1)
-        best = min(losses, key=lambda expert: losses[expert])
-        return best if losses[best] < 0.9 * base else None
 
     def admit(self, stage: Stage) -> None:
         """Into the library; from here on prompts choose among all that are known."""

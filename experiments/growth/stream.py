@@ -43,9 +43,7 @@ from experiments.growth.scores import loss_of, passed_of
 LOSS_ROWS = 16
 METHODS: dict[str, Any] = {
     "experts": Experts,
-    "experts-best": lambda **k: Experts(begin="best", **k),
-    "experts-nearest": lambda **k: Experts(begin="nearest", **k),
-    "experts-newest": lambda **k: Experts(begin="newest", **k),
+    "experts-known": lambda **k: Experts(from_known=True, **k),
     "shared": Shared,
     "shared-3": lambda **k: Shared(first=3, **k),
     "sequential": Method,

@@ -18,7 +18,7 @@ from dylora.data.templates import PLAIN, recorded_template
 from dylora.evaluation.stream_report import experts_table
 from dylora.run_config import SourceConfig, StageConfig, dump_run_config
 from dylora.storage.checkpoint import Checkpoint
-from dylora.training import curriculum, loop, stream
+from dylora.training import curriculum, loop, start, stream
 from dylora.training.curriculum import train_stream
 from dylora.training.stages import StageRecord, records_of
 from dylora.training.validation import loss_of_rows, overall_loss, validate
@@ -257,13 +257,14 @@ def begun(make_stream, source, monkeypatch):
     return run
 
 
-def test_an_expert_starts_as_the_known_one_that_explains_its_rows_best(begun):
+def test_an_expert_starts_at_the_share_of_the_known_one_that_explains_its_rows_best(begun):
     found, updates = begun("sums", 90)
-    assert found.records[-1].copied == 0
+    record = found.records[-1]
+    assert (record.copied, record.share) == (0, 1.0)  # the same skill
     for path, adapter in found.model.mixture.adapters.items():
-        assert torch.equal(updates[path], adapter.delta_weight(0))
+        torch.testing.assert_close(updates[path], record.share * adapter.delta_weight(0))
         assert not torch.equal(updates[path], adapter.delta_weight(1))  # it has learned since
-    assert "from a copy of 0" in experts_table(found)
+    assert "from 1 of expert 0" in experts_table(found)
 
 
 @pytest.mark.parametrize(
@@ -275,25 +276,51 @@ def test_an_expert_that_is_told_to_or_of_another_size_starts_without_an_update(b
     assert not any(update.any() for update in updates.values())
 
 
-def test_a_known_expert_that_is_hardly_better_than_the_base_is_no_start(begun, monkeypatch):
-    losses = iter([2.0, 1.81])
-    monkeypatch.setattr(curriculum, "loss_of_rows", lambda *rest: next(losses))
-    found, updates = begun("words", 0)
-    assert found.records[-1].copied is None
-    assert not any(update.any() for update in updates.values())
+LOSSES = {  # of the new expert as it is; at a half of each; at other shares of the best
+    "another share of the best": ([2.0, 1.5, 1.9, 1.4, 1.6, 1.8], (0, 0.25)),
+    "half of the best": ([2.0, 1.9, 1.5, 1.7, 1.6, 1.8], (1, 0.5)),
+    "none is better than none": ([2.0, 2.1, 2.2, 2.05, 2.1, 2.5], None),
+}
 
 
-def test_only_experts_of_the_nearest_skills_are_compared(whole, source, monkeypatch):
-    library = whole.model.skill_library
-    [stage] = [one for one in whole.stages if one.name == "words"]
-    assert library.by_distance(stage.rows("train", 32)) == ["words", "sums"]
-    monkeypatch.setattr(curriculum, "COMPARED", 1)
-    seen = []
-    monkeypatch.setattr(curriculum, "loss_of_rows", lambda model, *rest: seen.append(
-        [row.enabled for row in model.experts.table]) or 1.0)  # fmt: skip
-    record = dataclasses.replace(whole.records[-1], experts=[0])
-    curriculum.start_expert(whole, stage, record)
-    assert seen == [[True, False], [False, True]]
+@pytest.mark.parametrize("case", LOSSES)
+def test_the_lowest_loss_decides_where_an_expert_starts(whole, monkeypatch, case):
+    losses, wanted = LOSSES[case]
+    model, told = whole.model, iter(losses)
+    own = model.experts.create_expert(model.experts[0].rank, model.experts[0].alpha)
+    fresh, rows = start.update_of(model, own), whole.stages[0].rows("train", 32)
+    assert model.skill_library.by_distance(rows) == ["sums", "words"]
+    monkeypatch.setattr(start, "loss_of_rows", lambda *rest: next(told))
+    found = start.start_expert(model, own, rows, 8, 0)
+    assert list(told) == []
+    assert (found and (found.expert, found.share)) == wanted
+    for path, adapter in model.mixture.adapters.items():
+        tensors = adapter.expert_tensors(own)
+        if found is None:
+            assert all(torch.equal(tensors[name], fresh[path][name]) for name in tensors)
+        else:
+            source = adapter.expert_tensors(found.expert)
+            assert torch.equal(tensors["lora_A"], source["lora_A"])
+            assert torch.equal(tensors["lora_B"], found.share * source["lora_B"])
+    assert [row.enabled for row in model.experts.table] == [False, False, True]
+
+
+def test_only_experts_of_the_nearest_skills_are_compared(whole, monkeypatch):
+    model = whole.model
+    own = model.experts.create_expert(model.experts[0].rank, model.experts[0].alpha)
+    monkeypatch.setattr(start, "COMPARED", 1)
+    losses = iter([2.0, 1.0, 3.0, 3.0, 3.0])
+    monkeypatch.setattr(start, "loss_of_rows", lambda *rest: next(losses))
+    [words] = [stage for stage in whole.stages if stage.name == "words"]
+    found = start.start_expert(model, own, words.rows("train", 32), 8, 0)
+    assert (found, list(losses)) == ((1, 0.5, 1.0, 2.0), [])
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"bias": "lora_only"}, {"adapter_type": "loha"}])
+def test_a_share_of_an_expert_of_any_kind_is_taken(make_stream, source, changes):
+    last = StageConfig(name="last", sources=[source("sums", 90)], on_known="new")
+    config = make_stream(stages=[*make_stream().stages[:1], last], moe=changes, learning_rate=0.05)
+    assert train_stream(config).records[-1].copied == 0
 
 
 def test_the_loss_of_rows_is_that_of_their_set(whole):
