@@ -316,7 +316,9 @@ def test_only_experts_of_the_nearest_skills_are_compared(whole, monkeypatch):
     assert (found, list(losses)) == ((1, 0.5, 1.0, 2.0), [])
 
 
-@pytest.mark.parametrize("changes", [{"use_dora": True}, {"use_rslora": True}, {"adapter_type": "loha"}])
+@pytest.mark.parametrize(
+    "changes", [{"use_dora": True}, {"use_rslora": True}, {"adapter_type": "loha"}]
+)
 def test_a_share_of_an_expert_of_any_kind_is_taken(make_stream, source, changes):
     last = StageConfig(name="last", sources=[source("sums", 90)], on_known="new")
     config = make_stream(stages=[*make_stream().stages[:1], last], moe=changes, learning_rate=0.05)
