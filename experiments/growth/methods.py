@@ -83,6 +83,7 @@ def fit(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    model.experts.optimizer = None  # it holds none that the next stage unfreezes
     model.eval()
 
 
