@@ -670,7 +670,8 @@ def test_the_report_has_the_matrices_who_learned_what_and_the_plots(whole):
     table = (whole.folder / "experts.md").read_text().splitlines()
     cells = [cell.strip() for cell in table[-1].split("|")]
     assert cells[1:4] == ["1", "words", "2"]
-    assert cells[5:7] == ["2, 32", "4"]
+    assert cells[5].startswith("2, 32")
+    assert cells[6] == "4"
     assert cells[7].startswith("words_0: 180 rows, sha256 ")
     for name in ("forgetting.png", "similarity.png", "report.html"):
         assert (whole.folder / name).stat().st_size > 5000
