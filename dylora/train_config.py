@@ -53,8 +53,8 @@ class TrainConfig:
     """Of the matrices A and B; routers and biases have none."""
     optim: Optim = "adamw"
     """adamw; adamw_8bit (Dettmers et al. 2022), with dylora[optim]; lora_plus: AdamW with another
-    rate for the B's (Hayou et al. 2024); muon (Jordan et al. 2024) for A and B, at AdamW's rates,
-    and AdamW for all else; adafactor (Shazeer and Stern 2018), with learning_rate as its rate; lion
+    rate for the B's (Hayou et al. 2024); muon (Jordan et al. 2024) for A and B, and AdamW for
+    all else; adafactor (Shazeer and Stern 2018), with learning_rate as its rate; lion
     (Chen et al. 2023) and schedule_free (AdamW, Defazio et al. 2024), with dylora[optim]; sgd, with
     momentum adam_beta1. Compared in docs/trainers.md."""
     lora_plus_ratio: float = option(16.0, above=0)

@@ -18,8 +18,8 @@ A, B, C = 3.4445, -4.7750, 2.0315
 class Muon(ByMatrix):
     """torch.optim.Muon with adjust_lr_fn="match_rms_adamw" for each expert's matrices, in float32.
 
-    With that adjustment (Liu et al. 2025, arXiv:2502.16982) an update is as large as one of AdamW,
-    whose rates carry over, and does not depend on which side of a matrix comes first.
+    With that adjustment (Liu et al. 2025, arXiv:2502.16982) an update is about as large as AdamW's
+    in a long run, whatever the shape of a matrix and whichever of its sides comes first.
     """
 
     def new_state(self, p_ERD: Tensor) -> dict[str, Any]:
