@@ -200,12 +200,7 @@ class ExpertManager:
 
     @all_or_nothing
     def merge(
-        self,
-        i: int,
-        j: int,
-        *,
-        rank: int | None = None,
-        shares: tuple[float, float] | None = None,
+        self, i: int, j: int, *, rank: int | None = None, shares: tuple[float, float] | None = None
     ) -> MergeReport:
         """Two experts into one at the place of `i`; `j` retires.
 

@@ -21,11 +21,7 @@ from dylora.integrations import merge
 from dylora.integrations.base_methods import prepare_base
 from dylora.integrations.static_weights import Weights
 from dylora.kernels import cross_entropy
-from dylora.kernels.cross_entropy import (
-    LogitTransform,
-    LogitTransformFinder,
-    capture_head_input,
-)
+from dylora.kernels.cross_entropy import LogitTransform, LogitTransformFinder, capture_head_input
 from dylora.mixture import Mixture
 from dylora.model_io import load_model, write_model
 from dylora.model_methods import MixtureMethods

@@ -25,14 +25,7 @@ from dylora.features import Row, embed, split_row, widths_of
 from dylora.fields import is_name, nearest, shown
 from dylora.mixture import Mixture
 from dylora.routing.prompt import PromptRouter, PromptRule
-from dylora.skill_statistics import (
-    Skill,
-    describe,
-    floored,
-    gamma_quantile,
-    joined,
-    prompt_rule,
-)
+from dylora.skill_statistics import Skill, describe, floored, gamma_quantile, joined, prompt_rule
 from dylora.storage import skill_file
 from dylora.storage.skill_file import LEAST_ROWS, RECORD, SCATTER, VECTORS
 

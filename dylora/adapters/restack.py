@@ -45,10 +45,7 @@ def split_off(optimizer: Optimizer | None, adapter: Adapter, expert: int) -> Non
 
 
 def replace_stack(
-    optimizer: Optimizer | None,
-    adapter: Adapter,
-    old: ExpertStack,
-    new: ExpertStack | None = None,
+    optimizer: Optimizer | None, adapter: Adapter, old: ExpertStack, new: ExpertStack | None = None
 ) -> None:
     """Put another stack (with fresh moments) or none in the place of one."""
     stacks = list(adapter.stacks)

@@ -25,11 +25,7 @@ class ExpertStack(nn.Module):
     scaling_E: Tensor
 
     def __init__(
-        self,
-        first: int,
-        rank: int,
-        scalings: list[float],
-        values: Mapping[str, Tensor | None],
+        self, first: int, rank: int, scalings: list[float], values: Mapping[str, Tensor | None]
     ):
         """The experts `first`, `first + 1`, …; scalings: one of each; values: of the parameters, by
         their names."""

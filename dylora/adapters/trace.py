@@ -91,11 +91,7 @@ def trace_base(base: PreTrainedModel) -> Trace:
     try:
         ids_BS = _tokens(base)
         devices = [ids_BS.device] if ids_BS.is_cuda else []
-        with (
-            torch.inference_mode(False),
-            evaluation_mode(base),
-            torch.random.fork_rng(devices),
-        ):
+        with torch.inference_mode(False), evaluation_mode(base), torch.random.fork_rng(devices):
             logits_BSV = base(input_ids=ids_BS, use_cache=False).logits
     except Exception as error:  # whatever a model raises that wants more than text
         line = next(iter(str(error).strip().splitlines()), "")[:200]

@@ -25,12 +25,7 @@ def run(options: ValidateOptions, overrides: list[str]) -> None:
     from dylora.evaluation.validate.run import validate_checkpoint
 
     report = validate_checkpoint(
-        options.source(),
-        options.base,
-        options.device,
-        options.dtype,
-        options.tokens,
-        options.out,
+        options.source(), options.base, options.device, options.dtype, options.tokens, options.out
     )
     if not report.passed:
         raise SystemExit(1)

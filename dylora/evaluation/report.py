@@ -148,10 +148,7 @@ def _write_card(run: Run, rows: list[SetRow], count: int) -> None:
 
 def card_lines(rows: list[SetRow], count: int) -> list[str]:
     """The table as markdown; shares of passed answers with Wilson's 95 % interval."""
-    lines = [
-        "| set | base loss | loss | base passes | passes |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| set | base loss | loss | base passes | passes |", "|---|---|---|---|---|"]
     for row in rows:
         loss = format_loss(row.trained_loss, row.loss_half)
         cells = [row.name, f"{row.base_loss:.3f}", loss]

@@ -49,9 +49,7 @@ def merge_and_unload(
 
 @torch.no_grad()
 def merge_into(
-    base: nn.Module,
-    adapters: Mapping[str, PeftAdapter],
-    weights: Mapping[str, Sequence[float]],
+    base: nn.Module, adapters: Mapping[str, PeftAdapter], weights: Mapping[str, Sequence[float]]
 ) -> None:
     """Write a constant mixture of adapters into the weights of a base, in place.
 

@@ -19,12 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dylora.integrations.static_weights import (
-    Weights,
-    by_projection,
-    site_weights,
-    static_weights,
-)
+from dylora.integrations.static_weights import Weights, by_projection, site_weights, static_weights
 from dylora.model import DyLoRA_MoE
 from dylora.model_io import bias_shifts, expert_adapter
 from dylora.storage.checkpoint import Checkpoint

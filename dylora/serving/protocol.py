@@ -239,12 +239,7 @@ def usage(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _head(request: Request, kind: str) -> dict[str, Any]:
-    return {
-        "id": request.id,
-        "object": kind,
-        "created": request.created,
-        "model": request.model,
-    }
+    return {"id": request.id, "object": kind, "created": request.created, "model": request.model}
 
 
 def _logprobs(scores: Sequence[TokenScore], speaker: Speaker) -> dict[str, Any]:

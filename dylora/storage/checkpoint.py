@@ -22,13 +22,7 @@ from dylora.storage.hub import local_folder
 from dylora.storage.manifest import LOADED, MANIFEST, entries, verify
 from dylora.storage.peft_format import PeftAdapter, read_adapter, read_stock_adapter
 from dylora.storage.safe_io import read_bytes, read_json
-from dylora.storage.schema import (
-    ADAPTERS,
-    ROUTER_FILE,
-    SHIFTS_FILE,
-    read_config,
-    read_description,
-)
+from dylora.storage.schema import ADAPTERS, ROUTER_FILE, SHIFTS_FILE, read_config, read_description
 from dylora.storage.tensors import MAX_HEADER, read_pickled, read_tensors
 
 if TYPE_CHECKING:

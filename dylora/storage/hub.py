@@ -11,13 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypedDict, Unpack
 
 from dylora.storage.manifest import LOADED, MANIFEST, listed_files, verify, write_manifest
-from dylora.storage.model_card import (
-    CARD,
-    adapter_card,
-    is_hub_name,
-    merged_card,
-    mixture_card,
-)
+from dylora.storage.model_card import CARD, adapter_card, is_hub_name, merged_card, mixture_card
 from dylora.storage.peft_config import CONFIG_FILE
 from dylora.storage.safe_io import read_json
 from dylora.storage.schema import EXPORT_FILE

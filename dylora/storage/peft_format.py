@@ -22,13 +22,7 @@ from torch import Tensor, nn
 from dylora.config import ends_with
 from dylora.fields import shown
 from dylora.storage.model_card import CARD, adapter_card
-from dylora.storage.peft_config import (
-    CONFIG_FILE,
-    PLAIN_NAME,
-    rank_of,
-    read_config,
-    scaling_of,
-)
+from dylora.storage.peft_config import CONFIG_FILE, PLAIN_NAME, rank_of, read_config, scaling_of
 from dylora.storage.peft_types import PEFT_TYPES, PeftType
 from dylora.storage.tensors import Header, read_headers, read_pickled, read_tensors
 

@@ -8,12 +8,7 @@ from dylora.routing.metrics import information_metrics
 from dylora.run_config import RunConfig
 from dylora.storage.folders import checkpoints, recover
 from dylora.storage.lock import lock_folder
-from dylora.training.callbacks import (
-    Callback,
-    CollapseWarning,
-    LateMaturityWarning,
-    MetricsLog,
-)
+from dylora.training.callbacks import Callback, CollapseWarning, LateMaturityWarning, MetricsLog
 from dylora.training.compilation import compiled_passes
 from dylora.training.distributed import Processes, join_processes, shard_base
 from dylora.training.environment import deterministic_algorithms, tf32_products

@@ -73,11 +73,7 @@ class Parts(NamedTuple):
 
 
 def prepare(
-    config: RunConfig,
-    *,
-    fresh: bool,
-    parts: Parts | None = None,
-    processes: Processes = ALONE,
+    config: RunConfig, *, fresh: bool, parts: Parts | None = None, processes: Processes = ALONE
 ) -> Run:
     """Load and build everything, in the order in which it can fail cheaply; not what `parts` has.
 

@@ -57,11 +57,7 @@ def generate(
     sampled: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0}
     ends = recorded_template(model.training_record, tokenizer).end_ids
     ended: Any = StopCondition(tokenizer, problems, prompts, room, ids.shape[1], ends)
-    with (
-        evaluation_mode(model),
-        default_generation_config(model.base),
-        torch.random.fork_rng(cuda),
-    ):
+    with evaluation_mode(model), default_generation_config(model.base), torch.random.fork_rng(cuda):
         torch.manual_seed(seed)
         output = model.generate(
             input_ids=ids.to(model.device),

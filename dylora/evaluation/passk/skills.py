@@ -77,10 +77,7 @@ def _problem(task: Task, number: int) -> Problem:
 
 
 def score_skills(
-    model: DyLoRA_MoE,
-    tokenizer: PreTrainedTokenizerBase,
-    skills: Sequence[str],
-    count: int,
+    model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, skills: Sequence[str], count: int
 ) -> dict[str, SkillScore]:
     """Answer `count` test tasks of each skill greedily and check the answers (`check_answers`)."""
     scores = {}
