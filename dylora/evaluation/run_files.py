@@ -1,14 +1,13 @@
 """What a run, or a stream of runs, has left in its folder: what figures and reports are made of."""
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dylora.fields import is_whole_number
 from dylora.storage.folders import checkpoints
 from dylora.storage.safe_io import read_bytes, read_json
+from dylora.training.log import metrics_row
 
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -108,15 +107,8 @@ def read_run(folder: Path, *, most_points: int | None = None) -> RunFiles:
 
 def read_rows(metrics_file: Path) -> list[Row]:
     """The rows of metrics.jsonl, without lines that are none (a last one may be cut short)."""
-    rows = []
-    for line in metrics_file.read_text("utf-8").splitlines() if metrics_file.exists() else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and is_whole_number(row.get("step")):
-            rows.append(row)
-    return rows
+    lines = metrics_file.read_bytes().splitlines() if metrics_file.exists() else []
+    return [row for row in map(metrics_row, lines) if row is not None]
 
 
 def _after(last: Row, row: Row) -> Row:

@@ -5,12 +5,12 @@ Shape letters: B batch, S sequence, N sites, E experts, V vocabulary.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dylora.data.prompts import encode_prompts
+from dylora.data.prompts import encode, encode_prompts
 from dylora.data.readers import read_records
 from dylora.data.record import BadRecord
 from dylora.data.templates import Chat, Template, question
@@ -75,22 +75,21 @@ def read_text(file: str, template: Template, limit: int, window: int = WINDOW) -
 
 def _texts(path: Path, template: Template, limit: int) -> Iterator[tuple[list[int], list[int]]]:
     """The token ids of each text of a file without BOS: a prompt, maybe empty, and the rest."""
-    encode: Any = template.tokenizer
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    tokenizer = template.tokenizer
     if path.suffix.lower() not in (".json", ".jsonl", ".parquet"):
         try:
             with path.open(encoding="utf-8") as stream:
                 text = stream.read(limit * _CHARACTERS)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a text in UTF-8") from error
-        yield [], encode(text, **options)["input_ids"]
+        yield [], encode(tokenizer, [text], add_special_tokens=False)[0]
         return
     for record in read_records(str(path), columns=None):
         if record.problem:
             raise ValueError(f"{record.location}: {record.problem}")
         fields = record.fields
         if isinstance(fields.get("text"), str):
-            yield [], encode(fields["text"], **options)["input_ids"]
+            yield [], encode(tokenizer, [fields["text"]], add_special_tokens=False)[0]
         elif isinstance(fields.get("instruction"), str) and isinstance(fields.get("output"), str):
             asked = question(template, fields["instruction"], fields.get("input") or "")
             answer = {"role": "assistant", "content": fields["output"]}
@@ -98,7 +97,7 @@ def _texts(path: Path, template: Template, limit: int) -> Iterator[tuple[list[in
             if isinstance(parts, BadRecord):
                 raise ValueError(f"{record.location}: {parts}")
             ids, answered = parts[0], [token for part in parts[1:] for token in part]
-            bos = encode_prompts(template.tokenizer, [""])[0]
+            bos = encode_prompts(tokenizer, [""])[0]
             yield ids[len(bos) :] if ids[: len(bos)] == bos else ids, answered
         else:
             raise ValueError(

@@ -36,7 +36,7 @@ def check(config: RunConfig) -> None:
             runs.log_summary(run)
             if expected is not None:
                 say(f"memory: about {expected.total / 1e9:.3g} GB, with batches as large as may be")
-            run = run._replace(sampler=LongestRows(run))  # type: ignore[arg-type]
+            run = run._replace(sampler=longest_rows(run))  # type: ignore[arg-type]
             with (
                 tf32_products(config.train.tf32, run.model.device),
                 compiled_passes(run.model, config.train.compile),
@@ -56,20 +56,14 @@ def check(config: RunConfig) -> None:
     say(f"{run.steps} steps fit; nothing was kept")
 
 
-class LongestRows:
-    """Draws the longest training rows first: the most that a step can take."""
-
-    def __init__(self, run: runs.Run) -> None:
-        rows = [
-            (length, index, row)
-            for index, examples in enumerate(run.data.train)
-            for row, length in enumerate(examples.all_lengths.tolist())
-        ]
-        self._rows = [(index, row) for _, index, row in sorted(rows, reverse=True)]
-        self._order = cycle(self._rows)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return self._order
+def longest_rows(run: runs.Run) -> Iterator[tuple[int, int]]:
+    """In the place of a sampler: the longest training rows first, the most that a step can take."""
+    rows = [
+        (length, index, row)
+        for index, examples in enumerate(run.data.train)
+        for row, length in enumerate(examples.all_lengths.tolist())
+    ]
+    return cycle((index, row) for _, index, row in sorted(rows, reverse=True))
 
 
 def _check_stream(config: RunConfig) -> None:

@@ -50,7 +50,7 @@ class RunLog:
         if not self._file.exists():
             return
         lines = self._file.read_bytes().splitlines()
-        rows = [_row(line) for line in lines]
+        rows = [metrics_row(line) for line in lines]
         odd = sum(row is None for row in rows[:-1])  # the last one of a killed run is half-written
         if odd:
             self.info(f"warning: {odd} lines of {self._file} are no rows, and are dropped")
@@ -67,7 +67,7 @@ class RunLog:
         """Whether a row of that step holds the metric."""
         if not self._file.exists():
             return False
-        rows = map(_row, self._file.read_bytes().splitlines())
+        rows = map(metrics_row, self._file.read_bytes().splitlines())
         return any(row is not None and row["step"] == step and metric in row for row in rows)
 
     def start(self, step: int, steps: int) -> None:
@@ -116,7 +116,7 @@ class RunLog:
         self.info(
             f"step {step}/{self._steps}  loss {metrics['train/loss']:.4f}  "
             f"lr {metrics['train/lr']:.2e}  {metrics['train/tokens_per_s']:,.0f} tokens/s  "
-            f"{_clock(left)} left"
+            f"{tqdm.format_interval(left)} left"
         )
 
     def info(self, text: str) -> None:
@@ -149,23 +149,8 @@ class RunLog:
 class SilentLog(RunLog):
     """Of a process beside the first: nothing is told, and no file is touched."""
 
-    def set_aside_earlier(self) -> None:
-        pass
-
-    def forget_after(self, step: int) -> None:
-        pass
-
-    def start(self, step: int, steps: int) -> None:
-        pass
-
-    def write(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        pass
-
-    def progress_line(self, step: int, metrics: dict[str, float]) -> None:
-        pass
-
-    def info(self, text: str) -> None:
-        pass
+    _nothing: Any = lambda *_: None  # noqa: E731
+    set_aside_earlier = forget_after = start = write = progress_line = info = _nothing
 
 
 def say(text: str) -> None:
@@ -185,13 +170,7 @@ def memory_gb() -> float:
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, KiB here
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
+def metrics_row(line: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None where it is no row with a step."""
     try:
         row = json.loads(line)

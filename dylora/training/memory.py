@@ -189,7 +189,7 @@ def pass_bytes(model: DyLoRA_MoE, rows: int, length: int) -> tuple[int, int]:
     if rows > 1:
         mask_BS[0, -1] = 0  # with padding attention is given a mask, which it keeps in each layer
     linear: Any = model.base.get_output_embeddings()
-    counter = LiveBytes(model)
+    counter = LiveBytes()
     begin = linear.register_forward_pre_hook(lambda *_: counter.mark())
     try:
         with counter, warnings.catch_warnings():
@@ -207,17 +207,15 @@ def pass_bytes(model: DyLoRA_MoE, rows: int, length: int) -> tuple[int, int]:
 class LiveBytes(TorchDispatchMode):
     """Within this context: bytes of the tensors that operations have made and that are still held.
 
-    A module's own tensors do not count.
+    What was there before does not count, nor what a kernel allocates and frees inside.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._marked: int | None = None
         self._since = 0
         self._known: set[int] = set()  # storages, by address of their object
-        self._kept = [t.untyped_storage() for t in (*module.parameters(), *module.buffers())]
-        self._known.update(id(storage) for storage in self._kept)
 
     def mark(self) -> None:
         """From here on, the first time: see `since_mark`."""
@@ -229,25 +227,24 @@ class LiveBytes(TorchDispatchMode):
         return self._since - (self._marked or 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(storage) for storage in _storages((args, kwargs))}
         output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+        for storage in _storages(output):
+            key, size = id(storage), storage.nbytes()
+            if key not in self._known | given:
+                self._known.add(key)
+                self.live += size
+                self.peak, self._since = max(self.peak, self.live), max(self._since, self.live)
+                weakref.finalize(storage, self._release, key, size)
         return output
-
-    def _count(self, storage: Any) -> None:
-        key = id(storage)
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak, self._since = max(self.peak, self.live), max(self._since, self.live)
-        weakref.finalize(storage, self._release, key, size)
 
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def resident_bytes() -> int:

@@ -34,7 +34,7 @@ from dylora.base_models import load_tokenizer
 from dylora.cli.config_file import load_run_config
 from dylora.run_config import RunConfig
 from dylora.storage.folders import checkpoints
-from dylora.training.check import LongestRows
+from dylora.training.check import longest_rows
 from dylora.training.compilation import compiled_passes
 from dylora.training.environment import tf32_products
 from dylora.training.loop import train
@@ -175,7 +175,7 @@ def measure(folder: Path, case: str, options: argparse.Namespace) -> dict[str, A
     with contextlib.redirect_stdout(io.StringIO()):
         run = prepare(config, fresh=True)
     prepared = time.perf_counter() - begun
-    run = run._replace(sampler=LongestRows(run))  # type: ignore[arg-type]
+    run = run._replace(sampler=longest_rows(run))  # type: ignore[arg-type]
     with (
         closing(run.log),
         tf32_products(config.train.tf32, run.model.device),

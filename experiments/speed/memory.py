@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dylora.base_models import load_tokenizer
 from dylora.cli.config_file import load_run_config
 from dylora.run_config import RunConfig
-from dylora.training.check import LongestRows
+from dylora.training.check import longest_rows
 from dylora.training.memory import estimate
 from dylora.training.run import prepare
 from dylora.training.step import run_step
@@ -90,7 +90,7 @@ def train_step(config: RunConfig, *, mapped: bool) -> float:
     run = prepare(config, fresh=True)
     with closing(run.log):
         began = time.process_time()
-        run_step(run._replace(sampler=LongestRows(run)))  # type: ignore[arg-type]
+        run_step(run._replace(sampler=longest_rows(run)))  # type: ignore[arg-type]
     return time.process_time() - began
 
 

@@ -13,7 +13,7 @@ from dylora import DyLoRA_MoE
 from dylora.cli.main import main
 from dylora.evaluation.validate import run
 from dylora.evaluation.validate.checks import TIED_SHARE, Check, compare_routed
-from dylora.evaluation.validate.cost import LivePeak, n_passes, peak_bytes
+from dylora.evaluation.validate.cost import n_passes, peak_bytes
 from dylora.evaluation.validate.reference import (
     TokenOutputs,
     largest,
@@ -23,6 +23,7 @@ from dylora.evaluation.validate.reference import (
     rounding_noise,
 )
 from dylora.routing.router import DynamicHybridRouter
+from dylora.training.memory import LiveBytes
 
 JUDGED = {
     "folded = loop",
@@ -402,18 +403,18 @@ def test_a_nan_is_the_largest_gap_and_equal_infinities_are_none():
 
 
 def test_the_peak_counts_what_is_held_at_once():
-    with LivePeak() as memory:
+    with LiveBytes() as memory:
         first = torch.ones(1000)  # 4,000 bytes
         view = first.view(10, 100)
         view += 1
         second = first * 2
         del second
         third = first * 3
-        assert memory.now == 8000
+        assert memory.live == 8000
         del first, third
-        assert memory.now == 4000, "the view holds the first one's bytes"
+        assert memory.live == 4000, "the view holds the first one's bytes"
         del view
-        assert memory.now == 0
+        assert memory.live == 0
     assert memory.peak == 8000
 
 

@@ -83,7 +83,7 @@ def test_rows_with_padding_hold_the_mask_of_attention_in_each_layer():
 
 def test_what_is_held_counts_once_and_no_longer_than_it_is_held():
     model = torch.nn.Linear(4, 4)
-    with LiveBytes(model) as counter:
+    with LiveBytes() as counter:
         x = torch.ones(100, 4)
         view = x[10:].T
         assert counter.live == counter.peak == x.nbytes

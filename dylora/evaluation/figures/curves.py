@@ -169,14 +169,16 @@ def _curves(
     curves: Mapping[str, Points],
     ylabel: str,
     lines: list[tuple[float, str]] | None = None,
+    counted: str = "",
     **limits: Any,
 ) -> Any:
-    """A figure of some curves, with horizontal lines that say what their values mean."""
+    """A figure of some curves, with horizontal lines that say what their values mean; counted: see
+    `draw_curves`."""
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None
     figure, grid = new_figure()
-    draw_curves(figure, grid[0, 0], curves)
+    draw_curves(figure, grid[0, 0], curves, counted=counted)
     for number, (height, meaning) in enumerate(lines or []):
         dash, color = (":", "--")[number % 2], COLORS[-1]
         grid[0, 0].axhline(height, color=color, linestyle=dash, label=meaning, linewidth=1)
@@ -188,13 +190,7 @@ def _of_experts(run: RunFiles, metric: str, ylabel: str, **limits: Any) -> Any:
     """One line for each expert that ever was."""
     numbers = run.expert_numbers(metric)
     curves = {f"expert {e}": run.points(f"expert/{e}/{metric}") for e in numbers}
-    curves = {name: points for name, points in curves.items() if points}
-    if not curves:
-        return None
-    figure, grid = new_figure()
-    draw_curves(figure, grid[0, 0], curves, counted="expert")
-    _draw_boundaries(grid[0, 0], run)
-    return finish_curves(figure, grid[0, 0], "step", ylabel, **limits)
+    return _curves(run, curves, ylabel, counted="expert", **limits)
 
 
 def _set_losses(run: RunFiles) -> dict[str, Points]:

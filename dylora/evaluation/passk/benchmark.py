@@ -18,7 +18,8 @@ from dylora.evaluation.passk.estimate import compare
 from dylora.evaluation.passk.generation import prompt_ids
 from dylora.evaluation.passk.options import BenchmarkOptions
 from dylora.evaluation.passk.published import published_lines, published_of
-from dylora.evaluation.passk.scoring import Selection, score_model, select_tasks
+from dylora.evaluation.passk.sampling import sample_to_file
+from dylora.evaluation.passk.scoring import Selection, score, select_tasks
 from dylora.evaluation.passk.skills import SKILL_SUITES
 from dylora.evaluation.passk.suites import Tasks, read_suite, takes_shots
 from dylora.model import DyLoRA_MoE
@@ -115,24 +116,25 @@ def _run_suite(
     out: Path,
 ) -> dict[str, Any]:
     """Base, checkpoint and their difference on one suite, printed and for results.json."""
-    batch_size = config.eval.batch_size
-    sampling = options.sampling(selection.tasks.max_new_tokens, batch_size)
+    tasks, problems = selection.tasks, selection.problems
+    sampling = options.sampling(tasks.max_new_tokens, config.eval.batch_size)
     entry = selection.describe(sampling)
     template = recorded_template(model.training_record, tokenizer)
-    if selection.problems[0].instruction and template.text != PROMPT_WITH_INPUT:
-        [first] = prompt_ids(model, tokenizer, selection.problems[:1])
+    if problems[0].instruction and template.text != PROMPT_WITH_INPUT:
+        [first] = prompt_ids(model, tokenizer, problems[:1])
         entry |= {"template": template.name, "first_prompt": tokenizer.decode(first)}
     passed = []
     for who in ("base", "checkpoint"):
         file = out / f"{name.replace('/', '.')}.{who}.jsonl"
         with model.disable_adapters() if who == "base" else nullcontext():
-            found = score_model(model, tokenizer, selection, options, batch_size, file)
+            answers = sample_to_file(model, tokenizer, problems, sampling, file)
+        found = score(problems, answers, options, tasks.limits)
         scores = found._asdict()
         entry[who] = {"pass@k": scores.pop("pass_at_k"), **scores, "samples_file": file.name}
-        passed.append([found.passed[one.task_id] for one in selection.problems])
+        passed.append([found.passed[one.task_id] for one in problems])
         for k, interval in found.pass_at_k.items():
             print(
-                f"{name:17} {who:10} {len(selection.problems):5} {'pass@' + k:>8} "
+                f"{name:17} {who:10} {len(problems):5} {'pass@' + k:>8} "
                 f"{interval['mean']:7.1%}  {interval['low']:.1%} to {interval['high']:.1%}"
             )
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in found.outcomes.items())

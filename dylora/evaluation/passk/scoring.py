@@ -6,18 +6,13 @@ Tasks that a checkpoint was trained on are left out of its score by default.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.data.splits import text_hash
 from dylora.evaluation.passk.estimate import bootstrap, pass_at_k
 from dylora.evaluation.passk.options import BenchmarkOptions, Sampling
 from dylora.evaluation.passk.problem import Problem
-from dylora.evaluation.passk.sampling import sample_to_file
 from dylora.evaluation.passk.suites import Tasks
-from dylora.model import DyLoRA_MoE
 from dylora.sandbox.host import Limits, Result, Sandbox, run_all
 
 
@@ -92,23 +87,6 @@ class Score(NamedTuple):
     passed: dict[str, int]  # by task: how many of its samples
 
 
-def score_model(
-    model: DyLoRA_MoE,
-    tokenizer: PreTrainedTokenizerBase,
-    selection: Selection,
-    options: BenchmarkOptions,
-    batch_size: int,
-    file: Path,
-) -> Score:
-    """Draws the samples that the file lacks, and checks all of them.
-
-    Raises ValueError for a prompt too long for the base, and where no sandbox works.
-    """
-    sampling = options.sampling(selection.tasks.max_new_tokens, batch_size)
-    answers = sample_to_file(model, tokenizer, selection.problems, sampling, file)
-    return score(selection.problems, answers, options, selection.tasks.limits)
-
-
 def score(
     problems: Sequence[Problem],
     answers: dict[str, list[str]],
@@ -119,7 +97,7 @@ def score(
     """Checks every answer (of each task equally many).
 
     limits: of a program over all its tests; before_each: called before each check; an exception of
-    it ends the scoring.
+    it ends the scoring. Raises ValueError where no sandbox works.
     """
     jobs = [(problem, answer) for problem in problems for answer in answers[problem.task_id]]
 

@@ -5,17 +5,15 @@ Shape letters: B batch, S sequence, E experts, V vocabulary.
 
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dylora.model import DyLoRA_MoE
+from dylora.training.memory import LiveBytes
 
 ROUNDS = 5
 
@@ -72,42 +70,9 @@ def n_passes(model: DyLoRA_MoE, ids: Tensor, weights: Tensor) -> Tensor:
     return mixed
 
 
-class LivePeak(TorchDispatchMode):
-    """Counts the bytes of all tensor storages that operations create, and their peak.
-
-    For the CPU, whose allocator records none. Memory that a kernel allocates and frees inside is
-    not counted here, but is by CUDA's own counter.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}  # bytes by the storage's identity
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        outcome = func(*args, **(kwargs or {}))
-        for storage in _storages(outcome):
-            key = storage._cdata
-            if key not in self.live.keys() | given:
-                self.live[key] = storage.nbytes()
-                self.now += self.live[key]
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._remove, key)
-        return outcome
-
-    def _remove(self, key: int) -> None:
-        self.now -= self.live.pop(key)
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int:
-    """The most bytes that `run` allocates in addition at one time."""
+    """The most bytes that `run` allocates in addition at one time; a CPU's allocator records none,
+    so there operations are watched."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -115,7 +80,7 @@ def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - held
-    with LivePeak() as memory:
+    with LiveBytes() as memory:
         run()
     return memory.peak
 

@@ -15,29 +15,9 @@ from transformers import PreTrainedModel
 
 from dylora.base_models import choose_device, load_tokenizer, max_positions
 from dylora.evaluation.loading import note
-from dylora.evaluation.validate.checks import (
-    Check,
-    check_batches,
-    check_causality,
-    check_decoding,
-    check_disabled,
-    check_finite,
-    check_folded,
-    check_loaded,
-    check_manifest,
-    check_n_passes,
-    check_one_hot,
-    check_padding,
-    report_soft,
-)
+from dylora.evaluation.validate import checks, reference
+from dylora.evaluation.validate.checks import Check
 from dylora.evaluation.validate.cost import Cost, describe_cost, measure_cost
-from dylora.evaluation.validate.reference import (
-    SEED,
-    base_logits,
-    full_pass,
-    relative_difference,
-    rounding_noise,
-)
 from dylora.model import DyLoRA_MoE
 from dylora.storage.checkpoint import Checkpoint
 
@@ -93,7 +73,7 @@ def validate_checkpoint(
     if longest is not None and tokens > longest:
         raise ValueError(f"--tokens is {tokens}, but the base takes at most {longest}")
     ids, texts = sample_texts(frozen, spec.name, spec.revision, tokens)
-    before = base_logits(frozen, ids)  # before anything is added to the base
+    before = reference.base_logits(frozen, ids)  # before anything is added to the base
     model = DyLoRA_MoE.from_pretrained(opened, frozen).eval()
     experts, sites = len(model.experts.live), len(model.site_names)
     print(
@@ -117,26 +97,26 @@ def validate_model(
 
     ids [B, S]; before [B, S, V]: the bare base's logits; room: tolerance by rounding noise.
     """
-    loaded = check_loaded(model, checkpoint)
-    first = full_pass(model, ids)
-    finite = check_finite(model, first)
+    loaded = checks.check_loaded(model, checkpoint)
+    first = reference.full_pass(model, ids)
+    finite = checks.check_finite(model, first)
     if not finite.ok:  # NaN would fail every comparison
-        return Report([loaded, finite, check_manifest(checkpoint)], None, None, None)
-    tolerance = room * rounding_noise(model, ids)
-    checks = [
-        check_folded(model, ids, first, tolerance),
-        check_one_hot(model, ids, tolerance),
-        check_n_passes(model, ids, tolerance),
-        *report_soft(model, ids),
-        check_decoding(model, ids, first, tolerance),
-        check_causality(model, ids),
-        check_padding(model, ids, tolerance),
-        check_batches(model, ids, first, tolerance),
+        return Report([loaded, finite, checks.check_manifest(checkpoint)], None, None, None)
+    tolerance = room * reference.rounding_noise(model, ids)
+    found = [
+        checks.check_folded(model, ids, first, tolerance),
+        checks.check_one_hot(model, ids, tolerance),
+        checks.check_n_passes(model, ids, tolerance),
+        *checks.report_soft(model, ids),
+        checks.check_decoding(model, ids, first, tolerance),
+        checks.check_causality(model, ids),
+        checks.check_padding(model, ids, tolerance),
+        checks.check_batches(model, ids, first, tolerance),
     ]
     cost = measure_cost(model, ids)
-    effect = relative_difference(first.logits, before.float().flatten(0, 1))
-    checks += [check_disabled(model, ids, before), loaded, finite, check_manifest(checkpoint)]
-    return Report(checks, tolerance, effect, cost)
+    effect = reference.relative_difference(first.logits, before.float().flatten(0, 1))
+    found += [checks.check_disabled(model, ids, before), loaded, finite]
+    return Report([*found, checks.check_manifest(checkpoint)], tolerance, effect, cost)
 
 
 def sample_texts(
@@ -145,7 +125,7 @@ def sample_texts(
     """ids [B, S], the same at every run, and a description: random tokens, and code if possible."""
     embedding = base.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
-    draw = torch.Generator().manual_seed(SEED)
+    draw = torch.Generator().manual_seed(reference.SEED)
     rows = torch.randint(embedding.num_embeddings, (2, length), generator=draw)
     texts = "2 texts of random tokens and 1 of code"
     try:
@@ -194,13 +174,10 @@ def as_json(report: Report) -> dict[str, Any]:
     def number(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
-    checks = [
-        check._asdict() | {"worst": number(check.worst), "ok": check.ok} for check in report.checks
-    ]
     cost = report.cost
     return {
         "passed": report.passed,
-        "checks": checks,
+        "checks": [c._asdict() | {"worst": number(c.worst), "ok": c.ok} for c in report.checks],
         "tolerance": report.tolerance,
         "effect": report.effect,
         "cost": cost and cost._asdict() | {"ratio": statistics.median(cost.ratios)},
