@@ -149,7 +149,7 @@ class RunLog:
 class SilentLog(RunLog):
     """Of a process beside the first: nothing is told, and no file is touched."""
 
-    _nothing: Any = lambda *_: None  # noqa: E731
+    _nothing: Any = lambda *_: None
     set_aside_earlier = forget_after = start = write = progress_line = info = _nothing
 
 
