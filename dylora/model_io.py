@@ -20,18 +20,11 @@ from dylora.fields import shown
 from dylora.mixture import Mixture
 from dylora.routing.maturity import UNKNOWN_AT_FIRST, fields_in, from_fields
 from dylora.skills import SkillLibrary
+from dylora.storage import schema
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.model_card import CARD, mixture_card
 from dylora.storage.peft_config import adapter_config
 from dylora.storage.peft_format import MAGNITUDE, PeftAdapter, write_adapter
-from dylora.storage.schema import (
-    ADAPTERS,
-    FIXED_WEIGHTS,
-    FORMAT_VERSION,
-    ROUTER_FILE,
-    SHIFTS_FILE,
-    SKILLS_FILE,
-)
 from dylora.storage.tensors import fill
 
 
@@ -44,20 +37,21 @@ def write_model(mixture: Mixture, folder: Path) -> None:
         raise ValueError("the routers are detached: attach_router() before saving")
     for expert in mixture.live:
         name = mixture.table[expert].name
-        write_adapter(folder / ADAPTERS / name, expert_adapter(mixture, expert))
+        write_adapter(folder / schema.ADAPTERS / name, expert_adapter(mixture, expert))
     tensors = {f"router.{name}": p.detach().cpu() for name, p in mixture.router_parameters()}
     tensors |= {f"maturity.{name}": v for name, v in mixture.maturity._asdict().items()}
-    tensors[FIXED_WEIGHTS] = mixture.state.fixed_weights_E.cpu()  # a merge adds two of them up
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ROUTER_FILE)
+    # A merge adds two of them up.
+    tensors[schema.FIXED_WEIGHTS] = mixture.state.fixed_weights_E.cpu()
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / schema.ROUTER_FILE)
     if shifts := bias_shifts(mixture):
-        save_file({k: v.cpu().contiguous() for k, v in shifts.items()}, folder / SHIFTS_FILE)
+        save_file({k: v.cpu().contiguous() for k, v in shifts.items()}, folder / schema.SHIFTS_FILE)
     if mixture.skill_library:
-        mixture.skill_library.save(folder / SKILLS_FILE)
+        mixture.skill_library.save(folder / schema.SKILLS_FILE)
     experts = [asdict(row) for row in mixture.table]
     for index, record in enumerate(experts):  # for the reader; router.safetensors is the truth
         record["maturity"] = round(float(mixture.maturity.maturity[index]), 6)
     description = {
-        "format_version": FORMAT_VERSION,
+        "format_version": schema.FORMAT_VERSION,
         "base_model_name_or_path": mixture.base_name,
         "base_revision": mixture.base_revision,
         "base_fingerprint": mixture.base_fingerprint,
@@ -130,16 +124,16 @@ def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
     except ValueError as error:
         raise ValueError(f"{checkpoint.file}: {error}") from None
     for expert in mixture.live:
-        source = folder / ADAPTERS / mixture.table[expert].name
+        source = folder / schema.ADAPTERS / mixture.table[expert].name
         fill_expert(mixture, expert, checkpoint.adapter(expert), source)
     if shifts := bias_shifts(mixture):
-        file, tensors = folder / SHIFTS_FILE, checkpoint.bias_shifts()
+        file, tensors = folder / schema.SHIFTS_FILE, checkpoint.bias_shifts()
         _check_same_keys(file, set(tensors), set(shifts))
         fill(shifts, tensors, f"{file}: ")
-    _load_routers(mixture, folder / ROUTER_FILE, checkpoint.router_tensors())
+    _load_routers(mixture, folder / schema.ROUTER_FILE, checkpoint.router_tensors())
     mixture.skill_library = None
-    if (folder / SKILLS_FILE).exists():
-        SkillLibrary.read(folder / SKILLS_FILE, mixture)
+    if (folder / schema.SKILLS_FILE).exists():
+        SkillLibrary.read(folder / schema.SKILLS_FILE, mixture)
 
 
 def fill_expert(mixture: Mixture, expert: int, files: PeftAdapter, source: Path) -> None:
@@ -166,11 +160,11 @@ def _load_routers(mixture: Mixture, file: Path, tensors: dict[str, Tensor]) -> N
     targets: dict[str, Tensor] = {f"router.{name}": p for name, p in mixture.router_parameters()}
     fields = fields_in(tensors)
     maturity = {f"maturity.{name}" for name in fields}
-    _check_same_keys(file, set(tensors), {*targets, *maturity, FIXED_WEIGHTS})
-    fill(targets | {FIXED_WEIGHTS: weights_E}, tensors, f"{file}: ")
+    _check_same_keys(file, set(tensors), {*targets, *maturity, schema.FIXED_WEIGHTS})
+    fill(targets | {schema.FIXED_WEIGHTS: weights_E}, tensors, f"{file}: ")
     if bool((weights_E < 0).any()):
         raise ValueError(
-            f"{file}: {FIXED_WEIGHTS} is {shown(weights_E.tolist())}, but must be at least 0"
+            f"{file}: {schema.FIXED_WEIGHTS} is {shown(weights_E.tolist())}, but must be at least 0"
         )
     state = {name: tensors[f"maturity.{name}"] for name in fields}
     shares = ("maturity", "born", "start_progress")

@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dylora.data.readers import find_files
 from dylora.data.record import RowCounts
 from dylora.data.splits import content_hash
+from dylora.data.streamed import TrainingSet
 from dylora.data.tokenize import SetReport, SplitReport, TokenizedSet
 from dylora.data_config import DataConfig, SourceConfig
+from dylora.storage.manifest import hash_file
 
 CACHE_VERSION = 1  # of the layout, and of what rows become
 COMMIT = 40  # hex digits of a commit of the hub, at which a set never changes
@@ -31,7 +35,7 @@ COMMIT = 40  # hex digits of a commit of the hub, at which a set never changes
 class LoadedSource(NamedTuple):
     """One source, ready for training."""
 
-    train: TokenizedSet
+    train: TrainingSet
     validation: TokenizedSet
     report: SetReport
     provenance: dict[str, Any]  # JSON types
@@ -87,11 +91,8 @@ def _data_of(source: SourceConfig) -> list[str] | None:
             return None
         for file in files or []:
             parts = sorted(file.rglob("*")) if file.is_dir() else [file]
-            for part in parts:
-                if part.is_file():
-                    with part.open("rb") as stream:
-                        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                    hashes += [str(part), digest]
+            for part in filter(Path.is_file, parts):
+                hashes += [str(part), hash_file(part)]
     return hashes if hashes or source.path is not None else None
 
 
@@ -111,13 +112,11 @@ def _version(package: str) -> str:
 
 
 def _write(file: Path, loaded: LoadedSource) -> None:
-    from safetensors.torch import save_file
-
     report = loaded.report
-    splits = {name: one._asdict() for name, one in report.splits.items()}
+    assert isinstance(loaded.train, TokenizedSet)  # what is streamed is not kept
     record = {
         "counts": report.counts._asdict(),
-        "splits": splits,
+        "splits": {name: one._asdict() for name, one in report.splits.items()},
         "provenance": loaded.provenance,
         "sha256": [_digest(one) for one in (loaded.train, loaded.validation)],
     }
@@ -137,9 +136,6 @@ def _write(file: Path, loaded: LoadedSource) -> None:
 
 def _read(file: Path, name: str) -> LoadedSource | None:
     """None where there is no such file, or it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         tensors = load_file(file)
         record = json.loads(bytes(tensors["record"].tolist()))
@@ -149,8 +145,6 @@ def _read(file: Path, name: str) -> LoadedSource | None:
         ]
         if record["sha256"] != [_digest(one) for one in sets]:
             return None
-    except FileNotFoundError:
-        return None
     except (SafetensorError, OSError, ValueError, KeyError):
         return None
     counts = RowCounts(**record["counts"] | {"problems": tuple(record["counts"]["problems"])})

@@ -52,14 +52,10 @@ def load_data(
     subsets = (training_subset, eval_subset)
     for source in config.sources:
         if source.stream_rows is not None:
-            train, validation, report, provenance = _load_stream(source, config, template, subsets)
-            data.train.append(train)
-            data.validation.append(validation)
-            data.reports.append(report)
-            sources.append(provenance)
-            continue
-        load = partial(_load, source, config, template, subsets)
-        loaded = cached_source(source, config, tokenizer, template.text, subsets, load)
+            loaded = _load_stream(source, config, template, subsets)
+        else:
+            load = partial(_load, source, config, template, subsets)
+            loaded = cached_source(source, config, tokenizer, template.text, subsets, load)
         data.train.append(loaded.train)
         data.validation.append(loaded.validation)
         data.reports.append(loaded.report)
@@ -97,7 +93,7 @@ def _load_stream(
     config: DataConfig,
     template: Template,
     subsets: tuple[int | float | None, int | None],
-) -> tuple[StreamedSet, TokenizedSet, SetReport, dict[str, Any]]:
+) -> LoadedSource:
     """A set that is read while it is trained on; what is said of it is of its first block."""
     if subsets[0] is not None:
         raise ValueError(
@@ -118,7 +114,7 @@ def _load_stream(
     provenance = _provenance(source, read, config.seed, train.first)
     provenance |= {"training_rows": source.stream_rows, "streamed": True}
     del provenance["text_hashes"]  # of later rows they are not known
-    return train, validation.examples, report, provenance
+    return LoadedSource(train, validation.examples, report, provenance)
 
 
 def _tokenize(

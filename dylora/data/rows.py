@@ -79,9 +79,9 @@ def choose_reader(source: SourceConfig, found: set[str]) -> RowReader:
         "instruction": partial(
             columns_to_row, instruction=columns[0], input_=further, output=columns[-1]
         ),
-        "completion": partial(_completion_to_row, prompt=columns[0], completion=columns[-1]),
+        "completion": lambda row: Row(_text(row, columns[0]), "", _answer(row, columns[-1]), ""),
         "chat": partial(_chat_to_row, column=columns[0]),
-        "text": partial(_text_to_row, column=columns[0]),
+        "text": lambda row: Row("", "", _text(row, columns[0]), ""),
     }
     return RowReader(format_, Columns(required, optional), to_row[format_])
 
@@ -142,14 +142,6 @@ def mbpp_to_row(fields: dict[str, Any]) -> Row:
         raise BadRecord("test_list has no test")
     text, code = _text(fields, "text"), _text(fields, "code").rstrip()
     return Row(mbpp_instruction(text, tests[0]) if text.strip() else "", "", code, str(task_id))
-
-
-def _completion_to_row(fields: dict[str, Any], *, prompt: str, completion: str) -> Row:
-    return Row(_text(fields, prompt), "", _answer(fields, completion), "")
-
-
-def _text_to_row(fields: dict[str, Any], *, column: str) -> Row:
-    return Row("", "", _text(fields, column), "")
 
 
 _ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}

@@ -6,6 +6,7 @@ from typing import Any
 
 from dylora.config import MoELoraConfig
 from dylora.integrations.compatibility import find_incompatibilities
+from dylora.storage import schema
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.detect import Found, detect_format
 from dylora.storage.folders import folder_bytes
@@ -15,14 +16,6 @@ from dylora.storage.peft_config import CONFIG_FILE, alpha_of
 from dylora.storage.peft_format import WEIGHTS_FILE, read_stock_adapter
 from dylora.storage.peft_types import PEFT_TYPES
 from dylora.storage.safe_io import read_json
-from dylora.storage.schema import (
-    ADAPTERS,
-    EXPORT_FILE,
-    FORMAT_VERSION,
-    ROUTER_FILE,
-    SHIFTS_FILE,
-    SKILLS_FILE,
-)
 from dylora.storage.skill_file import read_table
 from dylora.storage.tensors import read_headers, read_tensors
 
@@ -37,12 +30,12 @@ def print_info(path: str) -> None:
     found, wrong, description = detect_format(folder), {}, None
     if (folder / WEIGHTS_FILE).exists():
         tell = _print_adapter
-    elif (folder / EXPORT_FILE).exists():
+    elif (folder / schema.EXPORT_FILE).exists():
         tell = _print_merged
     elif found is not None and found.kind in ("adapter", "older mixture", "whole model"):
         print_foreign(folder, found)
         return
-    elif (folder / MANIFEST).exists() or (folder / ADAPTERS).exists():
+    elif (folder / MANIFEST).exists() or (folder / schema.ADAPTERS).exists():
         tell = _print_checkpoint
     elif any(folder.glob(f"*/{CONFIG_FILE}")):
         _print_adapters(folder)
@@ -74,13 +67,13 @@ def _print_checkpoint(
     """A mixture; description: of a whole one, while a damaged one's may be of use."""
     if description is None and not wrong.keys() & {"config.json", MANIFEST}:
         description = read_json(folder / "config.json")
-    if description is not None and description.get("format_version") == FORMAT_VERSION:
+    if description is not None and description.get("format_version") == schema.FORMAT_VERSION:
         _print_description(folder, description)
         if not wrong:
             _print_stream(folder, description)
     else:
-        damaged = {name.split("/")[1] for name in wrong if name.startswith(f"{ADAPTERS}/")}
-        _print_adapter_lines(folder / ADAPTERS, damaged)
+        damaged = {name.split("/")[1] for name in wrong if name.startswith(f"{schema.ADAPTERS}/")}
+        _print_adapter_lines(folder / schema.ADAPTERS, damaged)
     _print_sizes(folder)
 
 
@@ -100,7 +93,7 @@ def _print_description(folder: Path, description: Mapping[str, Any]) -> None:
         f"{len(description['sites'])} sites, {len(description['projections'])} projections"
     )
     for expert in experts:
-        size = folder_bytes(folder / ADAPTERS / expert["name"])
+        size = folder_bytes(folder / schema.ADAPTERS / expert["name"])
         print(
             f"{expert['name']:11} {expert['state']}, rank {expert['rank']}, "
             f"alpha {expert['alpha']:g}, maturity {expert['maturity']:.3f}, "
@@ -128,7 +121,7 @@ def _print_stream(folder: Path, description: Mapping[str, Any]) -> None:
 
         for record in records_of(training, str(folder / "config.json")):
             print(f"stage       {record.number}, {describe(record)}")
-    file = folder / SKILLS_FILE
+    file = folder / schema.SKILLS_FILE
     if file.exists():
         read_headers(file)
         for skill in read_table(file, len(description["experts"])):
@@ -141,10 +134,9 @@ def _print_stream(folder: Path, description: Mapping[str, Any]) -> None:
 
 def _print_sizes(folder: Path) -> None:
     """Megabytes of adapters, routers and what only a resumed run needs."""
-    adapters = folder_bytes(folder / ADAPTERS)
-    routers = sum(
-        p.stat().st_size for name in (ROUTER_FILE, SHIFTS_FILE) if (p := folder / name).exists()
-    )
+    adapters = folder_bytes(folder / schema.ADAPTERS)
+    files = [folder / name for name in (schema.ROUTER_FILE, schema.SHIFTS_FILE)]
+    routers = sum(file.stat().st_size for file in files if file.exists())
     rest = folder_bytes(folder) - adapters - routers
     print(
         f"size        {folder_bytes(folder) / 1e6:.2f} MB: adapters {adapters / 1e6:.2f}, "
@@ -171,8 +163,8 @@ def _print_adapter(folder: Path, wrong: Mapping[str, str]) -> None:
     print(f"{name:11} rank {config['r']}, alpha {alpha:g}", *kinds, sep=", ")
     names = sorted({path.rpartition(".")[2] for path in paths})
     print(f"targets     {len(paths)} projections: {', '.join(names)}")
-    if (folder / EXPORT_FILE).exists():
-        _print_record(read_json(folder / EXPORT_FILE))
+    if (folder / schema.EXPORT_FILE).exists():
+        _print_record(read_json(folder / schema.EXPORT_FILE))
     for reader, kind, what in find_incompatibilities(config, read_tensors(folder / WEIGHTS_FILE)):
         print(f"{reader:11} {kind} {what}")
 
@@ -205,8 +197,8 @@ def _print_adapter_lines(folder: Path, damaged: set[str]) -> None:
 
 def _print_merged(folder: Path, wrong: Mapping[str, str]) -> None:
     """A model with an expert or a mixture in its weights."""
-    if not wrong.keys() & {EXPORT_FILE, MANIFEST}:
-        record = read_json(folder / EXPORT_FILE)
+    if not wrong.keys() & {schema.EXPORT_FILE, MANIFEST}:
+        record = read_json(folder / schema.EXPORT_FILE)
         print(f"model       {record.get('base')} with experts in its weights")
         _print_record(record)
 

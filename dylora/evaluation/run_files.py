@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dylora.storage.folders import checkpoints
-from dylora.storage.safe_io import read_bytes, read_json
-from dylora.training.log import metrics_row
+from dylora.storage.safe_io import metrics_row, read_bytes, read_json
 
 Row = dict[str, Any]
 Points = list[tuple[float, float]]

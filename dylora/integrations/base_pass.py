@@ -16,15 +16,8 @@ from torch import Tensor, nn
 from dylora.kernels.cross_entropy import count_targets, token_losses
 from dylora.mixture import Mixture
 from dylora.outputs import collect_routing
+from dylora.routing import losses
 from dylora.routing.gating import RouterOutput
-from dylora.routing.losses import (
-    ROUTING_LOSSES,
-    BatchTotals,
-    Observation,
-    add_weighted,
-    observe_pass,
-    routing_losses,
-)
 
 # Fields of the configurations of transformers' MoEs.
 ASKS, COEFFICIENT = "output_router_logits", "router_aux_loss_coef"
@@ -36,7 +29,7 @@ class Observer(Protocol):
     def before_pass(self) -> None:
         """Before a pass, and before a state dict is loaded."""
 
-    def observe(self, seen: Observation) -> None:
+    def observe(self, seen: losses.Observation) -> None:
         """After a training pass with labels and a gradient."""
 
 
@@ -50,7 +43,7 @@ class BasePass:
         self.text_config: Any = base.config.get_text_config()
         # What trainers multiply `aux_loss` with; where the balance loss has none, 1.
         self.coefficient = config.router_aux_loss_coef or 1.0
-        factors = [loss.coefficient(config) for loss in ROUTING_LOSSES.values()]
+        factors = [loss.coefficient(config) for loss in losses.ROUTING_LOSSES.values()]
         self.before: dict[str, Any] = {}  # fields of the base's configuration, as they were
         if config.trains_routers:
             fields = {ASKS: False, COEFFICIENT: self.coefficient if any(factors) else 0.0}
@@ -124,8 +117,8 @@ class BasePass:
         extra = routing.gates.new_zeros(())
         if routing.statistics is not None and learns:
             config, experts = mixture.config, mixture.state.routed_count
-            parts = routing_losses(routing.statistics, config, BatchTotals(), experts)
-            extra = add_weighted(extra, parts, config)
+            parts = losses.routing_losses(routing.statistics, config, losses.BatchTotals(), experts)
+            extra = losses.add_weighted(extra, parts, config)
         if adds:
             _add_to_loss(output, extra * _share_of_batch(labels, kwargs))
         if asked:
@@ -135,7 +128,9 @@ class BasePass:
             assert self.observer is not None
             assert labels is not None
             found = _token_losses(output, labels)
-            self.observer.observe(observe_pass(routing.gates, routing.statistics, found, labels))
+            self.observer.observe(
+                losses.observe_pass(routing.gates, routing.statistics, found, labels)
+            )
         return output
 
 

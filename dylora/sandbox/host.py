@@ -21,14 +21,7 @@ from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from dylora.sandbox import bubblewrap
-from dylora.sandbox.launcher.wire import (
-    MESSAGE_BYTES,
-    Closed,
-    decode,
-    encode,
-    read_frame,
-    write_frame,
-)
+from dylora.sandbox.launcher import wire
 
 Outcome = Literal[
     "passed", "failed", "error", "timeout", "memory", "output limit", "not supported", "violation"
@@ -145,11 +138,11 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         Returns the result, and one value per call if it is "passed" (all calls returned). A value
         that is not of a built-in type comes as an `Opaque`.
         """
-        sent = [[name, [encode(item, _refuse) for item in args]] for name, args in calls]
+        sent = [[name, [wire.encode(item, _refuse) for item in args]] for name, args in calls]
         result, values = self._ask(source, calls=sent)
         if result.outcome != "passed":
             return result, []
-        return result, [decode(item, lambda *_: Opaque()) for item in values]
+        return result, [wire.decode(item, lambda *_: Opaque()) for item in values]
 
     def close(self) -> None:
         """Ends the launcher and removes its folder."""
@@ -203,8 +196,8 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             self._stack.callback(self._stop)
             try:
                 self._write(settings)
-                reply = json.loads(read_frame(self._output))
-            except Closed:
+                reply = json.loads(wire.read_frame(self._output))
+            except wire.Closed:
                 self._process.wait()
                 errors.seek(0)
                 said = errors.read().decode("utf-8", "replace").strip().splitlines()
@@ -232,7 +225,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         return cast(Any, self._process.stdout).fileno()
 
     def _write(self, content: Any) -> None:
-        write_frame(cast(Any, self._process.stdin).fileno(), json.dumps(content).encode())
+        wire.write_frame(cast(Any, self._process.stdin).fileno(), json.dumps(content).encode())
 
     def _ask(
         self, source: str, *, tests: str | None = None, calls: Sequence[Any] = (), **rest: Any
@@ -243,8 +236,8 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         try:
             self._write(source)
             self._write({"tests": tests, "calls": calls, **rest})
-            reply = json.loads(read_frame(self._output, 2 * MESSAGE_BYTES))
-        except Closed:
+            reply = json.loads(wire.read_frame(self._output, 2 * wire.MESSAGE_BYTES))
+        except wire.Closed:
             raise RuntimeError("the sandbox's launcher died; no program can do that") from None
         finally:
             watch.cancel()

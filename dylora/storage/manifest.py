@@ -22,7 +22,7 @@ LOADED = {  # names of all files that a loader reads
     *_OF_RUNS,
 }
 NOTES = {"README.md"}  # for readers, who may write on it
-_CHUNK = 1 << 20
+
 _LARGE = 64 << 20  # bytes, hashed in a twentieth of a second
 _CHECKPOINT = re.compile(r"checkpoint-\d+/")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -100,11 +100,8 @@ def is_run_checkpoint(folder: Path) -> bool:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
     with open_regular(path) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def listed_files(folder: Path) -> dict[str, dict[str, Any]]:

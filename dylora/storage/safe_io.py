@@ -8,11 +8,12 @@ import json
 import os
 import stat
 from collections.abc import Callable, Mapping
+from io import BufferedReader
 from pathlib import Path, PurePath
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
-from dylora.fields import shown
+from dylora.fields import is_whole_number, shown
 
 MAX_JSON = 8 << 20  # bytes, read in 2 s at the worst; a row of the table of experts has 300
 MAX_RATIO, FREE_EXPANSION = 1000, 64 << 20
@@ -26,7 +27,7 @@ _KINDS = {
 }
 
 
-def open_regular(file: Path, limit: int | None = None) -> BinaryIO:
+def open_regular(file: Path, limit: int | None = None) -> BufferedReader:
     """A file opened for reading bytes, if it is an ordinary one of at most `limit` bytes.
 
     Raises ValueError for a folder, a pipe, a device, a socket, a larger file or one that cannot be
@@ -113,6 +114,15 @@ def read_json(file: Path, *, infinite: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a JSON object")
     return content
+
+
+def metrics_row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is no row with a step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and is_whole_number(row.get("step")) else None
 
 
 Checks = Mapping[str, Callable[[Any], bool]]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dylora.fields import is_whole_number
 from dylora.run_config import LogConfig
 from dylora.storage.folders import quarantine
+from dylora.storage.safe_io import metrics_row
 from dylora.training.loggers import Mirror
 
 
@@ -168,12 +168,3 @@ def memory_gb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, KiB here
-
-
-def metrics_row(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None where it is no row with a step."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and is_whole_number(row.get("step")) else None

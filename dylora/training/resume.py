@@ -13,16 +13,8 @@ from safetensors import SafetensorError
 
 from dylora.base_models import BaseSpec
 from dylora.model_io import load_model, write_model
+from dylora.storage import folders
 from dylora.storage.checkpoint import BEST_FILE, Checkpoint
-from dylora.storage.folders import (
-    PREFLIGHT,
-    checkpoints,
-    folder_bytes,
-    quarantine,
-    rotate,
-    write_file,
-    write_folder,
-)
 from dylora.storage.manifest import is_intact, is_run_checkpoint
 from dylora.storage.tensors import read_state
 from dylora.training.optim import (
@@ -54,10 +46,10 @@ def save(run: Run) -> Path:
         best = run.folder / f"checkpoint-{progress.best_step}"
         pointer = {"checkpoint": best.name, "val_loss": progress.best_loss}
         with _as_one_error(run, run.folder / BEST_FILE):
-            write_file(run.folder / BEST_FILE, json.dumps(pointer) + "\n")
+            folders.write_file(run.folder / BEST_FILE, json.dumps(pointer) + "\n")
     if config.train.save_total_limit is not None:
         try:
-            rotate(run.folder, config.train.save_total_limit, best)
+            folders.rotate(run.folder, config.train.save_total_limit, best)
         except OSError as error:  # the new one is whole: that is what counts
             run.log.info(f"warning: older checkpoints could not be deleted: {error}")
     run.log.info(f"saved {run.model.size_message(folder)}")
@@ -70,13 +62,13 @@ def preflight_save(run: Run) -> None:
     Raises ValueError when it cannot be written, or when two do not fit on the disk: a new one is
     whole before an older one goes.
     """
-    folder = run.folder / PREFLIGHT
+    folder = run.folder / folders.PREFLIGHT
     moments = state_by_name(run.optimizer, run.model)
     for name, parameter in named_parameters(run.model).items():
         if parameter.requires_grad and not moments[name]:  # they are made in the first step
             moments[name] = empty_state(run.optimizer, parameter)
     write_state(run, folder, moments)
-    size, free = folder_bytes(folder), shutil.disk_usage(run.folder).free
+    size, free = folders.folder_bytes(folder), shutil.disk_usage(run.folder).free
     shutil.rmtree(folder)
     if free < size:
         raise ValueError(
@@ -107,7 +99,7 @@ def write_state(run: Run, folder: Path, moments: dict[str, Any]) -> None:
         (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
 
     with _as_one_error(run, folder):
-        write_folder(folder, write_files)
+        folders.write_folder(folder, write_files)
 
 
 def load_best(run: Run) -> None:
@@ -131,7 +123,7 @@ def load_best(run: Run) -> None:
 
 def last_good(run: Run) -> str:
     """A sentence that names the newest checkpoint that verifies."""
-    for path in reversed(checkpoints(run.folder)):
+    for path in reversed(folders.checkpoints(run.folder)):
         if is_intact(path):
             return f"The last good checkpoint is {path}."
     return "There is no checkpoint yet."
@@ -193,10 +185,10 @@ def resume(run: Run, source: str) -> None:
 
 def set_aside_later(run: Run, checkpoint: Checkpoint, step: int) -> None:
     """Rename the run's checkpoints of later steps."""
-    for later in checkpoints(run.folder):
+    for later in folders.checkpoints(run.folder):
         if int(later.name.rpartition("-")[2]) > step:
             whole = later not in checkpoint.damaged and is_intact(later)
-            aside = quarantine(later, "superseded" if whole else "damaged")
+            aside = folders.quarantine(later, "superseded" if whole else "damaged")
             run.log.info(f"set aside as {aside}")
 
 

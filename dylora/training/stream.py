@@ -15,15 +15,8 @@ from dylora.fields import shown
 from dylora.model import DyLoRA_MoE
 from dylora.model_io import load_model, write_model
 from dylora.run_config import RunConfig, SourceConfig
+from dylora.storage import folders
 from dylora.storage.checkpoint import Checkpoint
-from dylora.storage.folders import (
-    checkpoints,
-    quarantine,
-    recover,
-    rotate,
-    write_file,
-    write_folder,
-)
 from dylora.storage.manifest import is_intact
 from dylora.training.init_from import init_from_checkpoint
 from dylora.training.log import say
@@ -162,11 +155,11 @@ def restore(stream: Stream) -> int:
 
 def last_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of a folder that verifies; what is newer and does not is set aside."""
-    recover(folder)
-    for path in reversed(checkpoints(folder)):
+    folders.recover(folder)
+    for path in reversed(folders.checkpoints(folder)):
         if is_intact(path):
             return Checkpoint.of_verified(path)
-        say(f"set aside as {quarantine(path, 'damaged')}")
+        say(f"set aside as {folders.quarantine(path, 'damaged')}")
     return None
 
 
@@ -181,11 +174,11 @@ def save(stream: Stream, record: StageRecord) -> None:
         write_model(stream.model.mixture, files)
         stream.tokenizer.save_pretrained(files)  # as beside the checkpoints of a run
 
-    write_folder(folder, write_files)
+    folders.write_folder(folder, write_files)
     write_record(stream, record)
     if limit is not None:
-        rotate(stream.folder, limit, None)
-        for path in checkpoints(
+        folders.rotate(stream.folder, limit, None)
+        for path in folders.checkpoints(
             stream.folder / folder_name(record)
         ):  # those of its run are of no more use
             shutil.rmtree(path)
@@ -197,4 +190,4 @@ def write_record(stream: Stream, record: StageRecord) -> None:
     folder = stream.folder / folder_name(record)
     folder.mkdir(exist_ok=True)  # of a stage that learned nothing
     text = json.dumps(record.to_dict(), indent=2, ensure_ascii=False)
-    write_file(folder / STAGE_FILE, text + "\n")
+    folders.write_file(folder / STAGE_FILE, text + "\n")

@@ -7,15 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dylora.evaluation.figures.style import (
-    COLORS,
-    INK,
-    draw_curves,
-    finish_curves,
-    line_style,
-    new_figure,
-    shorten,
-)
+from dylora.evaluation.figures import style
 from dylora.evaluation.run_files import Points, RunFiles
 
 NATS = "loss (nats per target token)"
@@ -28,25 +20,25 @@ def loss(run: RunFiles, *, log: bool = False) -> Any:
     sets = _set_losses(run)
     if not (train or every):
         return None
-    figure, grid = new_figure()
+    figure, grid = style.new_figure()
     axes = grid[0, 0]
     if train:
         axes.plot(*zip(*train, strict=True), label="training", color="#8c8c8c", linewidth=0.8)
-    draw_curves(figure, axes, sets, counted="set")
+    style.draw_curves(figure, axes, sets, counted="set")
     base, total = _base_losses(run)
     for index, name in enumerate(sets):
         if name in base:
-            color = line_style(index, len(sets))["color"]
+            color = style.line_style(index, len(sets))["color"]
             axes.plot(0, base[name], "o", color=color, fillstyle="none", label="_")
     if every and len(sets) != 1:
         shape = "o" if len(every) < 40 else None
-        axes.plot(*zip(*every, strict=True), label="all sets", color=INK, marker=shape)
+        axes.plot(*zip(*every, strict=True), label="all sets", color=style.INK, marker=shape)
     if total is not None:
-        axes.axhline(total, color=INK, linestyle=":", label="base, all sets", linewidth=1)
+        axes.axhline(total, color=style.INK, linestyle=":", label="base, all sets", linewidth=1)
     _draw_boundaries(axes, run)
     _name_stages(axes, run)
     limits: dict[str, Any] = {"yscale": "log"} if log else {"ylim": (0, None)}
-    return finish_curves(figure, axes, "step", NATS, **limits)
+    return style.finish_curves(figure, axes, "step", NATS, **limits)
 
 
 def loss_log(run: RunFiles) -> Any:
@@ -142,19 +134,19 @@ def sparse_cost(run: RunFiles) -> Any:
 
 def compare_losses(runs: Mapping[str, list[RunFiles]], *, log: bool = False) -> Any:
     """Validation loss of several runs; runs of one group, such as seeds, have one colour."""
-    figure, grid = new_figure()
+    figure, grid = style.new_figure()
     axes = grid[0, 0]
     for index, (name, group) in enumerate(runs.items()):
         for place, run in enumerate(group):
             points = run.points("val/loss")
             if points:
-                label = shorten(name) if place == 0 else "_"
-                looks = line_style(index, len(runs)) | {"marker": "o"}
+                label = style.shorten(name) if place == 0 else "_"
+                looks = style.line_style(index, len(runs)) | {"marker": "o"}
                 axes.plot(*zip(*points, strict=True), label=label, **looks)
     if not axes.lines:
         return None
     scale: dict[str, Any] = {"yscale": "log"} if log else {}
-    return finish_curves(figure, axes, "step", "validation loss (nats)", **scale)
+    return style.finish_curves(figure, axes, "step", "validation loss (nats)", **scale)
 
 
 # Parts
@@ -177,13 +169,13 @@ def _curves(
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None
-    figure, grid = new_figure()
-    draw_curves(figure, grid[0, 0], curves, counted=counted)
+    figure, grid = style.new_figure()
+    style.draw_curves(figure, grid[0, 0], curves, counted=counted)
     for number, (height, meaning) in enumerate(lines or []):
-        dash, color = (":", "--")[number % 2], COLORS[-1]
+        dash, color = (":", "--")[number % 2], style.COLORS[-1]
         grid[0, 0].axhline(height, color=color, linestyle=dash, label=meaning, linewidth=1)
     _draw_boundaries(grid[0, 0], run)
-    return finish_curves(figure, grid[0, 0], "step", ylabel, **limits)
+    return style.finish_curves(figure, grid[0, 0], "step", ylabel, **limits)
 
 
 def _of_experts(run: RunFiles, metric: str, ylabel: str, **limits: Any) -> Any:
@@ -212,7 +204,7 @@ def _base_losses(run: RunFiles) -> tuple[dict[str, float], float | None]:
 def _draw_boundaries(axes: Any, run: RunFiles) -> None:
     """Where the stages of a stream begin."""
     for step, _ in run.boundaries[1:]:
-        axes.axvline(step, color=COLORS[-1], linewidth=0.5, label="_")
+        axes.axvline(step, color=style.COLORS[-1], linewidth=0.5, label="_")
 
 
 def _name_stages(axes: Any, run: RunFiles) -> None:
@@ -221,7 +213,7 @@ def _name_stages(axes: Any, run: RunFiles) -> None:
     named = run.boundaries[::every]
     if named:
         above = axes.secondary_xaxis("top")
-        names = [shorten(name) for _, name in named]
+        names = [style.shorten(name) for _, name in named]
         above.set_xticks([step for step, _ in named], names, rotation=35, ha="left", fontsize=7)
         above.tick_params(length=0, pad=1)
         above.spines["top"].set_visible(False)

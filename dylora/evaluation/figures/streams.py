@@ -3,14 +3,7 @@
 from itertools import chain
 from typing import Any
 
-from dylora.evaluation.figures.style import (
-    COLORS,
-    INK,
-    finish_curves,
-    line_style,
-    new_figure,
-    shorten,
-)
+from dylora.evaluation.figures import style
 from dylora.evaluation.run_files import RunFiles
 
 LABELS = {"losses": "loss (nats per target token)", "passed": "share of answers that pass"}
@@ -40,15 +33,15 @@ def novelty(run: RunFiles) -> Any:
     groups = {name: margins for name, margins in groups.items() if margins}
     every = [margin for margins in groups.values() for margin in margins]
     bins = numpy.geomspace(min(*every, 0.5) * 0.9, max(*every, 2.0) * 1.1, 60)
-    figure, grid = new_figure()
+    figure, grid = style.new_figure()
     axes = grid[0, 0]
-    for (label, margins), color in zip(groups.items(), COLORS, strict=False):
+    for (label, margins), color in zip(groups.items(), style.COLORS, strict=False):
         counts, _ = numpy.histogram(margins, bins)
         axes.step(bins[:-1], counts, where="post", color=color, label=label)
         axes.fill_between(bins[:-1], counts, step="post", color=color, alpha=0.25, linewidth=0)
-    axes.axvline(1, color=INK, linestyle="--", linewidth=1, label="threshold")
+    axes.axvline(1, color=style.INK, linestyle="--", linewidth=1, label="threshold")
     limits: dict[str, Any] = {"xscale": "log", "ylim": (0, None)}
-    return finish_curves(figure, axes, "distance / threshold", "batches", **limits)
+    return style.finish_curves(figure, axes, "distance / threshold", "batches", **limits)
 
 
 def _over_stages(run: RunFiles, key: str) -> Any:
@@ -56,20 +49,20 @@ def _over_stages(run: RunFiles, key: str) -> Any:
     if not found:
         return None
     stages = [stage["name"] for stage in run.results["stages"]]
-    figure, grid = new_figure()
+    figure, grid = style.new_figure()
     axes = grid[0, 0]
     for column, name in enumerate(found["skills"]):
         values = [row[column] for row in found["matrix"]]
         points = [(stage, value) for stage, value in enumerate(values) if value is not None]
         if not points:
             continue
-        looks = line_style(column, len(found["skills"]))
-        axes.plot(*zip(*points, strict=True), label=shorten(name), **looks)
+        looks = style.line_style(column, len(found["skills"]))
+        axes.plot(*zip(*points, strict=True), label=style.shorten(name), **looks)
         taught = stages.index(name)
         if values[taught] is not None:
             axes.plot(taught, values[taught], "o", color=looks["color"], label="_")
     every = max(1, -(-len(stages) // 14))
     places = range(0, len(stages), every)
-    names = [shorten(stages[place]) for place in places]
+    names = [style.shorten(stages[place]) for place in places]
     axes.set_xticks(places, names, rotation=35, ha="right")
-    return finish_curves(figure, axes, "after stage", LABELS[key], ylim=(0, None))
+    return style.finish_curves(figure, axes, "after stage", LABELS[key], ylim=(0, None))

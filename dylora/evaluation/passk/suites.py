@@ -5,7 +5,6 @@ with the `Checker` that judges its answers.
 """
 
 import ast
-import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from dylora.evaluation.passk.problem import PROMPTS, Problem, ProgramTests, unix
 from dylora.evaluation.passk.skills import ANSWER_TOKENS, SKILL_SUITES, skill_problems
 from dylora.fields import nearest
 from dylora.sandbox.host import Limits
+from dylora.storage.manifest import hash_file
 from dylora.tasks.checking import ANSWER_LIMITS
 
 PROGRAM_LIMITS = Limits(seconds=20)
@@ -112,10 +112,7 @@ def read_suite(
             raise ValueError(f"{where} lacks task {missing[0]}, which 3 shots need")
         before = "".join(solved[number] for number in _SHOTS["ids"])
         chosen = [problem._replace(prompt=before + problem.prompt) for problem in chosen]
-    digest = None
-    if path:
-        with Path(path).expanduser().open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hash_file(Path(path).expanduser()) if path else None
     source = Source(where, None, digest, split)
     prompt = _SHOTS["description"] if shots else suite.prompt
     return Tasks(chosen[:limit], source, prompt, shots, suite.limits, suite.max_new_tokens)

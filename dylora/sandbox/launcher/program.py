@@ -12,17 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .wire import (
-    VALUE_BYTES,
-    Closed,
-    decode,
-    describe_exception,
-    digest,
-    encode,
-    is_large,
-    read_frame,
-    write_frame,
-)
+from . import wire
 
 _DO: dict[str, Callable[..., Any]] = {
     "get": getattr,
@@ -45,7 +35,7 @@ def serve_program(source: str, channel: int) -> None:
     function of the tests', {"call", "args", "named"}, whose {"value"} or {"error"} it is sent.
     """
     program = _Program(channel)
-    with contextlib.suppress(Closed):
+    with contextlib.suppress(wire.Closed):
         program.reply(lambda: exec(compile(source, "program", "exec"), program.module.__dict__))
         program.receive()
 
@@ -62,11 +52,11 @@ class _Program:
     def receive(self) -> Any:
         """Answers requests until a function of the tests' has returned; its value."""
         while True:
-            message = json.loads(read_frame(self.channel, VALUE_BYTES))
+            message = json.loads(wire.read_frame(self.channel, wire.VALUE_BYTES))
             if "do" in message:
                 self.reply(lambda message=message: self.answer(**message))
             elif "value" in message:
-                return decode(message["value"], self.find)
+                return wire.decode(message["value"], self.find)
             else:
                 name, text = message["error"]
                 raise getattr(builtins, name)(text)
@@ -76,22 +66,22 @@ class _Program:
         try:
             value = work()
             content = b""
-            if not is_large(value):
-                content = json.dumps({"value": encode(value, self.number)}).encode()
-            if not content or (len(content) > VALUE_BYTES and type(value) in (list, tuple)):
-                content = json.dumps({"digest": digest(value)}).encode()
+            if not wire.is_large(value):
+                content = json.dumps({"value": wire.encode(value, self.number)}).encode()
+            if not content or (len(content) > wire.VALUE_BYTES and type(value) in (list, tuple)):
+                content = json.dumps({"digest": wire.digest(value)}).encode()
         except BaseException as error:  # SystemExit too: leaving early must not pass
-            described = {"error": describe_exception(error), "refused": _is_refusal(error)}
+            described = {"error": wire.describe_exception(error), "refused": _is_refusal(error)}
             content = json.dumps(described).encode()
-        write_frame(self.channel, content)
+        wire.write_frame(self.channel, content)
 
     def answer(self, do: str, of: Any, args: list[Any], named: dict[str, Any]) -> Any:
         if not isinstance(of, int) and of not in self.module.__dict__:
             raise NameError(f"the program defines no {of}")
         target = self.objects[of] if isinstance(of, int) else self.module.__dict__[of]
-        given = [decode(item, self.find) for item in args]
+        given = [wire.decode(item, self.find) for item in args]
         return _DO[do](
-            target, *given, **{name: decode(item, self.find) for name, item in named.items()}
+            target, *given, **{name: wire.decode(item, self.find) for name, item in named.items()}
         )
 
     def number(self, value: Any) -> list[Any]:
@@ -112,10 +102,10 @@ class _TestsFunction:
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         program = self.program
-        sent = [encode(item, program.number) for item in args]
-        also = {name: encode(item, program.number) for name, item in named.items()}
+        sent = [wire.encode(item, program.number) for item in args]
+        also = {name: wire.encode(item, program.number) for name, item in named.items()}
         message = {"call": self.number, "args": sent, "named": also}
-        write_frame(program.channel, json.dumps(message).encode())
+        wire.write_frame(program.channel, json.dumps(message).encode())
         return program.receive()
 
 

@@ -10,18 +10,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NoReturn
 
-from .wire import (
-    DETAIL_LENGTH,
-    VALUE_BYTES,
-    Closed,
-    TooLong,
-    decode,
-    describe_exception,
-    digest,
-    encode,
-    read_frame,
-    write_frame,
-)
+from . import wire
 
 ENDED_EARLY = "the program ended early"
 PLAIN = (
@@ -100,7 +89,7 @@ class LargeValue:
 
     def __eq__(self, other: object) -> bool:
         """True, or the run ends: values of other types may be equal and have another digest."""
-        if isinstance(other, (list, tuple)) and digest(other) == self.digest:
+        if isinstance(other, (list, tuple)) and wire.digest(other) == self.digest:
             return True
         raise self.failure()
 
@@ -128,8 +117,8 @@ class Channel:
         self, do: str, of: str | int, args: Sequence[Any] = (), named: dict[str, Any] | None = None
     ) -> Any:
         """The program's value; raises its exceptions of built-in types here as well."""
-        sent = [encode(item, self.number) for item in args]
-        also = {name: encode(item, self.number) for name, item in (named or {}).items()}
+        sent = [wire.encode(item, self.number) for item in args]
+        also = {name: wire.encode(item, self.number) for name, item in (named or {}).items()}
         return self.request(do, of, sent, also)
 
     def request(self, do: str, of: str | int, args: Sequence[Any], named: dict[str, Any]) -> Any:
@@ -141,17 +130,17 @@ class Channel:
         """The next reply's value, once the program has called the functions that it wants to."""
         refused = False
         try:
-            while "call" in (reply := json.loads(read_frame(self.descriptor, VALUE_BYTES))):
+            while "call" in (reply := self._read()):
                 self._call_back(reply)
             if "digest" in reply:
                 return LargeValue(self, str(reply["digest"]))
             if "value" in reply:
-                return decode(reply["value"], self.find)
-            name, message = (str(part)[:DETAIL_LENGTH] for part in reply["error"])
+                return wire.decode(reply["value"], self.find)
+            name, message = (str(part)[: wire.DETAIL_LENGTH] for part in reply["error"])
             refused = reply["refused"] is True
-        except Closed:
+        except wire.Closed:
             raise self.failure("error", ENDED_EARLY) from None
-        except TooLong:
+        except wire.TooLong:
             raise self.failure("output limit", "it returned too much") from None
         except MemoryError:
             raise self.failure("memory", "in what it returned") from None
@@ -194,21 +183,24 @@ class Channel:
         self.fault = ProgramFault(outcome, detail)
         return self.fault
 
+    def _read(self) -> Any:
+        return json.loads(wire.read_frame(self.descriptor, wire.VALUE_BYTES))
+
     def _send(self, content: dict[str, Any]) -> None:
-        with contextlib.suppress(Closed):  # receive reports it
-            write_frame(self.descriptor, json.dumps(content).encode())
+        with contextlib.suppress(wire.Closed):  # receive reports it
+            wire.write_frame(self.descriptor, json.dumps(content).encode())
 
     def _call_back(self, asked: dict[str, Any]) -> None:
         """Calls a function of the tests' for the program."""
         function = self.functions[asked["call"]]
-        args = [decode(item, self.find) for item in asked["args"]]
-        named = {str(name): decode(item, self.find) for name, item in asked["named"].items()}
+        args = [wire.decode(item, self.find) for item in asked["args"]]
+        named = {str(name): wire.decode(item, self.find) for name, item in asked["named"].items()}
         try:
-            reply = {"value": encode(function(*args, **named), self.number)}
+            reply = {"value": wire.encode(function(*args, **named), self.number)}
         except ProgramFault:
             raise
         except BaseException as error:
-            reply = {"error": describe_exception(error)}
+            reply = {"error": wire.describe_exception(error)}
         self._send(reply)
 
 
@@ -221,17 +213,17 @@ def run_tests(job: dict[str, Any], channel: int) -> dict[str, Any]:
         if job["tests"] is not None:
             _run_tests(job, asked)
         for name, args in job["calls"]:
-            values.append(encode(asked.request("call", name, args, {}), asked.number))
+            values.append(wire.encode(asked.request("call", name, args, {}), asked.number))
     except ProgramFault as fault:
         outcome, detail = fault.args
     except AssertionError as error:
-        outcome, detail = "failed", ": ".join(describe_exception(error))
+        outcome, detail = "failed", ": ".join(wire.describe_exception(error))
     except MemoryError:
         outcome, detail = "memory", "in the tests"
     except BaseException as error:
         missing = getattr(error, "refused", isinstance(error, ModuleNotFoundError))
         outcome = "not supported" if missing else "error"
-        detail = ": ".join(describe_exception(error))
+        detail = ": ".join(wire.describe_exception(error))
     if asked.fault is not None:
         outcome, detail = asked.fault.args
     return {"outcome": outcome, "detail": detail, "values": values}
