@@ -48,36 +48,29 @@ __all__ = [
     "plot_usage",
     "save_lora_experts",
 ]
-_HOMES = {
-    "BatchTotals": "dylora.routing.losses",
-    "DyLoRAOutput": "dylora.outputs",
-    "DyLoRA_MoE": "dylora.model",
-    "DynamicHybridRouter": "dylora.routing.router",
-    "ExpertManager": "dylora.experts",
-    "ExpertMaturity": "dylora.routing.maturity",
-    "MoELoraConfig": "dylora.config",
-    "NoveltyDetector": "dylora.skills",
-    "Observation": "dylora.routing.losses",
-    "Routing": "dylora.outputs",
-    "SkillLibrary": "dylora.skills",
-    "export_checkpoint": "dylora.integrations.peft_export",
-    "export_mixture": "dylora.integrations.peft_export",
-    "export_peft": "dylora.integrations.peft_export",
-    "format_prompt": "dylora.data.prompts",
-    "load_lora_experts": "dylora.integrations.lora_experts",
-    "load_peft_experts": "dylora.integrations.peft_import",
-    "load_tokenizer": "dylora.base_models",
-    "plot_loss": "dylora.evaluation.plots",
-    "plot_maturity": "dylora.evaluation.plots",
-    "plot_usage": "dylora.evaluation.plots",
-    "save_lora_experts": "dylora.integrations.lora_experts",
+_NAMES = {  # of each module
+    "dylora.base_models": "load_tokenizer",
+    "dylora.config": "MoELoraConfig",
+    "dylora.data.prompts": "format_prompt",
+    "dylora.evaluation.plots": "plot_loss plot_maturity plot_usage",
+    "dylora.experts": "ExpertManager",
+    "dylora.integrations.lora_experts": "load_lora_experts save_lora_experts",
+    "dylora.integrations.peft_export": "export_checkpoint export_mixture export_peft",
+    "dylora.integrations.peft_import": "load_peft_experts",
+    "dylora.model": "DyLoRA_MoE",
+    "dylora.outputs": "DyLoRAOutput Routing",
+    "dylora.routing.losses": "BatchTotals Observation",
+    "dylora.routing.maturity": "ExpertMaturity",
+    "dylora.routing.router": "DynamicHybridRouter",
+    "dylora.skills": "NoveltyDetector SkillLibrary",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dylora' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    for home, names in _NAMES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'dylora' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -101,7 +101,7 @@ class BaseSpec:
         Raises ValueError where it cannot be loaded, with what to do, and where its files lack
         weights, which transformers would fill at random.
         """
-        dtype = self.dtype or self._stored_dtype()
+        dtype = self.dtype or self.config().get_text_config().dtype or torch.float32
         assert isinstance(dtype, torch.dtype)  # a name became one in __post_init__
         options: dict[str, Any] = {}
         if self.attn_implementation:
@@ -153,9 +153,6 @@ class BaseSpec:
     def config(self) -> Any:
         """The base's configuration alone. Raises ValueError where it cannot be loaded."""
         return self._ask("model", AutoConfig)
-
-    def _stored_dtype(self) -> torch.dtype:
-        return self.config().get_text_config().dtype or torch.float32
 
     def _ask(self, what: str, loader: Any, **options: Any) -> Any:
         """Raises ValueError for the many errors of what cannot be loaded."""

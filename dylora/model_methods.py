@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,22 +16,16 @@ from dylora.integrations.reference import reference_model
 from dylora.mixture import Mixture
 
 
-def _of_mixture(name: str) -> Any:
-    """An attribute or a method that the mixture has."""
+def _of(part: str, kind: type, name: str) -> Any:
+    """An attribute or a method that a part has; of the base's, with transformers' arguments."""
     return property(
-        lambda self: getattr(self.mixture, name),
-        lambda self, value: setattr(self.mixture, name, value),
-        doc=getattr(Mixture, name, None).__doc__,
+        lambda self: getattr(getattr(self, part), name),
+        lambda self, value: setattr(getattr(self, part), name, value),
+        doc=getattr(kind, name, None).__doc__,
     )
 
 
-def _of_base(name: str) -> Any:
-    """An attribute or a method that the base has; of a method, with transformers' arguments."""
-    return property(
-        lambda self: getattr(self.base, name),
-        lambda self, value: setattr(self.base, name, value),
-        doc=getattr(PreTrainedModel, name, None).__doc__,
-    )
+_of_mixture, _of_base = partial(_of, "mixture", Mixture), partial(_of, "base", PreTrainedModel)
 
 
 class MixtureMethods(nn.Module):

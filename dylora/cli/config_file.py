@@ -77,17 +77,14 @@ def find_config(path: str | Path) -> Path:
     if file.exists():
         return file
     name = file.as_posix().removeprefix("configs/").removesuffix(".yaml")
-    shipped = {one.relative_to(SHIPPED).with_suffix("").as_posix(): one for one in _shipped()}
+    files = sorted(SHIPPED.rglob("*.yaml"))
+    shipped = {one.relative_to(SHIPPED).with_suffix("").as_posix(): one for one in files}
     if name not in shipped:
         near = closest(name, list(shipped))
         raise FileNotFoundError(
             f"{path}: no such file" + (f"; did you mean {near}?" if near else "")
         )
     return shipped[name]
-
-
-def _shipped() -> list[Path]:
-    return sorted(SHIPPED.rglob("*.yaml"))
 
 
 def build_config(cls: type[T], tree: dict[str, Any], origin: Callable[[str], str]) -> T:

@@ -75,7 +75,10 @@ def report_run(run: Run) -> list[SetRow]:
         "best_step": run.progress.best_step,
         "test_answers_per_skill": count,
         "sandbox": backend,
-        "sets": [_finite(row._asdict()) for row in rows],
+        "sets": [
+            {key: None if value != value else value for key, value in row._asdict().items()}
+            for row in rows  # JSON has no word for NaN
+        ],
         "routing": routing,
         "answers": {
             name: [answer._asdict() for answer in score.answers]
@@ -126,11 +129,6 @@ def _set_row(
 def half_width(error: float, rows: int) -> float | None:
     """Half of a mean's 95 % interval by Student's t; None where there is no standard error."""
     return None if math.isnan(error) else t_quantile(0.975, rows - 1) * error
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """With null for what JSON has no word for."""
-    return {key: None if value != value else value for key, value in row.items()}
 
 
 def _checkpoint(run: Run) -> Path:

@@ -51,7 +51,10 @@ def write_routing(
     content = {
         "sites": model.site_names,
         "experts": len(model.experts),
-        "usage": {name: _rounded(found) for name, found in usage.items()},
+        "usage": {
+            name: [[round(share, 4) for share in row] for row in found.tolist()]
+            for name, found in usage.items()
+        },
         "kept_sites": sites,
         "texts": [_routed(model, tokenizer, name, row, sites) for name, row in texts],
     }
@@ -129,7 +132,3 @@ def _kept_sites(model: DyLoRA_MoE, tokens: int) -> list[int]:
     count = len(model.site_names)
     kept = max(1, min(count, MOST_CELLS // max(tokens, 1)))
     return [number * count // kept for number in range(kept)]
-
-
-def _rounded(usage_NE: Tensor) -> list[list[float]]:
-    return [[round(share, 4) for share in row] for row in usage_NE.tolist()]

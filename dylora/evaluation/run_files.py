@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dylora.fields import is_number
 from dylora.storage.folders import checkpoints
 from dylora.storage.safe_io import metrics_row, read_bytes, read_json
 
@@ -50,7 +51,7 @@ class RunFiles(NamedTuple):
     def points(self, key: str) -> Points:
         """A metric over steps, as far as it is finite."""
         found = [(row["step"], row[key]) for row in self.rows if key in row]
-        return [(step, value) for step, value in found if _is_finite(value)]
+        return [(step, value) for step, value in found if is_number(value)]
 
     def last(self, key: str) -> float | None:
         """The last finite value of a metric."""
@@ -114,10 +115,6 @@ def _after(last: Row, row: Row) -> Row:
     """A row of a stage, whose steps and tokens go on from the last row before it."""
     seen = {key: last.get(key, 0) + row[key] for key in ("step", "tokens") if key in row}
     return row | seen
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _stage_number(name: str) -> int:

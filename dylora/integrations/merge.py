@@ -121,7 +121,9 @@ def _dequantized(base: PreTrainedModel) -> list[str]:
     modules: dict[str, Any] = dict(base.named_modules())
     if quantization_of(base) == "torchao-int8":
         # transformers 5.23 has nothing for torchao, but its tensors know the way themselves.
-        packed = [path for path, m in modules.items() if _is_packed(getattr(m, "weight", None))]
+        # A torchao tensor is made of several.
+        mark = "__tensor_flatten__"
+        packed = [p for p, m in modules.items() if hasattr(getattr(m, "weight", None), mark)]
         for path in packed:
             plain = modules[path].weight.dequantize().float()
             modules[path].weight = nn.Parameter(plain, requires_grad=False)
@@ -131,8 +133,3 @@ def _dequantized(base: PreTrainedModel) -> list[str]:
     base.dequantize(dtype=torch.float32)
     base.requires_grad_(False)
     return [path for path, module in base.named_modules() if modules.get(path) is not module]
-
-
-def _is_packed(weight: Any) -> bool:
-    """Whether a weight is a torchao tensor, which is made of several."""
-    return hasattr(weight, "__tensor_flatten__")

@@ -86,19 +86,17 @@ def check_reachable(config: RunConfig) -> None:
     paths += [("model.base", config.model.base), ("train.init_from", config.train.init_from)]
     for what, given in paths:
         for path in given if isinstance(given, list) else [given]:
-            if path is not None and not path.startswith("/gcs/") and not _is_hub_name(path):
+            if path is None or path.startswith("/gcs/"):
+                continue
+            if not HUB_NAME.fullmatch(path) or Path(path).exists():
                 raise ValueError(
                     f"{what} is {path}, which the job does not see: copy it into a bucket, and "
                     "give /gcs/BUCKET/…"
                 )
-    if (parallel := getattr(config.train, "parallel", "none")) != "none":
+    if (parallel := config.train.parallel) != "none":
         raise ValueError(
             f"train.parallel is {parallel}, but these machines have one GPU: leave it out"
         )
-
-
-def _is_hub_name(path: str) -> bool:
-    return bool(HUB_NAME.fullmatch(path)) and not Path(path).exists()
 
 
 def gcloud_command(config: RunConfig, *, region: str, project: str | None, file: str) -> str:

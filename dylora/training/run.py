@@ -92,7 +92,12 @@ def prepare(
     model = build_model(config, tokenizer, device) if parts is None else parts.model
     if config.data.packing:
         require_packing(model)
-    model.training_record = record_of(config, data) | (parts.record if parts else {})
+    model.training_record = {
+        "data": data.provenance,
+        "seed": config.train.seed,
+        "settings": recorded_settings(config),
+        **(parts.record if parts else {}),
+    }
     if fresh and config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
     joint = parts is None and config.moe.routes_prompts  # a stage fills the library by itself
@@ -187,15 +192,6 @@ def build_sampler(config: DataConfig, data: PreparedData, rows_per_step: int) ->
         weights=[source.weight for source in config.sources],
         streamed=[i for i, source in enumerate(config.sources) if source.stream_rows],
     )
-
-
-def record_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
-    """What a checkpoint says of the training of its mixture."""
-    return {
-        "data": data.provenance,
-        "seed": config.train.seed,
-        "settings": recorded_settings(config),
-    }
 
 
 def run_folder(config: RunConfig) -> Path:
