@@ -253,24 +253,18 @@ class Mixture:
         if any(True for _ in self.routers()):
             raise ValueError("routers are attached already: detach_router() first")
         needing = [b for b in self.blocks if self.config.is_learned and not b.shares_first]
+        by_name = {block.name.replace(".", "/"): block for block in needing}
         if routers is None:
-            fresh = {
-                block.name.replace(".", "/"): inject.new_router(
-                    self.base,
-                    self.config,
-                    block,
-                    next(p for p in self.adapters if p.startswith(f"{block.name}.")),
-                )
-                for block in needing
-            }
-            routers = nn.ModuleDict(fresh)
-        expected = {block.name.replace(".", "/") for block in needing}
-        if set(routers) != expected:
+            routers = nn.ModuleDict()
+            for name, block in by_name.items():
+                path = next(p for p in self.adapters if p.startswith(f"{block.name}."))
+                routers[name] = inject.new_router(self.base, self.config, block, path)
+        if set(routers) != by_name.keys():
             raise ValueError(
-                f"routers are for {sorted(routers)}, but the blocks are {sorted(expected)}"
+                f"routers are for {sorted(routers)}, but the blocks are {sorted(by_name)}"
             )
-        for block in needing:
-            router = routers[block.name.replace(".", "/")]
+        for name, block in by_name.items():
+            router = routers[name]
             assert isinstance(router, Router)
             router.config = self.config
             inject.attach_router(self.base, block, router)

@@ -171,7 +171,11 @@ def _stepped(
     vars(copy).update(vars(optimizer) | {hook: OrderedDict() for hook in hooks})
     rate = {"lr": 0.01}  # a schedule may begin with 0
     vars(copy)["param_groups"] = [group | rate | {"params": parameters}]
-    pairs = zip(parameters, map(_copied, states), strict=True)
+    copied = [
+        {key: value.clone() if torch.is_tensor(value) else value for key, value in state.items()}
+        for state in states
+    ]
+    pairs = zip(parameters, copied, strict=True)
     vars(copy)["state"] = defaultdict(dict, {p: state for p, state in pairs if state})
     before = dict(copy.param_groups[0])
     type(copy).step(copy)  # of the class: a schedule counts the steps of the instance
@@ -182,7 +186,3 @@ def _stepped(
                 f"expert that comes later as well: {ADVICE}"
             )
     return [p.detach() for p in parameters], [dict(copy.state.get(p, {})) for p in parameters]
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()}

@@ -27,7 +27,7 @@ def print_info(path: str) -> None:
     FileNotFoundError where there is no such folder.
     """
     folder = local_folder(path)
-    found, wrong, description = detect_format(folder), {}, None
+    found, wrong = detect_format(folder), {}
     if (folder / WEIGHTS_FILE).exists():
         tell = _print_adapter
     elif (folder / schema.EXPORT_FILE).exists():
@@ -48,26 +48,21 @@ def print_info(path: str) -> None:
     else:
         wrong = _find_damage(folder)
         if tell is _print_checkpoint and not wrong:
-            # One that is refused is not called whole.
-            description = Checkpoint.of_verified(folder).description
+            Checkpoint.of_verified(folder)  # one that is refused is not called whole
         state = f"DAMAGED, {size}" if wrong else f"whole, {size}, every file as written"
         print(f"{folder}: {state}")
     for name, what in wrong.items():
         print(f"damaged     {what if name == MANIFEST else f'{name} {what}'}")
-    if tell is _print_checkpoint:
-        _print_checkpoint(folder, wrong, description)
-    else:
-        tell(folder, wrong)
+    tell(folder, wrong)
     _raise_damage(folder, wrong)
 
 
-def _print_checkpoint(
-    folder: Path, wrong: Mapping[str, str], description: Mapping[str, Any] | None = None
-) -> None:
-    """A mixture; description: of a whole one, while a damaged one's may be of use."""
-    if description is None and not wrong.keys() & {"config.json", MANIFEST}:
+def _print_checkpoint(folder: Path, wrong: Mapping[str, str]) -> None:
+    """A mixture; of a damaged one its description may be of use."""
+    description = {}
+    if not wrong.keys() & {"config.json", MANIFEST}:
         description = read_json(folder / "config.json")
-    if description is not None and description.get("format_version") == schema.FORMAT_VERSION:
+    if description.get("format_version") == schema.FORMAT_VERSION:
         _print_description(folder, description)
         if not wrong:
             _print_stream(folder, description)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from queue import Empty, Full, Queue
 from typing import Any
 
@@ -118,18 +119,12 @@ class Engine:
 
     def _work(self) -> None:
         while (first := self._queue.get()) is not None:
-            rows, last = [first], False
-            while len(rows) < self.batch_size:
-                try:
-                    row = self._queue.get_nowait()
-                except Empty:
-                    break
-                if row is None:
-                    last = True
-                    break
-                rows.append(row)
-            self._answer(rows)
-            if last:
+            rows: list[Row | None] = [first]
+            with suppress(Empty):
+                while rows[-1] is not None and len(rows) < self.batch_size:
+                    rows.append(self._queue.get_nowait())
+            self._answer([row for row in rows if row is not None])
+            if rows[-1] is None:
                 return
 
     def _answer(self, rows: list[Row]) -> None:
