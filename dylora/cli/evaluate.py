@@ -17,11 +17,7 @@ class EvaluateOptions(RoutingOptions, CheckpointOptions, ConfigOptions):
     """Loss and perplexity of a checkpoint on each of a config's data sets."""
 
     ACTING: ClassVar = (
-        "model.",
-        "data.",
-        "train.training_subset",
-        "eval.batch_size",
-        "eval.eval_subset",
+        *("model.", "data.", "train.training_subset", "eval.batch_size", "eval.eval_subset"),
     )
     """Fields of a config that have an effect; the rest a checkpoint decides, or only training."""
 

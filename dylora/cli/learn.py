@@ -76,18 +76,10 @@ def stage_of(options: LearnOptions) -> StageConfig:
     word = options.source.removeprefix("skill/") if named else Path(options.source).stem
     name = options.name or word
     given: Any = {key: getattr(options, key) for key in COLUMNS}
-    if named:
-        source = SourceConfig(name=options.source, rows=options.rows, **given)
-    else:
-        source = SourceConfig(name=name, path=options.source, rows=options.rows, **given)
-    return StageConfig(
-        name=name,
-        sources=[source],
-        on_known=options.on_known,
-        start=options.start,
-        rank=options.rank,
-        alpha=options.alpha,
-    )
+    given |= {"name": options.source} if named else {"name": name, "path": options.source}
+    source = SourceConfig(rows=options.rows, **given)
+    expert: Any = {key: getattr(options, key) for key in ("on_known", "start", "rank", "alpha")}
+    return StageConfig(name=name, sources=[source], **expert)
 
 
 def recorded_overrides(checkpoint: str) -> list[str]:

@@ -60,12 +60,8 @@ def load_data(
         data.validation.append(loaded.validation)
         data.reports.append(loaded.report)
         sources.append(loaded.provenance)
-    data.provenance.update(
-        prompt=template.text,
-        max_length=config.max_length,
-        over_long=config.over_long,
-        sources=sources,
-    )
+    limits = {name: getattr(config, name) for name in ("max_length", "over_long")}
+    data.provenance.update(prompt=template.text, **limits, sources=sources)
     if config.train_on_inputs:
         data.provenance["train_on_inputs"] = True
     return data

@@ -80,33 +80,19 @@ def write_page(folders: Sequence[Path], out: Path) -> None:
 def _sections(run: RunFiles) -> list[Section]:
     return [
         Section("results", "Results", tables=tables.results(run)),
-        Section(
-            "training",
-            "Training",
-            figures=_figures(run, ("loss", "rate", "speed", "memory", "gradient")),
-        ),
+        Section("training", "Training", figures=_figures(run, "loss rate speed memory gradient")),
         Section(
             "experts",
             "Experts",
             tables=tables.experts(run),
-            figures=_figures(run, ("maturity", "share", "tokens", "expert_gradient")),
+            figures=_figures(run, "maturity share tokens expert_gradient"),
         ),
         Section(
             "routing",
             "Routing",
             text="Share of the gates over an even one: blue is less, red is more than even.",
             figures=_figures(
-                run,
-                (
-                    "usage",
-                    "information",
-                    "sites",
-                    "entropy",
-                    "active",
-                    "collapse",
-                    "dead",
-                    "sparse_cost",
-                ),
+                run, "usage information sites entropy active collapse dead sparse_cost"
             ),
         ),
         Section(
@@ -121,9 +107,7 @@ def _sections(run: RunFiles) -> list[Section]:
             "stream",
             "Skills one after another",
             tables=tables.stages(run),
-            figures=_figures(
-                run, ("forgetting", "passed", "forgetting_map", "similarity", "novelty")
-            ),
+            figures=_figures(run, "forgetting passed forgetting_map similarity novelty"),
         ),
         Section("settings", "Settings and environment", files=tables.files(run)),
     ]
@@ -163,10 +147,10 @@ def _curves_and_settings(groups: comparison.Groups, files: list[tuple[str, str]]
     ]
 
 
-def _figures(run: RunFiles, names: Sequence[str]) -> list[PageFigure]:
+def _figures(run: RunFiles, names: str) -> list[PageFigure]:
     """Those of the named figures that the run has something of."""
     found = []
-    for name in names:
+    for name in names.split():
         variants = [draw(name, run)]
         if name == "loss":
             variants.append(draw("loss_log", run))
