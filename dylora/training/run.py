@@ -92,12 +92,8 @@ def prepare(
     model = build_model(config, tokenizer, device) if parts is None else parts.model
     if config.data.packing:
         require_packing(model)
-    model.training_record = {
-        "data": data.provenance,
-        "seed": config.train.seed,
-        "settings": recorded_settings(config),
-        **(parts.record if parts else {}),
-    }
+    own = {"seed": config.train.seed, "settings": recorded_settings(config)}
+    model.training_record = {"data": data.provenance, **own, **(parts.record if parts else {})}
     if fresh and config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
     joint = parts is None and config.moe.routes_prompts  # a stage fills the library by itself
