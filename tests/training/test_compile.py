@@ -18,6 +18,11 @@ from runs import rows_of
 
 LONG = {"max_steps": 12, "gradient_accumulation_steps": 2, "eval_steps": 6}
 MOE = {"maturity_mode": "usage", "router_z_loss_coef": 1e-2, "lora_dropout": 0.1}
+OTHERS = (
+    {},
+    {"router_type": "threshold"},
+    {"router_scope": "shared", "router_input": "running_mean"},
+)
 LOSSES = ("train/loss", "val/loss", "router/entropy")
 
 
@@ -40,7 +45,7 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize(
     "moe",
-    [MOE, *(pytest.param(m, marks=pytest.mark.slow) for m in ({}, {"router_type": "threshold"}))],
+    [MOE, *(pytest.param(moe, marks=pytest.mark.slow) for moe in OTHERS)],
 )
 def test_a_compiled_run_logs_the_numbers_of_one_that_is_not(make_config, quick, moe):
     plain = rows_of(train(make_config("plain", moe=moe, **LONG)).folder)
