@@ -49,18 +49,19 @@ def main() -> None:
     parser.add_argument("--scales", default="2,8,32")
     parser.add_argument("--rates", default="1e-3,5e-3")
     parser.add_argument("--updates", type=int, default=320, help="a stage")
+    parser.add_argument("--rows", type=int, default=640, help="of a skill")
     parser.add_argument(
         "--out", type=Path, default=Path("experiments/results/continual_rates.json")
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
     cells = json.loads(options.out.read_text())["cells"] if options.out.exists() else []
-    stages = skill_stages(640)
+    stages = skill_stages(options.rows)
     for name in options.methods.split(","):
         for scale in map(float, options.scales.split(",")):
             for rate in map(float, options.rates.split(",")):
                 cell: dict[str, Any] = {"method": name, "scale": scale, "rate": rate}
-                cell["updates"] = options.updates
+                cell |= {"updates": options.updates, "rows": options.rows}
                 if any(cell.items() <= done.items() for done in cells):
                     continue
                 recipe = Recipe(updates=options.updates)
