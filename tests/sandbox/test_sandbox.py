@@ -102,7 +102,8 @@ def try_at(place: Place, attack: Attack, outside: Path, server: socket.socket) -
     box = place.impatient if attack.outcomes[0] == "timeout" else place.short
     result = run(box, attack, outside, server)
     assert result.outcome in attack.outcomes, (place.name, result)
-    assert result.seconds < box.limits.longest_seconds, place.name
+    late = 5.0  # in which a busy machine ends what is over its time
+    assert result.seconds < box.limits.longest_seconds + late, place.name
     assert result.cpu_seconds < box.limits.seconds + 1.5, place.name
     assert survivors(box._process.pid, place.residents[box._process.pid]) == set(), place.name
     assert box._process.poll() is None, place.name
