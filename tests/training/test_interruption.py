@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dylora.storage import manifest
+from dylora.storage import folders, manifest
 from dylora.storage.lock import LOCK_FILE, lock_folder
 from dylora.storage.manifest import verify, write_manifest
 from dylora.training import loop
@@ -176,13 +176,13 @@ def test_two_checkpoints_that_do_not_fit_are_refused_before_the_first_step(
 
 def test_the_save_before_the_first_step_has_the_full_size(make_config, monkeypatch):
     sizes = []
-    original = loop.preflight_save.__globals__["folder_bytes"]
+    original = folders.folder_bytes
 
     def measuring(folder):
         sizes.append(original(folder))
         return sizes[-1]
 
-    monkeypatch.setitem(loop.preflight_save.__globals__, "folder_bytes", measuring)
+    monkeypatch.setattr(folders, "folder_bytes", measuring)
     run = train(make_config(max_steps=1))
     saved = original(run.folder / "checkpoint-1")
     assert 0.97 * saved < sizes[0] < 1.03 * saved
