@@ -85,8 +85,9 @@ def processes(session: int) -> set[str]:
 
 
 def survivors(session: int, residents: set[str]) -> set[str]:
-    """Processes that a job has left, 1 s after its result."""
-    until = time.monotonic() + 1.0
+    """Processes that a job has left: those that have not ended within 10 s of its result, as a busy
+    machine takes its time."""
+    until = time.monotonic() + 10.0
     while (found := processes(session) - residents) and time.monotonic() < until:
-        time.sleep(0.001)
+        time.sleep(0.01)
     return found
