@@ -78,8 +78,14 @@ def stage_of(options: LearnOptions) -> StageConfig:
     given: Any = {key: getattr(options, key) for key in COLUMNS}
     given |= {"name": options.source} if named else {"name": name, "path": options.source}
     source = SourceConfig(rows=options.rows, **given)
-    expert: Any = {key: getattr(options, key) for key in ("on_known", "start", "rank", "alpha")}
-    return StageConfig(name=name, sources=[source], **expert)
+    return StageConfig(
+        name=name,
+        sources=[source],
+        on_known=options.on_known,
+        start=options.start,
+        rank=options.rank,
+        alpha=options.alpha,
+    )
 
 
 def recorded_overrides(checkpoint: str) -> list[str]:

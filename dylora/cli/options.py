@@ -121,7 +121,12 @@ class AnswerOptions:
         """How tokens are drawn."""
         from dylora.serving.answering import Sampling
 
-        return Sampling(**{item.name: getattr(self, item.name) for item in fields(AnswerOptions)})
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,8 +36,14 @@ def run(options: SubmitOptions, overrides: list[str]) -> None:
     from dylora.integrations import vertex
 
     config = load_run_config(options.config, overrides)
-    names = ("machine", "spot", "image", "bucket", "hours")
-    spec = vertex.custom_job_spec(config, **{name: getattr(options, name) for name in names})
+    spec = vertex.custom_job_spec(
+        config,
+        machine=options.machine,
+        spot=options.spot,
+        image=options.image,
+        bucket=options.bucket,
+        hours=options.hours,
+    )
     region, project = options.region, options.project
     if options.dry_run:  # a file as gcloud reads it
         command = vertex.gcloud_command(config, region=region, project=project, file="job.yaml")

@@ -60,8 +60,12 @@ def load_data(
         data.validation.append(loaded.validation)
         data.reports.append(loaded.report)
         sources.append(loaded.provenance)
-    limits = {name: getattr(config, name) for name in ("max_length", "over_long")}
-    data.provenance.update(prompt=template.text, **limits, sources=sources)
+    data.provenance.update(
+        prompt=template.text,
+        max_length=config.max_length,
+        over_long=config.over_long,
+        sources=sources,
+    )
     if config.train_on_inputs:
         data.provenance["train_on_inputs"] = True
     return data

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dylora.model import DyLoRA_MoE
+from dylora.storage.peft_types import PEFT_TYPES
 from dylora.training.validation import loss_of_rows
 
 Row = dict[str, list[int]]
@@ -82,10 +83,13 @@ def load_share(
 ) -> None:
     """Give `expert` a share of another's update; its own number: its `fresh` tensors again.
 
-    What starts at zero is scaled (B, biases), and the rest taken whole (A, DoRA's magnitudes).
+    The last matrix is scaled, as an update is linear in it; A and DoRA's magnitudes are taken
+    whole, biases not at all.
     """
     for path, adapter in model.mixture.adapters.items():
-        own, tensors = fresh[path], adapter.expert_tensors(source)
+        tensors = fresh[path]
         if source != expert:
-            own = {k: t if own[k].any() else share * t for k, t in tensors.items()}
-        adapter.load_expert(expert, own)
+            tensors = adapter.expert_tensors(source)
+            last = list(PEFT_TYPES[adapter.PEFT_TYPE].matrices)[-1]
+            tensors[last] = share * tensors[last]
+        adapter.load_expert(expert, tensors)

@@ -23,7 +23,7 @@ from dylora.storage.folders import (
     write_file,
     write_folder,
 )
-from dylora.storage.manifest import MANIFEST, NOTES, verify, write_manifest
+from dylora.storage.manifest import MANIFEST, NOTES, is_intact, verify, write_manifest
 from dylora.storage.peft_config import CONFIG_FILE
 from harm import seal
 
@@ -77,8 +77,9 @@ def test_nothing_lies_beside_a_written_folder(tmp_path):
 
 
 def test_missing_parents_are_made(tmp_path):
-    write_folder(tmp_path / "runs" / "first" / "new", write_text("one"))
-    verify(tmp_path / "runs" / "first" / "new")
+    folder = tmp_path / "runs" / "first" / "new"
+    write_folder(folder, write_text("one"))
+    assert is_intact(folder)
 
 
 def test_an_exception_leaves_no_folder(tmp_path):
@@ -121,7 +122,7 @@ def test_our_own_folder_is_replaced_as_a_whole(tmp_path):
 def test_an_empty_folder_is_filled(tmp_path):
     (tmp_path / "new").mkdir()
     write_folder(tmp_path / "new", write_text("one"))
-    verify(tmp_path / "new")
+    assert is_intact(tmp_path / "new")
 
 
 FOREIGN = {
@@ -427,8 +428,9 @@ def test_extra_files_do_not_spoil_a_checkpoint(saved, tiny_base):
     """A hub adds README.md and .gitattributes, and people add notes; nothing of ours reads them."""
     for name in ("README.md", ".gitattributes", "peft_adapters/expert_0/README.md"):
         (saved[1] / name).write_text("notes")
-    verify(saved[1])
-    DyLoRA_MoE.from_pretrained(saved[1], base=tiny_base("llama"))
+    assert is_intact(saved[1])
+    model = DyLoRA_MoE.from_pretrained(saved[1], base=tiny_base("llama"))
+    assert len(model.experts) == len(saved[0].experts)
 
 
 @pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "inner/../../secret.txt"])
@@ -451,7 +453,7 @@ def test_a_file_that_a_loader_would_read_must_be_in_the_manifest(name, small):
 
 def test_what_a_trainer_puts_beside_a_mixture_does_not_spoil_it(small):
     (small / "optimizer.pt").write_bytes(b"read by nothing of ours")
-    verify(small)
+    assert is_intact(small)
 
 
 # A run's checkpoints

@@ -316,13 +316,27 @@ def test_only_experts_of_the_nearest_skills_are_compared(whole, monkeypatch):
     assert (found, list(losses)) == ((1, 0.5, 1.0, 2.0), [])
 
 
-@pytest.mark.parametrize(
-    "changes", [{"use_dora": True}, {"use_rslora": True}, {"adapter_type": "loha"}]
-)
-def test_a_share_of_an_expert_of_any_kind_is_taken(make_stream, source, changes):
-    last = StageConfig(name="last", sources=[source("sums", 90)], on_known="new")
-    config = make_stream(stages=[*make_stream().stages[:1], last], moe=changes, learning_rate=0.05)
-    assert train_stream(config).records[-1].copied == 0
+KINDS = [
+    *({"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "orthogonal"}),
+    {"adapter_type": "loha"},
+]
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_a_share_of_an_expert_of_any_kind_is_taken(make_stream, changes):
+    config = make_stream(stages=make_stream().stages[:1], moe=changes, learning_rate=0.05)
+    model = train_stream(config).model
+    own = model.experts.create_expert(model.experts[0].rank, model.experts[0].alpha)
+    fresh = start.update_of(model, own)
+    start.load_share(model, own, fresh, 0, 0.5)
+    for adapter in model.mixture.adapters.values():
+        whole = adapter.delta_weight(0)
+        assert whole.any()
+        torch.testing.assert_close(adapter.delta_weight(own), 0.5 * whole)
+    start.load_share(model, own, fresh, own, 0.0)
+    for path, adapter in model.mixture.adapters.items():
+        tensors = adapter.expert_tensors(own)
+        assert all(torch.equal(tensors[name], fresh[path][name]) for name in tensors)
 
 
 def test_the_loss_of_rows_is_that_of_their_set(whole):
