@@ -174,6 +174,10 @@ class RunConfig:
         streams = [source.name for source in self.data.sources if source.stream_rows]
         rule = f"without stream_rows with moe.router_scope {self.moe.router_scope}"
         require(not (streams and self.moe.routes_prompts), "data.sources", streams, rule)
+        clusters = self.train.prompt_clusters
+        fits = clusters is None or (self.moe.routes_prompts and not self.stages)
+        rule = "unset unless moe.router_scope is prompt or running_mean, without stages"
+        require(fits, "train.prompt_clusters", clusters, rule)
         for name, holds, value, rule in self._rules_of_stages() if self.stages else ():
             require(holds, name, value, rule)
 

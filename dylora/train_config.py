@@ -111,6 +111,9 @@ class TrainConfig:
     train_experts: bool | None = None
     """With init_from. False: freeze all experts and train the routers alone; true: none is frozen;
     none: as the checkpoint has it."""
+    prompt_clusters: int | None = option(None, least=2, most=1024)
+    """With moe.router_scope prompt: so many clusters of the training prompts (k-means) are the
+    skills, the similar ones of an expert; none: each source is one."""
     freeze_routers: bool = False
     """Routers stay as they were drawn, or as init_from has them: a control for what learned routing
     gives."""

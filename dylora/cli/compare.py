@@ -11,7 +11,8 @@ from dylora.fields import shown
 from dylora.run_config import RunConfig
 
 OF_METHODS = (  # of the section train
-    *("router_learning_rate", "freeze_routers", "weight_decay", "optim", "lora_plus_ratio"),
+    *("router_learning_rate", "freeze_routers", "prompt_clusters", "weight_decay", "optim"),
+    "lora_plus_ratio",
 )
 # What the comparison itself sets, and by which of its settings.
 OWNED = {

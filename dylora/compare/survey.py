@@ -97,7 +97,10 @@ def _survey(board: Board, method: Method) -> Survey:
 
 
 def _with_few_rows(cell: RunConfig) -> DataConfig:
-    """No more training rows of a skill than the measured steps take: they are generated."""
+    """No more training rows of a skill than the measured steps take: they are generated. All of
+    them where clusters are found in them."""
+    if cell.train.prompt_clusters is not None:
+        return cell.data
     most = STEPS * cell.train.batch_size * cell.train.gradient_accumulation_steps
     sources = [
         dataclasses.replace(source, rows=min(source.rows or most, most))

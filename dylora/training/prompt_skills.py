@@ -1,30 +1,46 @@
-"""The skill library of a run that knows its sources from the start: each of them is a skill."""
+"""The skill library of a joint run, from its start on: its sources are the skills, or clusters of
+its prompts are."""
 
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+
 from dylora.data.prepare import PreparedData
 from dylora.data.streamed import TrainingSet
+from dylora.features import embed
 from dylora.model import DyLoRA_MoE
 from dylora.skills import SkillLibrary
+from dylora.storage.skill_file import LEAST_ROWS
+from dylora.training.clusters import cluster_prompts, merge_clusters
 
 Split = Literal["train", "validation"]
 # Of a skill, at most, of which the library keeps the sums.
 LIBRARY_ROWS: dict[Split, int] = {"train": 256, "validation": 128}
 
 
-def fit_library(model: DyLoRA_MoE, data: PreparedData) -> None:
-    """Let each source be a skill: the first expert after the shared ones serves the first source,
-    and so on. Prompts are routed by that from the first step on.
+def fit_library(
+    model: DyLoRA_MoE, data: PreparedData, clusters: int | None = None, seed: int = 0
+) -> None:
+    """Fill the library of which prompts are routed from the first step on.
 
-    Raises ValueError where there are more or fewer experts than sources, and as `SkillLibrary.add`.
+    Args:
+        clusters: so many clusters of the prompts are the skills; none: each source is one, and the
+            first expert after the shared ones serves the first source, and so on.
+        seed: of the clusters.
+
+    Raises ValueError where there are more or fewer experts than sources, where fewer clusters are
+    found than there are experts, and as `SkillLibrary.add`.
     """
+    if clusters is not None:
+        return fit_clusters(model, data, clusters, seed)
     shared, sources = model.config.shared_experts, len(data.train)
     if len(model.experts) - shared != sources:
         raise ValueError(
             f"moe.num_experts is {len(model.experts)}, {shared} of them shared, but data.sources "
             f"has {sources} sets; with router_scope {model.config.router_scope!r} each has an "
-            f"expert of its own: set moe.num_experts {shared + sources}"
+            f"expert of its own: set moe.num_experts {shared + sources}, or train.prompt_clusters "
+            "for skills that no source names"
         )
     library = SkillLibrary(model)
     for number, (train, validation) in enumerate(zip(data.train, data.validation, strict=True)):
@@ -32,6 +48,43 @@ def fit_library(model: DyLoRA_MoE, data: PreparedData) -> None:
         held_out = evenly([validation], LIBRARY_ROWS["validation"])
         library.add(train.name, rows, held_out, expert=shared + number)
         model.experts[shared + number].skill = train.name
+    return None
+
+
+def fit_clusters(model: DyLoRA_MoE, data: PreparedData, count: int, seed: int) -> None:
+    """Let clusters of the prompts of all sources be the skills; where there are more of them than
+    routed experts, similar ones share an expert.
+
+    Args:
+        count: clusters, at most; one with too few rows for the library is given up.
+
+    Raises ValueError where fewer clusters are found than there are routed experts, and as
+    `SkillLibrary.add`.
+    """
+    shared = model.config.shared_experts
+    experts = len(model.experts) - shared
+    rows = evenly(data.train, LIBRARY_ROWS["train"] * experts)
+    held_out = evenly(data.validation, LIBRARY_ROWS["validation"] * experts)
+    parts = [embed(model.mixture, part).prompt for part in (rows, held_out)]
+    labels = cluster_prompts(parts, count, LEAST_ROWS, seed)
+    found = int(labels[0].max()) + 1
+    if found < experts:
+        raise ValueError(
+            f"train.prompt_clusters is {count}, but of {len(rows)} training and {len(held_out)} "
+            f"validation rows {found} clusters have {LEAST_ROWS} each, for {experts} experts: give "
+            f"more rows (eval.eval_subset), or set moe.num_experts {shared + found}"
+        )
+    group_of = merge_clusters(torch.cat(parts), torch.cat(labels), experts)
+    library, members = SkillLibrary(model), [0] * experts
+    for cluster, group in enumerate(group_of):
+        members[group] += 1
+        own = (
+            [row for row, label in zip(part, at.tolist(), strict=True) if label == cluster]
+            for part, at in zip((rows, held_out), labels, strict=True)
+        )
+        library.add(f"prompts-{group + 1}.{members[group]}", *own, expert=shared + group)
+    for group in range(experts):
+        model.experts[shared + group].skill = f"prompts-{group + 1}"
 
 
 def evenly(sets: Sequence[TrainingSet], most: int) -> list[dict[str, list[int]]]:

@@ -21,12 +21,12 @@ SKILLS = ("lists", "sql")
 def joint(make_config):
     """A few steps on two embedded skills; a shared expert beside one for each."""
 
-    def make(name="a", *, experts=3, packing=False, **changes):
+    def make(name="a", *, experts=3, packing=False, rows=40, eval_subset=24, **changes):
         moe = {"num_experts": experts, "shared_experts": 1, "router_scope": "prompt"}
         moe |= {"top_k_experts": 1, "expert_dropout": 0.0, "maturity_mode": "manual"}
         moe |= {"expert_ranks": [4, *[2] * (experts - 1)]}
-        config = make_config(name, moe=moe, max_steps=6, eval_subset=24, **changes)
-        sources = [SourceConfig(name=f"skill/{skill}", rows=40) for skill in SKILLS]
+        config = make_config(name, moe=moe, max_steps=6, eval_subset=eval_subset, **changes)
+        sources = [SourceConfig(name=f"skill/{skill}", rows=rows) for skill in SKILLS]
         return dataclasses.replace(
             config,
             data=DataConfig(sources=sources, max_length=200, packing=packing),
@@ -55,6 +55,29 @@ def test_two_processes_train_the_experts_that_their_own_prompts_choose(joint, ch
     both = results_of(2, train_here, joint("both", parallel="ddp", **changes))
     assert both[0] == both[1]
     assert alone.losses == pytest.approx(both[0].losses, rel=0, abs=1e-5)
+
+
+def test_clusters_of_the_prompts_find_the_skills_that_no_source_names(joint):
+    """The first expert of a group of clusters does not matter; that it holds one skill does."""
+    config = joint(rows=200, prompt_clusters=6, eval_subset=96)
+    run = train(config)
+    last = next(row for row in reversed(rows_of(run.folder)) if "val/loss" in row)
+    assert last["val/information"] == pytest.approx(0.6931, abs=0.03)
+    library = run.model.skill_library
+    assert {library.expert_of(name) for name in library.skills} == {1, 2}
+    assert len(library) > 2
+    assert [row.skill for row in run.model.experts.table] == [None, "prompts-1", "prompts-2"]
+    assert all(name.startswith("prompts-") for name in library.skills)
+
+
+def test_too_few_rows_for_as_many_clusters_as_experts_are_refused(joint):
+    with pytest.raises(ValueError, match=r"1 clusters have 16 each, for 2 experts: .*num_experts 2"):
+        train(joint(prompt_clusters=2, eval_subset=8))
+
+
+def test_clusters_without_routing_by_the_prompt_are_refused(make_config):
+    with pytest.raises(ValueError, match="prompt_clusters"):
+        make_config("a", prompt_clusters=4)
 
 
 def test_taking_a_skills_expert_away_costs_that_skill_and_not_the_other(joint):
