@@ -178,6 +178,9 @@ class RunConfig:
         fits = clusters is None or (self.moe.routes_prompts and not self.stages)
         rule = "unset unless moe.router_scope is prompt or running_mean, without stages"
         require(fits, "train.prompt_clusters", clusters, rule)
+        least = self.moe.num_experts - self.moe.shared_experts
+        rule = f"at least {least}, as many as there are routed experts"
+        require(clusters is None or clusters >= least, "train.prompt_clusters", clusters, rule)
         for name, holds, value, rule in self._rules_of_stages() if self.stages else ():
             require(holds, name, value, rule)
 

@@ -33,7 +33,8 @@ def fit_library(
     found than there are experts, and as `SkillLibrary.add`.
     """
     if clusters is not None:
-        return fit_clusters(model, data, clusters, seed)
+        fit_clusters(model, data, clusters, seed)
+        return
     shared, sources = model.config.shared_experts, len(data.train)
     if len(model.experts) - shared != sources:
         raise ValueError(
@@ -48,7 +49,6 @@ def fit_library(
         held_out = evenly([validation], LIBRARY_ROWS["validation"])
         library.add(train.name, rows, held_out, expert=shared + number)
         model.experts[shared + number].skill = train.name
-    return None
 
 
 def fit_clusters(model: DyLoRA_MoE, data: PreparedData, count: int, seed: int) -> None:

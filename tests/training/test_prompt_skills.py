@@ -71,10 +71,13 @@ def test_clusters_of_the_prompts_find_the_skills_that_no_source_names(joint):
 
 
 def test_too_few_rows_for_as_many_clusters_as_experts_are_refused(joint):
-    with pytest.raises(
-        ValueError, match=r"1 clusters have 16 each, for 2 .*num_experts 2"
-    ):
+    with pytest.raises(ValueError, match=r"1 clusters have 16 each, for 2 .*num_experts 2"):
         train(joint(prompt_clusters=2, eval_subset=8))
+
+
+def test_fewer_clusters_than_experts_are_refused(joint):
+    with pytest.raises(ValueError, match="prompt_clusters.*at least 4, as many as there are"):
+        joint(experts=5, prompt_clusters=3)
 
 
 def test_clusters_without_routing_by_the_prompt_are_refused(make_config):
