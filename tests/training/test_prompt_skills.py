@@ -76,7 +76,7 @@ def test_too_few_rows_for_as_many_clusters_as_experts_are_refused(joint):
 
 
 def test_fewer_clusters_than_experts_are_refused(joint):
-    with pytest.raises(ValueError, match="prompt_clusters.*at least 4, as many as there are"):
+    with pytest.raises(ValueError, match=r"prompt_clusters.*at least 4, as many as there are"):
         joint(experts=5, prompt_clusters=3)
 
 
