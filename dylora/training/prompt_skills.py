@@ -8,8 +8,9 @@ import torch
 
 from dylora.data.prepare import PreparedData
 from dylora.data.streamed import TrainingSet
-from dylora.features import embed
+from dylora.features import Features, embed, split_row
 from dylora.model import DyLoRA_MoE
+from dylora.skill_statistics import describe
 from dylora.skills import SkillLibrary
 from dylora.storage.skill_file import LEAST_ROWS
 from dylora.training.clusters import cluster_prompts, merge_clusters
@@ -58,15 +59,20 @@ def fit_clusters(model: DyLoRA_MoE, data: PreparedData, count: int, seed: int) -
     Args:
         count: clusters, at most; one with too few rows for the library is given up.
 
-    Raises ValueError where fewer clusters are found than there are routed experts, and as
-    `SkillLibrary.add`.
+    Raises ValueError where fewer clusters are found than there are routed experts.
     """
     shared = model.config.shared_experts
     experts = len(model.experts) - shared
     rows = evenly(data.train, LIBRARY_ROWS["train"] * experts)
-    held_out = evenly(data.validation, LIBRARY_ROWS["validation"] * experts)
-    parts = [embed(model.mixture, part).prompt for part in (rows, held_out)]
-    labels = cluster_prompts(parts, count, LEAST_ROWS, seed)
+    known = {tuple(split_row(row)[0]) for row in rows}
+    held_out = [
+        row
+        for row in evenly(data.validation, LIBRARY_ROWS["validation"] * experts)
+        if tuple(split_row(row)[0]) not in known
+    ]
+    features = [embed(model.mixture, part) for part in (rows, held_out)]
+    prompts = [part.prompt for part in features]
+    labels = cluster_prompts(prompts, count, LEAST_ROWS, seed)
     found = int(labels[0].max()) + 1
     if found < experts:
         raise ValueError(
@@ -74,15 +80,16 @@ def fit_clusters(model: DyLoRA_MoE, data: PreparedData, count: int, seed: int) -
             f"validation rows {found} clusters have {LEAST_ROWS} each, for {experts} experts: give "
             f"more rows (eval.eval_subset), or set moe.num_experts {shared + found}"
         )
-    group_of = merge_clusters(torch.cat(parts), torch.cat(labels), experts)
+    group_of = merge_clusters(torch.cat(prompts), torch.cat(labels), experts)
     library, members = SkillLibrary(model), [0] * experts
     for cluster, group in enumerate(group_of):
         members[group] += 1
         own = (
-            [row for row, label in zip(part, at.tolist(), strict=True) if label == cluster]
-            for part, at in zip((rows, held_out), labels, strict=True)
+            Features(*(values[label_N == cluster] for values in part))
+            for part, label_N in zip(features, labels, strict=True)
         )
-        library.add(f"prompts-{group + 1}.{members[group]}", *own, expert=shared + group)
+        name, expert = f"prompts-{group + 1}.{members[group]}", shared + group
+        library.put(*describe(name, expert, *own))
     for group in range(experts):
         model.experts[shared + group].skill = f"prompts-{group + 1}"
 
