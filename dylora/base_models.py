@@ -283,20 +283,21 @@ def stored_bytes(parameter: torch.Tensor) -> int:
     return parameter.nbytes
 
 
-def choose_device(name: str) -> torch.device:
-    """auto: cuda when there is one, else cpu. Raises ValueError for a device that is not there."""
+def choose_device(name: str, setting: str = "model.device") -> torch.device:
+    """auto: cuda when there is one, else cpu. Raises ValueError, which names the setting, for a
+    device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"model.device is {name!r}, which torch does not know") from error
+        raise ValueError(f"{setting} is {name!r}, which torch does not know") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"model.device is {name!r}, but torch finds no CUDA device")
+        raise ValueError(f"{setting} is {name!r}, but torch finds no CUDA device")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"model.device is {name!r}, but there is no such device here") from error
+        raise ValueError(f"{setting} is {name!r}, but there is no such device here") from error
     return device
 
 

@@ -12,7 +12,7 @@ from transformers import Mxfp4Config
 from transformers.quantizers import quantizer_mxfp4
 
 from dylora import DyLoRA_MoE, MoELoraConfig
-from dylora.base_models import EMBEDDED_BASES, BaseSpec, load_base
+from dylora.base_models import EMBEDDED_BASES, BaseSpec, choose_device, load_base
 from dylora.cli.main import main
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.manifest import MANIFEST, write_manifest
@@ -255,3 +255,10 @@ def test_a_command_refuses_another_base_unless_it_is_told_to_take_it(saved, base
     assert main(command) == 2
     assert "written for another base (another embedding)" in capsys.readouterr().err
     assert main([*command, "--allow_other_base"]) == 0
+
+
+@pytest.mark.parametrize("setting", ["model.device", "device"])
+@pytest.mark.parametrize("name", ["gpu", "meta:x", "mtia"])
+def test_a_device_that_is_not_there_is_refused_by_the_setting_that_named_it(name, setting):
+    with pytest.raises(ValueError, match=rf"^{setting} is '{name}'"):
+        choose_device(name, setting)

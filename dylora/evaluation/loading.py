@@ -25,7 +25,7 @@ def base_of(config: ModelConfig) -> BaseSpec:
         config.base,
         config.revision,
         dtype=getattr(torch, config.dtype),
-        device=choose_device(config.device),
+        device=choose_device(config.device, "device"),
         attn_implementation=config.attn_implementation,
         quantization=config.quantization,
     )

@@ -52,7 +52,7 @@ class Speaker:
         Raises ValueError or FileNotFoundError for what does not load.
         """
         opened = Checkpoint.open(source, note)
-        where = choose_device(device)
+        where = choose_device(device, "device")
         spec = opened.base_spec(base, device=where, quantization=quantization)
         model = DyLoRA_MoE.from_pretrained(opened, spec).eval()
         change_routing(model, **(routing or {}))
