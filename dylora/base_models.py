@@ -296,7 +296,7 @@ def choose_device(name: str, setting: str = "model.device") -> torch.device:
         raise ValueError(f"{setting} is {name!r}, but torch finds no CUDA device")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise ValueError(f"{setting} is {name!r}, but there is no such device here") from error
     return device
 
