@@ -41,19 +41,21 @@ from experiments.growth.prompted import Experts, Shared
 from experiments.growth.scores import loss_of, passed_of
 
 LOSS_ROWS = 16
+SEQUENTIAL = {"rate": 5e-5, "scale": 32.0}  # by rates.py, as are those of REPLAY
+REPLAY = {"rate": 1.5e-4, "scale": 32.0}
 METHODS: dict[str, Any] = {
     "experts": Experts,
     "experts-known": lambda **k: Experts(from_known=True, **k),
     "shared": Shared,
     "shared-3": lambda **k: Shared(first=3, **k),
-    "sequential": Method,
+    "sequential": lambda **k: Method(**(SEQUENTIAL | k)),
     "joint": Joint,
     "joint-lora": JointLora,
-    "replay-32": lambda **k: Method(kept=32, **k),
+    "replay-32": lambda **k: Method(kept=32, **(REPLAY | k)),
     "o-lora": Orthogonal,
     "grow": Grow,
-    "replay-8": lambda **k: Method(kept=8, **k),
-    "replay-128": lambda **k: Method(kept=128, **k),
+    "replay-8": lambda **k: Method(kept=8, **(REPLAY | k)),
+    "replay-128": lambda **k: Method(kept=128, **(REPLAY | k)),
     "grow-replay-32": lambda **k: Grow(kept=32, **k),
 }
 

@@ -1,7 +1,8 @@
-"""Question: what does it cost to become sparse, when, and by which signal or schedule?
+r"""Question: what does it cost to become sparse, when, and by which signal or schedule?
 
-Method: configs/token_routing.yaml (same base and skills) with fewer rows and steps and the SETTINGS
-below, once for each condition and seed, all at equal steps; of mature experts a token keeps 3 of 6.
+Method: configs/token_routing.yaml (same base and skills) with the sizes of the options, once for each
+condition and seed, all at equal steps; of mature experts a token keeps --top_k. Tokens of a second
+of processor time are of the training steps alone.
 `plain LoRA` is one adapter with as many trainable parameters. Only the training seed differs
 between seeds: rows and their order stay. The dense run of the first seed also measures, at CUT_AT,
 by how much its loss grows when every token is cut to its top K, by either rule of moe.gate_scale.
@@ -11,6 +12,8 @@ Result: README.md here and experiments/LOG.md.
 
     python experiments/maturity/compare.py            # runs what is missing, then prints the table
     python experiments/maturity/compare.py --table    # of what there is
+    python experiments/maturity/compare.py --conditions dense,schedule --experts 64 --top_k 2 --steps 600 \
+        --batch_size 4 --alpha 4096 --rate 4e-4 --schedule 0.1,0.2 --results experiments/results/sparse_64.json
 
 A run that is in the results is not repeated.
 """
@@ -22,6 +25,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +42,6 @@ from dylora.training.validation import overall_loss, validate
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "dense_to_sparse.json"
 PLAIN = "plain LoRA"
-SETTINGS: dict[str, Any] = {"lora_alpha": 1536, "top_k_experts": 3}  # 16·r·E
-RATES = {"learning_rate": 8e-4, "router_learning_rate": 1e-3}
 CONDITIONS: dict[str, dict[str, Any]] = {
     "dense": {"maturity_mode": "manual"},  # nobody sets it: dense to the end
     "schedule": {"maturity_mode": "schedule"},
@@ -49,9 +51,10 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 }
 CUT_AT = (30, 50, 70, 100)  # steps at which the first dense run is cut
 CUT_ROWS = 10  # held-out rows of each skill that this is measured on
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 LAST = 10  # steps that count as the end of a run
 SIZES = ("rows", "steps", "batch_size", "warmup_steps", "eval_rows")
+FORM = ("experts", "top_k", "alpha", "rate", "schedule")
 
 
 def main() -> None:
@@ -61,24 +64,30 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--warmup_steps", type=int, default=10)
     parser.add_argument("--eval_rows", type=int, default=60, help="held-out rows of each skill")
+    parser.add_argument("--experts", type=int, default=6, help="of rank 16")
+    parser.add_argument("--top_k", type=int, default=3)
+    parser.add_argument("--alpha", type=float, default=1536.0, help="16·r·E is a scale of 16")
+    parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--schedule", default="0.2,0.6", help="maturity_schedule")
+    parser.add_argument("--conditions", default=",".join(CONDITIONS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
-    sizes = {name: getattr(options, name) for name in SIZES}
+    sizes = {name: getattr(options, name) for name in SIZES + FORM}
     results = {"sizes": sizes, "environment": {}, "runs": []}
     if options.results.exists():
         results = json.loads(options.results.read_text())
     if not options.table:
         if results["sizes"] != sizes:
             sys.exit(f"error: {options.results} holds runs of other sizes: {results['sizes']}")
-        run_missing(results, options.results)
+        run_missing(results, options.results, options.conditions.split(","))
     print(table(results["runs"]))
 
 
-def run_missing(results: dict[str, Any], file: Path) -> None:
+def run_missing(results: dict[str, Any], file: Path, conditions: list[str]) -> None:
     """Seed by seed, so that an interrupted comparison has whole rounds."""
     done = {(row["condition"], row["seed"]) for row in results["runs"]}
-    wanted = [(name, seed) for seed in SEEDS for name in CONDITIONS]
+    wanted = [(name, seed) for seed in SEEDS for name in conditions]
     for condition, seed in wanted:
         if (condition, seed) in done:
             continue
@@ -99,14 +108,17 @@ def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, An
         active: list[float] = []
         matured: dict[int, int] = {}
         cuts: dict[int, dict[str, float]] = {}
+        begin, tokens = time.process_time(), 0
         while run.progress.step < run.steps:
-            found, step = run_step(run).statistics, run.progress.step
+            result, step = run_step(run), run.progress.step
+            found, tokens = result.statistics, tokens + result.tokens
             active.append(1.0 if found is None else float((found.active_N / found.tokens).mean()))
             for expert, value in enumerate(run.model.maturity.maturity.tolist()):
                 if value == 1 and condition != PLAIN:
                     matured.setdefault(expert, step)
             if condition == "dense" and seed == SEEDS[0] and step in CUT_AT:
                 cuts[step] = cut_costs(run)
+        seconds = time.process_time() - begin
         scores = validate(
             run.model,
             run.data.validation,
@@ -119,6 +131,7 @@ def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, An
         "seed": seed,
         "loss": overall_loss(scores),
         "trainable": trainable,
+        "tokens_per_s": tokens / seconds,
         "active_end": statistics.mean(active[-LAST:]),
         "active_mean": statistics.mean(active),
         "matured": sorted(matured.values()),
@@ -151,14 +164,17 @@ def head(examples: TokenizedSet, count: int) -> TokenizedSet:
     return first
 
 
-def configure(condition: str, seed: int, sizes: dict[str, int], folder: str) -> RunConfig:
+def configure(condition: str, seed: int, sizes: dict[str, Any], folder: str) -> RunConfig:
     """The quickstart, smaller; `plain LoRA` with the rank that makes it as large as the mixture."""
     config = load_run_config(ROOT / "configs" / "token_routing.yaml")
+    low, high = map(float, sizes["schedule"].split(","))
+    form: dict[str, Any] = {"lora_alpha": sizes["alpha"], "num_experts": sizes["experts"]}
+    form |= {"top_k_experts": sizes["top_k"], "maturity_schedule": (low, high)}
     changes = dict(CONDITIONS[condition])
     if condition == PLAIN:
-        changes = plain_lora(config, changes)
+        changes = plain_lora(config, form, changes)
     else:
-        changes = dataclasses.asdict(config.moe) | SETTINGS | changes
+        changes = dataclasses.asdict(config.moe) | form | changes
     return dataclasses.replace(
         config,
         output_dir=folder,
@@ -173,31 +189,34 @@ def configure(condition: str, seed: int, sizes: dict[str, int], folder: str) -> 
             max_steps=sizes["steps"],
             batch_size=sizes["batch_size"],
             warmup_steps=sizes["warmup_steps"],
-            **RATES,
+            learning_rate=sizes["rate"],
+            router_learning_rate=1e-3,
         ),
         eval=dataclasses.replace(config.eval, eval_subset=sizes["eval_rows"], skill_answers=0),
     )
 
 
-def plain_lora(config: RunConfig, changes: dict[str, Any]) -> dict[str, Any]:
+def plain_lora(
+    config: RunConfig, form: dict[str, Any], changes: dict[str, Any]
+) -> dict[str, Any]:
     """Settings of one adapter: the ranks of all experts in one, and what the routers weigh on top.
 
     Its alpha is the mixture's: evenly mixed, the experts are one LoRA of all their ranks with it.
     """
-    many = dataclasses.replace(config.moe, **SETTINGS)
+    many = dataclasses.replace(config.moe, **form)
     mixture, _ = DyLoRA_MoE.from_base(config.model.base, many).count_parameters()
     single = MoELoraConfig(**changes, r=1)
     per_rank, _ = DyLoRA_MoE.from_base(config.model.base, single).count_parameters()
     rank = round(mixture / per_rank)
-    return changes | {"r": rank, "lora_alpha": SETTINGS["lora_alpha"]}
+    return changes | {"r": rank, "lora_alpha": form["lora_alpha"]}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Means over seeds, ± their standard deviation, as Markdown."""
     lines = [
         "| condition | runs | held-out loss | active at the end | over the run "
-        "| matured | first, last at step |",
-        "|---|---|---|---|---|---|---|",
+        "| matured | first, last at step | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for condition in CONDITIONS:
         rows = [row for row in runs if row["condition"] == condition]
@@ -209,7 +228,8 @@ def table(runs: list[dict[str, Any]]) -> str:
             f"| {condition} | {len(rows)} | {spread([row['loss'] for row in rows], 4)} "
             f"| {spread([row['active_end'] for row in rows], 2)} "
             f"| {spread([row['active_mean'] for row in rows], 2)} "
-            f"| {', '.join(map(str, counts))} | {'; '.join(steps) or 'none'} |"
+            f"| {', '.join(map(str, counts))} | {'; '.join(steps) or 'none'} "
+            f"| {spread([row['tokens_per_s'] for row in rows], 0)} |"
         )
     return "\n".join(lines)
 

@@ -1,10 +1,11 @@
 """Question: does one lora_alpha serve every number of experts, top-k and rank?
 
-Method: the embedded base and skills, one rate and seed, a run for each form of a mixture and each
-alpha of a grid; the rest is configs/token_routing.yaml. The loss is that of held-out rows. Routing
-is as it is from the first step: dense (K = E) or top-k.
-Rule, fixed before the runs: alpha transfers to a form when its loss there is at most 0.02 nats
-above the best of the grid.
+Method: the embedded base and skills, one rate, a run for each form of a mixture, seed and alpha;
+alphas are powers of 2, from a guess on in both directions until the best has a worse neighbour on
+either side; the rest is configs/token_routing.yaml. The loss is that of held-out rows. Routing is
+as it is from the first step: dense (K = E) or top-k.
+Rule, fixed before the runs: a rule for alpha transfers to a form when its loss there, of the alpha
+of the grid that is next to it, is at most 0.02 nats above the best of the grid.
 Result: experiments/LOG.md and experiments/results/scale.json.
 
     python experiments/maturity/scale.py               # what is missing, then the table
@@ -14,7 +15,10 @@ Result: experiments/LOG.md and experiments/results/scale.json.
 import argparse
 import dataclasses
 import json
+import math
+import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +31,6 @@ from dylora.training.validation import overall_loss, validate
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "scale.json"
-ALPHAS = (1536, 512, 4608)
 STEPS, BATCH, WARMUP, ROWS, EVAL_ROWS, RATE, ROUTER_RATE = 100, 8, 10, 400, 60, 8e-4, 1e-3
 TOLERANCE = 0.02
 
@@ -42,34 +45,55 @@ class Form(NamedTuple):
 
 
 FORMS = (
-    *(Form(1, 1, rank) for rank in (16, 64, 4)),
-    *(Form(6, 6, 16), Form(6, 2, 16), Form(6, 2, 16, "sum_to_one"), Form(32, 32, 4)),
-    *(Form(32, 2, 4), Form(32, 2, 4, "sum_to_one"), Form(6, 1, 16)),
+    *(Form(1, 1, rank) for rank in (4, 16, 64)),
+    *(Form(6, top_k, 16) for top_k in (6, 2, 1)),
+    *(Form(32, top_k, 4) for top_k in (32, 8, 2)),
+    *(Form(2, 2, 16), Form(32, 32, 16), Form(6, 6, 64)),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
     if options.results.exists():
         runs = json.loads(options.results.read_text())["runs"]
-    done = {(Form(*run["form"]), run["alpha"]) for run in runs}
-    wanted = [(form, alpha) for alpha in ALPHAS for form in FORMS if (form, alpha) not in done]
-    for form, alpha in [] if options.table else wanted:
-        runs.append({"form": list(form), "alpha": alpha, "loss": train(form, alpha)})
-        sizes = {"steps": STEPS, "batch": BATCH, "rate": RATE, "router_rate": ROUTER_RATE}
-        options.results.write_text(json.dumps({"sizes": sizes, "runs": runs}) + "\n")
-        print(form, alpha, round(runs[-1]["loss"], 4), flush=True)
+    for seed in [] if options.table else map(int, options.seeds.split(",")):
+        for form in FORMS:
+            for alpha in search(runs, form, seed):
+                loss = train(form, alpha, seed)
+                runs.append({"form": list(form), "alpha": alpha, "seed": seed, "loss": loss})
+                sizes = {"steps": STEPS, "batch": BATCH, "rate": RATE, "router_rate": ROUTER_RATE}
+                text = ",\n".join(map(json.dumps, runs))
+                whole = f'{{"sizes": {json.dumps(sizes)}, "runs": [\n{text}\n]}}\n'
+                options.results.write_text(whole)
+                print(form, seed, alpha, round(loss, 4), flush=True)
     print(table(runs))
 
 
-def train(form: Form, alpha: float) -> float:
+def search(runs: list[dict[str, Any]], form: Form, seed: int) -> Iterator[int]:
+    """Alphas to run until the best has a neighbour on either side; `runs` grows meanwhile."""
+    guess = 2 ** round(math.log2(236 * math.sqrt(form.top_k * form.rank)))
+    while True:
+        found = losses_of(runs, form, seed)
+        best = min(found, key=lambda alpha: found[alpha], default=guess)
+        if not (left := [a for a in (best, best // 2, best * 2) if a not in found]):
+            return
+        yield left[0]
+
+
+def losses_of(runs: list[dict[str, Any]], form: Form, seed: int) -> dict[int, float]:
+    own = [run for run in runs if Form(*run["form"]) == form and run["seed"] == seed]
+    return {run["alpha"]: run["loss"] for run in own}
+
+
+def train(form: Form, alpha: float, seed: int) -> float:
     """The held-out loss of one run."""
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(configure(form, alpha, folder), fresh=True)
+        run = prepare(configure(form, alpha, seed, folder), fresh=True)
         while run.progress.step < run.steps:
             run_step(run)
         sets, size = run.data.validation, run.config.eval.batch_size
@@ -77,7 +101,7 @@ def train(form: Form, alpha: float) -> float:
     return overall_loss(scores)
 
 
-def configure(form: Form, alpha: float, folder: str) -> RunConfig:
+def configure(form: Form, alpha: float, seed: int, folder: str) -> RunConfig:
     """The quickstart, smaller, with this mixture."""
     changes: dict[str, Any] = {"r": form.rank, "lora_alpha": alpha}
     if form.experts == 1:
@@ -96,6 +120,7 @@ def configure(form: Form, alpha: float, folder: str) -> RunConfig:
         data=dataclasses.replace(config.data, sources=sources),
         train=dataclasses.replace(
             config.train,
+            seed=seed,
             max_steps=STEPS,
             batch_size=BATCH,
             warmup_steps=WARMUP,
@@ -107,19 +132,23 @@ def configure(form: Form, alpha: float, folder: str) -> RunConfig:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Loss by form and alpha; the last column: alphas that are within the tolerance of the best."""
+    """Mean loss over seeds by form and alpha, of alphas that all seeds of a form have."""
     alphas = sorted({run["alpha"] for run in runs})
-    lines = [f"| E, K, r, gates | {' | '.join(map(str, alphas))} | within {TOLERANCE} |"]
-    lines.append("|---" * (len(alphas) + 2) + "|")
+    lines = [f"| E, K, r, gates | seeds | {' | '.join(map(str, alphas))} | within {TOLERANCE} |"]
+    lines.append("|---" * (len(alphas) + 3) + "|")
     for form in FORMS:
-        found = {run["alpha"]: run["loss"] for run in runs if Form(*run["form"]) == form}
-        if not found:
-            continue
-        whole = len(found) == len(ALPHAS)
-        near = [a for a in alphas if whole and found[a] <= min(found.values()) + TOLERANCE]
-        cells = [f"{found[alpha]:.3f}" if alpha in found else "–" for alpha in alphas]
+        seeds = sorted({run["seed"] for run in runs if Form(*run["form"]) == form})
+        losses = [losses_of(runs, form, seed) for seed in seeds]
+        means = {
+            alpha: statistics.mean(loss[alpha] for loss in losses)
+            for alpha in alphas
+            if losses and all(alpha in loss for loss in losses)
+        }
+        near = [a for a in means if means[a] <= min(means.values()) + TOLERANCE]
+        cells = [f"{means[alpha]:.3f}" if alpha in means else "–" for alpha in alphas]
         name = ", ".join(map(str, form))
-        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(map(str, near)) or '–'} |")
+        cells += [", ".join(map(str, near)) or "–"]
+        lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
