@@ -244,7 +244,8 @@ class Grow(Joint):
     """A new expert a stage beside frozen experts, and token routers that are trained with it; kept
     rows of earlier skills as with replay, if there are any."""
 
-    rate: float = 5e-3
+    rate: float = 1.25e-3  # an expert's; not searched
+    scale: float = 8.0
 
     JOINT: ClassVar[bool] = False
 

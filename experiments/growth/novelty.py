@@ -4,11 +4,13 @@ Method: each row is embedded once by the embedded base. Of a number of skills (1
 library is made from their training rows and one half of their held-out rows; batches of the other
 half must be known, batches of the skills left out must be novel. The six generated skills share no
 literal between the two splits. Languages are those of CodeAlpaca whose instruction names exactly
-one; the same again with that name struck out, where a bag of words has less to go by. Margins are
+one; the same again with that name struck out, where a bag of words has less to go by. Domains are
+the ten of CLINC150 (Larson et al. 2019, github.com/clinc/oos-eval), of 15 intents each, whose names
+are the answers; its queries out of scope are asked of the library of all ten. Margins are
 distance / threshold: with the factor f they are those of the detector times 1.5 / f.
 Result: experiments/results/novelty.json and experiments/LOG.md.
 
-    python experiments/growth/novelty.py --published code_alpaca.json
+    python experiments/growth/novelty.py --published code_alpaca.json --intents oos-eval/data
 """
 
 import argparse
@@ -74,6 +76,22 @@ def mbpp(file: Path) -> list[Texts]:
     texts = [(mbpp_instruction(r["text"], r["test_list"][0]), "", r["code"]) for r in rows]
     random.Random(0).shuffle(texts)
     return texts
+
+
+def domains(folder: Path) -> tuple[dict[str, tuple[list[Texts], ...]], list[Texts]]:
+    """CLINC150's domains, each as rows of train, val and test, shuffled; queries out of scope."""
+    intents = json.loads((folder / "domains.json").read_text(encoding="utf-8"))
+    rows = json.loads((folder / "data_full.json").read_text(encoding="utf-8"))
+    found = {}
+    for domain, own in intents.items():
+        parts = tuple(
+            [(text, "", intent) for text, intent in rows[split] if intent in own]
+            for split in ("train", "val", "test")
+        )
+        for part in parts:
+            random.Random(0).shuffle(part)
+        found[domain] = parts
+    return found, [(text, "", intent) for text, intent in rows["oos_test"]]
 
 
 def struck_out(texts: Sequence[Texts]) -> list[Texts]:
@@ -191,6 +209,7 @@ def study(name: str, pool: Pool, test: dict[str, Tensor]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--published", type=Path, help="code_alpaca.json; none: skills alone")
+    parser.add_argument("--intents", type=Path, help="folder of CLINC150's data_full.json")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/novelty.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -218,6 +237,19 @@ def main() -> None:
                     test[f"{language} (CodeAlpaca)"] = held_out.prompt
             results[name] = study(name, pool, all_test)
         results["both"] = study("both", both, test)
+    if options.intents:
+        pool, all_test = Pool(model), {}
+        named, out_of_scope = domains(options.intents)
+        for domain, parts in named.items():
+            rows_of = (part[:most] for part, most in zip(parts, (ROWS, 300, 450), strict=True))
+            train, held_out, new = (features(model, tokenizer, part) for part in rows_of)
+            pool.put(domain, train, held_out)
+            all_test[domain] = new.prompt
+        results["domains"] = study("domains", pool, all_test)
+        asked = features(model, tokenizer, out_of_scope[:ROWS]).prompt
+        distances = pool.library(list(named)).prompt_rule().distances(asked).amin(-1)
+        results["domains"]["out of scope, sent to no expert %"] = percent(distances > 1)
+        print(results["domains"]["out of scope, sent to no expert %"])
     options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

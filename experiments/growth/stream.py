@@ -41,8 +41,9 @@ from experiments.growth.prompted import Experts, Shared
 from experiments.growth.scores import loss_of, passed_of
 
 LOSS_ROWS = 16
-SEQUENTIAL = {"rate": 5e-5, "scale": 32.0}  # by rates.py, as are those of REPLAY
+SEQUENTIAL = {"rate": 5e-5, "scale": 32.0}  # by rates.py, as are the next two
 REPLAY = {"rate": 1.5e-4, "scale": 32.0}
+O_LORA = {"rate": 4e-4, "scale": 8.0}
 METHODS: dict[str, Any] = {
     "experts": Experts,
     "experts-known": lambda **k: Experts(from_known=True, **k),
@@ -52,7 +53,7 @@ METHODS: dict[str, Any] = {
     "joint": Joint,
     "joint-lora": JointLora,
     "replay-32": lambda **k: Method(kept=32, **(REPLAY | k)),
-    "o-lora": Orthogonal,
+    "o-lora": lambda **k: Orthogonal(**(O_LORA | k)),
     "grow": Grow,
     "replay-8": lambda **k: Method(kept=8, **(REPLAY | k)),
     "replay-128": lambda **k: Method(kept=128, **(REPLAY | k)),

@@ -1,8 +1,8 @@
 r"""Question: what does it cost to become sparse, when, and by which signal or schedule?
 
-Method: configs/token_routing.yaml (same base and skills) with the sizes of the options, once for each
-condition and seed, all at equal steps; of mature experts a token keeps --top_k. Tokens of a second
-of processor time are of the training steps alone.
+Method: configs/token_routing.yaml (same base and skills) with the sizes of the options, once for
+each condition and seed, all at equal steps; of mature experts a token keeps --top_k. Tokens of a
+second of processor time are of the training steps alone.
 `plain LoRA` is one adapter with as many trainable parameters. Only the training seed differs
 between seeds: rows and their order stay. The dense run of the first seed also measures, at CUT_AT,
 by how much its loss grows when every token is cut to its top K, by either rule of moe.gate_scale.
@@ -12,8 +12,9 @@ Result: README.md here and experiments/LOG.md.
 
     python experiments/maturity/compare.py            # runs what is missing, then prints the table
     python experiments/maturity/compare.py --table    # of what there is
-    python experiments/maturity/compare.py --conditions dense,schedule --experts 64 --top_k 2 --steps 600 \
-        --batch_size 4 --alpha 4096 --rate 4e-4 --schedule 0.1,0.2 --results experiments/results/sparse_64.json
+    python experiments/maturity/compare.py --conditions dense,schedule --experts 64 --top_k 2 \
+        --seeds 0,1,2 --steps 600 --batch_size 4 --alpha 4096 --rate 4e-4 --schedule 0.1,0.2 \
+        --results experiments/results/sparse_64.json
 
 A run that is in the results is not repeated.
 """
@@ -49,9 +50,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "usage": {"maturity_mode": "usage"},
     PLAIN: {"use_moe_routing": False},
 }
-CUT_AT = (30, 50, 70, 100)  # steps at which the first dense run is cut
+CUT_SEED, CUT_AT = 0, (30, 50, 70, 100)  # of the dense run that is cut, and at which steps
 CUT_ROWS = 10  # held-out rows of each skill that this is measured on
-SEEDS = (0, 1, 2, 3, 4)
 LAST = 10  # steps that count as the end of a run
 SIZES = ("rows", "steps", "batch_size", "warmup_steps", "eval_rows")
 FORM = ("experts", "top_k", "alpha", "rate", "schedule")
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--schedule", default="0.2,0.6", help="maturity_schedule")
     parser.add_argument("--conditions", default=",".join(CONDITIONS))
+    parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
@@ -80,14 +81,14 @@ def main() -> None:
     if not options.table:
         if results["sizes"] != sizes:
             sys.exit(f"error: {options.results} holds runs of other sizes: {results['sizes']}")
-        run_missing(results, options.results, options.conditions.split(","))
+        run_missing(results, options.results, options.conditions.split(","), options.seeds)
     print(table(results["runs"]))
 
 
-def run_missing(results: dict[str, Any], file: Path, conditions: list[str]) -> None:
+def run_missing(results: dict[str, Any], file: Path, conditions: list[str], seeds: str) -> None:
     """Seed by seed, so that an interrupted comparison has whole rounds."""
     done = {(row["condition"], row["seed"]) for row in results["runs"]}
-    wanted = [(name, seed) for seed in SEEDS for name in conditions]
+    wanted = [(name, seed) for seed in map(int, seeds.split(",")) for name in conditions]
     for condition, seed in wanted:
         if (condition, seed) in done:
             continue
@@ -116,7 +117,7 @@ def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, An
             for expert, value in enumerate(run.model.maturity.maturity.tolist()):
                 if value == 1 and condition != PLAIN:
                     matured.setdefault(expert, step)
-            if condition == "dense" and seed == SEEDS[0] and step in CUT_AT:
+            if condition == "dense" and seed == CUT_SEED and step in CUT_AT:
                 cuts[step] = cut_costs(run)
         seconds = time.process_time() - begin
         scores = validate(
@@ -196,9 +197,7 @@ def configure(condition: str, seed: int, sizes: dict[str, Any], folder: str) -> 
     )
 
 
-def plain_lora(
-    config: RunConfig, form: dict[str, Any], changes: dict[str, Any]
-) -> dict[str, Any]:
+def plain_lora(config: RunConfig, form: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Settings of one adapter: the ranks of all experts in one, and what the routers weigh on top.
 
     Its alpha is the mixture's: evenly mixed, the experts are one LoRA of all their ranks with it.
