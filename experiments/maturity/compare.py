@@ -109,9 +109,11 @@ def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, An
         active: list[float] = []
         matured: dict[int, int] = {}
         cuts: dict[int, dict[str, float]] = {}
-        begin, tokens = time.process_time(), 0
+        seconds, tokens = 0.0, 0
         while run.progress.step < run.steps:
+            begin = time.process_time()
             result, step = run_step(run), run.progress.step
+            seconds += time.process_time() - begin
             found, tokens = result.statistics, tokens + result.tokens
             active.append(1.0 if found is None else float((found.active_N / found.tokens).mean()))
             for expert, value in enumerate(run.model.maturity.maturity.tolist()):
@@ -119,7 +121,6 @@ def run_once(condition: str, seed: int, results: dict[str, Any]) -> dict[str, An
                     matured.setdefault(expert, step)
             if condition == "dense" and seed == CUT_SEED and step in CUT_AT:
                 cuts[step] = cut_costs(run)
-        seconds = time.process_time() - begin
         scores = validate(
             run.model,
             run.data.validation,
