@@ -78,9 +78,10 @@ def test_a_config_and_the_table_tell_the_memory_that_the_estimate_gives_at_full_
     found = estimate_full_size(name, tmp_path)
 
     assert found.base / 2 == pytest.approx(FULL_SIZE[name].parameters, rel=1e-4)  # bfloat16
-    told = f"{found.total / 1e9:.1f} GB"
     head = (CONFIGS / f"{name}.yaml").read_text().partition("\nname:")[0].replace("\n# ", " ")
-    assert re.findall(r"about ([\d.]+ GB)", head) == [told]
+    [told] = re.findall(r"about ([\d.]+ GB)", head)
+    # Told to a tenth; what the libraries of a machine keep moves that digit.
+    assert float(told.split()[0]) == pytest.approx(found.total / 1e9, rel=0.015)
     assert f"python run.py info --config configs/{name}.yaml --estimate" in head
     row = re.search(rf"^\| `configs/{name}.yaml` .*", TABLE.read_text(encoding="utf-8"), re.M)
     assert row

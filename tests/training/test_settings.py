@@ -48,8 +48,8 @@ def test_every_changed_setting_is_taken_and_said_or_refused_by_name(make_config,
         needed = {"train_experts": {"init_from": "x"}, "lora_plus_ratio": {"optim": "lora_plus"}}
         alone = needed.get(name, {})
         settings = dataclasses.replace(settings, **{name: other} | alone)
-        changed = dataclasses.replace(config, **{section: settings})
         try:
+            changed = dataclasses.replace(config, **{section: settings})
             [line] = find_changes(checkpoint, changed)
         except ValueError as error:
             line = str(error)
