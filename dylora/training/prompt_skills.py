@@ -23,7 +23,8 @@ LIBRARY_ROWS: dict[Split, int] = {"train": 256, "validation": 128}
 def fit_library(
     model: DyLoRA_MoE, data: PreparedData, clusters: int | None = None, seed: int = 0
 ) -> None:
-    """Fill the library of which prompts are routed from the first step on.
+    """Fill the library of which prompts are routed from the first step on, unless init_from has
+    brought one.
 
     Args:
         clusters: so many clusters of the prompts are the skills; none: each source is one, and the
@@ -31,8 +32,15 @@ def fit_library(
         seed: of the clusters.
 
     Raises ValueError where there are more or fewer experts than sources, where fewer clusters are
-    found than there are experts, and as `SkillLibrary.add`.
+    found than there are experts, for clusters where there is a library, and as `SkillLibrary.add`.
     """
+    if model.skill_library:
+        if clusters is not None:
+            raise ValueError(
+                f"train.prompt_clusters is {clusters}, but train.init_from has a skill library, "
+                "which routes by the skills that it knows: leave prompt_clusters out"
+            )
+        return
     if clusters is not None:
         fit_clusters(model, data, clusters, seed)
         return

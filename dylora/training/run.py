@@ -97,7 +97,7 @@ def prepare(
     if fresh and config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
     joint = parts is None and config.moe.routes_prompts  # a stage fills the library by itself
-    if fresh and joint and not model.skill_library:
+    if fresh and joint:
         fit_library(model, data, config.train.prompt_clusters, config.train.seed)
     if config.train.freeze_routers:
         for _, parameter in model.router_parameters():

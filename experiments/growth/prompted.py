@@ -101,7 +101,7 @@ class Experts(Method):
     def admit(self, stage: Stage) -> None:
         """Into the library; from here on prompts choose among all that are known."""
         expert = self.expert_of(len(self.stages) - 1)
-        self.library.add(stage.name, stage.rows[:256], stage.held_out[16:], expert=expert)
+        self.library.add(stage.name, stage.rows[:32], stage.held_out[-24:], expert=expert)
         self.model.experts.activate_all_experts()
 
     def expert_of(self, place: int) -> int:

@@ -75,6 +75,12 @@ def test_too_few_rows_for_as_many_clusters_as_experts_are_refused(joint):
         train(joint(prompt_clusters=2, eval_subset=8))
 
 
+def test_clusters_beside_a_library_that_is_given_are_refused(joint):
+    first = train(joint()).folder / "checkpoint-6"
+    with pytest.raises(ValueError, match=r"prompt_clusters is 4, but train.init_from has a skill"):
+        train(joint("b", init_from=str(first), prompt_clusters=4))
+
+
 def test_fewer_clusters_than_experts_are_refused(joint):
     with pytest.raises(ValueError, match=r"prompt_clusters.*at least 4, as many as there are"):
         joint(experts=5, prompt_clusters=3)
