@@ -40,6 +40,7 @@ class Recipe:
     updates: int = 320
     batch: int = 2
     warmup: int = 8
+    library: tuple[int, int] = (32, 24)  # rows of a skill that it is fitted to, and calibrated on
 
 
 def tokenized(texts: Sequence[tuple[str, str, str]], longest: int = 512) -> list[Row]:
@@ -107,12 +108,13 @@ class Method:
     """One LoRA that is trained on every stage in turn, and what the others override.
 
     With `kept` every other row is, from the second stage on, one of so many of each earlier skill.
+    Rates and scales are those that rates.py found, where a method does not say otherwise.
     """
 
     seed: int
     recipe: Recipe = field(default_factory=Recipe)
-    rate: float = 1.25e-3
-    scale: float = 2.0  # alpha / r of an update as it enters the model
+    rate: float = 5e-5
+    scale: float = 32.0  # alpha / r of an update as it enters the model
     kept: int = 0
     work: Path | None = None  # a folder in which trained experts are kept
     stages: list[Stage] = field(default_factory=list)  # learned so far
@@ -171,7 +173,8 @@ class Orthogonal(Method):
     the new expert's A is held orthogonal to theirs by 0.5 Σ ||A_old Aᵀ||²."""
 
     count: int = 6
-    rate: float = 5e-3
+    rate: float = 4e-4
+    scale: float = 8.0
 
     def config(self) -> MoELoraConfig:
         rank = SINGLE_RANK // self.count
@@ -204,9 +207,11 @@ class Orthogonal(Method):
 
 @dataclass
 class Joint(Method):
-    """The upper bound: a dense mixture with a router at every site, all rows in one shuffle."""
+    """A dense mixture with a router at every site, all rows in one shuffle."""
 
     rank: int = 17
+    rate: float = 1.25e-3  # of a feasibility study, as is the scale
+    scale: float = 2.0
 
     JOINT: ClassVar[bool] = True
 

@@ -101,7 +101,9 @@ class Experts(Method):
     def admit(self, stage: Stage) -> None:
         """Into the library; from here on prompts choose among all that are known."""
         expert = self.expert_of(len(self.stages) - 1)
-        self.library.add(stage.name, stage.rows[:32], stage.held_out[-24:], expert=expert)
+        fitted, calibrated = self.recipe.library
+        rows, held_out = stage.rows[:fitted], stage.held_out[-calibrated:]
+        self.library.add(stage.name, rows, held_out, expert=expert)
         self.model.experts.activate_all_experts()
 
     def expert_of(self, place: int) -> int:

@@ -5,8 +5,8 @@ have as many trainable parameters (a library's numbers count) and see as many ro
 the scores that the measures need are taken: of its own skill, of the next before it is learned,
 after the last stage of all; greedy answers to --tasks test tasks a skill, and the loss on
 validation rows. With --published the languages of CodeAlpaca and MBPP as a second stream, whose
-losses alone are taken. Rate and scale of experts and of joint-lora are those that rates.py found,
-and a shared expert has the experts'; those of the others are of a feasibility study, or guesses.
+losses alone are taken. Rates and scales are those that rates.py found, and a shared expert has the
+experts', as growing with token routers has; those of the dense mixture are of a feasibility study.
 Cells (method, seed, order) that are in the result already are not run again.
 Result: experiments/results/continual.json and experiments/LOG.md.
 
@@ -41,22 +41,21 @@ from experiments.growth.prompted import Experts, Shared
 from experiments.growth.scores import loss_of, passed_of
 
 LOSS_ROWS = 16
-SEQUENTIAL = {"rate": 5e-5, "scale": 32.0}  # by rates.py, as are the next two
-REPLAY = {"rate": 1.5e-4, "scale": 32.0}
-O_LORA = {"rate": 4e-4, "scale": 8.0}
+LIBRARY = "32,24"  # of cells that do not say
+REPLAY_RATE = 1.5e-4  # by rates.py, with 32 rows kept
 METHODS: dict[str, Any] = {
     "experts": Experts,
     "experts-known": lambda **k: Experts(from_known=True, **k),
     "shared": Shared,
     "shared-3": lambda **k: Shared(first=3, **k),
-    "sequential": lambda **k: Method(**(SEQUENTIAL | k)),
+    "sequential": Method,
     "joint": Joint,
     "joint-lora": JointLora,
-    "replay-32": lambda **k: Method(kept=32, **(REPLAY | k)),
-    "o-lora": lambda **k: Orthogonal(**(O_LORA | k)),
+    "replay-32": lambda **k: Method(kept=32, **({"rate": REPLAY_RATE} | k)),
+    "o-lora": Orthogonal,
     "grow": Grow,
-    "replay-8": lambda **k: Method(kept=8, **(REPLAY | k)),
-    "replay-128": lambda **k: Method(kept=128, **(REPLAY | k)),
+    "replay-8": lambda **k: Method(kept=8, **({"rate": REPLAY_RATE} | k)),
+    "replay-128": lambda **k: Method(kept=128, **({"rate": REPLAY_RATE} | k)),
     "grow-replay-32": lambda **k: Grow(kept=32, **k),
 }
 
@@ -184,11 +183,14 @@ def summary(cells: list[dict[str, Any]]) -> str:
                 if any(map(math.isnan, rows[-1])):
                     continue
                 before = cell["loss before"] if kind == "loss" else None
+                name = cell["method"]
+                if (library := cell.get("library", LIBRARY)) != LIBRARY:
+                    name += f", library of {library}"
                 turned = {"learned": cell["learned"], "smaller_is_better": kind == "loss"}
-                found.setdefault(cell["method"], []).append(measure(rows, before, **turned))
+                found.setdefault(name, []).append(measure(rows, before, **turned))
                 if oracle := cell[f"oracle {kind}"]:
                     alone = measure([oracle], learned=[0] * len(oracle))
-                    found.setdefault(f"{cell['method']}, oracle", []).append(alone)
+                    found.setdefault(f"{name}, oracle", []).append(alone)
             if found:
                 lines += ["\n{}, {}, {} updates, {} rows, {} tasks: {}".format(*stream, kind)]
                 lines += [format_methods(found, percent=kind == "passed")]
@@ -234,6 +236,9 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=320, help="a stage")
     parser.add_argument("--rows", type=int, default=640, help="of a skill, at most")
     parser.add_argument("--tasks", type=int, default=100, help="for testing, a skill")
+    parser.add_argument(
+        "--library", default=LIBRARY, help="rows of a skill that it is fitted to, and calibrated on"
+    )
     parser.add_argument("--work", type=Path, help="folder in which trained experts are kept")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/continual.json"))
     parser.add_argument("--summary", action="store_true", help="print the tables of the result")
@@ -255,11 +260,12 @@ def main() -> None:
                 key: dict[str, Any] = {"stream": stream, "method": name, "seed": int(seed)}
                 key |= {"order": order, "updates": options.updates}
                 key |= {"tasks": 0 if options.published else options.tasks}
-                key["rows"] = rows
-                if any(key.items() <= cell.items() for cell in cells):
+                key |= {"rows": rows, "library": options.library}
+                if any(key.items() <= ({"library": LIBRARY} | cell).items() for cell in cells):
                     continue
                 print(key, time.strftime("%H:%M:%S"), flush=True)
-                recipe = Recipe(updates=options.updates)
+                fitted, calibrated = map(int, options.library.split(","))
+                recipe = Recipe(updates=options.updates, library=(fitted, calibrated))
                 method = METHODS[name](seed=int(seed), recipe=recipe, work=options.work)
                 ordered = stages if order == "forward" else stages[::-1]
                 cells.append(key | {"skills": [s.name for s in ordered]})

@@ -124,14 +124,14 @@ def test_policy_and_reference_are_equal_before_the_first_step(policy, tmp_path, 
     model = policy()
     reference = model.reference_model() if given else None
     with caplog.at_level(logging.WARNING, "dylora"):
-        trainer = dpo(model.base, tmp_path, reference)
+        # In bfloat16, TRL's default, roundings are as large as the first margins of so small a model.
+        trainer = dpo(model.base, tmp_path, reference, bf16=False, learning_rate=1e-2)
         trainer.train()
     said = [record.message for record in caplog.records if "the reference of" in record.message]
     assert len(said) == (not given)
     margins = [entry["rewards/margins"] for entry in logs(trainer)]
-    # Equal but for rounding: TRL computes in bfloat16 by default, on some CPUs in other kernels.
-    assert margins[0] == pytest.approx(0, abs=0.01)
-    assert margins[1] != 0
+    assert margins[0] == pytest.approx(0, abs=1e-5)
+    assert margins[-1] > 0.1
     theirs = experts_of(trainer.ref_model).mixture
     assert theirs.maturity.maturity.tolist() == [0, 0, 0]
     for (name, mine), (_, other) in zip(
