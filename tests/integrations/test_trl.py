@@ -124,7 +124,7 @@ def test_policy_and_reference_are_equal_before_the_first_step(policy, tmp_path, 
     model = policy()
     reference = model.reference_model() if given else None
     with caplog.at_level(logging.WARNING, "dylora"):
-        # In bfloat16, TRL's default, roundings are as large as the first margins of so small a model.
+        # In bfloat16, the default of TRL, roundings are as large as the first margins are here.
         trainer = dpo(model.base, tmp_path, reference, bf16=False, learning_rate=1e-2)
         trainer.train()
     said = [record.message for record in caplog.records if "the reference of" in record.message]
