@@ -85,6 +85,9 @@ class MoELoraConfig:
     """False: a plain LoRA of one expert, without a router."""
     num_experts: int = option(4, least=1, most=LARGEST, routing=True)
     """Experts at the start."""
+    experts_per_layer: list[int] | None = option(None, least=1, most=LARGEST, routing=True)
+    """So many of the experts, the first ones, in each adapted layer, the lowest layer first (MoLA,
+    Gao et al. 2024); none: all in each."""
     shared_experts: int = option(0, least=0, routing=True)
     """So many of them, the first ones, have the gate 1 for every token, beside those that routers
     choose (DeepSeekMoE)."""
@@ -192,6 +195,7 @@ class MoELoraConfig:
             self.router_input == "token" or grows or (self.router_scope == "shared" and not fixed)
         )
         yield "router_input", reads, "token unless router_scope is shared, with a trained router"
+        yield from self._rules_by_layer()
         unset = self.router_z_loss_coef == MoELoraConfig.router_z_loss_coef
         rule = "unset with load_balance_loss_type z_loss, whose weight is router_aux_loss_coef"
         yield "router_z_loss_coef", unset or self.load_balance_loss_type != "z_loss", rule
@@ -217,6 +221,23 @@ class MoELoraConfig:
         )
         begin, end = self.maturity_schedule
         yield "maturity_schedule", begin < end, "two rising shares"
+
+    def _rules_by_layer(self) -> Iterator[tuple[str, bool, str]]:
+        """As `_rules`, for layers of which not each has every expert."""
+        counts = self.experts_per_layer
+        if counts is None:
+            return
+        least = self.shared_experts + self.top_k_experts
+        fits = bool(counts) and max(counts) == self.num_experts and min(counts) >= least
+        rule = (
+            f"numbers from shared_experts + top_k_experts ({least}) to num_experts, which one has"
+        )
+        yield "experts_per_layer", fits, f"{rule} ({self.num_experts})"
+        for name in ("router_scope", "adapter_type", "use_dora", "share_A", "bias"):
+            default = MoELoraConfig.__dataclass_fields__[name].default
+            yield name, getattr(self, name) == default, f"{default!r} with experts_per_layer"
+        learned = self.router_type in ("learned", "learned_with_maturity")
+        yield "router_type", learned, "learned or learned_with_maturity with experts_per_layer"
 
     def _changed_routing(self) -> list[str]:
         """The settings of routing that are not as by default; 1 of 1 expert is not one of them."""

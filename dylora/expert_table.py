@@ -1,7 +1,7 @@
 """The table of experts: who they are, and which of them lie in one tensor."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dylora.adapters.adapter import Adapter
 from dylora.adapters.optimizer_state import check_state, is_by_row
 from dylora.config import MoELoraConfig
+from dylora.fields import is_name, shown
 
 State = Literal["active", "frozen", "retired"]
 
@@ -62,6 +63,23 @@ def format_table(table: list[Expert], maturity_E: Tensor) -> str:
     return "\n".join(lines)
 
 
+def check_new(
+    config: MoELoraConfig, rank: int, alpha: float, skill: str | None, share: float
+) -> None:
+    """Raises ValueError for an expert that cannot be created."""
+    if not config.use_moe_routing:
+        raise ValueError("use_moe_routing is false: a plain LoRA has one expert")
+    check_equal_layers(config, "created")
+    if rank < 1 or alpha <= 0:
+        raise ValueError(f"rank is {rank} and alpha {alpha}, but both must be above 0")
+    if skill is not None and not is_name(skill):
+        raise ValueError(f"skill is {shown(skill)}, but must be a short text of one line")
+    if config.share_A and rank != config.r:
+        raise ValueError(f"rank is {rank}, but with share_A it must be r ({config.r})")
+    if not 0 < share < 1:
+        raise ValueError(f"share is {share}, but must lie between 0 and 1")
+
+
 def check_merge(
     table: list[Expert],
     config: MoELoraConfig,
@@ -71,6 +89,7 @@ def check_merge(
     shares: tuple[float, float] | None,
 ) -> tuple[int, tuple[float, float]]:
     """The rank and the shares of a merge. Raises ValueError for one that cannot be."""
+    check_equal_layers(config, "merged")
     i, j = pair
     if i == j:
         raise ValueError(f"expert {i} cannot be merged with itself")
@@ -88,6 +107,20 @@ def check_merge(
     if min(shares) < 0 or not 0 < sum(shares) < math.inf:
         raise ValueError(f"shares are {shares}, but must be two weights of at least 0")
     return rank, (shares[0] / sum(shares), shares[1] / sum(shares))
+
+
+def check_equal_layers(config: MoELoraConfig, done: str) -> None:
+    """Raises ValueError where layers differ in which experts they have: nothing may change that."""
+    if config.experts_per_layer is not None:
+        raise ValueError(f"no expert can be {done}: experts_per_layer says which layer has which")
+
+
+def check_left(adapters: Mapping[str, Adapter], left: list[int]) -> None:
+    """Raises ValueError where a projection would be left without an expert."""
+    for path, adapter in adapters.items():
+        if not any(map(adapter.has, left)):
+            where = f" at {path}" if left else ""
+            raise ValueError(f"the last expert{where} cannot be retired")
 
 
 def groups_of(table: list[Expert]) -> list[list[int]]:
@@ -131,6 +164,8 @@ def _age(adapters: Iterable[Adapter], optimizer: Optimizer | None, expert: int) 
     """What the parameters of a stack must have in common."""
     ages = []
     for adapter in adapters:
+        if not adapter.has(expert):
+            continue
         stack, _ = adapter.stack_of(expert)
         for parameter in stack.parameters():
             ages.append(parameter.shape[1:])

@@ -17,8 +17,17 @@ from torch import Tensor, nn
 
 from dylora.adapters import restack
 from dylora.adapters.optimizer_state import check_held_once, check_separable, grow
-from dylora.expert_table import Expert, MergeReport, State, check_merge, format_table, number_stacks
-from dylora.fields import is_name, shown
+from dylora.expert_table import (
+    Expert,
+    MergeReport,
+    State,
+    check_left,
+    check_merge,
+    check_new,
+    format_table,
+    number_stacks,
+)
+from dylora.fields import shown
 from dylora.mixture import Mixture
 from dylora.rollback import all_or_nothing, restoring_values, without_autograd
 from dylora.routing import maturity
@@ -114,17 +123,8 @@ class ExpertManager:
         Where it begins in each router is the router's (`Router.add_expert`).
         """
         mixture, config = self.mixture, self.mixture.config
-        if not config.use_moe_routing:
-            raise ValueError("use_moe_routing is false: a plain LoRA has one expert")
         rank, alpha = rank or config.r, alpha or config.lora_alpha
-        if rank < 1 or alpha <= 0:
-            raise ValueError(f"rank is {rank} and alpha {alpha}, but both must be above 0")
-        if skill is not None and not is_name(skill):
-            raise ValueError(f"skill is {shown(skill)}, but must be a short text of one line")
-        if config.share_A and rank != config.r:
-            raise ValueError(f"rank is {rank}, but with share_A it must be r ({config.r})")
-        if not 0 < share < 1:
-            raise ValueError(f"share is {share}, but must lie between 0 and 1")
+        check_new(config, rank, alpha, skill, share)
         index = len(self.table)
         for path, adapter in mixture.adapters.items():
             stack = adapter.create_stack(index, rank, [alpha], mixture.base.get_submodule(path))
@@ -162,8 +162,7 @@ class ExpertManager:
         """
         self._require_live(experts)
         left = [expert for expert in self.live if expert not in experts]
-        if not left:
-            raise ValueError("the last expert cannot be retired")
+        check_left(self.mixture.adapters, left)
         for expert in experts:
             self.table[expert].state = "retired"
             self.table[expert].enabled = False

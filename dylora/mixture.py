@@ -194,14 +194,34 @@ class Mixture:
         Uniform before the first step, which exerts no pressure; an expert that is new since has
         none yet, one that is gone keeps none.
         """
-        active_E = self.state.routed_E
+        routed = self._in_layers(self.state.routed_E)
         if self.fractions is None:
-            even_NE = (active_E / active_E.sum()).expand(len(self.site_names), -1)
+            even_NE = losses.even_fractions(routed, len(self.site_names))
             return dict.fromkeys(losses.ASSIGNMENTS, even_NE)
         return {
-            name: losses.carried_fractions(rows_NE.to(active_E.device), active_E)
+            name: losses.carried_fractions(rows_NE.to(routed.device), routed)
             for name, rows_NE in self.fractions.items()
         }
+
+    @property
+    def active_NE(self) -> Tensor:
+        """Which experts each block mixes in."""
+        return self._in_layers(self.state.active_E).expand(len(self.blocks), -1)
+
+    @property
+    def choices(self) -> int | Tensor:
+        """How many experts a router chooses among; [N] where blocks differ in it."""
+        if self.config.experts_per_layer is None:
+            return self.state.routed_count
+        return self._in_layers(self.state.routed_E).sum(-1)
+
+    def _in_layers(self, chosen_E: Tensor) -> Tensor:
+        """[E], or [N, E] where layers differ in which experts they have."""
+        if self.config.experts_per_layer is None:
+            return chosen_E
+        counts_N = torch.tensor([block.count for block in self.blocks], device=chosen_E.device)
+        numbers_E = torch.arange(len(chosen_E), device=chosen_E.device)
+        return chosen_E & (numbers_E < counts_N[:, None])
 
     @float32_defaults()
     def set_table(self, table: list[Expert]) -> bool:
@@ -225,6 +245,9 @@ class Mixture:
             projection = self.base.get_submodule(path)
             fresh = []
             for group in groups_of(table):
+                group = [expert for expert in group if adapter.has(expert)]
+                if not group:
+                    continue
                 first, alphas = group[0], [table[e].alpha for e in group]
                 rank = table[first].rank
                 fresh.append(adapter.create_stack(first, rank, alphas, projection, drawn=False))

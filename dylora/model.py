@@ -153,7 +153,7 @@ class DyLoRA_MoE(MixtureMethods):
         learns = self.config.trains_routers and state.routed_count > 1
         statistics = routing.statistics if routing and learns else None
         loss, parts = losses.combined_loss(
-            token_losses, labels, statistics, self.config, totals, state.routed_count
+            token_losses, labels, statistics, self.config, totals, self.mixture.choices
         )
         seen_losses = token_losses.detach()
         return replace(result, loss=loss, logits=logits, losses=parts, token_losses=seen_losses)

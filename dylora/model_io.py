@@ -143,10 +143,10 @@ def fill_expert(mixture: Mixture, expert: int, files: PeftAdapter, source: Path)
     """
     _check_same_keys(source, set(files.weights), set(mixture.adapters))
     for path, adapter in mixture.adapters.items():
-        stack, place = adapter.stack_of(expert)
         if files.type != adapter.PEFT_TYPE:
             raise ValueError(f"{source} is a {files.type}, config.json has {adapter.PEFT_TYPE}")
-        found, own = files.scale(path), float(stack.scaling_E[place])
+        row = mixture.table[expert]
+        found, own = files.scale(path), adapter.scaling(row.rank, row.alpha)
         if abs(found - own) > 1e-6 * own:  # the buffer is float32
             raise ValueError(f"{source}: {path} has the scale {found}, config.json {own}")
         try:

@@ -124,6 +124,11 @@ class Adapter(nn.Module):
             parameter.requires_grad_(name not in self.fixed)
         return stack
 
+    def has(self, expert: int) -> bool:
+        """Whether its layer has this expert; one that it has not changes nothing here, and is 0 in
+        files."""
+        return self.block.count is None or expert < self.block.count
+
     def set_stacks(self, stacks: list[ExpertStack]) -> None:
         """Other stacks from here on."""
         self.stacks = nn.ModuleList(stacks)
@@ -142,6 +147,8 @@ class Adapter(nn.Module):
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """One expert by PEFT's names and in its orientation; KeyError for a retired one."""
+        if not self.has(expert):
+            return self._nothing(expert)
         stack, place = self.stack_of(expert)
         found = {}
         for name, axes in PEFT_TYPES[self.PEFT_TYPE].matrices.items():
@@ -150,13 +157,31 @@ class Adapter(nn.Module):
             found[name] = rows.T if axes == "o r" else rows
         return found
 
+    def _nothing(self, expert: int) -> dict[str, Tensor]:
+        """The matrices, all 0, of an expert that this layer has not; it has the rank it began with,
+        as experts_per_layer lets none be created or merged."""
+        ranks = self.config.expert_ranks
+        rank = self.rank(self.config.r if ranks is None else ranks[expert])
+        like = self.stacks[0].scaling_E
+        return {
+            "lora_A": like.new_zeros(rank, self.in_features),
+            "lora_B": like.new_zeros(self.out_features, rank),
+        }
+
     @torch.no_grad()
     def load_expert(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Give an expert the values that `expert_tensors` returns.
 
-        Raises ValueError for a tensor that is missing, of another shape or not finite.
+        Raises ValueError for a tensor that is missing, of another shape or not finite, and for an
+        update of an expert that this layer has not.
         """
-        fill(self.expert_tensors(expert), tensors, f"{self.path}.")
+        own = self.expert_tensors(expert)
+        fill(own, tensors, f"{self.path}.")
+        if not self.has(expert) and bool(own["lora_B"].any()):
+            raise ValueError(
+                f"{self.path} has {self.block.count} experts by experts_per_layer, so that the "
+                f"update of expert {expert} must be 0"
+            )
 
     def load_matrices(self, expert: int, matrices: Sequence[Tensor]) -> None:
         """Give an expert its matrices alone, in PEFT's order. Raises as `load_expert`."""
@@ -167,9 +192,12 @@ class Adapter(nn.Module):
 
     def delta_weight(self, expert: int) -> Tensor:
         """What one expert adds to the projection's weight, [O, D], without DoRA's magnitude."""
-        stack, place = self.stack_of(expert)
         kind, own = PEFT_TYPES[self.PEFT_TYPE], self.expert_tensors(expert)
-        return stack.scaling_E[place] * kind.product(*(own[name] for name in kind.matrices))
+        product_OD = kind.product(*(own[name] for name in kind.matrices))
+        if not self.has(expert):
+            return product_OD
+        stack, place = self.stack_of(expert)
+        return stack.scaling_E[place] * product_OD
 
     # Within a pass
 

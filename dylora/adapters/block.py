@@ -43,6 +43,7 @@ class RoutedBlock:
         self.width = width  # D of the hidden states that enter
         self.router: Router | None = None  # None: fixed weights, or the first block's
         self.shares_first = False
+        self.count: int | None = None  # of experts that it has, the first ones; None: all
         self.adapters: dict[str, Any] = {}  # Adapter of the block's projections, by their names
         self.groups: dict[str, list[str]] = {}  # of those, which get the same input, by each
 
@@ -99,13 +100,16 @@ class RoutedBlock:
         state = self.state
         if router.config.router_input == "running_mean":
             x = normed_running_mean(x, pass_)
-        if not state.shared:
+        if not state.shared and self.count is None:
             return router(x, pass_)
-        if state.routed_count:
+        if any(state.active[state.shared : self.count]):
             decision = router(x, pass_)
         else:  # the shared ones alone
             nobody = torch.zeros(*x.shape[:-1], state.num_experts, device=x.device)
-            decision = RouterOutput(nobody, nobody, None, used=())
+            logits = None if self.count is None else nobody  # other layers may have some
+            decision = RouterOutput(nobody, nobody, logits, used=())
+        if not state.shared:
+            return decision
         ones = state.active_E[: state.shared].to(decision.gates)
         always = ones.expand(*x.shape[:-1], -1)
         gates = torch.cat([always, decision.gates[..., state.shared :]], -1)

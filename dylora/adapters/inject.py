@@ -15,7 +15,7 @@ from dylora.adapters.adapter import Adapter, adapter_class
 from dylora.adapters.bias import BiasShift
 from dylora.adapters.block import RoutedBlock
 from dylora.adapters.stack import equal_runs
-from dylora.adapters.targets import check_targets, find_targets
+from dylora.adapters.targets import check_targets, find_targets, layer_of
 from dylora.adapters.trace import decoder_of, device_of, projection_sizes, trace_base
 from dylora.config import MoELoraConfig, ends_with
 from dylora.fields import nearest
@@ -62,6 +62,7 @@ def inject(
     check_targets(base, targets, trace)
     _check_targets(base, targets, config)
     biased = _biased_modules(base, targets, config)
+    counts = _counts_by_layer(list(paths_by_block), config)
 
     base.requires_grad_(False)
     state = _add_state(base, config, targets[0])
@@ -72,6 +73,7 @@ def inject(
     for index, (path, paths) in enumerate(paths_by_block.items()):
         block = RoutedBlock(path, index, state, trace.widths[path])
         block.shares_first = config.router_scope != "site" and index > 0 and config.is_learned
+        block.count = counts.get(layer_of(path))
         if config.is_learned and not block.shares_first:
             attach_router(base, block, new_router(base, config, block, paths[0]))
         module = base.get_submodule(path)
@@ -118,6 +120,19 @@ def _group_by_block(targets: list[str]) -> dict[str, list[str]]:
     return found
 
 
+def _counts_by_layer(blocks: list[str], config: MoELoraConfig) -> dict[int | None, int]:
+    """Number of a layer -> how many experts it has; empty: each has all."""
+    if config.experts_per_layer is None:
+        return {}
+    layers = list(dict.fromkeys(layer_of(path) for path in blocks))
+    if len(layers) != len(config.experts_per_layer):
+        raise ValueError(
+            f"experts_per_layer has {len(config.experts_per_layer)} numbers, but {len(layers)} "
+            "layers are adapted: give one for each, the lowest layer first"
+        )
+    return dict(zip(layers, config.experts_per_layer, strict=True))
+
+
 def _check_targets(base: PreTrainedModel, targets: list[str], config: MoELoraConfig) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for name in getattr(config, field):
@@ -154,7 +169,7 @@ def _new_adapter(
     if with_experts:
         ranks = config.expert_ranks or [config.r] * config.expert_count
         alphas = config.expert_alphas or [config.lora_alpha] * config.expert_count
-        for run in equal_runs(ranks):
+        for run in equal_runs(ranks[: block.count]):
             own = [alphas[expert] for expert in run]
             adapter.stacks.append(adapter.create_stack(run[0], ranks[run[0]], own, projection))
     projection.add_module(ADAPTER_NAME, adapter)
@@ -187,6 +202,7 @@ def attach_router(
     if previous is not None:
         delattr(module, ROUTER_NAME)
     if router is not None:
+        router.count = block.count
         module.add_module(ROUTER_NAME, router.train(module.training))
     block.router = router
     return previous

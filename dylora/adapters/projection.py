@@ -83,9 +83,9 @@ class StackedLoRA(Adapter):
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """With DoRA its magnitude as well."""
-        stack, place = self.stack_of(expert)
         found = super().expert_tensors(expert)
-        if stack.lora_magnitude is not None:
+        if self.config.use_dora:
+            stack, place = self.stack_of(expert)
             found["lora_magnitude_vector"] = stack.lora_magnitude.detach()[place]
         return found
 

@@ -17,7 +17,10 @@ from dylora.adapters.stack import ExpertStack
 
 
 def repartition(optimizer: Optimizer | None, adapter: Adapter, wanted: list[list[int]]) -> None:
-    """Cut and join an adapter's stacks into these groups of neighbouring experts."""
+    """Cut and join an adapter's stacks into these groups of neighbouring experts, as far as its
+    layer has them."""
+    present = [[expert for expert in group if adapter.has(expert)] for group in wanted]
+    wanted = [group for group in present if group]
     if [list(stack.experts) for stack in adapter.stacks] == wanted:
         return
     stacks = []

@@ -47,10 +47,10 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig, trace: Trace) -> 
     chosen = [path for path in chosen if path in kept]
     if config.layers_to_transform is not None:
         layers = set(config.layers_to_transform)
-        missing = layers - {_layer_of(path) for path in chosen}
+        missing = layers - {layer_of(path) for path in chosen}
         if missing:
             raise ValueError(f"layers_to_transform: layers {sorted(missing)} adapt nothing")
-        chosen = [path for path in chosen if _layer_of(path) in layers]
+        chosen = [path for path in chosen if layer_of(path) in layers]
     if not chosen:
         names = sorted({path.rpartition(".")[2] for path in candidates})
         raise ValueError(
@@ -205,5 +205,6 @@ def shortest_targets(base: nn.Module, paths: list[str]) -> list[str]:
     return sorted(targets)
 
 
-def _layer_of(path: str) -> int | None:
+def layer_of(path: str) -> int | None:
+    """The number of the layer that a path lies in."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)

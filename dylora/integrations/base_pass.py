@@ -116,7 +116,7 @@ class BasePass:
         routing = collect_routing(mixture, pass_.decisions, kwargs.get("attention_mask"))
         extra = routing.gates.new_zeros(())
         if routing.statistics is not None and learns:
-            config, experts = mixture.config, mixture.state.routed_count
+            config, experts = mixture.config, mixture.choices
             parts = losses.routing_losses(routing.statistics, config, losses.BatchTotals(), experts)
             extra = losses.add_weighted(extra, parts, config)
         if adds:

@@ -132,9 +132,9 @@ class MixtureCallback(TrainerCallback):
         assert self.experts is not None
         if seen.statistics is None:
             return
-        active = self.experts.mixture.state.active
+        active_NE = self.experts.mixture.active_NE
         names, usage_NE = self.experts.mixture.site_names, seen.statistics.usage_NE.cpu()
-        for line in find_collapses(self.collapsed, usage_NE, active, names, COLLAPSE_STEPS):
+        for line in find_collapses(self.collapsed, usage_NE, active_NE, names, COLLAPSE_STEPS):
             log.warning(line.removeprefix("warning: "))
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -161,7 +161,7 @@ class MixtureCallback(TrainerCallback):
         shares = seen.gate_sum_E / seen.gate_sum_E.sum().clamp_min(1e-12)
         count = len(shares)  # of experts that the step had
         if seen.statistics is not None:
-            found |= routing_summary(seen.statistics, mixture.state.active[:count])
+            found |= routing_summary(seen.statistics, mixture.active_NE[:, :count])
         for expert in (expert for expert in mixture.live if expert < count):
             found[f"expert/{expert}/maturity"] = float(mixture.maturity.maturity[expert])
             found[f"expert/{expert}/load"] = float(shares[expert])

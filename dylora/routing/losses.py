@@ -80,17 +80,24 @@ def routing_statistics(
 
 
 def balance_loss(
-    probability_NE: Tensor, fractions_NE: Tensor, tokens: Tensor | float, experts: int | None = None
+    probability_NE: Tensor,
+    fractions_NE: Tensor,
+    tokens: Tensor | float,
+    experts: int | Tensor | None = None,
 ) -> Tensor:
     """E · Σ_e f_e P_e per block, averaged over blocks.
 
     With f from the top-k this is aux_loss (GShard, Lepikhin et al. 2020), with f from the argmax
     switch (Switch Transformer, Fedus et al. 2021). P is Σ p over this many real tokens, f as in
-    `assignment_fractions`; experts: E, how many are active; none: all.
+    `assignment_fractions`; experts: E, how many are active, or [N], how many of each block; none:
+    all.
     Returns a scalar: 1 when uniform, E/K when collapsed onto K experts (E for switch).
     """
     mean_NE = probability_NE / tokens
-    return (experts or probability_NE.shape[-1]) * (fractions_NE * mean_NE).sum(-1).mean()
+    overlap_N = (fractions_NE * mean_NE).sum(-1)
+    if isinstance(experts, Tensor):
+        return (experts * overlap_N).mean()
+    return (experts or probability_NE.shape[-1]) * overlap_N.mean()
 
 
 def fractions_of(statistics: RoutingStatistics) -> Fractions:
@@ -103,15 +110,24 @@ def assignment_fractions(assigned_NE: Tensor) -> Tensor:
     return assigned_NE / assigned_NE.sum(-1, keepdim=True).clamp_min(1)
 
 
-def carried_fractions(fractions_NE: Tensor, active_E: Tensor) -> Tensor:
-    """Fractions of an earlier step for the experts that are active now, [N, E] of now.
+def carried_fractions(fractions_NE: Tensor, active: Tensor) -> Tensor:
+    """Fractions of an earlier step for the experts that are active now, [E] or [N, E]; [N, E].
 
     Experts that are new have none, those that are out give up theirs, and the rest is scaled to 1;
     a block where nothing is left is taken as even.
     """
-    grown_NE = F.pad(fractions_NE, (0, active_E.shape[0] - fractions_NE.shape[1])) * active_E
-    total_N1, even_E = grown_NE.sum(-1, keepdim=True), active_E / active_E.sum()
-    return torch.where(total_N1 > 0, grown_NE / total_N1.clamp_min(1e-12), even_E)
+    grown_NE = F.pad(fractions_NE, (0, active.shape[-1] - fractions_NE.shape[1])) * active
+    total_N1, even = grown_NE.sum(-1, keepdim=True), _even(active)
+    return torch.where(total_N1 > 0, grown_NE / total_N1.clamp_min(1e-12), even)
+
+
+def even_fractions(active: Tensor, blocks: int) -> Tensor:
+    """Fractions before the first step, alike for all that are active, [E] or [N, E]; [N, E]."""
+    return _even(active).expand(blocks, -1)
+
+
+def _even(active: Tensor) -> Tensor:
+    return active / active.sum(-1, keepdim=True).clamp_min(1)
 
 
 def z_loss(squared_logsumexp_N: Tensor, tokens: Tensor | float) -> Tensor:
@@ -134,7 +150,7 @@ class RoutingLoss(NamedTuple):
     """A loss of the routers, and its coefficient in the loss that is trained with."""
 
     # (statistics of a micro-batch, tokens and fractions of the whole batch, active experts) -> loss
-    value: Callable[[RoutingStatistics, Tensor | float, Fractions, int], Tensor]
+    value: Callable[[RoutingStatistics, Tensor | float, Fractions, int | Tensor], Tensor]
     coefficient: Callable[[MoELoraConfig], float | None]  # None: left out, its value reads 0
 
 
@@ -166,12 +182,12 @@ def combined_loss(
     statistics: RoutingStatistics | None,
     config: MoELoraConfig,
     totals: BatchTotals | None,
-    experts: int,
+    experts: int | Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss that is trained with, and its parts by name: lm_loss, then ROUTING_LOSSES.
 
     token_losses [B, S], 0 where labels [B, S] have no target; statistics: None without learned
-    routing, whose losses are 0 then; experts: how many are active.
+    routing, whose losses are 0 then; experts: how many are active, or [N], of each block.
     """
     totals = totals or BatchTotals()
     target_tokens = totals.target_tokens
@@ -186,7 +202,10 @@ def combined_loss(
 
 
 def routing_losses(
-    statistics: RoutingStatistics, config: MoELoraConfig, totals: BatchTotals, experts: int
+    statistics: RoutingStatistics,
+    config: MoELoraConfig,
+    totals: BatchTotals,
+    experts: int | Tensor,
 ) -> dict[str, Tensor]:
     """Those of ROUTING_LOSSES that are trained with, by name; arguments as in `combined_loss`."""
     tokens = statistics.tokens if totals.tokens is None else totals.tokens

@@ -15,7 +15,7 @@ COLLAPSED_ABOVE = 0.8  # a block whose leading expert has more than this counts 
 
 
 def routing_metrics(
-    statistics: RoutingStatistics, block_names: list[str], active: list[bool]
+    statistics: RoutingStatistics, block_names: list[str], active_NE: Tensor
 ) -> dict[str, float]:
     """router/… for all blocks together, and for each: means over tokens, entropy in nats.
 
@@ -24,9 +24,9 @@ def routing_metrics(
     """
     tokens = statistics.tokens.clamp_min(1)
     usage_NE, entropy_N = statistics.usage_NE.cpu(), (statistics.entropy_N / tokens).cpu()
-    dead_N = (usage_NE[:, torch.tensor(active)] < DEAD_BELOW).sum(-1)
+    dead_N = ((usage_NE < DEAD_BELOW) & active_NE.cpu()).sum(-1)
     max_usage_N = usage_NE.amax(-1)
-    metrics = routing_summary(statistics, active)
+    metrics = routing_summary(statistics, active_NE)
     for index, name in enumerate(block_names):
         metrics[f"router/entropy/{name}"] = entropy_N[index].item()
         metrics[f"router/max_usage/{name}"] = max_usage_N[index].item()
@@ -36,7 +36,7 @@ def routing_metrics(
     return metrics
 
 
-def routing_summary(statistics: RoutingStatistics, active: list[bool]) -> dict[str, float]:
+def routing_summary(statistics: RoutingStatistics, active_NE: Tensor) -> dict[str, float]:
     """The router/… of `routing_metrics` for all blocks together."""
     tokens = statistics.tokens.clamp_min(1)
     assigned_N = statistics.assigned_NE.sum(-1).clamp_min(1)
@@ -44,7 +44,7 @@ def routing_summary(statistics: RoutingStatistics, active: list[bool]) -> dict[s
     return {
         "router/entropy": (statistics.entropy_N / tokens).mean().item(),
         "router/max_usage": usage_NE.max().item(),
-        "router/dead_experts": float((usage_NE[:, torch.tensor(active)] < DEAD_BELOW).sum()),
+        "router/dead_experts": float(((usage_NE < DEAD_BELOW) & active_NE.cpu()).sum()),
         "router/top1_share": (statistics.assigned_NE.amax(-1) / assigned_N).mean().item(),
         "router/active_experts": (statistics.active_N / tokens).mean().item(),
     }
@@ -82,7 +82,7 @@ def entropy(shares: Tensor) -> Tensor:
 def find_collapses(
     counts: dict[str, int],
     usage_NE: Tensor,
-    active: list[bool],
+    active_NE: Tensor,
     block_names: list[str],
     steps: int,
 ) -> list[str]:
@@ -93,10 +93,11 @@ def find_collapses(
     expert gets less than DEAD_BELOW. counts: steps in a row by block, which are brought up to date;
     -1 once the line was given.
     """
-    if sum(active) < 2:
-        return []
     lines = []
-    for name, usage_E in zip(block_names, usage_NE[:, torch.tensor(active)], strict=True):
+    for name, all_E, active_E in zip(block_names, usage_NE, active_NE.cpu(), strict=True):
+        usage_E = all_E[active_E]
+        if len(usage_E) < 2:
+            continue
         largest, dead = float(usage_E.max()), int((usage_E < DEAD_BELOW).sum())
         if counts.get(name) == -1:
             continue

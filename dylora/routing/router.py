@@ -31,6 +31,7 @@ class Router(nn.Module):
     """
 
     config: MoELoraConfig
+    count: int | None = None  # of experts that its block has, the first ones; None: all
 
     def __init__(self, width: int, config: MoELoraConfig, device: torch.device | None = None):
         """width: D of the hidden states."""
@@ -105,6 +106,9 @@ class DynamicHybridRouter(Router):
             logits = logits + self.config.router_noise * torch.randn_like(logits)
         if not pass_.state.all_routed:
             logits = logits.masked_fill(~pass_.state.routed_E.to(logits.device), -math.inf)
+        if self.count is not None:
+            absent_E = torch.arange(logits.shape[-1], device=logits.device) >= self.count
+            logits = logits.masked_fill(absent_E, -math.inf)
         temperature = self.config.router_temperature
         scaled = logits if temperature == 1 else logits / temperature
         return logits, scaled.softmax(-1)
@@ -159,8 +163,8 @@ class DynamicHybridRouter(Router):
         gates = maturity_gates(probabilities, maturity, k, config.gate_scale)
         if mode == "sparse" and self.training and config.expert_capacity_factor is not None:
             # Experts that are not enabled hold no tokens, so they count neither in K nor in E.
-            top_k = min(config.top_k_experts, state.routed_count)
-            factor, count = config.expert_capacity_factor, state.routed_count
+            count = sum(state.active[state.shared : self.count])
+            top_k, factor = min(config.top_k_experts, count), config.expert_capacity_factor
             gates = cap_tokens(gates, top_k, factor, pass_.token_mask, count)
         return gates
 

@@ -61,7 +61,7 @@ class CollapseWarning(Callback):
             return
         usage_NE, names = result.statistics.usage_NE.cpu(), run.model.site_names
         steps, counts = run.config.log.collapse_steps, run.progress.collapsed_steps
-        for line in find_collapses(counts, usage_NE, active(run), names, steps):
+        for line in find_collapses(counts, usage_NE, run.model.mixture.active_NE, names, steps):
             run.log.info(line)
 
 
@@ -95,12 +95,7 @@ def row_of_metrics(run: Run, result: StepResult) -> dict[str, float]:
     metrics["train/tokens_per_s"] = sum(row["tokens"] for row in window) / seconds
     metrics["train/step_time_s"] = seconds / len(window)
     if result.statistics is not None:
-        metrics |= routing_metrics(result.statistics, model.site_names, active(run))
+        metrics |= routing_metrics(result.statistics, model.site_names, model.mixture.active_NE)
     metrics |= expert_metrics(model, result.gate_share_E, result.clip_factor)
     metrics["system/mem_gb"] = memory_gb()
     return metrics
-
-
-def active(run: Run) -> list[bool]:
-    """Which experts are mixed in."""
-    return [row.enabled for row in run.model.experts.table]

@@ -170,23 +170,21 @@ def active_parameters(model: DyLoRA_MoE, scores: dict[str, SetScore]) -> float:
     """Of experts and routers, those that a token is multiplied with: the mean over scored tokens.
 
     What is not trained, such as the A of LoRA-FA, counts; a routed expert counts as the mean of
-    all of them, a shared one always.
+    all that its block has, a shared one always.
     """
-    mixture = model.mixture
-    count_E = [0.0] * len(mixture.table)
-    always = sum(p.numel() for _, p in mixture.own_parameters())
-    for adapter in mixture.adapters.values():
-        for stack in adapter.stacks:
+    mixture, shared = model.mixture, model.config.shared_experts
+    found = float(sum(p.numel() for _, p in mixture.own_parameters()))
+    seen = [(s.active_N, s.targets) for s in scores.values() if s.active_N is not None]
+    if not seen:
+        return found
+    targets = sum(targets for _, targets in seen)
+    active_N = torch.stack([active_N * own / targets for active_N, own in seen]).sum(0)
+    for block, active in zip(mixture.blocks, active_N.tolist(), strict=True):
+        sizes: dict[int, float] = {}
+        for stack in (stack for adapter in block.adapters.values() for stack in adapter.stacks):
             size = sum(parameter.numel() for parameter in stack.parameters())
             for expert in stack.experts:
-                count_E[expert] += size / len(stack.experts)
-    seen = [
-        (s.active_N.mean().item(), s.targets) for s in scores.values() if s.active_N is not None
-    ]
-    if not seen:
-        return float(always)
-    routed_E = count_E[mixture.config.shared_experts :]
-    weights = sum(targets for _, targets in seen)
-    active = sum(experts * targets for experts, targets in seen) / weights
-    chosen = active - mixture.config.shared_experts
-    return always - sum(routed_E) + chosen * sum(routed_E) / len(routed_E)
+                sizes[expert] = sizes.get(expert, 0.0) + size / len(stack.experts)
+        routed = [size for expert, size in sizes.items() if expert >= shared]
+        found += (active - shared) * sum(routed) / max(len(routed), 1) - sum(routed)
+    return found

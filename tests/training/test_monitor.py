@@ -35,7 +35,9 @@ def statistics(gate_NE: list[list[float]], tokens: float) -> RoutingStatistics:
 
 def test_an_expert_with_less_than_a_hundredth_of_a_site_is_dead_there():
     metrics = routing_metrics(
-        statistics([[0.995, 0.005], [0.5, 0.5]], 1.0), ["first", "second"], [True, True]
+        statistics([[0.995, 0.005], [0.5, 0.5]], 1.0),
+        ["first", "second"],
+        torch.tensor([[True, True], [True, True]]),
     )
     assert metrics["router/dead_experts/first"] == 1
     assert metrics["router/dead_experts/second"] == 0
@@ -45,8 +47,9 @@ def test_an_expert_with_less_than_a_hundredth_of_a_site_is_dead_there():
 
 def test_an_expert_that_takes_no_part_is_not_dead():
     found = statistics([[0.5, 0.0, 0.5, 0.0]], 1.0)
-    assert routing_metrics(found, ["site"], [True] * 4)["router/dead_experts"] == 2
-    metrics = routing_metrics(found, ["site"], [True, False, True, True])
+    everyone_NE = torch.ones(1, 4, dtype=torch.bool)
+    assert routing_metrics(found, ["site"], everyone_NE)["router/dead_experts"] == 2
+    metrics = routing_metrics(found, ["site"], torch.tensor([[True, False, True, True]]))
     assert metrics["router/dead_experts"] == 1
     assert metrics["router/dead_experts/site"] == 1
     assert metrics["router/usage/site/1"] == 0
@@ -59,8 +62,9 @@ def watched(steps: int, *usages: list[list[float]], active=(True, True, True)) -
     """The lines of each step; a usage is [site][expert]."""
     counts: dict[str, int] = {}
     names = [f"site_{index}" for index in range(len(usages[0]))]
+    active_NE = torch.tensor(active).expand(len(names), -1)
     return [
-        find_collapses(counts, torch.tensor(usage), list(active), names, steps) for usage in usages
+        find_collapses(counts, torch.tensor(usage), active_NE, names, steps) for usage in usages
     ]
 
 
