@@ -47,6 +47,8 @@ def set_prototypes(model: DyLoRA_MoE) -> list[str]:
             factors = []
             for path in readers[site]:
                 adapter = model.mixture.adapters[path]
+                if not adapter.has(expert):
+                    continue
                 stack, place = adapter.stack_of(expert)
                 own = adapter.expert_tensors(expert)
                 factors.append((own["lora_A"], own["lora_B"] * stack.scaling_E[place]))
