@@ -195,6 +195,8 @@ class RoutingState(ExpertState):
             return
         cache = getattr(output, "past_key_values", None)
         if pass_.held and isinstance(cache, Cache):
+            if "total" in pass_.held and not cache.is_compileable:  # whose length is on the device
+                pass_.held["end"] = cache.get_seq_length()
             setattr(cache, HELD, pass_.held)  # copies of a cache take it along
         if torch.compiler.is_compiling():
             self._traced = None
@@ -257,9 +259,17 @@ class RoutingState(ExpertState):
         if self.mine.generation is not None:
             return self.mine.generation
         held = getattr(cache, HELD, None)
-        if held is None or torch.compiler.is_compiling() or int(cache.get_seq_length()) > 0:
+        if held is None or torch.compiler.is_compiling():
             return held
-        return None  # the cache was emptied for another text
+        length = int(cache.get_seq_length())
+        if length == 0:
+            return None  # the cache was emptied for another text
+        if "total" in held and held.get("end", length) != length:
+            raise ValueError(
+                f"this cache was cut from {held['end']} tokens to {length}, which routing by the "
+                "running mean cannot follow: begin with the text anew"
+            )
+        return held
 
     def forget_kept(self) -> None:
         """Make anew what decodings keep: parameters, experts or modes have changed."""

@@ -146,6 +146,18 @@ def test_a_loop_over_a_cache_goes_on_with_the_text(mixture):
     torch.testing.assert_close(gates, model(ids).routing.gates)
 
 
+def test_a_cache_that_was_cut_is_refused_and_one_that_was_emptied_is_not(mixture):
+    model, ids = mixture(**CONTEXT), alone(TEXTS[0])
+    cache = DynamicCache(config=model.base.config)
+    model(ids[:, :6], past_key_values=cache, use_cache=True)
+    cache.crop(-2)
+    with pytest.raises(ValueError, match="this cache was cut from 6 tokens to 4"):
+        model(ids[:, 4:], past_key_values=cache, use_cache=True)
+    cache.crop(-4)
+    again = model(ids, past_key_values=cache, use_cache=True)
+    torch.testing.assert_close(again.routing.gates, model(ids).routing.gates)
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
 def test_what_takes_tokens_back_is_refused(options, mixture):
     with pytest.raises(ValueError, match="the running mean cannot follow beams or assisted"):
