@@ -225,7 +225,7 @@ class MoELoraConfig:
     def _rules_by_layer(self) -> Iterator[tuple[str, bool, str]]:
         """As `_rules`, for layers of which not each has every expert."""
         counts = self.experts_per_layer
-        if counts is None:
+        if counts is None or not self.use_moe_routing:
             return
         least = self.shared_experts + self.top_k_experts
         fits = bool(counts) and max(counts) == self.num_experts and min(counts) >= least

@@ -147,15 +147,18 @@ def number_stacks(
     Without an optimizer stacks are split but never joined, so that a parameter which an optimizer
     elsewhere may hold is not replaced without need.
     """
+    adapters = list(adapters)
     number, previous = -1, None
     for index, row in enumerate(table):
         if row.state == "retired":
             row.stack = -1
             continue
-        before = row.stack if optimizer is None else None
-        key = (row.is_trained, before, _age(adapters, optimizer, index))
-        if previous is None or previous != (index - 1, key):
-            number += 1
+        key = (row.is_trained, row.stack if optimizer is None else None)
+        joins = previous == (index - 1, key)
+        if joins:
+            own = [adapter for adapter in adapters if adapter.has(index)]
+            joins = _age(own, optimizer, index - 1) == _age(own, optimizer, index)
+        number += not joins
         row.stack, previous = number, (index, key)
     return groups_of(table)
 
@@ -164,8 +167,6 @@ def _age(adapters: Iterable[Adapter], optimizer: Optimizer | None, expert: int) 
     """What the parameters of a stack must have in common."""
     ages = []
     for adapter in adapters:
-        if not adapter.has(expert):
-            continue
         stack, _ = adapter.stack_of(expert)
         for parameter in stack.parameters():
             ages.append(parameter.shape[1:])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylora.adapters import inject
+from dylora.adapters.plan import indices
 from dylora.base_fingerprint import fingerprint
 from dylora.base_models import keep_as_stored, stored_bytes
 from dylora.config import MoELoraConfig
@@ -179,7 +180,7 @@ class Mixture:
                 seen.loss_sum_E,
                 progress=progress,
                 run_tokens=run_tokens,
-                active=self.state.routed_count or 1,  # shared experts get every token
+                active=self._choosing(),
                 config=self.config,
                 rate=rate,
             )
@@ -215,11 +216,21 @@ class Mixture:
             return self.state.routed_count
         return self._in_layers(self.state.routed_E).sum(-1)
 
+    def _choosing(self) -> int | Tensor:
+        """By how many a router's tokens are divided, as far as an expert goes: [E] where layers
+        differ. Shared experts get every token."""
+        if self.config.experts_per_layer is None:
+            return self.state.routed_count or 1
+        routed_NE = self._in_layers(self.state.routed_E).cpu().double()
+        shares_E = (routed_NE / routed_NE.sum(-1, keepdim=True).clamp_min(1)).mean(0)
+        return torch.where(shares_E > 0, 1 / shares_E, 1.0)
+
     def _in_layers(self, chosen_E: Tensor) -> Tensor:
         """[E], or [N, E] where layers differ in which experts they have."""
         if self.config.experts_per_layer is None:
             return chosen_E
-        counts_N = torch.tensor([block.count for block in self.blocks], device=chosen_E.device)
+        counts = tuple(block.count for block in self.blocks if block.count is not None)
+        counts_N = indices(counts, chosen_E.device)
         numbers_E = torch.arange(len(chosen_E), device=chosen_E.device)
         return chosen_E & (numbers_E < counts_N[:, None])
 

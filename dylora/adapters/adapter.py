@@ -146,7 +146,8 @@ class Adapter(nn.Module):
         return getattr(stack, name)
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
-        """One expert by PEFT's names and in its orientation; KeyError for a retired one."""
+        """One expert by PEFT's names and in its orientation, 0 where the layer has it not; KeyError
+        for a retired one that it had."""
         if not self.has(expert):
             return self._nothing(expert)
         stack, place = self.stack_of(expert)

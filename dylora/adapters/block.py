@@ -89,7 +89,11 @@ class RoutedBlock:
         elif self.shares_first and pass_.shared is not None:
             decision = pass_.shared.last(x.shape[1])
         else:
-            gates = self.state.fixed_gates().to(x.device).expand(*x.shape[:-1], -1)
+            gates_E = self.state.fixed_gates().to(x.device)
+            if self.count is not None:
+                gates_E = gates_E * (torch.arange(len(gates_E), device=x.device) < self.count)
+                gates_E = gates_E / gates_E.sum().clamp_min(torch.finfo(gates_E.dtype).tiny)
+            gates = gates_E.expand(*x.shape[:-1], -1)
             decision = RouterOutput(gates, gates, None)
         if self.index == 0:
             pass_.shared = decision if self.router is not None else None
@@ -106,7 +110,8 @@ class RoutedBlock:
             decision = router(x, pass_)
         else:  # the shared ones alone
             nobody = torch.zeros(*x.shape[:-1], state.num_experts, device=x.device)
-            logits = None if self.count is None else nobody  # other layers may have some
+            # Other layers may have some; the logsumexp of these is 0.
+            logits = None if self.count is None else nobody - math.log(state.num_experts)
             decision = RouterOutput(nobody, nobody, logits, used=())
         if not state.shared:
             return decision

@@ -122,7 +122,7 @@ def _group_by_block(targets: list[str]) -> dict[str, list[str]]:
 
 def _counts_by_layer(blocks: list[str], config: MoELoraConfig) -> dict[int | None, int]:
     """Number of a layer -> how many experts it has; empty: each has all."""
-    if config.experts_per_layer is None:
+    if config.experts_per_layer is None or not config.use_moe_routing:
         return {}
     layers = list(dict.fromkeys(layer_of(path) for path in blocks))
     if len(layers) != len(config.experts_per_layer):

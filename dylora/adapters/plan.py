@@ -103,7 +103,7 @@ def make_plan(
         if dense_ids:
             whole = len(dense_ids) == len(experts)
             places = tuple(e - stack.first for e in dense_ids)
-            dense.append(Dense(index, None if whole else _indices(places, gates.device)))
+            dense.append(Dense(index, None if whole else indices(places, gates.device)))
             columns += dense_ids
         if dense_ids is own:
             continue
@@ -111,7 +111,7 @@ def make_plan(
         chosen_TK = top_k_indices(chosen, k)
         gates_TK = chosen.gather(-1, chosen_TK)
         if len(ids) < len(experts):
-            chosen_TK = _indices(tuple(e - stack.first for e in ids), gates.device)[chosen_TK]
+            chosen_TK = indices(tuple(e - stack.first for e in ids), gates.device)[chosen_TK]
         sparse.append(Sparse(index, chosen_TK, gates_TK, stack.count, kernel == "gather"))
     return DispatchPlan(dense, _columns(gates, columns), sparse)
 
@@ -123,11 +123,11 @@ def _columns(gates: Tensor, experts: list[int]) -> Tensor:
     first, count = experts[0], len(experts)
     if experts == list(range(first, first + count)):
         return gates if count == gates.shape[1] else gates[:, first : first + count]
-    return gates.index_select(1, _indices(tuple(experts), gates.device))
+    return gates.index_select(1, indices(tuple(experts), gates.device))
 
 
 @lru_cache(maxsize=1024)
-def _indices(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+def indices(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """As a tensor, copied once: a copy to a device waits for it, and no CUDA graph may hold one."""
     with torch.inference_mode(False):  # or training could not use what inference made
         return torch.tensor(numbers, device=device)

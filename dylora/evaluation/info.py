@@ -83,8 +83,10 @@ def _print_description(folder: Path, description: Mapping[str, Any]) -> None:
     if moe["adapter_type"] != "lora":
         print(f"adapters    {moe['adapter_type']}")
     router = moe["router_type"] if moe["router_scope"] in ("site", "shared") else "by the prompt"
+    counts = moe.get("experts_per_layer")
+    by_layer = f" (by layer {', '.join(map(str, counts))})" if counts else ""
     print(
-        f"routing     {router}, top {moe['top_k_experts']} of {len(experts)}, "
+        f"routing     {router}, top {moe['top_k_experts']} of {len(experts)}{by_layer}, "
         f"{len(description['sites'])} sites, {len(description['projections'])} projections"
     )
     for expert in experts:

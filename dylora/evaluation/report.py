@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -182,8 +183,10 @@ def routing_summary(model: DyLoRA_MoE, scores: dict[str, SetScore]) -> dict[str,
     total = sum(targets for _, targets in counted)
     if not total:
         return None
+    firsts = [next(iter(block.adapters.values())) for block in model.mixture.blocks]
     return {
         "experts": len(model.experts.live),
+        "experts_a_layer": fmean(sum(stack.count for stack in first.stacks) for first in firsts),
         "shared_experts": model.config.shared_experts,
         "active_experts": sum(active * targets for active, targets in counted) / total,
         "parameters": sum(p.numel() for _, p in model.own_parameters()),

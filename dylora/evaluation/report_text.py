@@ -7,9 +7,10 @@ from dylora.evaluation.passk.estimate import wilson
 
 def describe_routing(found: dict[str, Any]) -> str:
     """In a line: how sparse routing became, and what that saves."""
-    active, every, shared = found["active_experts"], found["experts"], found["shared_experts"]
+    active, shared = found["active_experts"], found["shared_experts"]
+    every = found.get("experts_a_layer", found["experts"])
     parameters, used = found["parameters"], found["active_parameters"]
-    told = f"a token uses {active:.2f} of {every} experts"
+    told = f"a token uses {active:.2f} of {every:g} experts"
     told += f" ({shared} of them for all tokens)" if shared else ""
     if active > every - 0.005:
         return f"{told}: routing is dense"

@@ -35,7 +35,10 @@ DEFAULTS = MoELoraConfig()
 DECIDED = ("num_experts", "r", "lora_alpha", "expert_ranks", "expert_alphas", "target_modules")
 DECIDED += ("bias", "use_rslora", "use_dora")
 # Settings for which adapters made elsewhere leave no room.
-UNSET = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "share_A")
+UNSET = (
+    *("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "share_A"),
+    "experts_per_layer",
+)
 UNSET += ("adapter_type",)
 NEEDED_BY_ARROW = {"router_hidden_size": None, "router_scope": "site", "use_moe_routing": True}
 

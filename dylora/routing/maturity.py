@@ -66,7 +66,7 @@ def observe(
     *,
     progress: float,
     run_tokens: float,
-    active: int,
+    active: int | Tensor,
     config: MoELoraConfig,
     rate: float = 1.0,
 ) -> ExpertMaturity:
@@ -77,7 +77,7 @@ def observe(
         loss_sum_E: Σ_t g_te · loss_t over the same tokens.
         progress: share of the run that is done, in [0, 1].
         run_tokens: target tokens of the whole run.
-        active: how many experts a router chooses among.
+        active: how many experts a router chooses among; [E] where that differs by expert.
         rate: the step's learning rate as a share of its peak.
     """
     gate_sum_E, loss_sum_E = gate_sum_E.cpu().double(), loss_sum_E.cpu().double()
@@ -115,7 +115,11 @@ def observe(
 
 
 def begun(
-    state: ExpertMaturity, gate_sum_E: Tensor, progress: float, run_tokens: float, active: int
+    state: ExpertMaturity,
+    gate_sum_E: Tensor,
+    progress: float,
+    run_tokens: float,
+    active: int | Tensor,
 ) -> ExpertMaturity:
     """The state in which experts that get their first tokens have a clock."""
     # One that was made at the end of an earlier clock begins with this one.
@@ -151,17 +155,17 @@ def settled(change: Tensor, config: MoELoraConfig) -> Tensor:
 
 
 def fallen_back(
-    state: ExpertMaturity, jumped: Tensor, progress: float, run_tokens_each: float
+    state: ExpertMaturity, jumped: Tensor, progress: float, run_tokens_each: float | Tensor
 ) -> ExpertMaturity:
     """The state in which mature experts whose loss has `jumped` [E] begin anew at this step."""
     falls = jumped & (state.maturity == 1)
     fresh = ExpertMaturity.create(len(falls), progress)
-    expected = max((1 - progress) * run_tokens_each, 1.0)
+    expected = torch.as_tensor((1 - progress) * run_tokens_each).to(state.expected).clamp_min(1.0)
     fresh = fresh._replace(
         fast=state.fast,
         slow=state.fast,
         first=state.first,
-        expected=torch.full_like(state.expected, expected),
+        expected=expected.expand_as(state.expected),
     )
     pairs = zip(fresh, state, strict=True)
     return ExpertMaturity(*(torch.where(falls, new, old) for new, old in pairs))

@@ -23,7 +23,7 @@ from dylora.kernels.common import at_least_float32
 from dylora.routing.gating import RouterOutput, expand_override, top_k_mask
 from dylora.routing.prompt_tokens import since_begin
 from dylora.routing.router import Router, Shape
-from dylora.routing.state import HELD, Pass, RoutingState
+from dylora.routing.state import Pass, RoutingState, held_of
 
 
 class PromptRule(NamedTuple):
@@ -266,8 +266,8 @@ class PromptedGenerate:
                 "of one length and an attention_mask of ones, or leave the cache out"
             )
         begun = cache is not None and int(cache.get_seq_length()) > 0
-        if begun and hasattr(cache, HELD):
-            return getattr(cache, HELD)
+        if begun and cache is not None and (held := held_of(cache)) is not None:
+            return held
         if ids is None or self.running:
             return None if self.running and asked("use_cache") is False else prompts
         prompts["length"] = ids.shape[1]

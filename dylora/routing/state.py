@@ -195,7 +195,8 @@ class RoutingState(ExpertState):
             return
         cache = getattr(output, "past_key_values", None)
         if pass_.held and isinstance(cache, Cache):
-            if "total" in pass_.held and not cache.is_compileable:  # whose length is on the device
+            read = pass_.enabled and pass_.routing_weights is None
+            if read and "total" in pass_.held and not cache.is_compileable:  # else on the device
                 pass_.held["end"] = cache.get_seq_length()
             setattr(cache, HELD, pass_.held)  # copies of a cache take it along
         if torch.compiler.is_compiling():
@@ -258,23 +259,31 @@ class RoutingState(ExpertState):
         cache that is not empty."""
         if self.mine.generation is not None:
             return self.mine.generation
-        held = getattr(cache, HELD, None)
-        if held is None or torch.compiler.is_compiling():
-            return held
-        length = int(cache.get_seq_length())
-        if length == 0:
-            return None  # the cache was emptied for another text
-        if "total" in held and held.get("end", length) != length:
-            raise ValueError(
-                f"this cache was cut from {held['end']} tokens to {length}, which routing by the "
-                "running mean cannot follow: begin with the text anew"
-            )
-        return held
+        if getattr(cache, HELD, None) is None or torch.compiler.is_compiling():
+            return getattr(cache, HELD, None)
+        return held_of(cache)  # None: it was emptied for another text
 
     def forget_kept(self) -> None:
         """Make anew what decodings keep: parameters, experts or modes have changed."""
         if self._decodings:
             self._decodings.clear()
+
+
+def held_of(cache: Cache) -> dict[str, Any] | None:
+    """What passes hold of the texts in a cache; None for an empty one.
+
+    Raises ValueError where tokens were taken out, or put in past the router: sums over all of them
+    cannot follow.
+    """
+    held, length = getattr(cache, HELD, None), int(cache.get_seq_length())
+    if held is None or length == 0:
+        return None
+    if "total" in held and held.get("end", length) != length:
+        raise ValueError(
+            f"this cache holds {length} tokens, but routing by the running mean has read "
+            f"{held['end']} of them: begin with the text anew"
+        )
+    return held
 
 
 @dataclass(eq=False)

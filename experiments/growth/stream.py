@@ -40,7 +40,7 @@ from experiments.growth.methods import (
 from experiments.growth.prompted import Experts, Shared
 from experiments.growth.scores import loss_of, passed_of
 
-LOSS_ROWS = 16
+HELD_OUT, LOSS_ROWS = 64, 16  # rows of a skill; the last ones calibrate a library
 LIBRARY = "32,24"  # of cells that do not say
 REPLAY_RATE = 1.5e-4  # by rates.py, with 32 rows kept
 METHODS: dict[str, Any] = {
@@ -63,18 +63,23 @@ METHODS: dict[str, Any] = {
 def skill_stages(count: int) -> list[Stage]:
     stages = []
     for skill in SKILLS:
-        parts = (generate_tasks(skill, "train", count), generate_tasks(skill, "validation", 64))
+        parts = (
+            generate_tasks(skill, "train", count),
+            generate_tasks(skill, "validation", HELD_OUT),
+        )
         rows = [tokenized([(t.instruction, "", t.answer) for t in part]) for part in parts]
         stages.append(Stage(skill, *rows))
     return stages
 
 
 def language_stages(folder: Path, most: int) -> list[Stage]:
-    """CodeAlpaca's languages by the one name in the instruction, and MBPP: 64 rows are held out."""
+    """CodeAlpaca's languages by the one name in the instruction, and MBPP."""
     texts = novelty.languages(folder / "code_alpaca.json")
     texts["mbpp"] = novelty.mbpp(folder / "mbpp.jsonl")
     return [
-        Stage(name, tokenized(rows[64 : 64 + most], 256), tokenized(rows[:64], 256))
+        Stage(
+            name, tokenized(rows[HELD_OUT : HELD_OUT + most], 256), tokenized(rows[:HELD_OUT], 256)
+        )
         for name, rows in texts.items()
     ]
 
@@ -243,6 +248,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results/continual.json"))
     parser.add_argument("--summary", action="store_true", help="print the tables of the result")
     options = parser.parse_args()
+    fitted, calibrated = map(int, options.library.split(","))
+    if calibrated > HELD_OUT - LOSS_ROWS:
+        parser.error(f"--library: at most {HELD_OUT - LOSS_ROWS} rows are left to calibrate on")
     torch.set_num_threads(1)
     cells = json.loads(options.out.read_text())["cells"] if options.out.exists() else []
     if options.summary:
@@ -260,11 +268,12 @@ def main() -> None:
                 key: dict[str, Any] = {"stream": stream, "method": name, "seed": int(seed)}
                 key |= {"order": order, "updates": options.updates}
                 key |= {"tasks": 0 if options.published else options.tasks}
-                key |= {"rows": rows, "library": options.library}
+                key["rows"] = rows
+                if name.startswith(("experts", "shared")):
+                    key["library"] = options.library
                 if any(key.items() <= ({"library": LIBRARY} | cell).items() for cell in cells):
                     continue
                 print(key, time.strftime("%H:%M:%S"), flush=True)
-                fitted, calibrated = map(int, options.library.split(","))
                 recipe = Recipe(updates=options.updates, library=(fitted, calibrated))
                 method = METHODS[name](seed=int(seed), recipe=recipe, work=options.work)
                 ordered = stages if order == "forward" else stages[::-1]

@@ -14,6 +14,7 @@ from dylora.routing.metrics import routing_metrics
 from dylora.run_config import TrainConfig
 from dylora.storage.manifest import write_manifest
 from dylora.training.optim import build_optimizer
+from dylora.training.validation import SetScore, active_parameters
 
 COUNTS = [2, 4]  # of the two layers of the base
 LAYERS = {"num_experts": 4, "experts_per_layer": COUNTS}
@@ -203,6 +204,69 @@ def test_experts_are_frozen_trained_and_retired_with_their_moments(mixture, ids)
     assert held == [[1]]
     with pytest.raises(ValueError, match=r"the last expert at .*layers\.0.* cannot be retired"):
         model.experts.retire(1)
+
+
+def test_stacks_are_neither_split_nor_replaced_without_need(mixture):
+    model = mixture(**LAYERS)
+    before = [id(parameter) for _, parameter in model.named_expert_parameters()]
+    model.experts.activate_all_experts()
+    assert [id(parameter) for _, parameter in model.named_expert_parameters()] == before
+    model.experts.attach_optimizer(build_optimizer(model, TrainConfig()))
+    model.experts.freeze(3)
+    model.experts.unfreeze(3)
+    for block, count in zip(model.mixture.blocks, COUNTS, strict=True):
+        stacks = block.adapters["q_proj"].stacks
+        assert [list(stack.experts) for stack in stacks] == [list(range(count))]
+
+
+def test_usage_matures_experts_of_even_routing_together(mixture, ids):
+    settings = {"maturity_mode": "usage", "routing_mode": "dense", "maturity": [0.0] * 4}
+    model = mixture(**settings, **LAYERS).train()
+    for _, parameter in model.router_parameters():
+        torch.nn.init.zeros_(parameter)
+    for step in range(1, 4):
+        model.observe(model(ids, labels=ids), ids, step=step, steps=20)
+    maturity = model.maturity.maturity
+    assert 0 < maturity[0] < 1
+    torch.testing.assert_close(maturity, maturity[:1].expand(4))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shared_experts": 1, "top_k_experts": 1},
+        {"expert_ranks": [3, 1, 2, 2]},
+        {"target_modules": "all-linear"},
+    ],
+    ids=str,
+)
+def test_it_goes_with_other_options(mixture, llama, ids, tmp_path, settings):
+    base = llama()
+    model = mixture(base, **LAYERS, **settings)
+    gates = gates_of(model, ids)
+    assert (gates > 0).any(0).any(0)[:, 3].tolist() == [
+        layer == 1 for layer in (int(name.split(".")[2]) for name in model.site_names)
+    ]
+    logits = model(ids).logits
+    torch.testing.assert_close(logits, loop_logits(model, ids, gates), atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(DyLoRA_MoE.from_pretrained(tmp_path, base=base)(ids).logits, logits)
+
+
+def test_without_routers_a_layer_mixes_what_it_has_evenly(mixture, ids):
+    model = mixture(**LAYERS)
+    model.detach_router()
+    gates = gates_of(model, ids)
+    assert gates[0, 0].tolist() == [[0.5, 0.5, 0, 0], [0.25] * 4]
+
+
+def test_active_parameters_are_added_up_by_layer(mixture, ids):
+    model = mixture(router_type="learned", **LAYERS)
+    score = SetScore(1.0, 7, None, torch.tensor([2.0, 2.0]))
+    matrices = sum(p.numel() for _, p in model.named_expert_parameters())
+    routers = sum(p.numel() for _, p in model.router_parameters())
+    used = matrices / sum(COUNTS) * 4  # two experts in each of two layers of one size
+    assert active_parameters(model, {"rows": score}) == pytest.approx(routers + used)
 
 
 @pytest.mark.parametrize(

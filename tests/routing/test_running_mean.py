@@ -151,11 +151,24 @@ def test_a_cache_that_was_cut_is_refused_and_one_that_was_emptied_is_not(mixture
     cache = DynamicCache(config=model.base.config)
     model(ids[:, :6], past_key_values=cache, use_cache=True)
     cache.crop(-2)
-    with pytest.raises(ValueError, match="this cache was cut from 6 tokens to 4"):
+    said = "this cache holds 4 tokens, but routing by the running mean has read 6 of them"
+    with pytest.raises(ValueError, match=said):
         model(ids[:, 4:], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match=said):
+        model.generate(ids, past_key_values=cache, **GREEDY)
     cache.crop(-4)
     again = model(ids, past_key_values=cache, use_cache=True)
     torch.testing.assert_close(again.routing.gates, model(ids).routing.gates)
+
+
+def test_tokens_that_came_into_a_cache_past_the_router_are_refused(mixture):
+    model, ids = mixture(**CONTEXT), alone(TEXTS[0])
+    cache = DynamicCache(config=model.base.config)
+    model(ids[:, :3], past_key_values=cache, use_cache=True)
+    with model.disable_adapters():
+        model(ids[:, 3:5], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match=r"this cache holds 5 tokens, but .* has read 3 of them"):
+        model(ids[:, 5:], past_key_values=cache, use_cache=True)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
