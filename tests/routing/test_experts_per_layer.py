@@ -225,7 +225,7 @@ def test_usage_matures_experts_of_even_routing_together(mixture, ids):
     for _, parameter in model.router_parameters():
         torch.nn.init.zeros_(parameter)
     for step in range(1, 4):
-        model.observe(model(ids, labels=ids), ids, step=step, steps=20)
+        model.observe(model(ids, labels=ids), ids, step=step, steps=40)
     maturity = model.maturity.maturity
     assert 0 < maturity[0] < 1
     torch.testing.assert_close(maturity, maturity[:1].expand(4))
