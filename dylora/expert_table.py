@@ -147,27 +147,30 @@ def number_stacks(
     Without an optimizer stacks are split but never joined, so that a parameter which an optimizer
     elsewhere may hold is not replaced without need.
     """
-    adapters = list(adapters)
-    number, previous = -1, None
+    number, previous, ages = -1, None, {}
     for index, row in enumerate(table):
         if row.state == "retired":
             row.stack = -1
             continue
+        before, ages = ages, _ages(adapters, optimizer, index)
         key = (row.is_trained, row.stack if optimizer is None else None)
-        joins = previous == (index - 1, key)
-        if joins:
-            own = [adapter for adapter in adapters if adapter.has(index)]
-            joins = _age(own, optimizer, index - 1) == _age(own, optimizer, index)
-        number += not joins
+        alike = all(before.get(path) == age for path, age in ages.items())
+        number += not (alike and previous == (index - 1, key))
         row.stack, previous = number, (index, key)
     return groups_of(table)
 
 
-def _age(adapters: Iterable[Adapter], optimizer: Optimizer | None, expert: int) -> tuple[Any, ...]:
-    """What the parameters of a stack must have in common."""
-    ages = []
+def _ages(
+    adapters: Iterable[Adapter], optimizer: Optimizer | None, expert: int
+) -> dict[str, tuple[Any, ...]]:
+    """What the parameters of a stack must have in common, by the projections that have the
+    expert."""
+    found = {}
     for adapter in adapters:
+        if not adapter.has(expert):
+            continue
         stack, _ = adapter.stack_of(expert)
+        ages = []
         for parameter in stack.parameters():
             ages.append(parameter.shape[1:])
             state = {} if optimizer is None else optimizer.state.get(parameter, {})
@@ -178,4 +181,5 @@ def _age(adapters: Iterable[Adapter], optimizer: Optimizer | None, expert: int) 
                     ages.append(name)
                 else:
                     ages.append((name, float(value) if torch.is_tensor(value) else value))
-    return tuple(ages)
+        found[adapter.path] = tuple(ages)
+    return found
