@@ -151,10 +151,10 @@ def test_a_bare_base_that_is_given_as_the_reference_stays_what_it_is(policy, bas
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [kto, rloo])
 def test_the_reference_that_other_trainers_load_is_the_policy_too(policy, tmp_path, make):
-    trainer = make(policy().base, tmp_path, save_strategy="no")
+    trainer = make(policy().base, tmp_path, save_strategy="no", bf16=False)
     trainer.train()
     first = logs(trainer)[0]
-    assert first["rewards/margins" if make is kto else "kl"] == 0
+    assert first["rewards/margins" if make is kto else "kl"] == pytest.approx(0, abs=1e-5)
     assert experts_of(trainer.ref_model) is not None
 
 
