@@ -1,8 +1,8 @@
 """One cell of a comparison: trained to its end, scored on the rows to choose by; then, if it is
 chosen, on the rows to report on.
 
-result.json in the folder of its run says that a cell is trained, test.json that it is reported on;
-a cell that was begun goes on from its latest checkpoint.
+settings.json in the folder of its run says what a cell was begun with, result.json that it is
+trained, test.json that it is reported on; a cell that was begun goes on from its latest checkpoint.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dylora.base_models import load_tokenizer
 from dylora.compare.config import CompareConfig, is_skill
 from dylora.compare.rows import rows_to_choose_by, rows_to_report_on
 from dylora.data.prompts import pad_token_id
@@ -27,7 +28,7 @@ from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import checkpoints, write_file
 from dylora.storage.safe_io import read_json
 from dylora.training.loop import train
-from dylora.training.run import fit_to_base, load_run_data, run_folder
+from dylora.training.run import Parts, fit_to_base, load_run_data, run_folder
 from dylora.training.step import NotFinite
 from dylora.training.validation import (
     SetScore,
@@ -36,7 +37,8 @@ from dylora.training.validation import (
     validate,
 )
 
-RESULT, TEST, TRAIN_LOG = "result.json", "test.json", "train.log"
+BEGUN, RESULT, TEST = "settings.json", "result.json", "test.json"
+TRAIN_LOG = "train.log"
 COMPARED = ("model", "moe", "data", "train", "eval")  # sections that decide a result
 Result = dict[str, Any]  # JSON types
 
@@ -46,7 +48,7 @@ def train_cell(config: RunConfig) -> Result:
 
     Returns `loss` (nats per target on the rows to choose by; null where it is not finite or
     training failed, with `failure`), `losses` by set, `trainable` parameters and `step_s`, seconds
-    of a step in the median. Raises ValueError where the folder holds a result of other settings.
+    of a step in the median. Raises ValueError where the folder holds what other settings began.
     """
     folder = run_folder(config)
     settings = settings_of(config)
@@ -54,16 +56,18 @@ def train_cell(config: RunConfig) -> Result:
         return _read(folder / RESULT, settings)
     folder.mkdir(parents=True, exist_ok=True)
     result: Result = {"settings": settings}
+    if (folder / BEGUN).exists():
+        _read(folder / BEGUN, settings)
+    write_file(folder / BEGUN, json.dumps(result, indent=2) + "\n")
     with _told_in(folder / TRAIN_LOG):
         try:
-            run = train(config, "auto")
+            run = train(config, "auto", parts=load_cell(config))
         except NotFinite as error:
             result |= {"loss": None, "failure": str(error)}
         else:
-            rows = rows_to_choose_by(run.data.validation)
             scores = validate(
                 run.model,
-                rows,
+                run.data.validation,
                 batch_size=config.eval.batch_size,
                 pad_token_id=run.pad_token_id,
             )
@@ -98,6 +102,14 @@ def score_cell(config: RunConfig, board: CompareConfig) -> Result:
     result["settings"] = settings
     write_file(folder / TEST, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def load_cell(config: RunConfig) -> Parts:
+    """The rows that a cell sees until it is trained and chosen: not those to report on, whose
+    prompts a library could be fitted to."""
+    tokenizer = load_tokenizer(config.model.base, config.model.revision)
+    data = load_run_data(fit_to_base(config), tokenizer)
+    return Parts(tokenizer, data._replace(validation=rows_to_choose_by(data.validation)))
 
 
 def drop_checkpoints(config: RunConfig) -> None:

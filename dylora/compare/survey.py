@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dylora.compare.cells import load_cell
 from dylora.compare.config import Board, Method, is_skill
 from dylora.run_config import DataConfig, RunConfig
 from dylora.training.run import prepare
@@ -79,7 +80,7 @@ def _survey(board: Board, method: Method) -> Survey:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         cell = board.cell(method, rate, scale, config.seeds[0])
         cell = dataclasses.replace(cell, output_dir=folder, data=_with_few_rows(cell))
-        run = prepare(cell, fresh=True)
+        run = prepare(cell, fresh=True, parts=load_cell(cell))
         steps = min(STEPS, run.steps)
         step_s = statistics.median(run_step(run).seconds for _ in range(steps))
         begun = time.perf_counter()
@@ -98,8 +99,8 @@ def _survey(board: Board, method: Method) -> Survey:
 
 def _with_few_rows(cell: RunConfig) -> DataConfig:
     """No more training rows of a skill than the measured steps take: they are generated. All of
-    them where clusters are found in them."""
-    if cell.train.prompt_clusters is not None:
+    them where clusters are found in them, or where they say how many steps there are."""
+    if cell.train.prompt_clusters is not None or cell.train.max_steps is None:
         return cell.data
     most = STEPS * cell.train.batch_size * cell.train.gradient_accumulation_steps
     sources = [

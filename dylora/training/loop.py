@@ -36,7 +36,7 @@ def train(
         resume_from_checkpoint: `latest`, a checkpoint folder, or None for a fresh run; `auto`:
             the latest where there is one, for a command that is started again until it is done.
         callbacks: what else is done between the steps.
-        parts: of a stage of a stream: its model, tokenizer and data, which a run builds otherwise.
+        parts: tokenizer and data, and in a stage of a stream the model, which are built otherwise.
 
     After SIGTERM or SIGINT it saves at the next step boundary, and ends with SystemExit (143) or
     KeyboardInterrupt. In several processes (train.parallel) all return a run, whose passes cannot

@@ -64,12 +64,12 @@ class Run(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a stage of a stream brings along instead of having it built."""
+    """What is brought along instead of being built: rows, and in a stage of a stream the model."""
 
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
-    model: DyLoRA_MoE
-    record: dict[str, Any]  # what training_record has besides what a run writes there
+    model: DyLoRA_MoE | None = None
+    record: dict[str, Any] | None = None  # what training_record has besides what a run writes there
 
 
 def prepare(
@@ -89,15 +89,15 @@ def prepare(
         tokenizer, data = parts.tokenizer, parts.data
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps
     sampler = build_sampler(config.data, data, per_step)
-    model = build_model(config, tokenizer, device) if parts is None else parts.model
+    brought = parts and parts.model
+    model = brought or build_model(config, tokenizer, device)
     if config.data.packing:
         require_packing(model)
     own = {"seed": config.train.seed, "settings": recorded_settings(config)}
-    model.training_record = {"data": data.provenance, **own, **(parts.record if parts else {})}
+    model.training_record = {"data": data.provenance, **own, **(parts and parts.record or {})}
     if fresh and config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
-    joint = parts is None and config.moe.routes_prompts  # a stage fills the library by itself
-    if fresh and joint:
+    if fresh and config.moe.routes_prompts and brought is None:  # a stage fills it by itself
         fit_library(model, data, config.train.prompt_clusters, config.train.seed)
     if config.train.freeze_routers:
         for _, parameter in model.router_parameters():

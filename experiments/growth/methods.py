@@ -177,7 +177,7 @@ class Orthogonal(Method):
     scale: float = 8.0
 
     def config(self) -> MoELoraConfig:
-        rank = SINGLE_RANK // self.count
+        rank = round(SINGLE_RANK / self.count)
         return MoELoraConfig(
             num_experts=self.count,
             r=rank,

@@ -275,7 +275,10 @@ def main() -> None:
                     continue
                 print(key, time.strftime("%H:%M:%S"), flush=True)
                 recipe = Recipe(updates=options.updates, library=(fitted, calibrated))
-                method = METHODS[name](seed=int(seed), recipe=recipe, work=options.work)
+                given: dict[str, Any] = {"seed": int(seed), "recipe": recipe, "work": options.work}
+                if METHODS[name] is Orthogonal:
+                    given["count"] = len(stages)
+                method = METHODS[name](**given)
                 ordered = stages if order == "forward" else stages[::-1]
                 cells.append(key | {"skills": [s.name for s in ordered]})
                 cells[-1] |= run(method, ordered, tasks)

@@ -19,6 +19,7 @@ import yaml
 
 import dylora.compare.cells as cells
 import dylora.compare.run as story
+import dylora.compare.survey as survey
 import dylora.training.loop as loop
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.cli.compare import load_board
@@ -170,7 +171,7 @@ def test_all_is_trained_and_chosen_before_any_row_to_report_on_is_looked_at(boar
 def test_a_cell_is_chosen_by_the_loss_on_half_of_the_rows_and_reported_on_the_other(board):
     cell = board.cell(board.methods[0], 1e-3, 2, 0)
     chosen, reported = train_cell(cell)["loss"], score_cell(cell, board.config)["loss"]
-    run = cells.train(cell, "latest")
+    run = cells.train(cell, "latest")  # with all rows
     whole = validate(run.model, run.data.validation, batch_size=1, pad_token_id=run.pad_token_id)
     targets = [
         sum(len(rows) - rows.count(-100) for rows in labels)
@@ -185,6 +186,34 @@ def test_a_cell_is_chosen_by_the_loss_on_half_of_the_rows_and_reported_on_the_ot
     mean = (chosen * targets[0] + reported * targets[1]) / sum(targets)
     assert mean == pytest.approx(overall_loss(whole), abs=1e-5)
     assert abs(chosen - reported) > 1e-4
+
+
+def test_rows_to_report_on_have_no_part_in_a_cell_that_routes_by_prompts(
+    write_board, tmp_path
+):
+    def rows(first: int, only: int | None = None) -> str:
+        """80 of two kinds; with `only` every second one asks for something else."""
+        asked = ["Add {} and 3, please.", "Sort the letters of the word that stands here: {}"]
+        texts = [asked[n // 2 % 2].format(n) for n in range(first, first + 80)]
+        texts = [f"Then {text}" if only == n % 2 else text for n, text in enumerate(texts)]
+        return "".join(json.dumps({"question": text, "answer": "1"}) + "\n" for text in texts)
+
+    training, file = tmp_path / "training.jsonl", tmp_path / "validation.jsonl"
+    training.write_text(rows(0))
+    method = {"name": "prompts", "train": {"prompt_clusters": 2}}
+    method["moe"] = {"num_experts": 2, "r": 3, "router_scope": "prompt", "top_k_experts": 1}
+    data = yaml.safe_load(Path(write_board()).read_text())["run"]["data"]
+    data["sources"][0] |= {"path": str(training), "validation_path": str(file)}
+    libraries, losses = [], []
+    for name, only in (("one", None), ("other", 1)):
+        file.write_text(rows(1000, only))
+        board = load_board(write_board([LORA, method], {"data": data}, name=name), [])
+        cell = board.cell(board.methods[1], 1e-3, 2, 0)
+        losses.append(train_cell(cell)["loss"])
+        folder = board.folder / "prompts" / cell.name / "checkpoint-3"
+        libraries.append((folder / "skill_library.safetensors").read_bytes())
+    assert losses[0] == losses[1]
+    assert libraries[0] == libraries[1]
 
 
 def test_a_restart_trains_and_scores_nothing_again(board, monkeypatch):
@@ -241,6 +270,23 @@ def test_a_run_of_fewer_steps_than_are_measured_is_estimated_as_well(write_board
     assert main(["compare", "--config", file, "--estimate", "--run.train.max_steps", "1"]) == 0
 
 
+def test_an_estimate_in_epochs_counts_the_steps_of_all_rows(write_board, monkeypatch):
+    sources = [{"name": "skill/sql", "rows": 400}]
+    run = {"data": {"sources": sources}, "train": {"epochs": 2.0, "batch_size": 1}}
+    board = load_board(write_board([LORA, UNIFORM], run), [])
+    rows = len(cells.load_cell(board.cell(board.methods[0], 1e-3, 2, 0)).data.train[0])
+    assert rows > 2 * survey.STEPS
+    steps, prepare = [], survey.prepare
+
+    def seen(*args, **kwargs):
+        steps.append(prepare(*args, **kwargs))
+        return steps[-1]
+
+    monkeypatch.setattr(survey, "prepare", seen)
+    survey.survey_methods(board)
+    assert [run.steps for run in steps] == [2 * rows, 2 * rows]
+
+
 def test_a_method_may_name_its_optimizer(write_board):
     plus = LORA | {"name": "plus", "train": {"optim": "lora_plus", "lora_plus_ratio": 4}}
     first, second = load_board(write_board([LORA, plus]), []).methods
@@ -253,6 +299,20 @@ def test_results_of_other_settings_are_not_taken(board, write_board):
     train_cell(cell)
     other = load_board(write_board(), ["run.train.weight_decay=0.5"])
     message = r"result.json was made with train.weight_decay = 0.01, the comparison has 0.5"
+    with pytest.raises(ValueError, match=message):
+        train_cell(other.cell(other.methods[0], 1e-3, 2, 0))
+
+
+def test_a_cell_that_other_settings_began_is_not_gone_on_with(board, write_board, monkeypatch):
+    def killed(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_cell(board.cell(board.methods[0], 1e-3, 2, 0))
+    other = load_board(write_board(), ["run.train.max_steps=2"])
+    message = r"settings.json was made with train.max_steps = 3, the comparison has 2"
     with pytest.raises(ValueError, match=message):
         train_cell(other.cell(other.methods[0], 1e-3, 2, 0))
 
