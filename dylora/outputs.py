@@ -123,5 +123,6 @@ def collect_routing(
         logits,
         attention_mask,
         top_k=min(mixture.config.top_k_experts, max(mixture.state.routed_count, 1)),
+        shared=mixture.config.shared_experts,
     )
     return Routing(gates, probabilities, logits, statistics)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dylora.data.tokenize import TokenizedSet
@@ -20,6 +21,7 @@ from dylora.evaluation.report_text import describe_routing, format_loss, format_
 from dylora.evaluation.routing_texts import write_routing
 from dylora.evaluation.run_files import ROUTING_FILE, read_run
 from dylora.model import DyLoRA_MoE
+from dylora.routing.metrics import routed_shares
 from dylora.storage.folders import write_file
 from dylora.storage.model_card import CARD, mixture_card
 from dylora.storage.safe_io import read_json
@@ -113,7 +115,7 @@ def _set_row(
     name = examples.name
     skill, score = name.removeprefix(SKILL_PREFIX), trained[name]
     shared, usage_NE = model.config.shared_experts, score.usage_NE
-    share_E = None if usage_NE is None else routed_shares(usage_NE, shared)
+    share_E = None if usage_NE is None else expert_shares(usage_NE, shared)
     return SetRow(
         name,
         base[name].loss,
@@ -167,12 +169,10 @@ def card_lines(rows: list[SetRow], count: int) -> list[str]:
     ]
 
 
-def routed_shares(usage_NE: Tensor, shared: int) -> Tensor:
+def expert_shares(usage_NE: Tensor, shared: int) -> Tensor:
     """Each expert's mean share of what routers give, [E]; the shared ones, which have no part in
     that, 0."""
-    routed_NE = usage_NE.clone()
-    routed_NE[:, :shared] = 0
-    return (routed_NE / routed_NE.sum(-1, keepdim=True).clamp_min(1e-12)).mean(0)
+    return F.pad(routed_shares(usage_NE, shared).mean(0), (shared, 0))
 
 
 def routing_summary(model: DyLoRA_MoE, scores: dict[str, SetScore]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """routing.json: how a mixture routes the tokens of some texts, and the shares of experts by set.
 
 A run writes it at its end, so that a report needs no model. Its size is bounded: of each token and
-site the TOP largest gates, of at most MOST_CELLS tokens times sites.
+site the TOP largest gates and those of shared experts, of at most MOST_CELLS tokens times sites.
 
 Shape letters: S tokens, N sites, E experts.
 """
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dylora.data.prompts import encode_prompts, format_prompt, pad_token_id
+from dylora.data.prompts import pad_token_id
+from dylora.data.templates import question, recorded_template
 from dylora.data.tokenize import IGNORED, TokenizedSet
 from dylora.evaluation.loading import base_of, decode_after, load_checkpoint, note
+from dylora.evaluation.passk.generation import default_generation_config
 from dylora.kernels.common import evaluation_mode
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import RunConfig
@@ -64,17 +66,20 @@ def write_routing(
 def route_prompt(
     model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, sites: list[int]
 ) -> dict[str, Any]:
-    """A prompt of one's own, answered greedily, as a text of routing.json."""
-    (ids,) = encode_prompts(tokenizer, [format_prompt(prompt)])
+    """A prompt of one's own in the template of the training, answered greedily, as a text of
+    routing.json."""
+    template = recorded_template(model.training_record, tokenizer)
+    (ids,) = template.prompts([question(template, prompt)])
     given = torch.tensor([ids], device=model.device)
-    output = model.generate(
-        input_ids=given,
-        attention_mask=torch.ones_like(given),
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        pad_token_id=pad_token_id(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-    )[0].tolist()
+    with default_generation_config(model.base):
+        output = model.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+            pad_token_id=pad_token_id(tokenizer),
+            eos_token_id=template.end_ids,
+        )[0].tolist()
     labels = [IGNORED] * len(ids) + output[len(ids) :]
     row = {"input_ids": output, "labels": labels}
     return _routed(model, tokenizer, OWN, row, sites)
@@ -104,7 +109,7 @@ def _routed(
     sites: list[int],
 ) -> dict[str, Any]:
     """One text: its tokens, how many of them are the prompt, and for the mean over all sites and
-    each kept one a flat list of TOP pairs (expert, gate in percent) a token."""
+    each kept one a flat list of as many pairs (expert, gate in percent) for every token."""
     ids, labels = list(row["input_ids"])[:MOST_TOKENS], list(row["labels"])[:MOST_TOKENS]
     with evaluation_mode(model):
         given = torch.tensor([ids], device=model.device)
@@ -117,12 +122,12 @@ def _routed(
         "set": name,
         "tokens": [decode_after(tokenizer, ids[:n], ids[n : n + 1]) for n in range(len(ids))],
         "prompt": labels.count(IGNORED),
-        "gates": [_largest(gates_SE) for gates_SE in layers],
+        "gates": [_largest(gates_SE, TOP + model.config.shared_experts) for gates_SE in layers],
     }
 
 
-def _largest(gates_SE: Tensor) -> list[int]:
-    found = gates_SE.topk(min(TOP, gates_SE.shape[-1]), dim=-1)
+def _largest(gates_SE: Tensor, count: int) -> list[int]:
+    found = gates_SE.topk(min(count, gates_SE.shape[-1]), dim=-1)
     percent = (found.values * 100).round().long()
     return torch.stack([found.indices, percent], -1).flatten().tolist()
 

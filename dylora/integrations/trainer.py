@@ -130,11 +130,13 @@ class MixtureCallback(TrainerCallback):
 
     def _warn_of_collapse(self, seen: Observation) -> None:
         assert self.experts is not None
-        if seen.statistics is None:
+        if seen.statistics is None or not self.experts.mixture.config.trains_routers:
             return
-        active_NE = self.experts.mixture.active_NE
-        names, usage_NE = self.experts.mixture.site_names, seen.statistics.usage_NE.cpu()
-        for line in find_collapses(self.collapsed, usage_NE, active_NE, names, COLLAPSE_STEPS):
+        mixture, usage_NE = self.experts.mixture, seen.statistics.usage_NE.cpu()
+        names, shared = mixture.site_names, mixture.config.shared_experts
+        for line in find_collapses(
+            self.collapsed, usage_NE, mixture.active_NE, names, COLLAPSE_STEPS, shared
+        ):
             log.warning(line.removeprefix("warning: "))
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -161,7 +163,8 @@ class MixtureCallback(TrainerCallback):
         shares = seen.gate_sum_E / seen.gate_sum_E.sum().clamp_min(1e-12)
         count = len(shares)  # of experts that the step had
         if seen.statistics is not None:
-            found |= routing_summary(seen.statistics, mixture.active_NE[:, :count])
+            active_NE, shared = mixture.active_NE[:, :count], mixture.config.shared_experts
+            found |= routing_summary(seen.statistics, active_NE, shared)
         for expert in (expert for expert in mixture.live if expert < count):
             found[f"expert/{expert}/maturity"] = float(mixture.maturity.maturity[expert])
             found[f"expert/{expert}/load"] = float(shares[expert])

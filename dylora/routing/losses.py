@@ -32,7 +32,7 @@ class RoutingStatistics(NamedTuple):
     first_NE: Tensor  # how often it is the first of them
     gate_NE: Tensor  # Σ g
     active_N: Tensor  # experts with a non-zero gate, summed over tokens
-    entropy_N: Tensor  # Σ entropy of g in nats
+    entropy_N: Tensor  # Σ entropy in nats of g among routed experts
     tokens: Tensor  # scalar
 
     @property
@@ -54,10 +54,12 @@ def routing_statistics(
     token_mask: Tensor | None,
     *,
     top_k: int,
+    shared: int = 0,
 ) -> RoutingStatistics:
     """Sums of [B, S, N, E] routing over the tokens where token_mask [B, S] is not 0.
 
-    top_k: K, at most the number of active experts.
+    top_k: K, at most the number of active experts; shared: experts at the beginning that are not
+    chosen.
     """
     mask = gates.new_ones(gates.shape[:2]) if token_mask is None else token_mask.to(gates)
     mask_BS1 = mask[..., None]
@@ -65,7 +67,8 @@ def routing_statistics(
     nobody = torch.zeros_like(probabilities)
     assigned, first = nobody.scatter(-1, ranked, 1), nobody.scatter(-1, ranked[..., :1], 1)
     detached = gates.detach()
-    shares = detached / detached.sum(-1, keepdim=True).clamp_min(1e-12)
+    shares = detached[..., shared:]
+    shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1)
     return RoutingStatistics(
         probability_NE=torch.einsum("bsne,bs->ne", probabilities, mask),

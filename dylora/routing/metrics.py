@@ -10,23 +10,26 @@ from torch import Tensor
 
 from dylora.routing.losses import RoutingStatistics
 
-DEAD_BELOW = 0.01  # an expert with less of a block's gate sum counts as dead
+# Shares are of a block's gate sum without that of shared experts, which are not chosen.
+DEAD_BELOW = 0.01  # an expert with less counts as dead; of many, with a tenth of an even share
 COLLAPSED_ABOVE = 0.8  # a block whose leading expert has more than this counts as collapsed
 
 
 def routing_metrics(
-    statistics: RoutingStatistics, block_names: list[str], active_NE: Tensor
+    statistics: RoutingStatistics, block_names: list[str], active_NE: Tensor, shared: int = 0
 ) -> dict[str, float]:
     """router/… for all blocks together, and for each: means over tokens, entropy in nats.
 
     top1_share is the largest share of a block's assignments; an expert that is not active is not
-    dead.
+    dead. usage is a share of all gates; shared: experts at the beginning that are not chosen, and
+    have no part in the others.
     """
     tokens = statistics.tokens.clamp_min(1)
     usage_NE, entropy_N = statistics.usage_NE.cpu(), (statistics.entropy_N / tokens).cpu()
-    dead_N = ((usage_NE < DEAD_BELOW) & active_NE.cpu()).sum(-1)
-    max_usage_N = usage_NE.amax(-1)
-    metrics = routing_summary(statistics, active_NE)
+    routed_NE = routed_shares(usage_NE, shared)
+    dead_N = _dead(routed_NE, active_NE[:, shared:].cpu()).sum(-1)
+    max_usage_N = routed_NE.amax(-1)
+    metrics = routing_summary(statistics, active_NE, shared)
     for index, name in enumerate(block_names):
         metrics[f"router/entropy/{name}"] = entropy_N[index].item()
         metrics[f"router/max_usage/{name}"] = max_usage_N[index].item()
@@ -36,15 +39,17 @@ def routing_metrics(
     return metrics
 
 
-def routing_summary(statistics: RoutingStatistics, active_NE: Tensor) -> dict[str, float]:
+def routing_summary(
+    statistics: RoutingStatistics, active_NE: Tensor, shared: int = 0
+) -> dict[str, float]:
     """The router/… of `routing_metrics` for all blocks together."""
     tokens = statistics.tokens.clamp_min(1)
     assigned_N = statistics.assigned_NE.sum(-1).clamp_min(1)
-    usage_NE = statistics.usage_NE.cpu()
+    routed_NE = routed_shares(statistics.usage_NE.cpu(), shared)
     return {
         "router/entropy": (statistics.entropy_N / tokens).mean().item(),
-        "router/max_usage": usage_NE.max().item(),
-        "router/dead_experts": float(((usage_NE < DEAD_BELOW) & active_NE.cpu()).sum()),
+        "router/max_usage": routed_NE.max().item(),
+        "router/dead_experts": float(_dead(routed_NE, active_NE[:, shared:].cpu()).sum()),
         "router/top1_share": (statistics.assigned_NE.amax(-1) / assigned_N).mean().item(),
         "router/active_experts": (statistics.active_N / tokens).mean().item(),
     }
@@ -63,8 +68,7 @@ def information_metrics(
     """
     if len(usage_by_set) < 2:
         return {}
-    usage_KNE = torch.stack(list(usage_by_set))[..., shared:].cpu().double()
-    usage_KNE = usage_KNE / usage_KNE.sum(-1, keepdim=True).clamp_min(1e-12)
+    usage_KNE = routed_shares(torch.stack(list(usage_by_set)).cpu().double(), shared)
     entropy_KN, entropy_N = entropy(usage_KNE), entropy(usage_KNE.mean(0))
     found_N = (entropy_N - entropy_KN.mean(0)).clamp_min(0)
     per_block = {
@@ -72,6 +76,18 @@ def information_metrics(
         for name, value in zip(block_names, found_N.tolist(), strict=True)
     }
     return {"val/information": found_N.mean().item()} | per_block
+
+
+def routed_shares(usage: Tensor, shared: int) -> Tensor:
+    """Shares [..., E] without those of the first `shared` experts, scaled to 1; 0 where all are."""
+    routed = usage[..., shared:]
+    return routed / routed.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
+def _dead(routed_NE: Tensor, active_NE: Tensor) -> Tensor:
+    """Which active experts of a block are hardly chosen, [N, E]."""
+    even_N1 = 1 / active_NE.sum(-1, keepdim=True).clamp_min(1)
+    return (routed_NE < (0.1 * even_N1).clamp_max(DEAD_BELOW)) & active_NE
 
 
 def entropy(shares: Tensor) -> Tensor:
@@ -85,20 +101,25 @@ def find_collapses(
     active_NE: Tensor,
     block_names: list[str],
     steps: int,
+    shared: int = 0,
 ) -> list[str]:
     """One step's usage -> a line for every block whose routing has just been collapsed for `steps`
     steps in a row, once a run.
 
-    Collapsed means: the largest share of the gate sum lies above COLLAPSED_ABOVE, or an active
-    expert gets less than DEAD_BELOW. counts: steps in a row by block, which are brought up to date;
-    -1 once the line was given.
+    Collapsed means: the largest share lies above COLLAPSED_ABOVE, or an active expert is dead.
+    counts: steps in a row by block, which are brought up to date; -1 once the line was given;
+    shared: experts at the beginning that are not chosen.
     """
     lines = []
-    for name, all_E, active_E in zip(block_names, usage_NE, active_NE.cpu(), strict=True):
-        usage_E = all_E[active_E]
-        if len(usage_E) < 2:
+    routed_NE, active_NE = routed_shares(usage_NE, shared), active_NE[:, shared:].cpu()
+    dead_N = _dead(routed_NE, active_NE).sum(-1).tolist()
+    for name, usage_E, active_E, dead in zip(
+        block_names, routed_NE, active_NE, dead_N, strict=True
+    ):
+        count = int(active_E.sum())
+        if count < 2:
             continue
-        largest, dead = float(usage_E.max()), int((usage_E < DEAD_BELOW).sum())
+        largest = float(usage_E[active_E].max())
         if counts.get(name) == -1:
             continue
         counts[name] = counts.get(name, 0) + 1 if largest > COLLAPSED_ABOVE or dead > 0 else 0
@@ -107,7 +128,7 @@ def find_collapses(
         counts[name] = -1
         what = f"one expert has {largest:.0%} of the gate sum"
         if largest <= COLLAPSED_ABOVE:
-            what = f"{dead} of {len(usage_E)} experts have under {DEAD_BELOW:.0%} of it"
+            what = f"{dead} of {count} experts have hardly any of it"
         lines.append(
             f"warning: routing at {name} has been collapsed for {steps} steps ({what}). Try a "
             "larger moe.router_aux_loss_coef or moe.router_temperature, or a smaller "

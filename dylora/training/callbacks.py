@@ -61,7 +61,8 @@ class CollapseWarning(Callback):
             return
         usage_NE, names = result.statistics.usage_NE.cpu(), run.model.site_names
         steps, counts = run.config.log.collapse_steps, run.progress.collapsed_steps
-        for line in find_collapses(counts, usage_NE, run.model.mixture.active_NE, names, steps):
+        active_NE, shared = run.model.mixture.active_NE, run.config.moe.shared_experts
+        for line in find_collapses(counts, usage_NE, active_NE, names, steps, shared):
             run.log.info(line)
 
 
@@ -95,7 +96,8 @@ def row_of_metrics(run: Run, result: StepResult) -> dict[str, float]:
     metrics["train/tokens_per_s"] = sum(row["tokens"] for row in window) / seconds
     metrics["train/step_time_s"] = seconds / len(window)
     if result.statistics is not None:
-        metrics |= routing_metrics(result.statistics, model.site_names, model.mixture.active_NE)
+        active_NE, shared = model.mixture.active_NE, model.config.shared_experts
+        metrics |= routing_metrics(result.statistics, model.site_names, active_NE, shared)
     metrics |= expert_metrics(model, result.gate_share_E, result.clip_factor)
     metrics["system/mem_gb"] = memory_gb()
     return metrics

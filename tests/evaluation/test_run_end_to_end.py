@@ -15,7 +15,7 @@ from dylora.cli.main import main
 from dylora.evaluation import report
 from dylora.evaluation.passk.generation import generate_in_batches, pad_left
 from dylora.evaluation.passk.skills import skill_problems
-from dylora.evaluation.report import SetRow, format_table, routed_shares
+from dylora.evaluation.report import SetRow, format_table, expert_shares
 from dylora.evaluation.report_text import describe_routing, format_share
 from dylora.tasks import generate_tasks
 
@@ -225,8 +225,8 @@ def test_prompts_are_padded_in_front():
 
 def test_the_table_names_the_expert_that_routers_gave_most_and_no_shared_one():
     usage_NE = torch.tensor([[0.5, 0.4, 0.1], [0.5, 0.0, 0.5]])
-    torch.testing.assert_close(routed_shares(usage_NE, 1), torch.tensor([0.0, 0.4, 0.6]))
-    torch.testing.assert_close(routed_shares(usage_NE, 0), usage_NE.mean(0))
+    torch.testing.assert_close(expert_shares(usage_NE, 1), torch.tensor([0.0, 0.4, 0.6]))
+    torch.testing.assert_close(expert_shares(usage_NE, 0), usage_NE.mean(0))
 
 
 def test_sets_without_a_checker_have_no_columns_of_answers():

@@ -12,6 +12,7 @@ from dylora.cli.main import main
 from dylora.data.templates import Chat, load_template
 from dylora.evaluation.passk.generation import prompt_ids
 from dylora.evaluation.passk.skills import skill_problems
+from dylora.evaluation.routing_texts import add_prompts
 from dylora.run_config import SourceConfig
 from dylora.serving.engine import Speaker
 from dylora.training.loop import train
@@ -85,6 +86,10 @@ def test_a_checkpoint_answers_in_the_template_that_it_was_trained_with(
     tokenizer = load_tokenizer(str(chat_config().model.base))
     chat = Chat([{"role": "user", "content": problems[0].instruction}])
     assert prompt_ids(model, tokenizer, problems) == template.prompts([chat])
+    # a page's own prompts
+    texts = run.folder / "routing.json"
+    add_prompts(run.folder, run.config, texts, ["5?"])
+    assert seen.pop() == [asked]
     # and another one where it is asked for
     assert main(["generate", "--checkpoint", folder, "--prompt", "5?", "--template", "plain"]) == 0
     assert run.tokenizer.decode(seen[1][0]) == "<s>5?\n"

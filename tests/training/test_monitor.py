@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dylora
 from dylora import DyLoRA_MoE
 from dylora.evaluation.report import report_run
-from dylora.routing.losses import RoutingStatistics
+from dylora.routing.losses import RoutingStatistics, routing_statistics
 from dylora.routing.metrics import find_collapses, information_metrics, routing_metrics
 from dylora.run_config import LogConfig
 from dylora.training import loggers
@@ -55,6 +55,33 @@ def test_an_expert_that_takes_no_part_is_not_dead():
     assert metrics["router/usage/site/1"] == 0
 
 
+def test_a_shared_expert_has_no_part_in_what_is_said_of_choices():
+    gate_NE = [[100.0, 97.0, 3.0], [100.0, 99.5, 0.5]]
+    found, everyone_NE = statistics(gate_NE, 100.0), torch.ones(2, 3, dtype=torch.bool)
+    metrics = routing_metrics(found, ["first", "second"], everyone_NE, shared=1)
+    assert metrics["router/max_usage/first"] == pytest.approx(0.97)
+    assert metrics["router/max_usage"] == pytest.approx(0.995)
+    assert metrics["router/dead_experts"] == metrics["router/dead_experts/second"] == 1
+    assert metrics["router/usage/first/0"] == pytest.approx(0.5)  # of all gates
+    gates = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.5, 0.5]])[None, :, None]  # [B, S, N, E]
+    entropy = routing_statistics(gates, gates, gates, None, top_k=1, shared=1).entropy_N
+    assert entropy.tolist() == pytest.approx([math.log(2)])
+
+
+def test_of_many_experts_that_are_used_alike_none_is_dead():
+    even, everyone_NE = [[1.0] * 150], torch.ones(1, 150, dtype=torch.bool)
+    assert routing_metrics(statistics(even, 150.0), ["a"], everyone_NE)["router/dead_experts"] == 0
+    assert find_collapses({}, torch.tensor(even) / 150, everyone_NE, ["a"], 1) == []
+    one = [[0.05] + [1.0] * 149]
+    assert routing_metrics(statistics(one, 150.0), ["a"], everyone_NE)["router/dead_experts"] == 1
+
+
+def test_a_collapse_beside_a_shared_expert_is_seen():
+    usage_NE, everyone_NE = torch.tensor([[0.5, 0.45, 0.05]]), torch.ones(1, 3, dtype=torch.bool)
+    assert "has 90% of the gate sum" in find_collapses({}, usage_NE, everyone_NE, ["a"], 1, 1)[0]
+    assert find_collapses({}, usage_NE, everyone_NE, ["a"], 1) == []
+
+
 EVEN, COLLAPSED = [0.3, 0.4, 0.3], [0.9, 0.05, 0.05]
 
 
@@ -89,7 +116,7 @@ def test_a_warning_of_collapse_says_what_is_wrong_and_what_helps():
     for remedy in ("router_aux_loss_coef", "router_temperature", "router_learning_rate"):
         assert remedy in line
     [[line]] = watched(1, [[0.5, 0.495, 0.005]])
-    assert "1 of 3 experts have under 1% of it" in line
+    assert "1 of 3 experts have hardly any of it" in line
 
 
 def test_a_retired_expert_does_not_count_as_collapsed():

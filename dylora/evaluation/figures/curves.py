@@ -119,7 +119,7 @@ def collapse(run: RunFiles) -> Any:
 
 
 def dead(run: RunFiles) -> Any:
-    """Experts with under 1 % of a site's gates, summed over sites."""
+    """Experts that are hardly chosen at a site, summed over sites."""
     points = run.points("router/dead_experts")
     top = max((count for _, count in points), default=0) or 1  # none, the whole run: at the axis
     found = {"dead experts": points}
