@@ -176,16 +176,18 @@ def chunked_token_losses(
     positions: Tensor,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of each position with the token that follows it, [B, S], 0 elsewhere; nats.
+    """Cross-entropy of each position with the token that follows it, [B, S], 0 elsewhere; nats, where
+    the labels are: the head of a base that is spread over devices lies on another.
 
     linear: the frozen output embeddings; hidden [B, S, D], what enters them; labels [B, S];
     positions [N] from target_positions.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()[positions].to(hidden.device)
+    positions = positions.to(hidden.device)
     chosen = rearrange(hidden, "b s d -> (b s) d")[positions]
     losses: Any = _ChunkedCrossEntropy.apply(chosen, targets, transform, linear, label_smoothing)
     zeros = torch.zeros(labels.numel(), dtype=losses.dtype, device=hidden.device)
-    return zeros.index_copy(0, positions, losses).view_as(labels)
+    return zeros.index_copy(0, positions, losses).view_as(labels).to(labels.device)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

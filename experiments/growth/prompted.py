@@ -91,6 +91,7 @@ class Experts(Method):
             return
         fit(self.model, self.draw(), self.rate, self.recipe)
         if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
             tensors = {
                 f"{path}|{name}": tensor.contiguous()
                 for path, adapter in self.model.mixture.adapters.items()

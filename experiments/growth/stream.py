@@ -5,9 +5,11 @@ have as many trainable parameters (a library's numbers count) and see as many ro
 the scores that the measures need are taken: of its own skill, of the next before it is learned,
 after the last stage of all; greedy answers to --tasks test tasks a skill, and the loss on
 validation rows. With --published the languages of CodeAlpaca and MBPP as a second stream, whose
-losses alone are taken. Rates and scales are those that rates.py found, and a shared expert has the
-experts', as growing with token routers has; those of the dense mixture are of a feasibility study.
-Cells (method, seed, order) that are in the result already are not run again.
+losses alone are taken. Seeds draw initial values and the order of rows; the rows are the same.
+Rates and scales are those that rates.py found by validation rows of seed 0, the ones of the losses
+here among them, and a shared expert has the experts', as growing with token routers has; those of
+the dense mixture are of a feasibility study. Cells (method, rate, scale, seed, order) that are in
+the result already are not run again.
 Result: experiments/results/continual.json and experiments/LOG.md.
 
     python -m experiments.growth.stream --methods experts,sequential,joint --seeds 0,1,2
@@ -191,6 +193,9 @@ def summary(cells: list[dict[str, Any]]) -> str:
                 name = cell["method"]
                 if (library := cell.get("library", LIBRARY)) != LIBRARY:
                     name += f", library of {library}"
+                rates = {(c["rate"], c.get("scale")) for c in own if c["method"] == cell["method"]}
+                if len(rates) > 1:
+                    name += f", rate {cell['rate']:g}, scale {cell.get('scale')}"
                 turned = {"learned": cell["learned"], "smaller_is_better": kind == "loss"}
                 found.setdefault(name, []).append(measure(rows, before, **turned))
                 if oracle := cell[f"oracle {kind}"]:
@@ -212,8 +217,12 @@ def plain(value: Any) -> Any:
 
 
 def not_run(cells: list[dict[str, Any]]) -> list[str]:
-    """What is left of the whole grid: both streams, both orders, three seeds."""
-    seen = {(c["stream"], c["order"], c["method"], c["seed"]) for c in cells}
+    """What is left of the whole grid: both streams, both orders, three seeds, of full length."""
+    seen = {
+        (c["stream"], c["order"], c["method"], c["seed"])
+        for c in cells
+        if c["updates"] == 320 and c["tasks"] == (100 if c["stream"] == "skills" else 0)
+    }
     return [
         f"{stream}, {order}: {method}, seeds {', '.join(map(str, left))}"
         for stream in ("skills", "languages")
@@ -271,14 +280,16 @@ def main() -> None:
                 key["rows"] = rows
                 if name.startswith(("experts", "shared")):
                     key["library"] = options.library
-                if any(key.items() <= ({"library": LIBRARY} | cell).items() for cell in cells):
-                    continue
-                print(key, time.strftime("%H:%M:%S"), flush=True)
                 recipe = Recipe(updates=options.updates, library=(fitted, calibrated))
-                given: dict[str, Any] = {"seed": int(seed), "recipe": recipe, "work": options.work}
+                work = options.work and options.work / f"{stream}-{rows}"
+                given: dict[str, Any] = {"seed": int(seed), "recipe": recipe, "work": work}
                 if METHODS[name] is Orthogonal:
                     given["count"] = len(stages)
                 method = METHODS[name](**given)
+                key |= {"rate": method.rate, "scale": method.scale}
+                if any(key.items() <= ({"library": LIBRARY} | cell).items() for cell in cells):
+                    continue
+                print(key, time.strftime("%H:%M:%S"), flush=True)
                 ordered = stages if order == "forward" else stages[::-1]
                 cells.append(key | {"skills": [s.name for s in ordered]})
                 cells[-1] |= run(method, ordered, tasks)

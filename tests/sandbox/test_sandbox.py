@@ -1,7 +1,9 @@
 """Hostile programs neither pass nor escape nor survive; honest ones pass."""
 
 import contextlib
+import dataclasses
 import itertools
+import os
 import platform
 import re
 import shutil
@@ -20,6 +22,7 @@ from cheats import CHEATS
 from dylora.sandbox import host
 from dylora.sandbox.host import Limits, Opaque, Sandbox, run_all
 from dylora.sandbox.launcher import syscalls
+from dylora.sandbox.launcher.jobs import Launcher
 from sandboxes import USERS, processes, started, survivors
 
 ATTACKS = [*RESOURCES, *ESCAPES, *CHEATS]
@@ -150,6 +153,30 @@ def test_the_attack_would_win_without_protection(
 def unprotected() -> Iterator[Sandbox]:
     with Sandbox(SHORT, unsafe=True) as box:
         yield box
+
+
+def test_a_folder_that_a_program_shut_or_removed_costs_that_program_alone(tmp_path, monkeypatch):
+    # Another user than root meets this where nothing protects: here the folder is gone.
+    monkeypatch.setattr(os, "geteuid", lambda: 1)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    limits = dataclasses.asdict(SHORT)
+    settings = {"limits": limits, "longest_seconds": 5.0, "home": None, "backend": "unsafe"}
+    launcher = Launcher(settings | {"folder": str(folder)})
+    folder.rmdir()
+    silent, never = os.pipe()
+    other, never_either = os.pipe()
+    with contextlib.ExitStack() as stack:
+        for end in (silent, never, other, never_either):
+            stack.callback(os.close, end)
+        result = launcher._watch(silent, other, [])
+    assert result["outcome"] == "violation"
+    assert "its folder cannot be read: No such file" in result["detail"]
+    launcher._empty_folder()
+    assert folder.is_dir()
+    folder.chmod(0)
+    launcher._empty_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 # Controls

@@ -108,6 +108,21 @@ def test_what_a_program_can_learn_of_other_files_is_what_the_documents_say(backe
         assert values[1] == []
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_installed_packages_of_any_python_of_the_system_cannot_be_read(backend: str):
+    library = Path(os.__file__).parent
+    folders = [*library.glob("*-packages"), *Path("/usr/lib").glob("python3*/*-packages")]
+    files = [str(file) for folder in folders for file in list(folder.rglob("*.py"))[:1]]
+    source = (
+        "def readable(path):\n    try: return bool(open(path, 'rb').read(1))\n"
+        "    except OSError: return False"
+    )
+    with Sandbox(backend=backend) as box:
+        asked = [("readable", [file]) for file in ("/etc/ld.so.cache", *files)]
+        _, values = box.call(source, asked)
+    assert values == [True] + [False] * len(files)
+
+
 def test_bubblewrap_is_taken_where_the_kernel_has_no_landlock(without, fake_bwrap, monkeypatch):
     without(*NO_LANDLOCK)
     fake_bwrap('mkdir -m 700 "$folder" && exec "$@"')

@@ -174,8 +174,13 @@ class Launcher:
                     if size is not None and len(reply) == size + 4:
                         result = json.loads(reply[4:])
                     break
-            if not self._folder_is_small():
-                result = {"outcome": "output limit", "detail": "too much in files"}
+            try:
+                if not self._folder_is_small():
+                    result = {"outcome": "output limit", "detail": "too much in files"}
+                    break
+            except OSError as error:  # only an unprotected program can shut or remove its folder
+                detail = f"its folder cannot be read: {error.strerror}"
+                result = {"outcome": "violation", "detail": detail}
                 break
         seconds = time.monotonic() - begin
         return result | {"seconds": seconds, "output": printed.decode("utf-8", "replace")}
@@ -184,13 +189,17 @@ class Launcher:
         size = count = 0
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                size += entry.stat(follow_symlinks=False).st_blocks * 512
+                with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                    size += entry.stat(follow_symlinks=False).st_blocks * 512
                 count += 1
                 if count > self.limits["files"] or size > self.limits["disk_kb"] * 1024:
                     return False
         return True
 
     def _empty_folder(self) -> None:
+        os.makedirs(self.folder, exist_ok=True)
+        with contextlib.suppress(OSError):  # not its owner: it is as it was made
+            os.chmod(self.folder, 0o700)
         for entry in os.scandir(self.folder):
             if entry.is_dir(follow_symlinks=False):  # only an unprotected program can make one
                 shutil.rmtree(entry.path, ignore_errors=True)
