@@ -83,22 +83,23 @@ def score_cell(config: RunConfig, board: CompareConfig) -> Result:
     """Score a trained cell on the rows to report on, unless that is done already.
 
     Returns `loss` and `losses`; `passed` of `answers` test answers of the embedded skills (both 0
-    where there are none); `active`, the parameters that a token is multiplied with in the mean; and
-    `loss` null where the training failed.
+    where there are none); `active`, the parameters that a token is multiplied with in the mean;
+    `validation`, the loss on the rows to choose by; and `loss` null where the training failed.
     """
     folder = run_folder(config)
     settings = settings_of(config)
     settings |= {"test_rows": board.test_rows, "test_answers": board.test_answers}
     if (folder / TEST).exists():
         return _read(folder / TEST, settings)
-    if train_cell(config)["loss"] is None:
+    validation = train_cell(config)["loss"]
+    if validation is None:
         result: Result = {"loss": None}
     else:
         if not checkpoints(folder):  # deleted when another cell was the best
             (folder / RESULT).unlink()
             train_cell(config)
         with _told_in(folder / TRAIN_LOG):
-            result = _score(config, board)
+            result = _score(config, board) | {"validation": validation}
     result["settings"] = settings
     write_file(folder / TEST, json.dumps(result, indent=2) + "\n")
     return result

@@ -21,9 +21,11 @@ from torch import nn
 from transformers import StaticCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from dylora.evaluation.validate.cost import peak_bytes
 from experiments.speed import models
 from experiments.speed.models import with_peft
-from experiments.speed.timing import peak_bytes, timed
+from experiments.speed.prompt_routed import prompt_routed
+from experiments.speed.timing import timed
 from experiments.speed.updates import projections, sparse
 
 
@@ -285,6 +287,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "decode": decode,
     "sparse": sparse,
     "memory": memory,
+    "prompt_routed": prompt_routed,
 }
 
 if __name__ == "__main__":

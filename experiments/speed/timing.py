@@ -52,20 +52,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_bytes(way: Callable[[], object], device: torch.device) -> int:
-    """Most bytes of tensors alive at once during a call, beyond those alive before it."""
-    if device.type == "cuda":
-        synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        way()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    from dylora.evaluation.validate.cost import peak_bytes as live_peak
-
-    return live_peak(way, device)
-
-
 def timed(
     title: str, ways: dict[str, Callable[[], object]], baseline: str, options: argparse.Namespace
 ) -> dict[str, Any]:

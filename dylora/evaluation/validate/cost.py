@@ -70,7 +70,7 @@ def n_passes(model: DyLoRA_MoE, ids: Tensor, weights: Tensor) -> Tensor:
     return mixed
 
 
-def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int:
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most bytes that `run` allocates in addition at one time; a CPU's allocator records none,
     so there operations are watched."""
     if device.type == "cuda":
