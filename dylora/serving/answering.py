@@ -58,7 +58,7 @@ class Row:
     prompt: list[int]
     sampling: Sampling = field(default_factory=Sampling)
     on_text: Callable[[str], None] = lambda piece: None  # is given each piece of the answer
-    on_end: Callable[["Row"], None] = lambda row: None
+    on_end: Callable[["Row"], None] = lambda row: None  # once, when it has its `finish`
     seconds: float | None = None  # that an answer may take; then it ends as at its length
     scores_prompt: bool = False
     tokens: list[int] = field(default_factory=list)  # of the answer, what ends it included
@@ -71,7 +71,9 @@ class Row:
     began: float = 0.0
 
     def end(self, finish: str) -> None:
+        """Tell it at once: the rest of its batch may take much longer."""
         self.finish = finish
+        self.on_end(self)
 
 
 @torch.no_grad()
@@ -161,22 +163,25 @@ class _Chooser:
     def _take(self, row: Row, token: int) -> None:
         row.tokens.append(token)
         late = row.seconds is not None and time.monotonic() - row.began > row.seconds
+        finish = None
         if token in self.ends:
-            row.end("stop")
+            finish = "stop"
         elif row.cancelled:
-            row.end("cancelled")
+            finish = "cancelled"
         elif late or len(row.tokens) >= self.room[id(row)]:
-            row.end("length")
+            finish = "length"
         spoken = [one for one in row.tokens if one not in self.silent and one not in self.ends]
         text = decode_after(self.tokenizer, row.prompt[-_CONTEXT:], spoken)
         found = [place for stop in row.sampling.stops if (place := text.find(stop)) >= 0]
         if found:
             text = text[: min(found)]
-            row.end("stop")
-        sure = len(text) if row.finish else _sure(text, row.sampling.stops)
+            finish = "stop"
+        sure = len(text) if finish else _sure(text, row.sampling.stops)
         if sure > len(row.text):
             piece, row.text = text[len(row.text) : sure], text[:sure]
             row.on_text(piece)
+        if finish is not None:
+            row.end(finish)
 
 
 def _draw(scores_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -134,6 +134,8 @@ class Engine:
                 self.speaker.answer(wanted)
         except Exception as error:  # whoever asked is told, and the next batch is answered
             for row in wanted:
-                row.error = error
+                if row.finish is None:
+                    row.error = error
         for row in rows:
-            row.on_end(row)
+            if row.finish is None:  # the others were told when they ended
+                row.on_end(row)

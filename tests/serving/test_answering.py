@@ -165,3 +165,33 @@ def test_the_engine_answers_what_waits_together_and_tells_a_fault_to_those_it_hi
     assert sizes[:2] == [1, 3]
     assert isinstance(rows[1].error, RuntimeError)
     assert rows[0].finish == rows[4].finish == "length"
+
+
+def test_an_answer_is_told_when_it_ends_and_not_when_its_batch_does(speaker):
+    told: list[str] = []
+    none = Row(speaker.text("Add"), Sampling(max_new_tokens=0))
+    short = Row(speaker.text("Add"), Sampling(max_new_tokens=1))
+    long = Row(speaker.text("Say."), Sampling(max_new_tokens=9), lambda piece: told.append("piece"))
+    for name, row in (("none", none), ("short", short), ("long", long)):
+        row.on_end = lambda row, name=name: told.append(name)
+    engine = Engine(speaker, batch_size=3, waiting=3)
+    engine._answer([none, short, long])
+    engine.close()
+    assert [one for one in told if one != "piece"] == ["none", "short", "long"]
+    assert told[-2:] == ["piece", "long"]
+    assert told.index("short") < told.index("long") - 2  # pieces came after it
+
+
+def test_a_fault_is_told_to_the_rows_that_had_not_ended_alone(speaker):
+    def fail(piece: str) -> None:
+        raise RuntimeError("no luck")
+
+    ended: list[Row] = []
+    whole = Row(speaker.text("Add"), Sampling(max_new_tokens=1), on_end=ended.append)
+    broken = Row(speaker.text("Say."), Sampling(max_new_tokens=1), fail, ended.append)
+    engine = Engine(speaker, batch_size=2, waiting=2)
+    engine._answer([whole, broken])
+    engine.close()
+    assert ended == [whole, broken]
+    assert (whole.finish, whole.error) == ("length", None)
+    assert isinstance(broken.error, RuntimeError)
