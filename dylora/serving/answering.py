@@ -187,10 +187,12 @@ class _Chooser:
 def _draw(scores_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     if sampling.temperature == 0:
         return int(scores_V.argmax())
-    probabilities_V = (scores_V / sampling.temperature).softmax(-1)
+    # Beyond these bounds a draw is the same, but float32 makes 0 / 0 or inf / inf of it.
+    temperature = min(max(sampling.temperature, 1e-30), 1e30)
+    probabilities_V = ((scores_V - scores_V.max()) / temperature).softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities_V.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0.0
+        ordered[1:][(ordered.cumsum(-1) - ordered)[1:] >= sampling.top_p] = 0.0  # the first stays
         probabilities_V = torch.zeros_like(probabilities_V).scatter(0, order, ordered)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
 

@@ -195,3 +195,25 @@ def test_a_fault_is_told_to_the_rows_that_had_not_ended_alone(speaker):
     assert ended == [whole, broken]
     assert (whole.finish, whole.error) == ("length", None)
     assert isinstance(broken.error, RuntimeError)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": t} for t in (1e-40, 5e-324)] + [
+    {"temperature": 1.0, "top_p": p} for p in (1e-40, 5e-324)
+])  # fmt: skip
+def test_however_low_its_temperature_or_share_a_row_takes_the_likeliest_token(settings):
+    scores = torch.tensor([100.0, 90.0, 110.0, -torch.inf])
+    assert _draw(scores, Sampling(seed=1, **settings), torch.Generator()) == 2
+
+
+def test_the_highest_temperature_draws_evenly_from_what_is_possible():
+    scores, seen = torch.tensor([100.0, 90.0, -torch.inf]), set()
+    for seed in range(30):
+        draw = torch.Generator().manual_seed(seed)
+        seen.add(_draw(scores, Sampling(temperature=1e300), draw))
+    assert seen == {0, 1}
+
+
+def test_a_row_of_extreme_settings_does_not_fail_the_others(speaker):
+    rows = [Row(speaker.text("Add"), Sampling(max_new_tokens=3, temperature=t)) for t in (0, 1e-46)]
+    speaker.answer(rows)
+    assert rows[0].tokens == rows[1].tokens
