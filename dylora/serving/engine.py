@@ -22,7 +22,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class Speaker:
-    """A mixture with its tokenizer."""
+    """A mixture with its tokenizer. Prompts may be encoded in several threads at once."""
 
     def __init__(
         self,
@@ -34,6 +34,8 @@ class Speaker:
         self.model, self.tokenizer = model, tokenizer
         self.template = template or recorded_template(model.training_record, tokenizer)
         self.ends = set(self.template.end_ids)
+        # Whether text may be special tokens is a setting of the tokenizer that each call writes.
+        self._encoding = threading.Lock()
 
     @classmethod
     def open(
@@ -73,15 +75,19 @@ class Speaker:
                 raise ValueError(f"a message needs a text and one of the roles {', '.join(ROLES)}")
         if not messages or messages[-1].get("role") != "user":
             raise ValueError("the last message must be of the role user")
-        return self.template.prompts([Chat([dict(message) for message in messages])])[0]
+        chat = Chat([dict(message) for message in messages])
+        with self._encoding:
+            return self.template.prompts([chat])[0]
 
     def question(self, instruction: str, input: str = "") -> list[int]:
         """Token ids of an instruction with its further input."""
-        return self.template.prompts([question(self.template, instruction, input)])[0]
+        with self._encoding:
+            return self.template.prompts([question(self.template, instruction, input)])[0]
 
     def text(self, text: str) -> list[int]:
         """Token ids of a text that is to be continued as it stands."""
-        return encode_prompts(self.tokenizer, [text])[0]
+        with self._encoding:
+            return encode_prompts(self.tokenizer, [text])[0]
 
     def answer(self, rows: Sequence[Row]) -> None:
         """Fill the rows, in one batch; see `dylora.serving.answering.answer`."""

@@ -1,9 +1,14 @@
 """Answers of a batch are those of each row alone, cut and ended as they should be."""
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import LogitsProcessorList, TopPLogitsWarper
 
+from dylora.data.templates import load_template
 from dylora.serving.answering import Row, Sampling, _draw, _sure, answer
 from dylora.serving.engine import Busy, Engine, Speaker
 
@@ -132,8 +137,6 @@ def test_a_conversation_is_encoded_as_training_encodes_it(speaker):
 
 
 def test_the_engine_answers_what_waits_together_and_tells_a_fault_to_those_it_hit(speaker):
-    import threading
-
     sizes, gate = [], threading.Event()
 
     class Slow(Speaker):
@@ -217,3 +220,41 @@ def test_a_row_of_extreme_settings_does_not_fail_the_others(speaker):
     rows = [Row(speaker.text("Add"), Sampling(max_new_tokens=3, temperature=t)) for t in (0, 1e-46)]
     speaker.answer(rows)
     assert rows[0].tokens == rows[1].tokens
+
+
+def test_a_text_and_a_conversation_that_are_encoded_at_once_keep_their_own_rules(
+    speaker, tokenizer
+):
+    """A text's special tokens are text, a Jinja template's are tokens; the tokenizer has one
+    setting for it, and the conversation comes between that and the text's ids."""
+    own = copy.deepcopy(tokenizer)
+    begun, other_done = threading.Event(), threading.Event()
+
+    class Slow:
+        """Waits, before it encodes a text, until the conversation is through."""
+
+        def __init__(self, core):
+            vars(self).update(core=core)
+
+        def __getattr__(self, name):
+            return getattr(self.core, name)
+
+        def __setattr__(self, name, value):
+            setattr(self.core, name, value)
+
+        def encode_batch(self, texts, **options):
+            if texts == ["</s>"]:
+                begun.set()
+                other_done.wait(1)
+            return self.core.encode_batch(texts, **options)
+
+    both = Speaker(speaker.model, own, load_template("chatml", own))
+    right = both.text("</s>"), both.conversation([{"role": "user", "content": "x"}])
+    assert own.eos_token_id not in right[0]
+    own._tokenizer = Slow(own._tokenizer)
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(both.text, "</s>")
+        assert begun.wait(10)
+        conversation = both.conversation([{"role": "user", "content": "x"}])
+        other_done.set()
+        assert (text.result(), conversation) == right
