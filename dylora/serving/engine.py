@@ -64,6 +64,12 @@ class Speaker:
         other = None if template is None else load_template(template, tokenizer)
         return cls(model, tokenizer, other)
 
+    @property
+    def words(self) -> int:
+        """Ids below this are tokens that the base can read."""
+        embedding: Any = self.model.base.get_input_embeddings()  # some have fewer than words
+        return min(len(self.tokenizer), len(embedding.weight))
+
     def conversation(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that ends with what is to be answered.
 
@@ -103,6 +109,7 @@ class Engine:
 
     def __init__(self, speaker: Speaker, *, batch_size: int, waiting: int) -> None:
         self.speaker, self.batch_size = speaker, batch_size
+        self.most = batch_size + waiting  # rows that can be here at once
         self._queue: Queue[Row | None] = Queue(waiting)
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
         self._thread.start()

@@ -5,11 +5,11 @@ A parameter acts, or is refused by name, or means nothing here at the value that
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dylora.fields import FieldError, nearest, shown
+from dylora.fields import MAX_INT, FieldError, nearest, shown
 from dylora.serving.answering import Row, Sampling, TokenScore
 from dylora.serving.engine import Speaker
 
@@ -52,6 +52,7 @@ class Request:
     """One request, its rows not yet answered."""
 
     rows: list[Row]
+    count: int  # of answers to each prompt; their rows follow each other
     chat: bool
     stream: bool
     with_usage: bool  # at the end of a stream
@@ -69,7 +70,7 @@ def read_request(body: Any, speaker: Speaker, name: str, limits: Limits, *, chat
     body = {key: value for key, value in body.items() if value is not None}
     known = _CHAT if chat else _TEXT
     for key, value in list(body.items()):
-        if key in _NOTES or (key in _NEUTRAL and value in _NEUTRAL[key]):
+        if key in _NOTES or _is_neutral(key, value):
             del body[key]
         elif key not in known:
             near = nearest(key, sorted(known))
@@ -81,7 +82,7 @@ def read_request(body: Any, speaker: Speaker, name: str, limits: Limits, *, chat
     sampling = _sampling(body, limits, echo=echo)
     count = _of(body, "n", int, 1)
     if not 1 <= count <= MOST_CHOICES:
-        raise Refused(f"n is {count}, but must be from 1 to {MOST_CHOICES}", "n")
+        raise Refused(f"n is {shown(count)}, but must be from 1 to {MOST_CHOICES}", "n")
     options = _of(body, "stream_options", dict, {})
     stream = _of(body, "stream", bool, False)
     if stream and sampling.logprobs is not None:
@@ -100,6 +101,7 @@ def read_request(body: Any, speaker: Speaker, name: str, limits: Limits, *, chat
     kind = "chatcmpl" if chat else "cmpl"
     return Request(
         rows=rows,
+        count=count,
         chat=chat,
         stream=stream,
         with_usage=bool(options.get("include_usage")),
@@ -109,6 +111,12 @@ def read_request(body: Any, speaker: Speaker, name: str, limits: Limits, *, chat
         id=f"{kind}-{uuid.uuid4().hex}",
         created=int(time.time()),
     )
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    """Of its kind, too: 0 log-probabilities are some, and False is none."""
+    given = isinstance(value, bool)
+    return any(given == isinstance(one, bool) and value == one for one in _NEUTRAL.get(key, ()))
 
 
 def _sampling(body: Mapping[str, Any], limits: Limits, *, echo: bool) -> Sampling:
@@ -141,7 +149,7 @@ def _sampling(body: Mapping[str, Any], limits: Limits, *, echo: bool) -> Samplin
 
 
 def _seed(seed: int | None, number: int) -> int | None:
-    return None if seed is None else seed + number
+    return None if seed is None else (seed + number) % 2**63
 
 
 def _conversation(body: Mapping[str, Any], speaker: Speaker) -> list[int]:
@@ -171,7 +179,7 @@ def _prompts(body: Mapping[str, Any], speaker: Speaker) -> list[list[int]]:
     many = given if isinstance(given, list) and not _are_ids(given) else [given]
     if not 1 <= len(many) <= MOST_PROMPTS:
         raise Refused(f"a request may have 1 to {MOST_PROMPTS} prompts", "prompt")
-    words = len(speaker.tokenizer)
+    words = speaker.words
     prompts = []
     for one in many:
         if isinstance(one, str):
@@ -190,7 +198,7 @@ def _are_ids(value: Any) -> bool:
 
 def _of(body: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     value = body.get(key, default)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= MAX_INT:
         value = float(value)
     if value is not default and type(value) is not kind:
         raise Refused(f"{key} is {shown(value)}, but must be of the type {kind.__name__}", key)
@@ -213,7 +221,16 @@ def whole_answer(request: Request, speaker: Speaker) -> dict[str, Any]:
             logprobs = _logprobs([*row.prompt_scores, *row.scores], speaker)
         choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": row.finish})
     kind = "chat.completion" if request.chat else "text_completion"
-    return {**_head(request, kind), "choices": choices, "usage": usage(request.rows)}
+    return {**_head(request, kind), "choices": choices, "usage": usage(request)}
+
+
+def first_pieces(request: Request) -> Iterator[dict[str, Any]]:
+    """What a stream begins with: the role of each answer, or the prompts where they are echoed."""
+    for index, prompt in enumerate(request.prompts):
+        if request.chat:
+            yield _piece(request, index, {"delta": {"role": "assistant", "content": ""}})
+        elif request.echo:
+            yield piece_of(request, index, prompt)
 
 
 def piece_of(request: Request, index: int, text: str, finish: str | None = None) -> dict[str, Any]:
@@ -222,6 +239,12 @@ def piece_of(request: Request, index: int, text: str, finish: str | None = None)
         said: dict[str, Any] = {"delta": {"content": text} if text else {}}
     else:
         said = {"text": text}
+    return _piece(request, index, said, finish)
+
+
+def _piece(
+    request: Request, index: int, said: dict[str, Any], finish: str | None = None
+) -> dict[str, Any]:
     choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
     kind = "chat.completion.chunk" if request.chat else "text_completion"
     return {**_head(request, kind), "choices": [choice]}
@@ -230,11 +253,13 @@ def piece_of(request: Request, index: int, text: str, finish: str | None = None)
 def last_piece(request: Request) -> dict[str, Any]:
     """What a stream was of, where that was asked for."""
     kind = "chat.completion.chunk" if request.chat else "text_completion"
-    return {**_head(request, kind), "choices": [], "usage": usage(request.rows)}
+    return {**_head(request, kind), "choices": [], "usage": usage(request)}
 
 
-def usage(rows: Sequence[Row]) -> dict[str, int]:
-    asked, said = sum(len(row.prompt) for row in rows), sum(len(row.tokens) for row in rows)
+def usage(request: Request) -> dict[str, int]:
+    """Tokens, those of a prompt counted once."""
+    asked = sum(len(row.prompt) for row in request.rows[:: request.count])
+    said = sum(len(row.tokens) for row in request.rows)
     return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
 

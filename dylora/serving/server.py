@@ -18,6 +18,7 @@ from dylora.serving.protocol import (
     Limits,
     Refused,
     Request,
+    first_pieces,
     last_piece,
     piece_of,
     read_request,
@@ -59,6 +60,9 @@ def build_app(engine: Engine, name: str, limits: Limits) -> Starlette:
         return JSONResponse(Refused(f"{http.method} {http.url.path}: {error}", None, status).body(),
                             status)  # fmt: skip
 
+    async def failed(http: HttpRequest, error: Exception) -> Response:
+        return JSONResponse(Refused(_told(error), status=500).body(), 500)
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
@@ -70,7 +74,7 @@ def build_app(engine: Engine, name: str, limits: Limits) -> Starlette:
         Route("/v1/models", models),
         Route("/v1/models/{model:path}", models),
     ]
-    handlers: Any = {404: not_found, 405: not_found}
+    handlers: Any = {404: not_found, 405: not_found, 500: failed}
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
 
@@ -86,14 +90,21 @@ async def _read_body(http: HttpRequest) -> Any:
     except ClientDisconnect:
         raise Refused("the request broke off") from None
     try:
-        return json.loads(b"".join(parts))
+        body = json.loads(b"".join(parts))
+        json.dumps(body, ensure_ascii=False).encode()
+        return body
+    except UnicodeEncodeError:
+        raise Refused("the body has half a character: a surrogate without its other") from None
     except (ValueError, RecursionError) as error:
         raise Refused(f"the body is no JSON: {error}") from None
 
 
 def _submit(engine: Engine, request: Request) -> "asyncio.Queue[_Event]":
-    """Put all rows in the queue, or none. Raises Refused for prompts too long, and when too much
-    waits."""
+    """Put all rows in the queue, or none. Raises Refused for prompts too long, for more rows than
+    there is ever room for, and when too much waits."""
+    if (wanted := len(request.rows)) > engine.most:
+        rule = f"at most {engine.most} have room here at once"
+        raise Refused(f"the request asks for {wanted} answers, but {rule}: ask for fewer", "n")
     events: asyncio.Queue[_Event] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -140,9 +151,8 @@ async def _stream(request: Request, events: "asyncio.Queue[_Event]") -> AsyncIte
     """Server-sent events: each piece as it comes, and [DONE]."""
     left = len(request.rows)
     try:
-        if request.echo:
-            for index, prompt in enumerate(request.prompts):
-                yield _event(piece_of(request, index, prompt))
+        for piece in first_pieces(request):
+            yield _event(piece)
         while left:
             index, what = await events.get()
             if isinstance(what, str):
