@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from dylora.serving.answering import Row
 from dylora.serving.engine import Busy, Engine
@@ -43,7 +44,7 @@ def build_app(engine: Engine, name: str, limits: Limits) -> Starlette:
         except Refused as refusal:
             return JSONResponse(refusal.body(), refusal.status)
         if request.stream:
-            return StreamingResponse(_stream(request, events), media_type="text/event-stream")
+            return _Stream(request, events)
         return await _whole(http, engine, request, events)
 
     async def models(http: HttpRequest) -> Response:
@@ -147,28 +148,40 @@ async def _whole(
     return JSONResponse(await asyncio.to_thread(whole_answer, request, engine.speaker))
 
 
-async def _stream(request: Request, events: "asyncio.Queue[_Event]") -> AsyncIterator[str]:
-    """Server-sent events: each piece as it comes, and [DONE]."""
+class _Stream(StreamingResponse):
+    """Server-sent events. Its rows end with it, not with its generator: where whoever asked is gone
+    at once, that is never begun, and no `finally` of it would run."""
+
+    def __init__(self, request: Request, events: "asyncio.Queue[_Event]") -> None:
+        super().__init__(_pieces(request, events), media_type="text/event-stream")
+        self._rows = request.rows
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for row in self._rows:
+                row.cancelled = True
+
+
+async def _pieces(request: Request, events: "asyncio.Queue[_Event]") -> AsyncIterator[str]:
+    """Each piece as it comes, and [DONE]."""
+    for piece in first_pieces(request):
+        yield _event(piece)
     left = len(request.rows)
-    try:
-        for piece in first_pieces(request):
-            yield _event(piece)
-        while left:
-            index, what = await events.get()
-            if isinstance(what, str):
-                yield _event(piece_of(request, index, what))
-                continue
-            left -= 1
-            if what.error is not None:
-                yield _event(Refused(_told(what.error), status=500).body())
-                return
-            yield _event(piece_of(request, index, "", what.finish))
-        if request.with_usage:
-            yield _event(last_piece(request))
-        yield "data: [DONE]\n\n"
-    finally:  # whoever asked may be gone
-        for row in request.rows:
-            row.cancelled = True
+    while left:
+        index, what = await events.get()
+        if isinstance(what, str):
+            yield _event(piece_of(request, index, what))
+            continue
+        left -= 1
+        if what.error is not None:
+            yield _event(Refused(_told(what.error), status=500).body())
+            return
+        yield _event(piece_of(request, index, "", what.finish))
+    if request.with_usage:
+        yield _event(last_piece(request))
+    yield "data: [DONE]\n\n"
 
 
 def _event(body: dict[str, Any]) -> str:

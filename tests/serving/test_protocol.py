@@ -1,9 +1,13 @@
 """What a request asks is read as OpenAI means it, and refused where it cannot be."""
 
+import asyncio
 import copy
 import json
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
+from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
 
 from dylora.serving.engine import Engine, Speaker
@@ -120,3 +124,26 @@ def test_a_fault_of_ours_is_told_in_openais_form(client, speaker, monkeypatch):
     found = client.post("/v1/completions", json={"prompt": "x"})
     assert found.status_code == 500
     assert found.json()["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("version", ["2.3", "2.4"])  # of ASGI; they tell it in different ways
+def test_nothing_is_computed_for_who_is_gone_before_a_stream_begins(speaker, version):
+    submitted = []
+    engine = SimpleNamespace(speaker=speaker, most=8, submit=submitted.append)  # never answers
+    body = json.dumps({"prompt": "Add", "n": 2, "stream": True}).encode()
+    told = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive():
+        return next(told, {"type": "http.disconnect"})
+
+    async def send(message):
+        if version == "2.4":
+            raise OSError("gone")
+        await asyncio.sleep(0)  # here it is cancelled
+
+    scope = {"type": "http", "asgi": {"spec_version": version}, "method": "POST", "headers": []}
+    scope |= {"path": "/v1/completions", "query_string": b"", "server": ("here", 80)}
+    app = build_app(engine, NAME, LIMITS)
+    with suppress(ClientDisconnect):
+        asyncio.run(app(scope, receive, send))
+    assert [row.cancelled for row in submitted] == [True, True]
