@@ -66,7 +66,8 @@ def talk(
         elif command == "/seed" and rest.strip().isdecimal():
             sampling = replace(sampling, seed=int(rest))
         elif command == "/experts":
-            print(experts_line(speaker, last) if last else "nothing was answered yet")
+            told = last and last.tokens and experts_line(speaker, last)
+            print(told or "nothing was answered yet")
         elif command.startswith("/") and command not in questions:
             print(HELP)
         elif command:
@@ -88,7 +89,12 @@ def experts_line(speaker: "Speaker", row: "Row") -> str:
 
     model = speaker.model
     ids = torch.tensor([[*row.prompt, *row.tokens]], device=model.device)
-    gates = model.get_routing_weights(ids)[0].mean(1)  # [S, E], averaged over sites
+    labels = ids.clone()  # where they begin the prompt ends, by which it may have been routed
+    labels[:, : len(row.prompt)] = -100
+    with torch.no_grad():
+        routing = model(ids, torch.ones_like(ids), labels).routing
+    assert routing is not None
+    gates = routing.gates[0].mean(1)  # [S, E], averaged over sites
     share_E = gates[len(row.prompt) - 1 : -1].mean(0)  # of the passes that made the answer
     share_E = share_E / share_E.sum().clamp_min(1e-12)
     ranked = sorted(enumerate(share_E.tolist()), key=lambda item: -item[1])

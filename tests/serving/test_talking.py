@@ -5,7 +5,10 @@ import json
 from types import MappingProxyType
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from dylora import SkillLibrary
 from dylora.cli.chat import experts_line, talk
 from dylora.cli.main import main
 from dylora.data.templates import load_template
@@ -69,6 +72,27 @@ def test_the_experts_of_the_last_answer_are_told(say, speaker):
     shares = [int(part.rpartition(" ")[2].rstrip("%")) for part in told[-1].split(", ")]
     assert sum(shares) == pytest.approx(100, abs=2)
     assert shares == sorted(shares, reverse=True)
+
+
+def test_the_expert_of_a_prompt_is_told_and_not_that_of_its_answer(mixture, base_folder, tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = mixture(base, num_experts=2, router_scope="prompt", top_k_experts=1)
+    library, draw = SkillLibrary(model), torch.Generator().manual_seed(0)
+    for expert, first in enumerate((4, 100)):  # each skill has ids of its own
+        rows = torch.randint(first, first + 90, (40, 9), generator=draw).tolist()
+        library.add(f"skill {expert}", rows[:20], rows[20:], expert=expert)
+    row = Row(list(range(10, 16)), tokens=list(range(110, 190)))
+    assert library.which(torch.tensor(row.prompt)).skill == "skill 0"
+    assert library.which(torch.tensor([*row.prompt, *row.tokens])).skill == "skill 1"
+    assert experts_line(Speaker(model, tokenizer), row) == "expert 0 100%"
+
+
+def test_an_answer_that_was_ended_before_its_first_token_has_no_experts(say, speaker, monkeypatch):
+    def interrupted(self, rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(speaker), "answer", interrupted)
+    assert say("Add 1.", "/experts").out.splitlines()[-1] == "nothing was answered yet"
 
 
 def test_a_conversation_that_has_become_too_long_says_so_and_goes_on(say):
