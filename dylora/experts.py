@@ -315,7 +315,9 @@ class ExpertManager:
         """Room for one more expert in every router, moments included."""
         for _, router in self.mixture.routers():
             for name, old in router.add_expert(share, self.mixture.state.routed_E).items():
-                grow(self.optimizer, old, router.get_parameter(name))
+                new = router.get_parameter(name)
+                self.paused = [new if p is old else p for p in self.paused]
+                grow(self.optimizer, old, new)
 
     def _apply_states(self) -> None:
         """Gates for the enabled experts; gradients for what is trained, and for what experts

@@ -599,3 +599,20 @@ def test_nothing_of_a_router_is_trained_while_one_expert_is_enabled(mixture, ids
         before["model.layers.1.self_attn.outer.bias"],
         dict(model.router_parameters())["model.layers.1.self_attn.outer.bias"],
     )
+
+
+@pytest.mark.parametrize("router", ["linear", "MLP router"])
+def test_a_router_that_grows_while_it_is_paused_is_trained_again(mixture, ids, router):
+    model = mixture(**SETTINGS.get(router, {})).train()
+    optimizer = adamw(model)
+    model.experts.set_active_expert(1)
+    model.experts.create_expert(share=0.2)
+    before = {name: p.clone() for name, p in model.router_parameters()}
+    assert all(p.requires_grad for _, p in model.router_parameters())
+    model.experts.check_optimizer()
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert not any(torch.equal(before[name], p) for name, p in model.router_parameters())
+    model.experts.set_active_expert(1)
+    model.experts.activate_all_experts()
+    assert all(p.requires_grad for _, p in model.router_parameters())
