@@ -32,7 +32,7 @@ class Injected(NamedTuple):
     """What was added to a base."""
 
     state: RoutingState
-    blocks: list[RoutedBlock]  # in the order the model runs them
+    blocks: list[RoutedBlock]  # in the order of a pass, or of the file that lists them
     adapters: dict[str, Adapter]  # by the path of their projection
     biases: dict[str, BiasShift]  # by the path of their module; bias all only
     handles: list[RemovableHandle]
@@ -47,12 +47,12 @@ def inject(
 ) -> Injected:
     """Freeze the base and add routers and adapters to its blocks, in place.
 
-    projections: paths of those to adapt, from a file; by default what the configuration says.
+    projections: paths of those to adapt, from a file, whose first block is the one that others
+    follow; by default what the configuration says, in the order of a pass.
     Without experts the adapters are empty: a loader makes those that its files hold.
 
     Raises ValueError when the base has been injected before, when no projection matches or one
-    cannot be adapted, or when trained biases find nothing
-    to work on.
+    cannot be adapted, or when trained biases find nothing to work on.
     """
     if hasattr(base, STATE_NAME):
         raise ValueError("this base already carries adapters: unload() them first")

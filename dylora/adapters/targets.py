@@ -21,7 +21,8 @@ OTHERS += ("in_proj_ba", "in_proj_z", "in_proj_b", "in_proj_a")
 
 
 def find_targets(base: PreTrainedModel, config: MoELoraConfig, trace: Trace) -> list[str]:
-    """Paths of the projections to adapt, in the model's order.
+    """Paths of the projections to adapt, their blocks in the order in which a pass enters them:
+    some bases register an MLP before the mixer that runs first.
 
     Without target_modules: of every block that a pass over text ran, and that holds queries and
     keys, the projections of queries, keys and values, and that of the output. Others of such a
@@ -59,7 +60,8 @@ def find_targets(base: PreTrainedModel, config: MoELoraConfig, trace: Trace) -> 
         )
     if config.target_modules is None:
         _say_what_is_left(chosen, [path for path in trace.maps_tokens if path in kept])
-    return chosen
+    place = {block: index for index, block in enumerate(trace.widths)}
+    return sorted(chosen, key=lambda path: place.get(path.rpartition(".")[0], len(place)))
 
 
 def check_targets(base: PreTrainedModel, chosen: list[str], trace: Trace) -> None:

@@ -1,7 +1,9 @@
 """A pass of six tokens shows which projections are adapted, and which cannot be."""
 
+import copy
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +82,40 @@ def test_layers_without_keys_of_their_own_are_adapted_as_those_that_have_them(ra
     _, config_class, sizes, *_ = FAMILIES["gemma4"]
     model = DyLoRA_MoE.from_base(random_base(config_class, **sizes), MoELoraConfig(r=2))
     assert model.site_names == [f"model.layers.{layer}.self_attn" for layer in range(4)]
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "bamba", "qwen2_moe"])
+def test_the_first_block_is_the_first_that_runs(name):
+    """In these an MLP is registered before the mixer, or within the MLP that calls it."""
+    config = MoELoraConfig(r=2, target_modules=[*SPLIT, *MLP], router_scope="shared")
+    if name == "qwen2_moe":
+        config = replace(config, target_modules=[*MLP, "shared_expert_gate"])
+    model = DyLoRA_MoE.from_base(tiny_base(name), config)
+    ran = []
+    for path in model.site_names:
+        block = model.base.get_submodule(path)
+        block.register_forward_pre_hook(lambda *_, path=path: ran.append(path))
+    routing = model(torch.arange(3, 12)[None]).routing
+    assert ran == model.site_names
+    assert routing.statistics is not None
+    assert torch.equal(routing.gates, routing.gates[:, :, :1].expand_as(routing.gates))
+
+
+def test_a_checkpoint_whose_blocks_are_in_another_order_is_loaded_by_it(tmp_path, monkeypatch):
+    config = MoELoraConfig(r=2, target_modules=[*SPLIT, *MLP], router_scope="shared")
+    found = inject.find_targets
+    backwards = lambda *given: list(reversed(found(*given)))  # noqa: E731
+    base, ids = tiny_base("falcon_h1"), torch.arange(3, 12)[None]
+    with monkeypatch.context() as patched:
+        patched.setattr(inject, "find_targets", backwards)
+        model = DyLoRA_MoE.from_base(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for _, parameter in model.own_parameters():
+            parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "saved")
+    again = DyLoRA_MoE.from_pretrained(tmp_path / "saved", base)
+    assert again.site_names == model.site_names
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_a_block_that_is_adapted_in_part_is_said_in_one_line(caplog):
