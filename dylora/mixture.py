@@ -282,7 +282,7 @@ class Mixture:
     def attach_router(self, routers: nn.ModuleDict | None = None) -> None:
         """Put routers at the blocks: those that `detach_router` gave, or fresh ones.
 
-        Raises ValueError when a block has one already or the names do not fit.
+        Raises ValueError when a block has one already, or names or numbers of experts do not fit.
         """
         if any(True for _ in self.routers()):
             raise ValueError("routers are attached already: detach_router() first")
@@ -292,16 +292,20 @@ class Mixture:
             routers = nn.ModuleDict()
             for name, block in by_name.items():
                 path = next(p for p in self.adapters if p.startswith(f"{block.name}."))
-                routers[name] = inject.new_router(self.base, self.config, block, path)
+                routers[name] = fresh = inject.new_router(self.base, self.config, block, path)
+                if len(self.table) != self.config.num_experts:
+                    fresh.resize(len(self.table))
         if set(routers) != by_name.keys():
             raise ValueError(
                 f"routers are for {sorted(routers)}, but the blocks are {sorted(by_name)}"
             )
+        given: dict[str, Any] = dict(routers)
         for name, block in by_name.items():
-            router = routers[name]
-            assert isinstance(router, Router)
-            router.config = self.config
-            inject.attach_router(self.base, block, router)
+            assert isinstance(given[name], Router)
+            given[name].check_experts(block.name, len(self.table))
+        for name, block in by_name.items():
+            given[name].config = self.config
+            inject.attach_router(self.base, block, given[name])
         if self.skill_library:
             self.skill_library.update_router()
 

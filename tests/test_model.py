@@ -764,6 +764,32 @@ def test_routers_for_other_sites_are_refused(mixture):
         model.attach_router(foreign)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"router_hidden_size": 8}, {"router_type": "threshold"}, {"top_k_experts": 1}]
+)
+def test_fresh_routers_have_a_row_for_every_expert_there_is(mixture, ids, settings):
+    model = mixture(**settings)
+    model.detach_router()
+    model.experts.create_expert()
+    model.attach_router()
+    assert model(ids, labels=ids).routing.gates.shape == (2, 7, N, E + 1)
+
+
+def test_routers_for_another_number_of_experts_are_refused(mixture, ids):
+    model = mixture()
+    routers = model.detach_router()
+    model.experts.create_expert()
+    with pytest.raises(
+        ValueError, match=r"self_attn has outer.weight \[3, 32\], but there are 4 experts"
+    ):
+        model.attach_router(routers)
+    assert not list(model.router_parameters())
+    for router in routers.values():
+        router.resize(4)
+    model.attach_router(routers)
+    assert model(ids).routing.gates.shape == (2, 7, N, E + 1)
+
+
 # Files
 
 

@@ -66,6 +66,18 @@ class Router(nn.Module):
     def state_spec(config: MoELoraConfig, experts: int) -> dict[str, Shape]:
         """Name and shape of every parameter, for so many experts."""
 
+    def check_experts(self, block: str, experts: int) -> None:
+        """Raises ValueError for parameters that are not those of so many experts; the block is
+        named."""
+        own = dict(self.named_parameters())
+        for name, shape in self.state_spec(self.config, experts).items():
+            found = list(own[name].shape) if name in own else shape
+            if any(size not in (None, had) for size, had in zip(shape, found, strict=True)):
+                raise ValueError(
+                    f"the router of {block} has {name} {found}, but there are {experts} experts "
+                    "now: resize it, or attach fresh ones"
+                )
+
 
 def router_class(config: MoELoraConfig) -> type[Router]:
     """The router that a configuration names: that of this file, or of the file of that name."""
