@@ -106,7 +106,8 @@ class MixtureMethods(nn.Module):
     def reference_model(self) -> PreTrainedModel:
         """The mixture as it is now, frozen, as a transformers model: `ref_model=` of TRL.
 
-        Only experts, routers and buffers are copied; its base weights are this mixture's own.
+        Experts, routers, buffers and what of the base is trained are copied; all other base weights
+        are this mixture's own.
         """
         return reference_model(self.experts)
 

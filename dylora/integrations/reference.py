@@ -19,13 +19,15 @@ def experts_of(model: Any) -> ExpertManager | None:
 
 
 def reference_model(experts: ExpertManager) -> PreTrainedModel:
-    """The mixture as it is now, frozen, as a model for `ref_model=`; its base weights are shared.
+    """The mixture as it is now, frozen, as a model for `ref_model=`; frozen base weights are shared.
 
-    Only experts, routers and buffers are copied, so it must stay on the device of the mixture.
+    Experts, routers, buffers and what of the base is trained are copied, so it must stay on the
+    device of the mixture.
     """
     base: Any = experts.mixture.base
     own = {id(parameter) for _, parameter in experts.mixture.own_parameters()}
-    memo: dict[int, Any] = {id(p): p for p in base.parameters() if id(p) not in own}
+    shared = [p for p in base.parameters() if id(p) not in own and not p.requires_grad]
+    memo: dict[int, Any] = {id(p): p for p in shared}
     memo |= {id(experts.optimizer): None, id(base.dylora_pass.observer): None}
     copied = copy.deepcopy(base, memo)
     # A forward that a trainer has put on the base would run the base, not the copy.

@@ -511,6 +511,22 @@ def test_a_reference_is_the_mixture_as_it_was_with_the_base_shared(mixture, ids,
     assert (model(ids).logits - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reference_copies_what_of_the_base_is_trained_and_leaves_it_to_be(
+    mixture, llama, ids, tied
+):
+    model = mixture(llama(tie_word_embeddings=tied))
+    head = model.base.lm_head.requires_grad_(True)
+    before, reference = model(ids).logits, model.reference_model()
+    assert head.weight.requires_grad
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert (reference.lm_head.weight is reference.model.embed_tokens.weight) is tied
+    model(ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        head.weight -= head.weight.grad
+    assert torch.equal(reference(ids).logits, before)
+
+
 def test_a_reference_does_not_run_the_forward_that_a_trainer_has_put_on_its_policy(mixture, ids):
     model = mixture()
     expected = model(ids).logits
