@@ -249,7 +249,8 @@ class ExpertManager:
         of a LoRA A [r, D] and B [O, r]. Its moments stay.
 
         Raises ValueError, and changes nothing, for a projection too many or too few, another shape,
-        values that are not finite, and DoRA, whose magnitudes belong to the matrices.
+        values that are not finite, another A than the one that experts share, and DoRA, whose
+        magnitudes belong to the matrices.
         """
         self._require_live((expert,))
         adapters = self.mixture.adapters
@@ -257,7 +258,7 @@ class ExpertManager:
             raise ValueError("a DoRA expert is more than its matrices: load_lora_experts reads all")
         for path in adapters.keys() ^ weights.keys():
             raise ValueError(f"{shown(path)} is adapted or given, but not both")
-        with restoring_values(self.mixture):
+        with restoring_values(self.mixture, [expert]):
             for path, adapter in adapters.items():
                 adapter.load_matrices(expert, weights[path])
 

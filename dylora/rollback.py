@@ -5,12 +5,12 @@ only small tensors are copied.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dylora.kernels.common import float32_defaults
@@ -42,11 +42,16 @@ def all_or_nothing(method: Method) -> Method:
 
 
 @contextmanager
-def restoring_values(mixture: Mixture) -> Iterator[None]:
-    """Values are written to the experts within; after an error they have those of before."""
+def restoring_values(mixture: Mixture, experts: Collection[int]) -> Iterator[None]:
+    """Values are written to these experts within; after an error all have those of before.
+
+    Raises ValueError where what all share has changed and some were not written: they are to stay.
+    """
     before = [(p, p.detach().clone()) for _, p in mixture.named_expert_parameters()]
     try:
         yield
+        if not set(mixture.live) <= set(experts):
+            _check_shared_values(mixture, {id(parameter): values for parameter, values in before})
     except BaseException:
         with torch.no_grad():
             for parameter, values in before:
@@ -54,6 +59,16 @@ def restoring_values(mixture: Mixture) -> Iterator[None]:
         raise
     finally:
         mixture.state.forget_kept()
+
+
+def _check_shared_values(mixture: Mixture, before: dict[int, Tensor]) -> None:
+    for path, adapter in mixture.adapters.items():
+        for name, parameter in adapter.named_parameters(recurse=False):
+            if not torch.equal(parameter, before[id(parameter)]):
+                raise ValueError(
+                    f"{path}: {name} would change for experts that are not given, as with share_A "
+                    "all have one: load every expert together, or keep it"
+                )
 
 
 class Snapshot:

@@ -24,7 +24,8 @@ def load_lora_experts(model: DyLoRA_MoE, folder: str | Path) -> list[int]:
 
     Returns the numbers of the experts. Raises ValueError or FileNotFoundError, and changes nothing,
     for adapters of another type, rank, scale or set of projections than the expert of their number,
-    for numbers that are none of an expert, and where biases are trained: adapters round them.
+    for numbers that are none of an expert, with share_A for another A unless every expert is there,
+    and where biases are trained: adapters round them.
     """
     mixture, experts = model.mixture, model.experts
     if mixture.config.bias != "none":
@@ -37,7 +38,8 @@ def load_lora_experts(model: DyLoRA_MoE, folder: str | Path) -> list[int]:
     for adapter in read:
         if adapter.folder.name not in numbers:
             raise ValueError(f"{adapter.folder} is none of {', '.join(numbers)}")
-    with restoring_values(mixture):
-        for adapter in read:
-            fill_expert(mixture, numbers[adapter.folder.name], adapter, adapter.folder)
-    return [numbers[adapter.folder.name] for adapter in read]
+    loaded = [numbers[adapter.folder.name] for adapter in read]
+    with restoring_values(mixture, loaded):
+        for expert, adapter in zip(loaded, read, strict=True):
+            fill_expert(mixture, expert, adapter, adapter.folder)
+    return loaded

@@ -126,13 +126,29 @@ def test_matrices_of_another_form_are_refused_and_change_nothing(how, reason, mi
     assert all(map(torch.equal, values(model), before))
 
 
-def test_another_A_than_the_one_of_all_is_refused_and_changes_nothing(mixture):
+@pytest.mark.parametrize("expert", [0, 1])
+def test_another_A_than_the_one_of_all_is_refused_and_changes_nothing(mixture, expert):
     model = mixture(share_A=True)
-    weights = {p: (A + 1, B) for p, (A, B) in model.expert_weights(1).items()}
+    weights = {p: (A + 1, B) for p, (A, B) in model.expert_weights(expert).items()}
     before = values(model)
     with pytest.raises(ValueError, match="share_A"):
-        model.experts.load_expert_weights(1, weights)
+        model.experts.load_expert_weights(expert, weights)
     assert all(map(torch.equal, values(model), before))
+    weights = {p: (A.clone(), B + 1) for p, (A, B) in model.expert_weights(expert).items()}
+    model.experts.load_expert_weights(expert, weights)  # with the one A it is taken
+
+
+def test_another_A_for_all_is_taken_from_a_folder_that_has_all(mixture, tmp_path):
+    model = mixture(share_A=True)
+    [first, *_] = save_lora_experts(shaken(mixture(share_A=True)), tmp_path / "saved")
+    before = values(model)
+    with pytest.raises(ValueError, match="share_A"):
+        load_lora_experts(model, first)
+    assert all(map(torch.equal, values(model), before))
+    assert load_lora_experts(model, tmp_path / "saved") == [0, 1, 2]
+    model.experts.retire(1, 2)
+    shaken(model)
+    assert load_lora_experts(model, first) == [0]  # the last one shares it with nobody
 
 
 def test_the_matrices_of_a_dora_expert_are_not_all_of_it(mixture):
