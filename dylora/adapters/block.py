@@ -90,9 +90,8 @@ class RoutedBlock:
             decision = pass_.shared.last(x.shape[1])
         else:
             gates_E = self.state.fixed_gates().to(x.device)
-            if self.count is not None:
+            if self.count is not None:  # the absent have an update of 0, as in files
                 gates_E = gates_E * (torch.arange(len(gates_E), device=x.device) < self.count)
-                gates_E = gates_E / gates_E.sum().clamp_min(torch.finfo(gates_E.dtype).tiny)
             gates = gates_E.expand(*x.shape[:-1], -1)
             decision = RouterOutput(gates, gates, None)
         if self.index == 0:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dylora import DyLoRA_MoE, MoELoraConfig
+from dylora.evaluation.loading import change_routing
 from dylora.evaluation.validate.reference import loop_logits
 from dylora.integrations.peft_export import export_mixture
 from dylora.routing.metrics import routing_metrics
@@ -253,11 +254,19 @@ def test_it_goes_with_other_options(mixture, llama, ids, tmp_path, settings):
     assert torch.equal(DyLoRA_MoE.from_pretrained(tmp_path, base=base)(ids).logits, logits)
 
 
-def test_without_routers_a_layer_mixes_what_it_has_evenly(mixture, ids):
+def test_without_routers_a_layer_gives_what_it_has_the_weight_of_one_of_all(mixture, ids):
     model = mixture(**LAYERS)
     model.detach_router()
     gates = gates_of(model, ids)
-    assert gates[0, 0].tolist() == [[0.5, 0.5, 0, 0], [0.25] * 4]
+    assert gates[0, 0].tolist() == [[0.25, 0.25, 0, 0], [0.25] * 4]
+
+
+@pytest.mark.parametrize("weights", [[1, 0, 0, 1], [0.25] * 4, [0, 0, 0.5, 0.5], [0.2, 0.3, 0.5, 1]])
+def test_constant_weights_are_the_mixture_that_they_are_merged_to(mixture, ids, weights):
+    model = mixture(**LAYERS)
+    merged = copy.deepcopy(model).merge_and_unload(weights=weights)
+    change_routing(model, weights=weights)
+    torch.testing.assert_close(model(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_active_parameters_are_added_up_by_layer(mixture, ids):
