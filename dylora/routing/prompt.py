@@ -248,7 +248,8 @@ class PromptedGenerate:
             given = kwargs.get(name, getattr(settings, name, None))
             return getattr(self.base.generation_config, name, None) if given is None else given
 
-        guessed = kwargs.get("assistant_model") or asked("prompt_lookup_num_tokens")
+        guesses = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+        guessed = kwargs.get("assistant_model") or any(map(asked, guesses))
         if self.running and (guessed or (asked("num_beams") or 1) > 1):
             raise ValueError(
                 "routing by the running mean cannot follow beams or assisted decoding, which take "

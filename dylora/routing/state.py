@@ -257,8 +257,11 @@ class RoutingState(ExpertState):
     def _held(self, cache: Any) -> dict[str, Any] | None:
         """What the passes before this one hold of its prompts: those of one `generate`, or of a
         cache that is not empty."""
-        if self.mine.generation is not None:
-            return self.mine.generation
+        held = self.mine.generation
+        if held is not None:
+            if "end" in held and isinstance(cache, Cache) and not torch.compiler.is_compiling():
+                check_read(held, int(cache.get_seq_length()))
+            return held
         if getattr(cache, HELD, None) is None or torch.compiler.is_compiling():
             return getattr(cache, HELD, None)
         return held_of(cache)  # None: it was emptied for another text
@@ -278,12 +281,17 @@ def held_of(cache: Cache) -> dict[str, Any] | None:
     held, length = getattr(cache, HELD, None), int(cache.get_seq_length())
     if held is None or length == 0:
         return None
+    check_read(held, length)
+    return held
+
+
+def check_read(held: dict[str, Any], length: int) -> None:
+    """Raises ValueError where a cache of so many tokens is not what the sums have read."""
     if "total" in held and held.get("end", length) != length:
         raise ValueError(
             f"this cache holds {length} tokens, but routing by the running mean has read "
             f"{held['end']} of them: begin with the text anew"
         )
-    return held
 
 
 @dataclass(eq=False)

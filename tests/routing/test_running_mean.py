@@ -171,10 +171,31 @@ def test_tokens_that_came_into_a_cache_past_the_router_are_refused(mixture):
         model(ids[:, 5:], past_key_values=cache, use_cache=True)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+        {"assistant_early_exit": 1},
+        {"use_mtp": True},
+    ],
+    ids=str,
+)
 def test_what_takes_tokens_back_is_refused(options, mixture):
     with pytest.raises(ValueError, match="the running mean cannot follow beams or assisted"):
         mixture(**CONTEXT).generate(alone(TEXTS[0]), **GREEDY, **options)
+
+
+def test_tokens_that_are_taken_back_within_generate_are_refused(mixture):
+    model, ids = mixture(**CONTEXT), alone(TEXTS[0])
+    cache = DynamicCache(config=model.base.config)
+
+    def crop(ids, scores):
+        cache.crop(-1)
+        return scores
+
+    with pytest.raises(ValueError, match=r"this cache holds \d+ tokens, but .* has read \d+ of"):
+        model.generate(ids, past_key_values=cache, logits_processor=[crop], **GREEDY)
 
 
 def test_recomputation_repeats_the_decisions(mixture):
