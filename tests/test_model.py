@@ -966,6 +966,32 @@ def test_a_state_dict_brings_maturity_and_choice_along(mixture, ids, maturity):
             assert torch.equal(other(ids).logits, model(ids).logits)
 
 
+def test_what_a_state_dict_says_of_routing_outlasts_a_step_and_is_saved(mixture, ids, tmp_path):
+    model, other = mixture(maturity=[1.0, 0.0, 0.6]), mixture(maturity=[0.0] * 3)
+    for each in (model, other):
+        each.experts.freeze(0, 1, 2)  # so that whoever is enabled, one stack holds them
+        each.experts.set_active_expert(0, 1 if each is model else 2)
+    model.experts.set_active_expert(1, 2)
+    other.load_state_dict(model.state_dict())
+    assert [row.enabled for row in other.experts.table] == [False, True, True]
+    expected = model.maturity.maturity.float()
+    assert torch.equal(other.maturity.maturity.float(), expected)
+    assert other.maturity.maturity.dtype == torch.float64
+    other.save_pretrained(tmp_path / "saved")
+    again = DyLoRA_MoE.from_pretrained(tmp_path / "saved", mixture().unload()).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    output = other(ids, labels=ids)
+    other.observe(output, ids, steps=1000)
+    assert (other.mixture.state.maturity_E - expected).abs().max() < 0.1
+
+
+def test_a_state_dict_that_says_nothing_new_of_routing_leaves_it_as_exact_as_it_is(mixture):
+    model = mixture(maturity=[0.1, 0.2, 0.3])
+    before = model.maturity
+    model.load_state_dict(model.state_dict())
+    assert model.maturity is before
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_is_computed_backwards_below_the_first_adapted_layer(
     checkpointing, mixture, llama, ids

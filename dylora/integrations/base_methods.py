@@ -149,6 +149,7 @@ class BaseMethods:
         Raises ValueError where the experts are of another form than this mixture's.
         """
         if self.loaded is None:
+            self._follow_state()
             return
         loaded, self.loaded, mixture = self.loaded, None, self.experts.mixture
         wrong = [name for name in (*keys.missing_keys, *keys.unexpected_keys) if OWN in name]
@@ -163,6 +164,16 @@ class BaseMethods:
         start = f"{OWN}.fractions."
         fractions = {n.removeprefix(start): v for n, v in loaded.items() if n.startswith(start)}
         mixture.fractions = fractions or None
+
+    def _follow_state(self) -> None:
+        """Take over what a state dict without a table says of maturity and of who is enabled."""
+        mixture, state = self.experts.mixture, self.experts.mixture.state
+        maturity_E = state.maturity_E.cpu().double()
+        if not torch.equal(maturity_E.float(), mixture.maturity.maturity.float()):
+            mixture.set_maturity(mixture.maturity._replace(maturity=maturity_E))
+        enabled = [expert for expert in mixture.live if state.active[expert]]
+        if enabled and enabled != [e for e in mixture.live if mixture.table[e].enabled]:
+            self.experts.activate(*enabled, shared=False)
 
     # Activations
 
