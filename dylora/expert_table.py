@@ -63,6 +63,13 @@ def format_table(table: list[Expert], maturity_E: Tensor) -> str:
     return "\n".join(lines)
 
 
+def beginning_with(config: MoELoraConfig, table: list[Expert]) -> dict[str, Any]:
+    """The settings of a mixture that begins with the experts of this table."""
+    lists = {"expert_ranks": [r.rank for r in table], "expert_alphas": [r.alpha for r in table]}
+    given = {name: values for name, values in lists.items() if getattr(config, name) is not None}
+    return {"num_experts": len(table)} | given
+
+
 def check_new(
     config: MoELoraConfig, rank: int, alpha: float, skill: str | None, share: float
 ) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from dylora.config import MoELoraConfig, RoutingMode
+from dylora.expert_table import beginning_with
 from dylora.experts import ExpertManager
 from dylora.integrations.reference import reference_model
 from dylora.mixture import Mixture
@@ -95,12 +96,15 @@ class MixtureMethods(nn.Module):
         """Change how tokens are routed, from the next pass on; a checkpoint keeps it.
 
         Args: as top_k_experts, router_temperature and routing_mode of the configuration; None
-        leaves one as it is. Raises ValueError for values out of range and without learned routing.
+        leaves one as it is. Where top_k is more than the mixture began with, num_experts becomes
+        how many there are. Raises ValueError for values out of range and without learned routing.
         """
         if not self.config.is_learned:
             raise ValueError("nothing is routed here: router_type is fixed, or it is a plain LoRA")
         given = {"top_k_experts": top_k, "router_temperature": temperature, "routing_mode": mode}
         changes: Any = {name: value for name, value in given.items() if value is not None}
+        if top_k is not None and top_k > self.config.num_experts:
+            changes |= beginning_with(self.config, self.experts.table)
         self.mixture.set_config(replace(self.config, **changes))
 
     def reference_model(self) -> PreTrainedModel:

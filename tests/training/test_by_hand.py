@@ -81,6 +81,28 @@ def test_a_changed_top_k_temperature_and_mode_hold_at_once_and_in_the_files(
     assert torch.equal(again.eval().get_routing_weights(ids), model.get_routing_weights(ids))
 
 
+@pytest.mark.parametrize("settings", [{}, {"expert_ranks": [1, 3, 3]}])
+def test_a_token_may_keep_as_many_experts_as_there_are_by_now(
+    settings, mixture, llama, ids, tmp_path
+):
+    model = mixture(maturity=[1.0] * 3, top_k_experts=2, **settings)
+    for _ in range(2):
+        model.experts.create_expert(share=0.2)
+    model.set_maturity(model.maturity._replace(maturity=torch.ones(5, dtype=torch.float64)))
+    model.set_routing(top_k=4)
+    assert (model.get_routing_weights(ids) > 0).sum(-1).unique().tolist() == [4]
+    with pytest.raises(ValueError, match=r"top_k_experts is 6, but must be from 1 .* \(5\)"):
+        model.set_routing(top_k=6)
+    model.save_pretrained(tmp_path / "saved")
+    again = DyLoRA_MoE.from_pretrained(tmp_path / "saved", base=llama()).eval()
+    assert again.config.top_k_experts == 4
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    again.set_routing(temperature=1.0)
+    again.detach_router()
+    again.attach_router()
+    assert (again.get_routing_weights(ids) > 0).sum(-1).unique().tolist() == [4]
+
+
 def test_routers_that_were_taken_off_follow_a_change_when_they_are_back(mixture, ids):
     model = mixture(maturity=[1.0] * 3)
     routers = model.detach_router()
