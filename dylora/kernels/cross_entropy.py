@@ -179,6 +179,8 @@ def chunked_token_losses(
     """Cross-entropy of each position with the token that follows it, [B, S], 0 elsewhere; nats, where
     the labels are: the head of a base that is spread over devices lies on another.
 
+    They are where the labels are: the head of a base that is spread over devices lies on another.
+
     linear: the frozen output embeddings; hidden [B, S, D], what enters them; labels [B, S];
     positions [N] from target_positions.
     """

@@ -4,10 +4,17 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dylora.kernels import cross_entropy as head_module
-from dylora.kernels.cross_entropy import find_logit_transform, target_positions
+from dylora.kernels.cross_entropy import (
+    LogitTransform,
+    chunked_token_losses,
+    find_logit_transform,
+    target_positions,
+)
 from families import FAMILIES
 
 
@@ -161,3 +168,12 @@ def test_weights_of_a_caller_hold_for_the_first_pass_in_chunks_as_well(mixture, 
     expected = mixture()(ids, labels=ids, routing_weights=weights).loss
     ours = mixture()(ids, labels=ids, routing_weights=weights, keep_logits=False).loss
     torch.testing.assert_close(ours, expected)
+
+
+def test_a_head_on_another_device_than_the_labels_gives_losses_where_these_are():
+    """As of a base that is spread over two GPUs; FakeTensorMode knows devices and no values."""
+    with FakeTensorMode(), torch.no_grad():
+        labels, positions = torch.ones(2, 5, dtype=torch.long), torch.arange(3)
+        hidden, head = torch.ones(2, 5, 8, device="meta"), nn.Linear(8, 11, device="meta")
+        losses = chunked_token_losses(LogitTransform(), head, hidden, labels, positions)
+    assert (losses.shape, losses.device) == (labels.shape, labels.device)
