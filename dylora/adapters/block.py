@@ -56,9 +56,11 @@ class RoutedBlock:
 
     def route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the block; reads its first argument, the hidden states [B, S, D]."""
-        pass_ = self.state.begin_block()
+        pass_ = self.state.begin_block(self.index)
         if pass_.enabled:
             x = args[0] if args else kwargs["hidden_states"]
+            if pass_.shape is None and x.ndim == 3:  # of this block alone, and those within it
+                pass_.shape = (x.shape[0], x.shape[1])
             if x.ndim == 2:  # tokens in one row, as shared experts of an MLP get them
                 x = self._by_sequence(x, pass_)
             self.begin(pass_, self.decide(x, pass_), x.dtype)

@@ -45,6 +45,7 @@ class Pass:
     sequences: Tensor | None = None  # [B, S], which packed one a token is of; None: each row is one
     held: dict[str, Any] = field(default_factory=dict)
     scope: str = "base"  # whose hooks end it: of the base, its decoder, or a single block
+    opened_by: int | None = None  # which block that is
     decisions: dict[int, RouterOutput] = field(default_factory=dict)  # by the index of the block
     shared: RouterOutput | None = None  # the first block's decision
     blocks: dict[int, Any] = field(default_factory=dict)  # what each computes with, while it runs
@@ -205,10 +206,10 @@ class RoutingState(ExpertState):
             self.mine.current = None
             self._latest = pass_.replay() if torch.is_grad_enabled() else None
 
-    def begin_block(self) -> Pass:
+    def begin_block(self, index: int) -> Pass:
         """The pass of a block: the one under way; for a layer that is run again in backward by a
         checkpoint of somebody else, the latest pass with gradient; for a block that is called by
-        itself, a pass of its own, which `end_block` ends."""
+        itself, a pass of its own. The block that opens one ends it; others may lie within."""
         pass_ = self.current()
         if pass_ is None:
             backward = torch._C._current_graph_task_id() != -1
@@ -216,6 +217,7 @@ class RoutingState(ExpertState):
             mine = self.mine
             pass_ = Pass(self, enabled=not mine.disabled, routing_weights=mine.held, scope="block")
             pass_ = pass_ if latest is None else latest.replay("block")
+            pass_.opened_by = index
             mine.current = pass_
         return pass_
 
@@ -224,7 +226,7 @@ class RoutingState(ExpertState):
         pass_ = self.current()
         if pass_ is not None:
             pass_.blocks.pop(index, None)
-            if pass_.scope == "block":
+            if pass_.scope == "block" and pass_.opened_by == index:
                 self.mine.current = None
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], ...]:

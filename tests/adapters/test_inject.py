@@ -1,10 +1,12 @@
 """Which projections are found, what is put on them, and that it comes off without a trace."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.adapters.projection import StackedLoRA
@@ -414,9 +416,11 @@ def test_experts_of_a_base_in_one_tensor_are_refused_by_name(random_base):
         DyLoRA_MoE.from_base(base, MoELoraConfig(target_modules=["gate_up_proj"]))
 
 
+SHARED = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+
+
 def test_shared_experts_whose_tokens_lie_in_one_row_are_routed_by_sequence(random_base, ids):
-    sizes = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-    base = random_base("Qwen2MoeConfig", **MOE, **sizes)
+    base = random_base("Qwen2MoeConfig", **MOE, **SHARED)
     targets = ["shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"]
     model = DyLoRA_MoE.from_base(base, MoELoraConfig(num_experts=3, target_modules=targets)).eval()
     for name, parameter in model.named_expert_parameters():
@@ -428,3 +432,38 @@ def test_shared_experts_whose_tokens_lie_in_one_row_are_routed_by_sequence(rando
     rows = torch.cat([model(row[None]).logits for row in ids])
     torch.testing.assert_close(output.logits, rows)
     assert all(p.grad is not None for _, p in model.own_parameters())
+
+
+@pytest.fixture
+def nested(random_base):
+    """A mixture of which some blocks lie in others: the shared expert in the MLP with its gate."""
+    base = random_base("Qwen2MoeConfig", **MOE, **SHARED)
+    config = MoELoraConfig(num_experts=3, r=2, target_modules="all-linear")
+    model = DyLoRA_MoE.from_base(base, config).eval()
+    assert "model.layers.0.mlp.shared_expert_gate" in model.mixture.adapters
+    for name, parameter in model.named_expert_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def test_a_block_within_another_leaves_a_pass_of_that_to_it(nested, ids):
+    seen, mlp = [], nested.base.model.layers[0].mlp
+    handle = mlp.register_forward_hook(lambda m, args, output: seen.append((args[0], output)))
+    nested(ids)
+    handle.remove()
+    [(x, expected)] = seen
+    torch.testing.assert_close(mlp(x), expected)
+    assert nested.mixture.state.current() is None
+
+
+def test_a_block_within_another_is_recomputed_by_a_checkpoint_of_somebody_else(nested, ids):
+    gradients, layer = [], nested.base.model.layers[0]
+    forward = layer.forward
+    for _ in range(2):
+        nested(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for _, p in nested.own_parameters()])
+        nested.zero_grad()
+        layer.forward = partial(checkpoint, forward, use_reentrant=False)
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
