@@ -119,7 +119,8 @@ class DyLoRA_MoE(MixtureMethods):
                 and are shifted here, as in transformers. A mask of four dimensions goes to the base
                 as it is; every token counts in the statistics then.
             routing_weights: [B, E], [B, S, E] or [B, S, N, E]; gates instead of the routers'
-                decisions. Raises ValueError for another shape, negative or non-finite values.
+                decisions. Raises ValueError for another shape, negative or non-finite values, and
+                a weight of a retired expert.
             totals: how this batch counts in a larger one; the default is its own means.
             keep_logits: False, with labels: compute logits at the positions with a target alone, in
                 chunks, and return none. The same loss, without a tensor of [B, S, V].
@@ -304,8 +305,8 @@ class DyLoRA_MoE(MixtureMethods):
         if given is None:
             raise ValueError("routing_weights need input_ids or inputs_embeds beside them")
         batch, length = given.shape[:2]
-        sites, experts = len(self.mixture.blocks), len(self.experts)
-        check_routing_weights(weights, batch, length, sites, experts)
+        live = [row.state != "retired" for row in self.experts.table]
+        check_routing_weights(weights, batch, length, len(self.mixture.blocks), live)
 
 
 def _refuse_options(options: Mapping[str, Any]) -> None:

@@ -221,6 +221,16 @@ def test_routing_weights_that_are_no_weights_are_refused(mixture, ids, value):
         mixture()(ids, routing_weights=weights)
 
 
+def test_routing_weights_of_a_retired_expert_are_refused(mixture, ids):
+    model = mixture()
+    model.experts.retire(1)
+    with pytest.raises(ValueError, match="expert_1 is retired: its routing weights must be 0"):
+        model(ids, routing_weights=torch.ones(2, E))
+    with pytest.raises(ValueError, match="expert_1 is retired"):
+        model.generate(ids, routing_weights=torch.eye(E)[[0, 1]], max_new_tokens=1)
+    model(ids, routing_weights=torch.tensor([[1.0, 0.0, 2.0]]).expand(2, -1))
+
+
 def test_refused_routing_weights_leave_no_trace(mixture, ids):
     model = mixture()
     before = model(ids).logits

@@ -122,9 +122,12 @@ def cap_tokens(
     return (gates_TE * (place_TE < capacity)).view_as(gates)
 
 
-def check_routing_weights(weights: Tensor, batch: int, length: int, sites: int, experts: int):
-    """Raises ValueError for weights of another shape than `expand_override` takes, or for values
-    that are negative or not finite."""
+def check_routing_weights(
+    weights: Tensor, batch: int, length: int, sites: int, live: list[bool]
+) -> None:
+    """Raises ValueError for weights of another shape than `expand_override` takes, for values that
+    are negative or not finite, and for a weight of an expert that is not live: it has no update."""
+    experts = len(live)
     allowed = [[batch, experts], [batch, length, experts], [batch, length, sites, experts]]
     if list(weights.shape) not in allowed:
         raise ValueError(
@@ -133,6 +136,9 @@ def check_routing_weights(weights: Tensor, batch: int, length: int, sites: int, 
         )
     if not bool((weights.isfinite() & (weights >= 0)).all()):
         raise ValueError("routing_weights must be finite and not negative")
+    for expert in range(experts):
+        if not live[expert] and bool(weights[..., expert].any()):
+            raise ValueError(f"expert_{expert} is retired: its routing weights must be 0")
 
 
 def expand_override(weights: Tensor, site: int, batch: int, length: int) -> Tensor:
