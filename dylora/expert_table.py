@@ -83,6 +83,8 @@ def check_new(
         raise ValueError(f"skill is {shown(skill)}, but must be a short text of one line")
     if config.share_A and rank != config.r:
         raise ValueError(f"rank is {rank}, but with share_A it must be r ({config.r})")
+    if config.init_lora_weights == "orthogonal" and rank % 2:
+        raise ValueError(f"rank is {rank}, but must be even for orthogonal values")
     if not 0 < share < 1:
         raise ValueError(f"share is {share}, but must lie between 0 and 1")
 

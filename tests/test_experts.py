@@ -191,6 +191,13 @@ def test_a_new_expert_that_makes_no_sense_is_refused(mixture, wrong):
     assert stacks_of(model) == ((0, 1, 2),)
 
 
+def test_a_new_expert_of_odd_rank_is_refused_where_pairs_are_orthogonal(mixture):
+    model = mixture(init_lora_weights="orthogonal")
+    with pytest.raises(ValueError, match="rank is 3, but must be even for orthogonal values"):
+        model.experts.create_expert(rank=3)
+    assert model.experts.create_expert(rank=4) == 3
+
+
 # Freeze
 
 
