@@ -18,7 +18,8 @@ class BiasShift(nn.Module):
 
     def add_shift(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the module whose bias this moves."""
-        pass_ = self.state[0].current()
-        if pass_ is not None and not pass_.enabled:
+        state = self.state[0]
+        pass_ = state.current()
+        if state.mine.disabled if pass_ is None else not pass_.enabled:
             return output
         return output + self.shift.to(output.dtype)

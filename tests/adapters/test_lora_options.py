@@ -323,6 +323,15 @@ def test_disabled_adapters_leave_out_trained_biases(gpt2, ids):
         assert torch.equal(model(ids).logits, gpt2()(ids).logits)
 
 
+def test_a_layer_called_by_itself_has_no_trained_biases_while_adapters_are_disabled(gpt2):
+    model = build(gpt2(), bias="all")
+    randomise(model)
+    x = torch.randn(2, 7, 32)
+    with model.disable_adapters():
+        ours = model.base.transformer.h[0](x)
+    assert torch.equal(ours, gpt2().transformer.h[0](x))
+
+
 # A: frozen, or one for all
 
 
