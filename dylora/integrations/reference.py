@@ -19,10 +19,10 @@ def experts_of(model: Any) -> ExpertManager | None:
 
 
 def reference_model(experts: ExpertManager) -> PreTrainedModel:
-    """The mixture as it is now, frozen, as a model for `ref_model=`; frozen base weights are shared.
+    """The mixture as it is now, frozen, as a model for `ref_model=`.
 
-    Experts, routers, buffers and what of the base is trained are copied, so it must stay on the
-    device of the mixture.
+    It shares the frozen weights of the base; experts, routers, buffers and what of the base is
+    trained are copied. So it must stay on the device of the mixture.
     """
     base: Any = experts.mixture.base
     own = {id(parameter) for _, parameter in experts.mixture.own_parameters()}

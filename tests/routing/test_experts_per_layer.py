@@ -261,7 +261,9 @@ def test_without_routers_a_layer_gives_what_it_has_the_weight_of_one_of_all(mixt
     assert gates[0, 0].tolist() == [[0.25, 0.25, 0, 0], [0.25] * 4]
 
 
-@pytest.mark.parametrize("weights", [[1, 0, 0, 1], [0.25] * 4, [0, 0, 0.5, 0.5], [0.2, 0.3, 0.5, 1]])
+@pytest.mark.parametrize(
+    "weights", [[1, 0, 0, 1], [0.25] * 4, [0, 0, 0.5, 0.5], [0.2, 0.3, 0.5, 1]]
+)
 def test_constant_weights_are_the_mixture_that_they_are_merged_to(mixture, ids, weights):
     model = mixture(**LAYERS)
     merged = copy.deepcopy(model).merge_and_unload(weights=weights)
