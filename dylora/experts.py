@@ -299,13 +299,6 @@ class ExpertManager:
 
     def _sync(self) -> None:
         """Make stacks, gradients, gates and optimizer agree with the table."""
-        for adapter in self.mixture.adapters.values():
-            for index, row in enumerate(self.table):
-                if row.state == "retired" and any(
-                    index in stack.experts for stack in adapter.stacks
-                ):
-                    restack.split_off(self.optimizer, adapter, index)
-                    restack.replace_stack(self.optimizer, adapter, adapter.stack_of(index)[0])
         groups = number_stacks(self.table, self.mixture.adapters.values(), self.optimizer)
         for adapter in self.mixture.adapters.values():
             restack.repartition(self.optimizer, adapter, groups)

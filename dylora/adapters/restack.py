@@ -18,7 +18,7 @@ from dylora.adapters.stack import ExpertStack
 
 def repartition(optimizer: Optimizer | None, adapter: Adapter, wanted: list[list[int]]) -> None:
     """Cut and join an adapter's stacks into these groups of neighbouring experts, as far as its
-    layer has them."""
+    layer has them; an expert in none of them is dropped."""
     present = [[expert for expert in group if adapter.has(expert)] for group in wanted]
     wanted = [group for group in present if group]
     if [list(stack.experts) for stack in adapter.stacks] == wanted:
@@ -35,28 +35,19 @@ def repartition(optimizer: Optimizer | None, adapter: Adapter, wanted: list[list
 
 def split_off(optimizer: Optimizer | None, adapter: Adapter, expert: int) -> None:
     """Give an expert a stack of its own."""
-    stack, place = adapter.stack_of(expert)
-    if stack.count == 1:
-        return
-    numbers = list(stack.experts)
-    parts = [group for group in (numbers[:place], [expert], numbers[place + 1 :]) if group]
-    where = list(adapter.stacks).index(stack)
-    stacks = list(adapter.stacks)
-    stacks[where : where + 1] = [concat(optimizer, adapter, group) for group in parts]
-    adapter.set_stacks(stacks)
-    remove_from_optimizer(optimizer, stack)
+    wanted = []
+    for own in (list(stack.experts) for stack in adapter.stacks):
+        before, after = [e for e in own if e < expert], [e for e in own if e > expert]
+        wanted += [before, [expert], after] if expert in own else [own]
+    repartition(optimizer, adapter, wanted)
 
 
 def replace_stack(
-    optimizer: Optimizer | None, adapter: Adapter, old: ExpertStack, new: ExpertStack | None = None
+    optimizer: Optimizer | None, adapter: Adapter, old: ExpertStack, new: ExpertStack
 ) -> None:
-    """Put another stack (with fresh moments) or none in the place of one."""
-    stacks = list(adapter.stacks)
-    where = stacks.index(old)
-    if new is not None:
-        add_to_optimizer(optimizer, adapter, new)
-    stacks[where : where + 1] = [] if new is None else [new]
-    adapter.set_stacks(stacks)
+    """Put another stack, with fresh moments, in the place of one."""
+    add_to_optimizer(optimizer, adapter, new)
+    adapter.set_stacks([new if stack is old else stack for stack in adapter.stacks])
     remove_from_optimizer(optimizer, old)
 
 
