@@ -191,15 +191,6 @@ class Adapter(nn.Module):
             raise ValueError(f"{self.path} has {len(matrices)} matrices, not {len(names)}")
         self.load_expert(expert, dict(zip(names, matrices, strict=True)))
 
-    def delta_weight(self, expert: int) -> Tensor:
-        """What one expert adds to the projection's weight, [O, D], without DoRA's magnitude."""
-        kind, own = PEFT_TYPES[self.PEFT_TYPE], self.expert_tensors(expert)
-        product_OD = kind.product(*(own[name] for name in kind.matrices))
-        if not self.has(expert):
-            return product_OD
-        stack, place = self.stack_of(expert)
-        return stack.scaling_E[place] * product_OD
-
     # Within a pass
 
     def add_hooks(self, projection: nn.Module) -> list[RemovableHandle]:
