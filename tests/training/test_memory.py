@@ -67,6 +67,16 @@ def test_each_part_is_to_the_byte_what_real_tensors_take(overrides):
     assert found.optimizer == sum(t.nbytes for t in moments if t.ndim)
 
 
+@pytest.mark.parametrize("scope", ["prompt", "running_mean"])
+def test_where_prompts_route_all_experts_count_as_mixed_densely(scope):
+    moe = ("moe.num_experts=5", "moe.shared_experts=1", "moe.top_k_experts=1")
+    routed = config_of(f"moe.router_scope={scope}", "moe.router_temperature=2.0", *moe)
+    dense = config_of("moe.router_type=fixed", "moe.router_temperature=2.0", moe[0])
+    found, wanted = estimate(routed), estimate(dense)
+    assert found.experts == wanted.experts
+    assert found.activations == pytest.approx(wanted.activations, rel=0.01)
+
+
 def test_recomputing_activations_holds_less_and_a_batch_of_twice_the_rows_about_twice():
     once, twice = (estimate(config_of(f"train.batch_size={rows}")) for rows in (8, 16))
     assert twice.activations == pytest.approx(2 * once.activations, rel=0.2)
