@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 from dylora.run_config import RunConfig
 from dylora.training import run as runs
 from dylora.training.compilation import compiled_passes
-from dylora.training.environment import tf32_products
+from dylora.training.distributed import ALONE
+from dylora.training.environment import deterministic_algorithms, tf32_products
 from dylora.training.log import memory_gb, say
-from dylora.training.memory import estimate
+from dylora.training.memory import estimate, explained
 from dylora.training.signals import Interruption
 from dylora.training.step import run_step
 from dylora.training.stream import begin
@@ -23,8 +24,7 @@ def check(config: RunConfig) -> None:
     Writes nothing that stays. Raises what training would raise before its first step.
     """
     with TemporaryDirectory(prefix="dylora-check-") as folder:
-        quiet = dataclasses.replace(config.log, wandb=False)
-        aside = dataclasses.replace(config, output_dir=folder, log=quiet)
+        aside = dataclasses.replace(config, output_dir=folder)
         if config.stages:
             _check_stream(aside)
             return
@@ -38,8 +38,10 @@ def check(config: RunConfig) -> None:
                 say(f"memory: about {expected.total / 1e9:.3g} GB, with batches as large as may be")
             run = run._replace(sampler=longest_rows(run))  # type: ignore[arg-type]
             with (
+                deterministic_algorithms(config.train.deterministic),
                 tf32_products(config.train.tf32, run.model.device),
                 compiled_passes(run.model, config.train.compile),
+                explained(run.config),
             ):
                 result = run_step(run)
                 if config.train.compile and run.steps > 1:
@@ -68,6 +70,7 @@ def longest_rows(run: runs.Run) -> Iterator[tuple[int, int]]:
 
 def _check_stream(config: RunConfig) -> None:
     """The base and the rows of all stages; which expert a stage trains is decided when it comes."""
+    runs.open_log(config, ALONE)  # for services that are not installed; starts none
     stream = begin(config, None, Interruption())
     for stage in stream.stages:
         for report in stage.data.reports:
