@@ -89,7 +89,8 @@ def drop_experts(probabilities: Tensor, rate: float) -> Tensor:
 
     An expert stays where its random number is at least `rate`; a sequence that would lose all
     keeps the one with the largest. So an expert is kept with probability 1 - rate + rateᴱ/E,
-    whatever the tokens are. probabilities [B, S, E] -> [B, S, E].
+    whatever the tokens are. probabilities [B, S, E] -> [B, S, E]; they are above 0 for every token
+    where an expert is enabled, and 0 for every token where it is not.
     """
     enabled_B1E = probabilities.detach()[:, :1] > 0
     draw_B1E = torch.rand_like(probabilities[:, :1]) * enabled_B1E

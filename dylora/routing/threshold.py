@@ -5,7 +5,8 @@ AdaMoLE (Liu & Luo 2024, arXiv 2405.00361), equations 4 to 6:
     p = softmax((W x + b) / temperature),  τ = sigmoid(v·x + c) / E
     g_e = max(p_e - τ, 0) / Σ_j max(p_j - τ, 0)
 
-As τ < 1/E, at least one expert is kept. K and the experts' maturity play no part. A new expert lies
+As τ < 1/E, at least one expert is kept. K and the experts' maturity play no part. Where a sequence
+loses experts in training, p is that of those it keeps. A new expert lies
 below every threshold at first; it lowers that of the others, which is a share of 1/E.
 
 Shape letters: B batch, S sequence, E experts, D hidden width.
@@ -38,10 +39,11 @@ class ThresholdRouter(DynamicHybridRouter):
             x = at_least_float32(x)
             v, c = self.threshold.weight.to(x.dtype), self.threshold.bias.to(x.dtype)
             threshold = F.linear(x, v, c).sigmoid() / pass_.state.routed_count
-        gates = (probabilities - threshold).relu()
-        gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+        kept = probabilities
         if self.training and self.config.expert_dropout:
-            gates = drop_experts(gates, self.config.expert_dropout)
+            kept = drop_experts(kept, self.config.expert_dropout)  # sums to 1: one is above 1/E
+        gates = (kept - threshold).relu()
+        gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
         return RouterOutput(gates, probabilities, logits)
 
     @staticmethod

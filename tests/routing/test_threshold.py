@@ -107,3 +107,23 @@ def test_a_mixture_trains_grows_and_comes_back_bit_for_bit(mixture, llama, ids, 
 def test_modes_of_the_maturity_gate_are_refused(mode):
     with pytest.raises(ValueError, match="routing_mode is"):
         MoELoraConfig(**SETTINGS, routing_mode=mode)
+
+
+def test_an_expert_that_the_first_token_does_not_choose_is_dropped_no_more_often():
+    """An expert stays with probability 1 - rate + rateᴱ/E, whatever the tokens are."""
+    router, rate = built(router_temperature=0.1, expert_dropout=0.5).train(), 0.5
+    with torch.no_grad():
+        x = torch.randn(1, 40, D, dtype=torch.float64)
+        whole = router.eval()(x, Pass(RoutingState(E))).gates
+        left_out = (whole[0, 0] == 0) & (whole[0] > 0).any(0)
+        assert left_out.any()
+        many = router.train()(x.expand(2000, -1, -1), Pass(RoutingState(E))).gates
+    kept_E = (many > 0).any(1).double().mean(0)
+    expected = 1 - rate + rate**E / E
+    torch.testing.assert_close(kept_E, torch.full_like(kept_E, expected), atol=0.05, rtol=0)
+
+
+def test_a_token_keeps_at_least_one_of_the_experts_that_dropout_leaves():
+    router = built(router_temperature=0.1, expert_dropout=0.9).train()
+    gates = router(torch.randn(50, 20, D, dtype=torch.float64), Pass(RoutingState(E))).gates
+    torch.testing.assert_close(gates.sum(-1), torch.ones(50, 20).double())
