@@ -225,7 +225,7 @@ class MoELoraConfig:
     def _rules_by_layer(self) -> Iterator[tuple[str, bool, str]]:
         """As `_rules`, for layers of which not each has every expert."""
         counts = self.experts_per_layer
-        if counts is None or not self.use_moe_routing:
+        if counts is None or not self.layers_differ:
             return
         least = self.shared_experts + self.top_k_experts
         fits = bool(counts) and max(counts) == self.num_experts and min(counts) >= least
@@ -250,6 +250,11 @@ class MoELoraConfig:
     def expert_count(self) -> int:
         """Experts that are built: one without routing."""
         return self.num_experts if self.use_moe_routing else 1
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether layers have different numbers of experts."""
+        return self.use_moe_routing and self.experts_per_layer is not None
 
     @property
     def balance_losses(self) -> tuple[str, ...]:

@@ -195,13 +195,12 @@ class Mixture:
         Uniform before the first step, which exerts no pressure; an expert that is new since has
         none yet, one that is gone keeps none.
         """
-        routed = self._in_layers(self.state.routed_E)
-        if self.fractions is None:
-            even_NE = losses.even_fractions(routed, len(self.site_names))
-            return dict.fromkeys(losses.ASSIGNMENTS, even_NE)
+        routed, found = self._in_layers(self.state.routed_E), self.fractions
+        if found is None:  # of no expert yet, in each block
+            found = dict.fromkeys(losses.ASSIGNMENTS, torch.zeros(len(self.blocks), 0))
         return {
             name: losses.carried_fractions(rows_NE.to(routed.device), routed)
-            for name, rows_NE in self.fractions.items()
+            for name, rows_NE in found.items()
         }
 
     @property
@@ -212,14 +211,14 @@ class Mixture:
     @property
     def choices(self) -> int | Tensor:
         """How many experts a router chooses among; [N] where blocks differ in it."""
-        if self.config.experts_per_layer is None:
+        if not self.config.layers_differ:
             return self.state.routed_count
         return self._in_layers(self.state.routed_E).sum(-1)
 
     def _choosing(self) -> int | Tensor:
         """By how many a router's tokens are divided, as far as an expert goes: [E] where layers
         differ. Shared experts get every token."""
-        if self.config.experts_per_layer is None:
+        if not self.config.layers_differ:
             return self.state.routed_count or 1
         routed_NE = self._in_layers(self.state.routed_E).cpu().double()
         shares_E = (routed_NE / routed_NE.sum(-1, keepdim=True).clamp_min(1)).mean(0)
@@ -227,7 +226,7 @@ class Mixture:
 
     def _in_layers(self, chosen_E: Tensor) -> Tensor:
         """[E], or [N, E] where layers differ in which experts they have."""
-        if self.config.experts_per_layer is None:
+        if not self.config.layers_differ:
             return chosen_E
         counts = tuple(block.count for block in self.blocks if block.count is not None)
         counts_N = indices(counts, chosen_E.device)

@@ -120,17 +120,9 @@ def carried_fractions(fractions_NE: Tensor, active: Tensor) -> Tensor:
     a block where nothing is left is taken as even.
     """
     grown_NE = F.pad(fractions_NE, (0, active.shape[-1] - fractions_NE.shape[1])) * active
-    total_N1, even = grown_NE.sum(-1, keepdim=True), _even(active)
+    total_N1 = grown_NE.sum(-1, keepdim=True)
+    even = active / active.sum(-1, keepdim=True).clamp_min(1)
     return torch.where(total_N1 > 0, grown_NE / total_N1.clamp_min(1e-12), even)
-
-
-def even_fractions(active: Tensor, blocks: int) -> Tensor:
-    """Fractions before the first step, alike for all that are active, [E] or [N, E]; [N, E]."""
-    return _even(active).expand(blocks, -1)
-
-
-def _even(active: Tensor) -> Tensor:
-    return active / active.sum(-1, keepdim=True).clamp_min(1)
 
 
 def z_loss(squared_logsumexp_N: Tensor, tokens: Tensor | float) -> Tensor:

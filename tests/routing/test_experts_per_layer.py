@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.evaluation.loading import change_routing
 from dylora.evaluation.validate.reference import loop_logits
 from dylora.integrations.peft_export import export_mixture
+from dylora.routing.losses import BatchTotals
 from dylora.routing.metrics import routing_metrics
 from dylora.run_config import TrainConfig
 from dylora.storage.manifest import write_manifest
@@ -308,3 +310,19 @@ def test_no_expert_is_created_or_merged(mixture, change):
     given = (0, 1) if change == "merge" else ()
     with pytest.raises(ValueError, match="experts_per_layer says which layer has which"):
         getattr(model.experts, change)(*given)
+
+
+def test_without_routing_it_does_nothing_and_a_step_is_that_without_it(mixture, ids):
+    with pytest.warns(UserWarning, match="these settings do nothing: experts_per_layer"):
+        config = MoELoraConfig(use_moe_routing=False, **LAYERS)
+    plain = mixture(use_moe_routing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = mixture(use_moe_routing=False, **LAYERS)
+    assert not config.layers_differ
+    losses = []
+    for one in (plain, model):
+        output = one(ids, labels=ids, totals=BatchTotals(fractions=one.carried_fractions()))
+        one.observe(output, ids, steps=2)
+        losses.append(output.loss)
+    assert torch.equal(*losses)
