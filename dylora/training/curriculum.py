@@ -108,7 +108,7 @@ def learn(stream: Stream, stage: Stage, callbacks: Sequence[Callback]) -> None:
         model.training_record = {"settings": recorded_settings(config), "earlier": earlier}
     else:
         kept = {"earlier": earlier, "stage": record.to_dict()}
-        parts = Parts(stream.tokenizer, stage.data, model, kept)
+        parts = Parts(stream.tokenizer, stage.data, model, kept, stream.interruption)
         resumed = None if begun is None else str(begun.path)
         train(config, resumed, callbacks=callbacks, parts=parts)
         keep(model, stage, record)
@@ -156,7 +156,10 @@ def decide(stream: Stream, stage: Stage) -> StageRecord:
 
 
 def choose_expert(stream: Stream, stage: Stage, record: StageRecord) -> StageRecord:
-    """Enable the stage's experts alone, a new one where none is named, and name it."""
+    """Enable the stage's experts alone, a new one where none is named, and name it.
+
+    Raises Interrupted once somebody wants the process to end.
+    """
     experts, chosen = stream.model.experts, record.experts
     experts.set_progress(0, 0.0)  # a stage has a clock of its own
     if record.action == "skip":
@@ -166,9 +169,8 @@ def choose_expert(stream: Stream, stage: Stage, record: StageRecord) -> StageRec
         experts[chosen[0]].skill = record.name
         if stage.config is not None and stage.config.start == "known":
             rows, batch = stage.rows("train", JUDGED_ROWS), stream.config.eval.batch_size
-            found = start_expert(
-                stream.model, chosen[0], rows, batch, pad_token_id(stream.tokenizer)
-            )
+            pad, check = pad_token_id(stream.tokenizer), stream.interruption.check
+            found = start_expert(stream.model, chosen[0], rows, batch, pad, check)
             record = replace(record, copied=found and found.expert, share=found and found.share)
     experts.unfreeze(*chosen)
     experts.freeze(*(e for e in range(stream.model.config.shared_experts) if e not in chosen))

@@ -70,6 +70,7 @@ class Parts(NamedTuple):
     data: PreparedData
     model: DyLoRA_MoE | None = None
     record: dict[str, Any] | None = None  # what training_record has besides what a run writes there
+    interruption: Interruption | None = None  # that has been entered; None: the run has its own
 
 
 def prepare(
@@ -125,7 +126,7 @@ def prepare(
         target_tokens=targets_per_step * steps,
         log=open_log(config, processes),
         progress=Progress(),
-        interruption=Interruption(processes),
+        interruption=(parts and parts.interruption) or Interruption(processes),
         processes=processes,
         replicas=Replicas(model, processes),
     )

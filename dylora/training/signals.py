@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """While entered, remembers the first signal; as before afterwards.
+    """While entered, maybe more than once, remembers the first signal; as before afterwards.
 
     A second SIGINT means now: KeyboardInterrupt, nothing saved. Outside the main thread, where
     Python allows no handlers, signals do what they did. Of several processes all leave at the same
@@ -29,15 +29,15 @@ class Interruption:
         self._processes = processes
         self._noted: signal.Signals | None = None  # in this process
         self._agreed: signal.Signals | None = None  # of several
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: list[dict[signal.Signals, Any]] = []  # handlers, one by one as entered
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._before.append({number: signal.signal(number, self._note) for number in numbers})
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._before.pop().items():
             signal.signal(number, handler)
 
     @property

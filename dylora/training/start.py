@@ -4,7 +4,7 @@ A whole expert is too sure on rows of another skill, and often no better than th
 update keeps what the two skills have in common. experiments/LOG.md has what it gives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,13 +30,19 @@ class StartPoint(NamedTuple):
 
 
 def start_expert(
-    model: DyLoRA_MoE, expert: int, rows: Sequence[Row], batch_size: int, pad_token_id: int
+    model: DyLoRA_MoE,
+    expert: int,
+    rows: Sequence[Row],
+    batch_size: int,
+    pad_token_id: int,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> StartPoint | None:
     """Give a new expert the start with the lowest loss on its rows; None: that is as it is.
 
     Compared are the experts of known skills that have its rank and alpha, those of the nearest
     skills first, each at half of its update; of the best of them then other shares. Afterwards the
-    new expert is enabled alone, beside shared ones.
+    new expert is enabled alone, beside shared ones. What `before_batch` raises ends it, with any of
+    the starts.
     """
     library, experts = model.skill_library, model.experts
     made = (experts[expert].rank, experts[expert].alpha)
@@ -53,9 +59,9 @@ def start_expert(
 
     def loss_of(start: tuple[int, float]) -> float:
         load_share(model, expert, fresh, *start)
-        return loss_of_rows(model, rows, batch_size, pad_token_id)
+        return loss_of_rows(model, rows, batch_size, pad_token_id, before_batch)
 
-    losses = {(expert, 0.0): loss_of_rows(model, rows, batch_size, pad_token_id)}
+    losses = {(expert, 0.0): loss_of((expert, 0.0))}
     losses |= {start: loss_of(start) for start in ((e, HALF) for e in alike[:COMPARED])}
     source, _ = min(list(losses)[1:], key=losses.__getitem__)
     losses |= {start: loss_of(start) for start in ((source, share) for share in SHARES)}

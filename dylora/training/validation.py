@@ -97,12 +97,18 @@ def score_set(
 
 
 def loss_of_rows(
-    model: DyLoRA_MoE, rows: Sequence[dict[str, list[int]]], batch_size: int, pad_token_id: int
+    model: DyLoRA_MoE,
+    rows: Sequence[dict[str, list[int]]],
+    batch_size: int,
+    pad_token_id: int,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean cross-entropy over the targets of rows in evaluation mode, in nats; NaN without any."""
+    """Mean cross-entropy over the targets of rows in evaluation mode, in nats; NaN without any.
+    What `before_batch` raises ends it."""
     total, count = 0.0, 0
     with evaluation_mode(model):
         for begin in range(0, len(rows), batch_size):
+            before_batch()
             batch = to_device(collate(rows[begin : begin + batch_size], pad_token_id), model.device)
             total += float(model(**batch, keep_logits=False).token_losses.sum())
             count += int(count_targets(batch["labels"]))

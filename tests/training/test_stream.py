@@ -453,6 +453,42 @@ def test_a_stream_stopped_by_a_signal_goes_on_exactly(
     assert same_end(whole.folder, train_stream(config, "latest").folder)
 
 
+STARTS = {  # what is called once more after the signal, if anything
+    "while starts are compared": (start, "load_share", 1),
+    "before the stage's run is built": (curriculum, "train", 2),
+    "while the stage's run is built": (loop, "preflight_save", 2),
+}
+
+
+@pytest.mark.parametrize("when", STARTS)
+def test_a_signal_while_a_stage_starts_is_granted_before_its_second_step(
+    make_stream, whole, monkeypatch, when
+):
+    owner, name, nth = STARTS[when]
+    original, step, calls, later = getattr(owner, name), loop.run_step, [], []
+
+    def sending(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    def counting(run):
+        later.extend(["step"] if len(calls) >= nth else [])
+        return step(run)
+
+    config = make_stream("stopped")
+    monkeypatch.setattr(owner, name, sending)
+    monkeypatch.setattr(loop, "run_step", counting)
+    handlers = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        train_stream(config)
+    assert signal.getsignal(signal.SIGTERM) is handlers
+    assert len(calls) == nth
+    assert len(later) == (owner is not start)
+    assert same_end(whole.folder, train_stream(config, "latest").folder)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_command_killed_in_the_second_stage_ends_as_one_that_was_not(
     make_stream, tmp_path, threads
