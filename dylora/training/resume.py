@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from dylora.training.optim import (
     state_by_name,
 )
 from dylora.training.random_state import check_random_state, random_state, restore_random_state
-from dylora.training.run import Run
+from dylora.training.run import Run, freeze_routers
 from dylora.training.schedule import check_schedule, restore_schedule
 from dylora.training.settings import data_difference, find_changes, rates_of_checkpoint
 from dylora.training.trainer_state import check_scaler, read_progress, require_same_form
@@ -150,6 +151,7 @@ def resume(run: Run, source: str) -> None:
         )
     check_same_settings(run, checkpoint)
     load_model(run.model.experts, checkpoint)
+    freeze_routers(run.config, run.model)
     for name in {"earlier", "stage"} & description["training"].keys():  # of what it began with
         run.model.training_record[name] = description["training"][name]
     regroup(run.optimizer, run.model, run.config.train)
@@ -178,9 +180,25 @@ def resume(run: Run, source: str) -> None:
     generators = _load(folder / "rng_state.pt")
     check_random_state(folder / "rng_state.pt", generators)
     run.processes.from_first(lambda: set_aside_later(run, checkpoint, step))
+    forget_lost_best(run, checkpoint)
     run.log.forget_after(step)
     restore_random_state(generators)
     run.log.info(f"resumed {folder} at step {step}")
+
+
+def forget_lost_best(run: Run, checkpoint: Checkpoint) -> None:
+    """Of a best checkpoint that is gone or damaged nothing can be taken back: the next one that is
+    evaluated is the best."""
+    progress = run.progress
+    folder = run.folder / f"checkpoint-{progress.best_step}"
+    if progress.best_step is None or folder == checkpoint.path:
+        return
+    if not run.processes.from_first(lambda: is_intact(folder)):
+        run.log.info(
+            f"note: {folder.name} had the lowest validation loss and is not there, whole, any "
+            "more: the best is sought among what comes now"
+        )
+        progress.best_step, progress.best_loss = None, math.inf
 
 
 def set_aside_later(run: Run, checkpoint: Checkpoint, step: int) -> None:

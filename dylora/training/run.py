@@ -100,9 +100,7 @@ def prepare(
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
     if fresh and config.moe.routes_prompts and brought is None:  # a stage fills it by itself
         fit_library(model, data, config.train.prompt_clusters, config.train.seed)
-    if config.train.freeze_routers:
-        for _, parameter in model.router_parameters():
-            parameter.requires_grad_(False)
+    freeze_routers(config, model)
     if fresh and not any(parameter.requires_grad for _, parameter in model.own_parameters()):
         raise ValueError(
             "nothing would be trained: all experts are frozen and no router is learned; set "
@@ -130,6 +128,12 @@ def prepare(
         processes=processes,
         replicas=Replicas(model, processes),
     )
+
+
+def freeze_routers(config: RunConfig, model: DyLoRA_MoE) -> None:
+    """Where train.freeze_routers asks for it, also once a loader has made routers anew."""
+    for _, parameter in model.router_parameters() if config.train.freeze_routers else ():
+        parameter.requires_grad_(False)
 
 
 def check_run(config: RunConfig, *, fresh: bool) -> Path:

@@ -300,6 +300,24 @@ def test_the_best_checkpoint_outlives_its_age(make_config, monkeypatch):
     assert json.loads((run.folder / "best.json").read_text())["checkpoint"] == "checkpoint-2"
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_best_checkpoint_that_is_gone_is_no_more_the_best_of_a_resumed_run(
+    make_config, monkeypatch, capsys, damaged
+):
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr("dylora.training.loop.overall_loss", lambda scores: next(losses))
+    settings = {"eval_steps": 1, "save_steps": 1, "load_best_at_end": True}
+    folder = train(make_config(max_steps=2, **settings)).folder
+    if damaged:
+        (folder / "checkpoint-1" / "config.json").write_text("{}")
+    else:
+        shutil.rmtree(folder / "checkpoint-1")
+    run = train(make_config(max_steps=3, **settings), str(folder / "checkpoint-2"))
+    assert "checkpoint-1 had the lowest validation loss" in capsys.readouterr().out
+    assert (run.progress.best_step, run.progress.best_loss) == (3, 2.0)
+    assert json.loads((folder / "best.json").read_text())["checkpoint"] == "checkpoint-3"
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_the_weights_of_the_results_are_named_and_may_be_the_best(
     make_config, monkeypatch, capsys, best
@@ -700,3 +718,18 @@ def test_frozen_routers_stay_so_when_an_expert_has_been_trained_alone(make_confi
     model.experts.set_active_expert(0)
     model.experts.activate_all_experts()
     assert not any(parameter.requires_grad for _, parameter in model.router_parameters())
+
+
+def test_frozen_routers_stay_so_when_the_pool_has_changed_before_a_resume(make_config):
+    config = make_config("grown", freeze_routers=True)
+    run = prepare(config, fresh=True)
+    grow(run)
+    steps_of(run, 1)
+    save(run)
+    routers = {name: p.clone() for name, p in run.model.router_parameters()}
+    run = prepare(config, fresh=False)
+    resume(run, "latest")
+    steps_of(run, 2)
+    for name, parameter in run.model.router_parameters():
+        assert not parameter.requires_grad
+        assert torch.equal(parameter, routers[name])
