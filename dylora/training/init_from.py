@@ -1,6 +1,7 @@
 """A run that begins with the experts, routers and maturity of a checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 from dylora.model import DyLoRA_MoE
 from dylora.model_io import load_model
@@ -39,4 +40,12 @@ def init_from_checkpoint(model: DyLoRA_MoE, folder: Path, train_experts: bool | 
     if train_experts is not None:
         live = model.experts.live
         model.experts.unfreeze(*live) if train_experts else model.experts.freeze(*live)
-    model.training_record["earlier"] = [checkpoint.description["training"]]
+    model.training_record["earlier"] = past_of(checkpoint.description["training"])
+
+
+def past_of(training_record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The training records of all runs before the next one, the last one among them; those of what
+    an earlier one began with stand before it."""
+    past = [one for run in training_record.get("earlier", []) for one in past_of(run)]
+    own = {name: value for name, value in training_record.items() if name != "earlier"}
+    return [*past, *([own] if own else [])]

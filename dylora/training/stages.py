@@ -11,6 +11,7 @@ from dylora.features import split_row
 from dylora.fields import FieldError, build, check_fields, shown
 from dylora.run_config import RunConfig, SourceConfig, StageConfig
 from dylora.storage.skill_file import LEAST_ROWS
+from dylora.training.init_from import past_of
 from dylora.training.prompt_skills import LIBRARY_ROWS, Split, evenly
 from dylora.training.run import run_folder
 
@@ -109,14 +110,8 @@ def records_of(
     training_record: dict[str, Any], where: str = "training record"
 ) -> list[StageRecord]:
     """What became of the stages that a mixture has gone through, in their order."""
-    runs = [*training_record.get("earlier", []), training_record]
+    runs = past_of(training_record)
     return [read_record(where, run["stage"]) for run in runs if "stage" in run]
-
-
-def past_of(training_record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The training records of all runs before the next one, the last one among them."""
-    own = {name: value for name, value in training_record.items() if name != "earlier"}
-    return [*training_record.get("earlier", []), *([own] if own else [])]
 
 
 def folder_name(stage: Stage | StageRecord) -> str:

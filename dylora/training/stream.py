@@ -68,7 +68,6 @@ def begin(config: RunConfig, pass_rate: PassRate | None, interruption: Interrupt
     model = build_model(config, tokenizer, device)
     if config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), None)
-        (model.training_record,) = model.training_record["earlier"]
     stages = [
         known_stage(record, config, tokenizer) for record in records_of(model.training_record)
     ]

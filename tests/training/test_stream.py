@@ -20,7 +20,7 @@ from dylora.run_config import SourceConfig, StageConfig, dump_run_config
 from dylora.storage.checkpoint import Checkpoint
 from dylora.training import curriculum, loop, start, stream
 from dylora.training.curriculum import train_stream
-from dylora.training.stages import StageRecord, records_of
+from dylora.training.stages import StageRecord, past_of, records_of
 from dylora.training.validation import loss_of_rows, overall_loss, validate
 from updates import delta_weight
 
@@ -783,3 +783,27 @@ def test_a_record_of_an_untrusted_file_is_read_strictly():
         records_of({"stage": record | {"experts": "all"}}, "here")
     with pytest.raises(ValueError, match=r"here: training\.stage\.unknown field 'code'"):
         records_of({"stage": record | {"code": "x"}}, "here")
+
+
+def test_a_stream_knows_all_stages_behind_a_joint_run_that_went_on_from_one(
+    make_stream, make_config, whole, source
+):
+    begin = {"max_steps": 1, "train_experts": True}
+    joint = make_config("joint", moe=MOE, init_from=str(whole.folder / "checkpoint-2"), **begin)
+    between = loop.train(joint).folder / "checkpoint-1"
+    third = StageConfig(name="lists", sources=[source("lists")])
+    config = make_stream("after", [third], init_from=str(between), max_steps=1)
+    found = train_stream(config)
+    assert [record.name for record in found.records] == ["sums", "words", "lists"]
+    assert [one.number for one in found.stages] == [1, 2, 3]
+    runs = past_of(found.model.training_record)
+    assert ["stage" in run for run in runs] == [True, True, False, True]
+    assert not any("earlier" in run for run in runs)
+    assert train_stream(config, "latest").records == found.records
+
+
+def test_records_that_hold_those_before_them_are_told_one_after_the_other():
+    one, two = {"seed": 1}, {"seed": 2, "earlier": [{"seed": 1}]}
+    assert past_of({"seed": 3, "earlier": [two]}) == [one, {"seed": 2}, {"seed": 3}]
+    assert past_of({"earlier": [two]}) == [one, {"seed": 2}]
+    assert past_of({}) == []
