@@ -106,7 +106,8 @@ class SkillLibrary:
         self.update_router()
 
     def extend(self, name: str, rows: Sequence[Row], held_out: Sequence[Row]) -> Skill:
-        """More rows of a known skill, as if they had come with the first. Raises as `add`."""
+        """More rows of a known skill: its sums are as if they had come with the first, its levels
+        of what is far the larger of both, its dimensions their mean by rows. Raises as `add`."""
         before = self._skill(name)
         more, scatter = self._describe(name, rows, held_out, before.expert)
         self.skills[name], between = joined(before, more)

@@ -20,7 +20,8 @@ def cluster_prompts(
 
     k-means (Lloyd 1982) from centres drawn as k-means++ does (Arthur & Vassilvitskii 2007), the
     best of ten drawings, on features of deviation 1. A cluster with fewer than `least` prompts of a
-    part is given up, the smallest first, and its prompts go to the centres next to them.
+    part is given up, the smallest first, and its prompts go to the centres next to them; the last
+    one is kept, however small it is.
 
     Args:
         parts: `Features.prompt` of training and of held-out rows, [N, D] each, float64.

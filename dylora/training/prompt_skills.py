@@ -67,7 +67,8 @@ def fit_clusters(model: DyLoRA_MoE, data: PreparedData, count: int, seed: int) -
     Args:
         count: clusters, at most; one with too few rows for the library is given up.
 
-    Raises ValueError where fewer clusters are found than there are routed experts.
+    Raises ValueError where fewer clusters are found than there are routed experts, and for fewer
+    rows than a skill needs.
     """
     shared = model.config.shared_experts
     experts = len(model.experts) - shared
@@ -78,6 +79,12 @@ def fit_clusters(model: DyLoRA_MoE, data: PreparedData, count: int, seed: int) -
         for row in evenly(data.validation, LIBRARY_ROWS["validation"] * experts)
         if tuple(split_row(row)[0]) not in known
     ]
+    if min(len(rows), len(held_out)) < LEAST_ROWS:  # of which a single cluster is made all the same
+        raise ValueError(
+            f"train.prompt_clusters is {count}, but there are {len(rows)} training rows and "
+            f"{len(held_out)} other validation rows, and a skill needs {LEAST_ROWS} of each: give "
+            "more rows (eval.eval_subset)"
+        )
     features = [embed(model.mixture, part) for part in (rows, held_out)]
     prompts = [part.prompt for part in features]
     labels = cluster_prompts(prompts, count, LEAST_ROWS, seed)

@@ -139,3 +139,9 @@ def test_other_numbers_of_experts_than_sources_are_refused_before_anything_is_tr
     with pytest.raises(ValueError, match="num_experts is 4, 1 of them shared"):
         train(config)
     assert not list(Path(config.output_dir).glob("*/checkpoint-*"))
+
+
+@pytest.mark.parametrize("changes", [{"eval_subset": 4}, {"rows": 4}], ids=str)
+def test_one_expert_asks_for_as_many_rows_as_a_library_can_be_read_with(joint, changes):
+    with pytest.raises(ValueError, match=r"prompt_clusters is 2, but .* of each: give more rows"):
+        train(joint(experts=2, prompt_clusters=2, **changes))
