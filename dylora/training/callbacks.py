@@ -54,10 +54,10 @@ class MetricsLog(Callback):
 
 
 class CollapseWarning(Callback):
-    """Says so when the routing of a block stays collapsed."""
+    """Says so when the routing of a block stays collapsed; the skill library's rule cannot."""
 
     def after_step(self, run: Run, result: StepResult) -> None:
-        if result.statistics is None or result.nonfinite or not run.config.moe.use_moe_routing:
+        if result.statistics is None or result.nonfinite or not run.config.moe.trains_routers:
             return
         usage_NE, names = result.statistics.usage_NE.cpu(), run.model.site_names
         steps, counts = run.config.log.collapse_steps, run.progress.collapsed_steps
@@ -67,7 +67,8 @@ class CollapseWarning(Callback):
 
 
 class LateMaturityWarning(Callback):
-    """Says so when experts mature when the run has little left to adapt to it."""
+    """Says so when experts mature when the run has little left to adapt to it; nothing where
+    maturity does not decide how tokens are routed."""
 
     def __init__(self) -> None:
         self.mature: set[int] | None = None  # after the last step that this process has done
@@ -78,7 +79,7 @@ class LateMaturityWarning(Callback):
         before, self.mature = self.mature, mature
         new = [] if before is None else sorted(mature - before)
         share = run.progress.step / run.steps
-        if new and share > LATE:
+        if new and share > LATE and run.model.config.follows_maturity:
             run.log.info(
                 f"warning: at {share:.0%} of the run these experts became mature, which leaves "
                 f"little to adapt in: {', '.join(map(str, new))}; a longer run, or "

@@ -166,7 +166,8 @@ def evaluate(run: Run) -> dict[str, SetScore]:
     loss, progress = overall_loss(scores), run.progress
     metrics = {"val/loss": loss, "val/ppl": math.exp(min(loss, 700.0))}
     metrics |= {f"val/loss/{name}": score.loss for name, score in scores.items()}
-    cost = sparse_cost(run.model, run.data.validation, run.pad_token_id)
+    size = run.config.eval.batch_size
+    cost = sparse_cost(run.model, run.data.validation, run.pad_token_id, size)
     metrics |= {} if cost is None else {"val/sparse_cost": cost}
     usage = [score.usage_NE for score in scores.values() if score.usage_NE is not None]
     blocks, shared = run.model.site_names, run.config.moe.shared_experts

@@ -137,7 +137,9 @@ def ratio_error(sums: Tensor, rows: int) -> float:
     return math.sqrt(squares * rows / (rows - 1)) / count
 
 
-def sparse_cost(model: DyLoRA_MoE, sets: list[TokenizedSet], pad_token_id: int) -> float | None:
+def sparse_cost(
+    model: DyLoRA_MoE, sets: list[TokenizedSet], pad_token_id: int, batch_size: int
+) -> float | None:
     """By how much the loss would grow, in nats per target token, if all experts were mature now.
 
     Of up to COST_ROWS rows of each set. None where maturity decides nothing, or nothing any more.
@@ -154,11 +156,13 @@ def sparse_cost(model: DyLoRA_MoE, sets: list[TokenizedSet], pad_token_id: int) 
             for examples in sets:
                 every = max(1, math.ceil(len(examples) / COST_ROWS))
                 rows = [examples[index] for index in range(0, len(examples), every)]
-                batch = to_device(collate(rows, pad_token_id), model.device)
-                targets += int(count_targets(batch["labels"]))
-                for mode, found in losses.items():
-                    model.set_routing(mode=mode)
-                    found.append(model(**batch, keep_logits=False).token_losses.sum().cpu())
+                for begin in range(0, len(rows), batch_size):
+                    part = collate(rows[begin : begin + batch_size], pad_token_id)
+                    batch = to_device(part, model.device)
+                    targets += int(count_targets(batch["labels"]))
+                    for mode, found in losses.items():
+                        model.set_routing(mode=mode)
+                        found.append(model(**batch, keep_logits=False).token_losses.sum().cpu())
     finally:
         model.mixture.set_config(config)
     now, then = (float(torch.stack(found).sum()) for found in losses.values())

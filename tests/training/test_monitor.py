@@ -18,11 +18,14 @@ from dylora import DyLoRA_MoE
 from dylora.evaluation.report import report_run
 from dylora.routing.losses import RoutingStatistics, routing_statistics
 from dylora.routing.metrics import find_collapses, information_metrics, routing_metrics
-from dylora.run_config import LogConfig
-from dylora.training import loggers
+from dylora.run_config import EvalConfig, LogConfig
+from dylora.training import callbacks, loggers
+from dylora.training.callbacks import CollapseWarning
 from dylora.training.environment import describe_repository
 from dylora.training.log import RunLog
-from dylora.training.loop import train
+from dylora.training.loop import evaluate, train
+from dylora.training.run import prepare
+from dylora.training.step import run_step
 from dylora.training.validation import COST_ROWS, overall_loss, sparse_cost, validate
 from runs import STEPS, rows_of
 
@@ -452,6 +455,28 @@ def test_without_matplotlib_the_results_are_there_all_the_same(make_config, monk
     assert not list(run.folder.glob("*.png"))
 
 
+def test_where_no_router_is_trained_no_collapse_is_told(make_config, monkeypatch):
+    monkeypatch.setattr(callbacks, "find_collapses", lambda *rest: ["collapsed"])
+    run = prepare(make_config(), fresh=True)
+    result, moe = run_step(run), run.config.moe
+    for scope in ("site", "prompt", "running_mean"):
+        moe = dataclasses.replace(moe, router_scope=scope, expert_dropout=0.0)
+        told: list[str] = []
+        monkeypatch.setattr(run.log, "info", told.append)
+        CollapseWarning().after_step(
+            run._replace(config=dataclasses.replace(run.config, moe=moe)), result
+        )
+        assert bool(told) == (scope == "site")
+
+
+@pytest.mark.parametrize("kind", ["learned_with_maturity", "learned", "threshold"])
+def test_maturity_that_decides_nothing_is_not_warned_of(make_config, capsys, kind):
+    moe = {"maturity_mode": "usage", "maturity_tau": 0.5, "maturity_threshold": 0.8}
+    train(make_config(moe=moe | {"router_type": kind}))
+    found = "of the run these experts became mature" in capsys.readouterr().out
+    assert found == (kind == "learned_with_maturity")
+
+
 @pytest.mark.parametrize(("tau", "warned"), [(0.5, True), (0.1, False)])
 def test_experts_that_mature_in_the_last_fifth_of_a_run_are_warned_of(
     make_config, capsys, tau, warned
@@ -483,7 +508,7 @@ def test_the_sparse_cost_is_what_the_loss_grows_by_when_all_experts_are_mature(m
     run = train(make_config(moe={"maturity_mode": "manual"}))
     model, rows = run.model, run.data.validation
     assert len(rows[0]) <= COST_ROWS  # so that it looks at all of them
-    cost = sparse_cost(model, rows, run.pad_token_id)
+    cost = sparse_cost(model, rows, run.pad_token_id, batch_size=2)
     assert rows_of(run.folder)[-1]["val/sparse_cost"] == pytest.approx(cost, abs=1e-6)
     losses = []
     for maturity in (0.0, 1.0):
@@ -493,8 +518,20 @@ def test_the_sparse_cost_is_what_the_loss_grows_by_when_all_experts_are_mature(m
         losses.append(overall_loss(scores))
     assert cost == pytest.approx(losses[1] - losses[0], abs=1e-5)
     assert abs(cost) > 1e-4
-    assert sparse_cost(model, rows, run.pad_token_id) is None  # all are mature now
+    assert sparse_cost(model, rows, run.pad_token_id, batch_size=2) is None  # all are mature now
     assert model.config.routing_mode == "maturity"
+
+
+def test_no_pass_of_a_validation_has_more_rows_than_eval_batch_size(make_config):
+    run = prepare(make_config(batch_size=1), fresh=True)
+    rows, forward = [], run.model.forward
+    run.model.forward = lambda *given, **inputs: (
+        rows.append(len(inputs["input_ids"])) or forward(*given, **inputs)
+    )
+    run = run._replace(config=dataclasses.replace(run.config, eval=EvalConfig(batch_size=2)))
+    assert len(run.data.validation[0]) > 2
+    evaluate(run)
+    assert max(rows) == 2
 
 
 def test_information_is_that_of_the_table_of_sets_and_experts():
