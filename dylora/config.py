@@ -7,7 +7,7 @@ the value it got.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -29,9 +29,9 @@ MAX_ALPHA = 1_000_000
 _MEANINGLESS = {
     "loha": ("bias", "use_rslora", "use_dora", "freeze_A", "share_A", "init_lora_weights"),
 }
-_OF_TRAINED_ROUTERS = (  # mean nothing for rules in closed form
-    *("router_type", "router_hidden_size", "router_input", "router_logits", "router_temperature"),
-    *("router_noise", "gate_scale", "expert_dropout"),
+OF_ROUTERS = (  # mean nothing without a trained one
+    *("router_hidden_size", "router_input", "router_logits", "router_temperature", "router_noise"),
+    *("gate_scale", "expert_dropout"),
 )
 
 
@@ -186,11 +186,8 @@ class MoELoraConfig:
         fits = not shared or (routed and not fixed and shared < experts + grows)
         rule = f"below num_experts ({experts}), and 0 unless a router chooses among the others"
         yield "shared_experts", fits, rule
-        for name in _OF_TRAINED_ROUTERS if grows else ():
-            default = MoELoraConfig.__dataclass_fields__[name].default
-            default = "learned_with_maturity" if name == "router_type" else default
-            rule = f"{default!r} with router_scope {self.router_scope!r}, which trains no router"
-            yield name, getattr(self, name) == default, rule
+        why = f"with router_scope {self.router_scope!r}, which trains no router"
+        yield from self.by_default(("router_type", *OF_ROUTERS) if grows else (), why)
         reads = (
             self.router_input == "token" or grows or (self.router_scope == "shared" and not fixed)
         )
@@ -200,10 +197,8 @@ class MoELoraConfig:
         rule = "unset with load_balance_loss_type z_loss, whose weight is router_aux_loss_coef"
         yield "router_z_loss_coef", unset or self.load_balance_loss_type != "z_loss", rule
 
-        for name in _MEANINGLESS.get(self.adapter_type, ()):
-            default = MoELoraConfig.__dataclass_fields__[name].default
-            rule = f"{default!r} with adapter_type {self.adapter_type!r}"
-            yield name, getattr(self, name) == default, rule
+        why = f"with adapter_type {self.adapter_type!r}"
+        yield from self.by_default(_MEANINGLESS.get(self.adapter_type, ()), why)
         orthogonal, one_A = self.init_lora_weights == "orthogonal", "with share_A, one A for all"
         yield "expert_ranks", self.expert_ranks is None or not self.share_A, f"unset {one_A}"
         yield "init_lora_weights", not (orthogonal and self.share_A), f"true or gaussian {one_A}"
@@ -233,11 +228,16 @@ class MoELoraConfig:
             f"numbers from shared_experts + top_k_experts ({least}) to num_experts, which one has"
         )
         yield "experts_per_layer", fits, f"{rule} ({self.num_experts})"
-        for name in ("router_scope", "adapter_type", "use_dora", "share_A", "bias"):
-            default = MoELoraConfig.__dataclass_fields__[name].default
-            yield name, getattr(self, name) == default, f"{default!r} with experts_per_layer"
+        alone = ("router_scope", "adapter_type", "use_dora", "share_A", "bias")
+        yield from self.by_default(alone, "with experts_per_layer")
         learned = self.router_type in ("learned", "learned_with_maturity")
         yield "router_type", learned, "learned or learned_with_maturity with experts_per_layer"
+
+    def by_default(self, names: Iterable[str], why: str) -> Iterator[tuple[str, bool, str]]:
+        """Rules as `_rules` gives them: each of these fields has its default, because …"""
+        for name in names:
+            default = MoELoraConfig.__dataclass_fields__[name].default
+            yield name, getattr(self, name) == default, f"{default!r} {why}"
 
     def _changed_routing(self) -> list[str]:
         """The settings of routing that are not as by default; 1 of 1 expert is not one of them."""

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from dylora.config import MoELoraConfig, Quantization
+from dylora.config import OF_ROUTERS, MoELoraConfig, Quantization
 from dylora.data_config import DataConfig, SourceConfig
-from dylora.fields import check_fields, option, require
+from dylora.fields import FieldError, check_fields, option, require
 from dylora.train_config import Schedule, TrainConfig
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -183,6 +183,27 @@ class RunConfig:
         require(clusters is None or clusters >= least, "train.prompt_clusters", clusters, rule)
         for name, holds, value, rule in self._rules_of_stages() if self.stages else ():
             require(holds, name, value, rule)
+        for index, stage in enumerate(self.stages):
+            try:
+                stage.settings(self.train)
+            except FieldError as error:
+                raise error.under(f"stages[{index}]") from None
+        self._check_what_is_trained()
+
+    def _check_what_is_trained(self) -> None:
+        """Raises FieldError for a setting that none of the trained parameters would follow.
+
+        Of a run alone: files of mixtures may have them, and are read.
+        """
+        moe, plus = self.moe, self.train.optim == "lora_plus"
+        rule = "another one with moe.adapter_type loha, whose matrices are no A and B"
+        require(not plus or moe.adapter_type == "lora", "train.optim", "lora_plus", rule)
+        rule = "another one with moe.freeze_A, which trains no A: learning_rate is of the B's then"
+        require(not plus or not moe.freeze_A, "train.optim", "lora_plus", rule)
+        if moe.use_moe_routing and moe.router_type == "fixed":
+            rules = moe.by_default(OF_ROUTERS, "with router_type fixed, which has no router")
+            for name, holds, rule in rules:
+                require(holds, f"moe.{name}", getattr(moe, name), rule)
 
     def _rules_of_stages(self) -> Iterator[tuple[str, bool, Any, str]]:
         """What a stream asks of a run: the field to name in an error, whether it holds, its value,

@@ -25,6 +25,9 @@ Schedule = Literal[
     "greedy",
 ]
 """The schedules of `transformers.get_scheduler`, copied because importing them takes seconds."""
+# What transformers leaves unread, and says nothing of.
+_WITHOUT_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
+_WITHOUT_SETTINGS = ("constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +74,11 @@ class TrainConfig:
     lr_scheduler_type: Schedule = "cosine"
     """Any schedule of transformers.get_scheduler."""
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Its own settings, such as num_cycles for cosine_with_restarts."""
+    """Its own settings, such as num_cycles for cosine_with_restarts; constant and
+    constant_with_warmup have none."""
     warmup_steps: int = option(0, least=0)
-    """Steps over which the rate rises from 0."""
+    """Steps over which the rate rises from 0; constant, reduce_lr_on_plateau and greedy have none:
+    see constant_with_warmup."""
     label_smoothing: float = option(0.0, least=0, below=1)
     """Share of the target probability spread over the vocabulary."""
     gradient_checkpointing: bool = False
@@ -123,6 +128,15 @@ class TrainConfig:
         alone = self.train_experts is None or self.init_from is not None
         require(alone, "train_experts", self.train_experts, "unset without init_from")
         self._check_optimizer()
+        schedule = self.lr_scheduler_type
+        steps, kwargs = self.warmup_steps, self.lr_scheduler_kwargs
+        rule = (
+            f"0 with lr_scheduler_type {schedule}, which has no warm-up: constant_with_warmup has"
+        )
+        require(not steps or schedule not in _WITHOUT_WARM_UP, "warmup_steps", steps, rule)
+        rule = f"empty with lr_scheduler_type {schedule}"
+        read = not kwargs or schedule not in _WITHOUT_SETTINGS
+        require(read, "lr_scheduler_kwargs", kwargs, rule)
 
     def _check_optimizer(self) -> None:
         """Raises ValueError for a setting that means nothing to the optimizer, or that it rules

@@ -6,8 +6,10 @@ import warnings
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
+import torch
 
 from dylora import MoELoraConfig
+from dylora.run_config import RunConfig
 
 
 def test_defaults_are_those_of_the_specification():
@@ -274,3 +276,21 @@ def test_a_threshold_that_a_settled_loss_never_reaches_is_refused():
     ):
         MoELoraConfig(maturity_s=0.1, maturity_mode="hybrid")
     MoELoraConfig(maturity_s=0.1, maturity_mode="usage")
+
+
+FOR_ROUTERS = {"router_hidden_size": 8, "router_logits": "absolute", "router_temperature": 1.0}
+FOR_ROUTERS |= {"router_noise": 0.1, "gate_scale": "sum_to_one", "expert_dropout": 0.1}
+
+
+@pytest.mark.parametrize("name", FOR_ROUTERS)
+def test_a_run_of_fixed_weights_refuses_what_only_a_router_reads(name):
+    moe = MoELoraConfig(router_type="fixed", **{name: FOR_ROUTERS[name]})  # as files may have it
+    with pytest.raises(ValueError, match=rf"moe\.{name} is .*with router_type fixed, which has no"):
+        RunConfig(moe=moe)
+
+
+def test_what_only_a_trained_router_reads_changes_no_bit_of_fixed_weights(mixture, ids):
+    plain = mixture(router_type="fixed").train()
+    for name, value in FOR_ROUTERS.items():
+        model = mixture(router_type="fixed", **{name: value}).train()
+        assert torch.equal(model(ids).logits, plain(ids).logits)

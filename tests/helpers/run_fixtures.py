@@ -115,7 +115,11 @@ def rows_file(tmp_path_factory) -> Path:
 def build_config(
     root: Path, base: Path, rows: Path, name: str = "a", *, moe=None, dtype="float32", **changes
 ) -> RunConfig:
-    """A run of ten steps with every source of randomness on; sections take changes by name."""
+    """A run of ten steps with every source of randomness on that its routing and its schedule have;
+    sections take changes by name."""
+    moe = moe or {}
+    dropout = {} if moe.get("router_type") == "fixed" else {"expert_dropout": 0.2}
+    warm = changes.get("lr_scheduler_type") not in ("constant", "reduce_lr_on_plateau", "greedy")
     train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
     data_changes = {k: changes.pop(k) for k in {"packing"} & changes.keys()}
     log_changes = {k: changes.pop(k) for k in {"wandb"} & changes.keys()}
@@ -125,9 +129,7 @@ def build_config(
         name=name,
         output_dir=str(root / "runs"),
         model=ModelConfig(base=str(base), dtype=dtype, device="cpu"),
-        moe=MoELoraConfig(
-            **{"r": 2, "num_experts": 3, "lora_dropout": 0.1, "expert_dropout": 0.2} | (moe or {})
-        ),
+        moe=MoELoraConfig(**{"r": 2, "num_experts": 3, "lora_dropout": 0.1} | dropout | moe),
         data=DataConfig(
             sources=[
                 SourceConfig(
@@ -146,7 +148,7 @@ def build_config(
                 "batch_size": 2,
                 "gradient_accumulation_steps": 2,
                 "learning_rate": 1e-2,
-                "warmup_steps": 2,
+                "warmup_steps": 2 * warm,
             }
             | train_changes
         ),

@@ -259,3 +259,15 @@ def test_deterministic_holds_for_the_steps_of_a_run_and_no_longer(make_config, m
         train(make_config(str(wanted), max_steps=1, deterministic=wanted), callbacks=[Look()])
     assert seen == [True, False]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("moe", "said"),
+    [
+        ({"adapter_type": "loha"}, "whose matrices are no A and B"),
+        ({"freeze_A": True}, "which trains no A"),
+    ],
+)
+def test_lora_plus_is_refused_where_there_is_no_rate_of_an_A(make_config, moe, said):
+    with pytest.raises(ValueError, match=rf"train\.optim is 'lora_plus', but must be .*{said}"):
+        make_config(moe=moe, optim="lora_plus")

@@ -1,5 +1,6 @@
 """What a run that goes on may change: every setting is taken and said, or refused by its name."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -10,13 +11,15 @@ import pytest
 import torch
 
 from dylora.base_models import BaseSpec
-from dylora.fields import field_types
+from dylora.fields import FieldError, field_types
 from dylora.run_config import TrainConfig
 from dylora.storage.checkpoint import Checkpoint
+from dylora.train_config import Schedule
 from dylora.training.loop import train
 from dylora.training.optim import build_optimizer
 from dylora.training.resume import resume
 from dylora.training.run import prepare
+from dylora.training.schedule import build_scheduler
 from dylora.training.step import run_step
 
 
@@ -150,6 +153,37 @@ def test_the_optimizer_knows_the_rate_of_the_experts(make_config):
     run = prepare(make_config(), fresh=True)
     settings = TrainConfig(learning_rate=3e-4, router_learning_rate=1e-3)
     assert build_optimizer(run.model, settings).defaults["lr"] == 3e-4
+
+
+@pytest.mark.parametrize("kind", ["constant", "reduce_lr_on_plateau", "greedy"])
+def test_a_warm_up_that_a_schedule_has_not_is_refused(kind):
+    said = f"warmup_steps is 3, but must be 0 with lr_scheduler_type {kind}, .*constant_with_warmup"
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(lr_scheduler_type=kind, warmup_steps=3)
+    TrainConfig(lr_scheduler_type="constant_with_warmup", warmup_steps=3)
+
+
+@pytest.mark.parametrize("kind", ["constant", "constant_with_warmup"])
+def test_settings_that_a_schedule_does_not_take_are_refused(kind):
+    said = rf"lr_scheduler_kwargs is \{{'power': 2.0\}}, but must be empty with .*type {kind}$"
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(lr_scheduler_type=kind, lr_scheduler_kwargs={"power": 2.0})
+
+
+@pytest.mark.parametrize("kind", get_args(Schedule))
+def test_every_schedule_follows_the_warm_up_and_the_settings_that_are_not_refused(kind):
+    """Or refuses them: none leaves a setting unread."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with contextlib.suppress(FieldError):
+        config = TrainConfig(lr_scheduler_type=kind, warmup_steps=4)
+        kwargs = {"warmup_stable_decay": {"num_decay_steps": 4}}.get(kind, {})
+        kwargs |= {"min_lr": 0.1} if kind.endswith("with_min_lr") else {}
+        config = dataclasses.replace(config, lr_scheduler_kwargs=kwargs)
+        assert build_scheduler(optimizer, config, 20).get_last_lr()[0] < 0.5
+    with contextlib.suppress(FieldError):
+        config = TrainConfig(lr_scheduler_type=kind, lr_scheduler_kwargs={"no_such_setting": 1})
+        with pytest.raises(ValueError, match="do not fit"):
+            build_scheduler(optimizer, config, 20)
 
 
 # Rows

@@ -610,6 +610,15 @@ def test_a_stage_that_cannot_be_is_refused(changes, message):
         stage(**changes)
 
 
+def test_what_a_stage_sets_beside_the_section_train_is_refused_before_it_comes(make_stream):
+    stages = [stage(), stage("y", lr_scheduler_type="constant")]
+    with pytest.raises(
+        ValueError, match=r"stages\[1\]\.warmup_steps is 2, but must be 0 with lr_s"
+    ):
+        make_stream(stages=stages, warmup_steps=2)
+    make_stream(stages=[stage("y", lr_scheduler_type="constant", warmup_steps=0)])
+
+
 def test_a_stream_begins_with_one_expert(make_stream):
     with pytest.raises(ValueError, match=r"moe\.num_experts is 3, but a stream begins with 1"):
         train_stream(make_stream(moe={"num_experts": 3}))
