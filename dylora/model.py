@@ -248,9 +248,10 @@ class DyLoRA_MoE(MixtureMethods):
         """Write experts, routers and configuration; never a base weight.
 
         Layout: peft_adapters/expert_<i>/ in PEFT's format, router.safetensors, config.json,
-        manifest.json, skill_library.safetensors if it has one. With `overwrite` an earlier mixture
-        in `folder` is replaced; a training checkpoint never. Raises FileExistsError otherwise.
-        Then it is pushed to the repository user/name that `push_to_hub` names.
+        manifest.json, skill_library.safetensors and text_hashes.bin if it has them. With
+        `overwrite` an earlier mixture in `folder` is replaced; a training checkpoint never. Raises
+        FileExistsError otherwise. Then it is
+        pushed to the repository user/name that `push_to_hub` names.
         """
         check_place(Path(folder), overwrite=overwrite, over_mixture=True)
         write_folder(Path(folder), lambda temporary: write_model(self.mixture, temporary))

@@ -26,6 +26,7 @@ from dylora.storage.model_card import CARD, mixture_card
 from dylora.storage.peft_config import adapter_config
 from dylora.storage.peft_format import MAGNITUDE, PeftAdapter, write_adapter
 from dylora.storage.tensors import fill
+from dylora.storage.text_hashes import without_hashes, write_hashes
 
 
 def write_model(mixture: Mixture, folder: Path) -> None:
@@ -60,8 +61,9 @@ def write_model(mixture: Mixture, folder: Path) -> None:
         "sites": mixture.site_names,
         "projections": list(mixture.adapters),
         "experts": experts,
-        "training": mixture.training_record,
+        "training": without_hashes(mixture.training_record),
     }
+    write_hashes(folder, mixture.training_record)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     (folder / CARD).write_text(mixture_card(description), encoding="utf-8")
 

@@ -154,7 +154,7 @@ def _provenance(
     """What one source gave to training: its rows, and (order_sha256) their order.
 
     `text_hashes` has each question's and each answer's, so that a benchmark can leave out what
-    was trained on under whatever name: 26 bytes a row.
+    was trained on under whatever name; a checkpoint has them in a file of their own.
     """
     found = {
         "name": source.name,

@@ -22,7 +22,14 @@ from dylora.storage.hub import local_folder
 from dylora.storage.manifest import LOADED, MANIFEST, entries, verify
 from dylora.storage.peft_format import PeftAdapter, read_adapter, read_stock_adapter
 from dylora.storage.safe_io import read_bytes, read_json
-from dylora.storage.schema import ADAPTERS, ROUTER_FILE, SHIFTS_FILE, read_config, read_description
+from dylora.storage.schema import (
+    ADAPTERS,
+    ROUTER_FILE,
+    SHIFTS_FILE,
+    checked_training,
+    read_config,
+    read_description,
+)
 from dylora.storage.tensors import MAX_HEADER, read_pickled, read_tensors
 
 if TYPE_CHECKING:
@@ -219,10 +226,11 @@ class AdapterFolder:
         return [read_stock_adapter(folder) for folder in self.found.adapters]
 
     def training_record(self) -> dict[str, Any] | None:
-        """What a mixture of ours was trained on."""
+        """What a mixture of ours was trained on. Raises ValueError where that is no record."""
         if self.found.kind != "mixture":
             return None
-        return read_json(self.found.adapters[0].parents[1] / "config.json").get("training")
+        folder = self.found.adapters[0].parents[1]
+        return checked_training(folder, read_json(folder / "config.json").get("training"))
 
     def gate(self) -> tuple[Tensor, Tensor] | None:
         """Weight [E, D] and bias [E] of an older mixture's router; None where it is no such thing.

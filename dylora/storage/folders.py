@@ -128,11 +128,19 @@ def recover(run_folder: Path) -> None:
 
     Only for the process that holds the run's lock: another one's save would look half-written.
     """
-    for leftover in (".checkpoint-*.writing", ".checkpoint-*.removing", PREFLIGHT):
+    remove_rehearsal(run_folder)
+    for leftover in (".checkpoint-*.writing", ".checkpoint-*.removing"):
         for path in run_folder.glob(leftover):
             shutil.rmtree(path)
     for path in run_folder.glob(".checkpoint-*.replaced"):
         _recover(path.with_name(path.name.removeprefix(".").removesuffix(".replaced")))
+
+
+def remove_rehearsal(run_folder: Path) -> None:
+    """Take away the save of before the first step, also where it was put aside as damaged."""
+    for leftover in (PREFLIGHT, f"{PREFLIGHT}.damaged*"):
+        for path in run_folder.glob(leftover):
+            shutil.rmtree(path)
 
 
 def checkpoints(run_folder: Path) -> list[Path]:

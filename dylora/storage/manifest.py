@@ -11,13 +11,14 @@ from typing import Any
 from dylora.fields import is_whole_number, shown
 from dylora.storage.safe_io import MAX_JSON, check_link, open_regular, read_json
 from dylora.storage.tensors import MAX_FILE, check_archive, read_headers
+from dylora.storage.text_hashes import HASHES_FILE, MAX_HASHES
 
 MANIFEST = "manifest.json"
 RUN_STATE = "trainer_state.json"  # listed in the checkpoint of a run, and there alone
 _OF_RUNS = {"optimizer.pt", "scheduler.pt", "rng_state.pt", RUN_STATE}
 LOADED = {  # names of all files that a loader reads
     *("config.json", "router.safetensors", "bias_shifts.safetensors"),
-    "skill_library.safetensors",
+    *("skill_library.safetensors", HASHES_FILE),
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     *_OF_RUNS,
 }
@@ -130,8 +131,9 @@ def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _check_size(path: Path, size: int) -> None:
     """Raises ValueError for what a loader would refuse, where to hash it first would take long."""
-    if path.suffix == ".json" and size > MAX_JSON:
-        raise ValueError(f"{path} has {size:,} bytes, but may have {MAX_JSON:,}")
+    most = MAX_HASHES if path.name == HASHES_FILE else MAX_JSON if path.suffix == ".json" else size
+    if size > most:
+        raise ValueError(f"{path} has {size:,} bytes, but may have {most:,}")
     if path.suffix == ".safetensors" and size > _LARGE:
         read_headers(path)
     if path.suffix == ".pt" and size > _LARGE:

@@ -16,6 +16,7 @@ from dylora.routing.router import Shape, router_class
 from dylora.storage.peft_format import read_ranks
 from dylora.storage.safe_io import read_json, require_keys
 from dylora.storage.tensors import read_headers
+from dylora.storage.text_hashes import read_hashes
 
 ADAPTERS, ROUTER_FILE = "peft_adapters", "router.safetensors"
 # The shifts of trained biases as they are: an adapter holds base + shift, which rounds.
@@ -29,7 +30,7 @@ STATES = ("active", "frozen", "retired")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """config.json, with the keys of today.
+    """config.json, with the keys of today, and `text_hashes` in its training record.
 
     Raises ValueError naming it, or the file it does not fit, and the key.
     """
@@ -46,7 +47,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     config = read_config(file, description["moe"])
     description["experts"] = [current_keys(record) for record in description["experts"]]
     _check_table(file, description["experts"], config)
-    _check_training(file, description["training"])
+    description["training"] = checked_training(folder, description["training"])
     _check_routers(folder / ROUTER_FILE, description, config)
     for record in description["experts"]:
         if record["state"] != "retired":
@@ -174,12 +175,24 @@ def _refuse(file: Path, where: str, refused: dict[str, bool]) -> None:
             raise ValueError(f"{file}: {where}{text}")
 
 
+def checked_training(folder: Path, training: Any) -> dict[str, Any]:
+    """The training record of a folder's config.json, with the hashes that lie beside it.
+
+    Raises ValueError naming the file, and the key, where it is none.
+    """
+    _check_training(folder / "config.json", training)
+    hashes = read_hashes(folder)
+    return training | {"text_hashes": hashes} if hashes else training
+
+
 def _check_training(file: Path, training: Any, at: str = "training") -> None:
     """What is read of it, and of the records that it continues: numbers and data."""
     if not isinstance(training, dict):
         raise ValueError(f"{file}: {at} is {shown(training)}, not an object")
     numbers = {key: training.get(key, 0) for key in ("step", "targets", "seed")}
     require_keys(file, f"{at}.", numbers, dict.fromkeys(numbers, is_whole_number))
+    if not isinstance(hashes := training.get("text_hashes", ""), str):
+        raise ValueError(f"{file}: {at}.text_hashes is {shown(hashes)}, not a text")
     earlier = training.get("earlier", [])
     if not isinstance(earlier, list):
         raise ValueError(f"{file}: {at}.earlier is {shown(earlier)}, not a list")

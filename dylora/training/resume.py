@@ -68,9 +68,11 @@ def preflight_save(run: Run) -> None:
     for name, parameter in named_parameters(run.model).items():
         if parameter.requires_grad and not moments[name]:  # they are made in the first step
             moments[name] = empty_state(run.optimizer, parameter)
-    write_state(run, folder, moments)
-    size, free = folders.folder_bytes(folder), shutil.disk_usage(run.folder).free
-    shutil.rmtree(folder)
+    try:
+        write_state(run, folder, moments)
+        size, free = folders.folder_bytes(folder), shutil.disk_usage(run.folder).free
+    finally:
+        folders.remove_rehearsal(run.folder)
     if free < size:
         raise ValueError(
             f"a checkpoint of this run has {size / 1e6:.1f} MB, and beside it {free / 1e6:.1f} MB "
@@ -152,7 +154,8 @@ def resume(run: Run, source: str) -> None:
     check_same_settings(run, checkpoint)
     load_model(run.model.experts, checkpoint)
     freeze_routers(run.config, run.model)
-    for name in {"earlier", "stage"} & description["training"].keys():  # of what it began with
+    kept = {"earlier", "stage", "text_hashes"}  # of what it began with
+    for name in kept & description["training"].keys():
         run.model.training_record[name] = description["training"][name]
     regroup(run.optimizer, run.model, run.config.train)
     file = folder / "optimizer.pt"

@@ -12,6 +12,7 @@ from dylora.cli.main import main
 from dylora.model import DyLoRA_MoE
 from dylora.run_config import TrainConfig, dump_run_config
 from dylora.storage.checkpoint import Checkpoint
+from dylora.storage.text_hashes import hashes_in, without_hashes
 from dylora.training.loop import train
 from dylora.training.run import prepare
 from peft_folders import make_adapter
@@ -121,14 +122,26 @@ def test_a_resumed_run_keeps_its_experts_frozen(imported, beginning_with):
     assert [row.state for row in resumed.model.experts.table] == ["frozen", "frozen"]
 
 
-def test_what_a_run_began_with_stays_in_its_record_across_a_resume(make_config, beginning_with):
+def test_what_a_run_began_with_stays_in_its_record_across_a_resume(
+    make_config, beginning_with, tmp_path
+):
     source = train(make_config("source", max_steps=2)).folder / "checkpoint-2"
     file = beginning_with(source, max_steps=2)
-    expected = [Checkpoint.open(source).description["training"]]
-    run = train(load_run_config(file))
-    resumed = train(load_run_config(file, ["train.max_steps=3"]), "latest")
+    # The run goes on from there with other rows, so that it has hashes that its source has not.
+    config = load_run_config(file)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"question": "Say {n}.", "answer": "{n}"}}\n' for n in range(30)))
+    source_config = dataclasses.replace(config.data.sources[0], path=str(rows))
+    data = dataclasses.replace(config.data, sources=[source_config])
+    config = dataclasses.replace(config, data=data)
+    expected = Checkpoint.open(source).description["training"]
+    run = train(config)
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=3))
+    resumed = train(longer, "latest")
     for folder in (run.folder / "checkpoint-2", resumed.folder / "checkpoint-3"):
-        assert Checkpoint.open(folder).description["training"]["earlier"] == expected
+        found = Checkpoint.open(folder).description["training"]
+        assert found["earlier"] == [without_hashes(expected)]
+        assert hashes_in(expected) < hashes_in(found)
 
 
 # Refusals

@@ -174,6 +174,22 @@ def test_two_checkpoints_that_do_not_fit_are_refused_before_the_first_step(
     assert not list((tmp_path / "runs" / "a").glob("*checkpoint*"))
 
 
+def test_a_rehearsal_that_fails_leaves_nothing(make_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(manifest, "MAX_JSON", 1000)  # what config.json is above
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"config.json has [\d,]+ bytes, but may have 1,000"):
+            train(make_config())
+    assert not list((tmp_path / "runs" / "a").glob("*checkpoint*"))
+
+
+def test_what_a_rehearsal_has_left_is_taken_away(make_config):
+    run = prepare(make_config(), fresh=True)
+    for name in ("checkpoint-rehearsal", "checkpoint-rehearsal.damaged", "checkpoint-2.damaged"):
+        (run.folder / name).mkdir()
+    folders.recover(run.folder)
+    assert [path.name for path in run.folder.glob("*checkpoint*")] == ["checkpoint-2.damaged"]
+
+
 def test_the_save_before_the_first_step_has_the_full_size(make_config, monkeypatch):
     sizes = []
     original = folders.folder_bytes

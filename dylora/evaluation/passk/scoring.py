@@ -14,6 +14,7 @@ from dylora.evaluation.passk.options import BenchmarkOptions, Sampling
 from dylora.evaluation.passk.problem import Problem
 from dylora.evaluation.passk.suites import Tasks
 from dylora.sandbox.host import Limits, Result, Sandbox, run_all
+from dylora.storage.text_hashes import hashes_in
 
 
 def training_sources(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -32,7 +33,7 @@ def split_trained(
     """
     sources = training_sources(record)
     ids = {f"Mbpp/{number}" for source in sources for number in source.get("task_ids", [])}
-    hashes = {one for source in sources for one in source.get("text_hashes", "").split()}
+    hashes = hashes_in(record)
     kept: list[Problem] = []
     trained: list[Problem] = []
     for problem in problems:
