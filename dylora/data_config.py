@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from dylora.fields import check_fields, option, require
+from dylora.fields import check_fields, is_name, option, require
 
 RowFormat = Literal["instruction", "chat", "completion", "text"]
 NAMED_SPLITS = ("published", "70/10/20")  # of mbpp
@@ -16,7 +16,7 @@ class SourceConfig:
 
     RENAMED: ClassVar[dict[str, str | None]] = {"split_scheme": "split"}
 
-    name: str
+    name: str = option(accept=is_name, rule="1 to 512 printable characters")
     """code_alpaca, mbpp, skill/<skill>, or a name of your own for files or a hub set."""
     path: str | list[str] | None = None
     """A file, a folder, a pattern such as rows/*.jsonl, a list of these, or a hub name; none: where
@@ -59,7 +59,6 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(bool(self.name), "name", self.name, "a word")
         held_out = self.validation_path is None or self.split is None
         require(held_out, "split", self.split, "unset with validation_path")
         streams = self.stream_rows is None or None not in (self.path, self.validation_path)
@@ -103,7 +102,7 @@ class DataConfig:
     cache: str | None = None
     """Folder that keeps tokenised sets, by their data, the tokenizer and the settings; none: rows
     are read and tokenised anew by each run."""
-    seed: int = 0
+    seed: int = option(0, least=0)
     """Seed of the splits and of the order."""
 
     def __post_init__(self) -> None:

@@ -250,7 +250,7 @@ class DyLoRA_MoE(MixtureMethods):
         Layout: peft_adapters/expert_<i>/ in PEFT's format, router.safetensors, config.json,
         manifest.json, skill_library.safetensors and text_hashes.bin if it has them. With
         `overwrite` an earlier mixture in `folder` is replaced; a training checkpoint never. Raises
-        FileExistsError otherwise. Then it is
+        FileExistsError otherwise, ValueError for a name that could not be read again. Then it is
         pushed to the repository user/name that `push_to_hub` names.
         """
         check_place(Path(folder), overwrite=overwrite, over_mixture=True)

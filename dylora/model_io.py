@@ -32,7 +32,8 @@ from dylora.storage.text_hashes import without_hashes, write_hashes
 def write_model(mixture: Mixture, folder: Path) -> None:
     """The files of `save_pretrained`, without the atomic folder around them.
 
-    Raises ValueError while the routers are detached: the files could not be loaded.
+    Raises ValueError for what could not be loaded: while the routers are detached, and for names
+    that no reader takes.
     """
     if mixture.config.is_learned and not any(True for _ in mixture.routers()):
         raise ValueError("the routers are detached: attach_router() before saving")
@@ -66,6 +67,10 @@ def write_model(mixture: Mixture, folder: Path) -> None:
     write_hashes(folder, mixture.training_record)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     (folder / CARD).write_text(mixture_card(description), encoding="utf-8")
+    try:
+        schema.read_description(folder)
+    except ValueError as error:
+        raise ValueError(f"this mixture could not be read again ({error})") from error
 
 
 def expert_adapter(mixture: Mixture, expert: int) -> PeftAdapter:

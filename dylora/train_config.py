@@ -108,7 +108,7 @@ class TrainConfig:
     deterministic: bool = False
     """Take torch's deterministic kernels, or stop where it has none: the same seed gives the same
     bits on a GPU, too."""
-    seed: int = 0
+    seed: int = option(0, least=0, most=2**32 - 1)  # what numpy takes
     """Of the adapters' initial values and of dropout."""
     init_from: str | None = None
     """Begin with the experts, routers and maturity of this checkpoint; what is not said of the

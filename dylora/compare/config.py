@@ -39,7 +39,7 @@ class CompareConfig:
     scales: list[float] = option([], above=0)
     """Values of lora_alpha / r to try with each method: every expert's alpha is so many times its
     own rank."""
-    seeds: list[int] = option([0, 1, 2, 3, 4], least=0)
+    seeds: list[int] = option([0, 1, 2, 3, 4], least=0, most=2**32 - 1)
     """Values of train.seed that the best cell of each method is trained with."""
     grid_seeds: int = option(1, least=1)
     """So many of them, the first ones, are trained in every cell to choose the best by."""

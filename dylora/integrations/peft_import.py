@@ -21,7 +21,7 @@ from dylora.adapters.targets import shortest_targets
 from dylora.adapters.trace import is_projection, projection_sizes
 from dylora.base_models import BaseSpec, LoadOptions
 from dylora.config import MoELoraConfig, ends_with
-from dylora.fields import nearest
+from dylora.fields import is_name, nearest
 from dylora.integrations.arrow import set_prototypes
 from dylora.model import DyLoRA_MoE
 from dylora.routing.router import DynamicHybridRouter
@@ -119,6 +119,9 @@ def _check_adapters(
 ) -> None:
     """Only LoRAs, none twice; and nobody is sent to a base that only a file names."""
     folders = [adapter.folder for adapter in read]
+    for folder in folders:
+        if not is_name(folder.name):  # it becomes the expert's skill
+            raise ValueError(f"{folder.name!r} in {folder.parent} is no printable name: rename it")
     named: dict[str, str] = {}
     for adapter in read:
         if folders.count(adapter.folder) > 1:

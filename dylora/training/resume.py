@@ -70,6 +70,8 @@ def preflight_save(run: Run) -> None:
             moments[name] = empty_state(run.optimizer, parameter)
     try:
         write_state(run, folder, moments)
+        with _as_one_error(run, folder):
+            _read_back(run, folder)
         size, free = folders.folder_bytes(folder), shutil.disk_usage(run.folder).free
     finally:
         folders.remove_rehearsal(run.folder)
@@ -79,6 +81,16 @@ def preflight_save(run: Run) -> None:
             f"are free for {run.folder}: two do not fit. Free some space, or give another "
             "--output_dir"
         )
+
+
+def _read_back(run: Run, folder: Path) -> None:
+    """Raises ValueError for a checkpoint that verifies, but that no run could go on from."""
+    checkpoint = Checkpoint.of_verified(folder)
+    check_same_settings(run, checkpoint)
+    read_progress(folder / "trainer_state.json", len(run.model.site_names), len(run.model.experts))
+    for name in ("optimizer.pt", "scheduler.pt"):
+        _load(folder / name)
+    check_random_state(folder / "rng_state.pt", _load(folder / "rng_state.pt"))
 
 
 def write_state(run: Run, folder: Path, moments: dict[str, Any]) -> None:

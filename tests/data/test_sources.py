@@ -437,3 +437,9 @@ def test_mbpp_rows_without_a_task_id_or_a_test_are_malformed(tmp_path):
     read = read_source(SourceConfig(name="mbpp", path=str(file)))
     assert read.counts.malformed == 4
     assert len(read.rows) == 1
+
+
+@pytest.mark.parametrize("name", ["", "a\u00a0b", "a\u3000b", "a\u200cb", "a\nb", "a" * 513])
+def test_a_name_that_no_checkpoint_takes_is_refused(name):
+    with pytest.raises(ValueError, match=r"name is .*, but must be 1 to 512 printable characters"):
+        SourceConfig(name=name)

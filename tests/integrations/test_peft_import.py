@@ -525,6 +525,13 @@ def test_experts_of_a_mixture_of_ours_are_taken_and_its_router_is_not(two, ids, 
     assert again.training_record == {"earlier": [mixture.training_record]}
 
 
+def test_an_adapter_whose_folder_has_no_printable_name_is_refused(two, tmp_path):
+    base, folders, _ = two
+    odd = folders[0].rename(tmp_path / "a\u200cb")
+    with pytest.raises(ValueError, match=r"'a\\u200cb' in .* is no printable name: rename it"):
+        load_peft_experts(copy.deepcopy(base), [odd, folders[1]], report=silent)
+
+
 def test_adapters_beside_a_whole_model_are_taken_and_the_model_is_not_read(two, ids, tmp_path):
     base, folders, theirs = two
     (folders[0] / "pytorch_model.bin").write_bytes(b"never opened")

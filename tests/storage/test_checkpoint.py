@@ -798,6 +798,14 @@ def test_the_configuration_comes_back(kind, there_and_back):
     assert after.config == before.config
 
 
+def test_a_mixture_that_no_reader_would_take_is_not_written(mixture, tmp_path):
+    model = mixture()
+    model.base_name = "a\u00a0base"
+    with pytest.raises(ValueError, match=r"could not be read again .*base_model_name_or_path"):
+        model.save_pretrained(tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_training_record_comes_back(saved, tiny_base):
     model = DyLoRA_MoE.from_pretrained(saved[1], base=tiny_base("llama"))
     assert model.training_record == {"step": 7, "data": {"max_length": 64}}

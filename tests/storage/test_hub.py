@@ -23,6 +23,7 @@ from dylora.cli.main import main
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.hub import RESUME_FILES
 from dylora.storage.manifest import verify
+from dylora.storage.model_card import mixture_card
 from dylora.training.loop import train
 from hub import Hub
 
@@ -293,10 +294,10 @@ def test_a_card_names_the_licence_of_a_base_that_says_it(on_folder, tmp_path, ba
 
 
 def test_a_name_cannot_break_out_of_its_place_on_a_card(on_folder, tmp_path):
-    model = on_folder()
-    model.base_name = "x | y\n---\nlicense: mit\n<script>"
-    model.save_pretrained(tmp_path / "m")
-    card = (tmp_path / "m" / "README.md").read_text()
+    on_folder().save_pretrained(tmp_path / "m")
+    description = json.loads((tmp_path / "m" / "config.json").read_text())
+    description["base_model_name_or_path"] = "x | y\n---\nlicense: mit\n<script>"
+    card = mixture_card(description)
     assert "license" not in front_of(card)
     assert "\nlicense:" not in card
     assert "<script>" not in card.replace("\\<script\\>", "")

@@ -1,5 +1,6 @@
 """A run that is killed, stopped, refused or starved goes on exactly, or says why not."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from dylora.storage.lock import LOCK_FILE, lock_folder
 from dylora.storage.manifest import verify, write_manifest
 from dylora.training import loop
 from dylora.training.loop import train
-from dylora.training.resume import resume
+from dylora.training.resume import preflight_save, resume
 from dylora.training.run import prepare
 from runs import STEPS, all_tensors, rows_of
 
@@ -180,6 +181,27 @@ def test_a_rehearsal_that_fails_leaves_nothing(make_config, monkeypatch, tmp_pat
         with pytest.raises(ValueError, match=r"config.json has [\d,]+ bytes, but may have 1,000"):
             train(make_config())
     assert not list((tmp_path / "runs" / "a").glob("*checkpoint*"))
+
+
+def test_a_base_whose_name_no_reader_takes_is_refused_before_the_first_step(
+    make_config, base_folder, monkeypatch, tmp_path
+):
+    odd = tmp_path / "a\u00a0base"
+    shutil.copytree(base_folder, odd)
+    monkeypatch.setattr(loop, "run_step", lambda run: pytest.fail("trained"))
+    config = make_config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, base=str(odd)))
+    with pytest.raises(ValueError, match=r"base_model_name_or_path is .*which is invalid"):
+        train(config)
+    assert not list((tmp_path / "runs" / "a").glob("*checkpoint*"))
+
+
+def test_a_state_that_no_run_could_go_on_from_is_refused_before_the_first_step(make_config):
+    run = prepare(make_config(), fresh=True)
+    run.sampler.seed = -1
+    with pytest.raises(ValueError, match=r"trainer_state.json: sampler.seed is -1"):
+        preflight_save(run)
+    assert not list(run.folder.glob("*checkpoint*"))
 
 
 def test_what_a_rehearsal_has_left_is_taken_away(make_config):

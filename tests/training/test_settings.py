@@ -247,6 +247,18 @@ def test_steps_and_epochs_out_of_range_are_refused(make_config, path, value):
         train(make_config(max_steps=2), str(checkpoint))
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("train.seed", -1), ("train.seed", 2**32), ("data.seed", -1)],
+)
+def test_a_seed_that_no_generator_or_checkpoint_takes_is_refused_by_its_key(
+    make_config, path, value
+):
+    section, name = path.split(".")
+    with pytest.raises(ValueError, match=rf"seed is {value}, but must be (at least|from) 0"):
+        dataclasses.replace(getattr(make_config(), section), **{name: value})
+
+
 def test_a_fresh_run_keeps_the_metrics_of_one_that_saved_nothing(make_config):
     config = make_config(max_steps=1)
     folder = Path(config.output_dir) / config.name
