@@ -94,7 +94,8 @@ class TrainConfig:
         accept=lambda value: rows_or_share(value) is not None,
         rule="a whole number of rows, a share between 0 and 1, or a percentage such as 10%",
     )
-    """Use only so many training rows of each set: a whole number is rows, 0.1 or 10% a share."""
+    """Use only so many training rows of each set: a whole number is rows (of plain text windows),
+    0.1 or 10% a share."""
     save_steps: int | None = option(None, least=1)
     """Checkpoint every so many steps; none: at the end only (and the best one)."""
     save_total_limit: int | None = option(None, least=1)

@@ -126,22 +126,25 @@ def _tokenize(
     config: DataConfig,
 ) -> TokenizedSplit:
     indices = read.splits[split]
-    if isinstance(subset, float):
-        subset = max(1, round(subset * len(indices)))
+    rows = len(indices)
+    wanted = max(1, round(subset * rows)) if isinstance(subset, float) else subset
     if subset is not None:
         generator = seeded_generator("subset", config.seed, name, split)
-        indices = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
+        indices = [indices[i] for i in torch.randperm(rows, generator=generator).tolist()]
+    if isinstance(subset, float) and read.format == "text":  # an example is a window, not a row
+        indices, wanted = indices[:wanted], None
     tokenized = tokenize_rows(
         TokenizedSet(name, split),
         read.rows.select(indices),
         template,
         read.format,
         config=config,
-        wanted=subset,
+        wanted=wanted,
     )
+    tokenized = tokenized._replace(report=tokenized.report._replace(rows=rows))
     if len(tokenized.examples) == 0:
         raise ValueError(
-            f"source {name!r} has no {split} example: {len(indices)} rows in that split, "
+            f"source {name!r} has no {split} example: {rows} rows in that split, "
             f"{tokenized.report.dropped} of them over-long at max_length {config.max_length}"
             + "".join(f"\n  {problem}" for problem in tokenized.report.problems)
         )

@@ -188,6 +188,20 @@ def test_a_share_of_the_rows_is_a_subset_too(tmp_path, tokenizer):
     assert len(load_data(config, tokenizer, training_subset=1e-6).train[0]) == 1
 
 
+@pytest.mark.parametrize("words", [2, 2000])
+def test_a_share_of_texts_is_that_share_of_their_windows(words, tmp_path, tokenizer):
+    file = tmp_path / "texts.jsonl"
+    rows = [{"text": " ".join(f"{n}" for _ in range(words))} for n in range(100)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [SourceConfig(name="own", path=str(file))]
+    config = DataConfig(sources=sources, max_length=64)
+    whole = len(load_data(config, tokenizer).train[0])
+    tenth = load_data(config, tokenizer, training_subset=0.1)
+    assert len(tenth.train[0]) == pytest.approx(whole / 10, abs=max(1, whole / 100))
+    assert tenth.reports[0].splits["train"].rows == 90
+    assert len(load_data(config, tokenizer, training_subset=3).train[0]) == 3
+
+
 def test_a_subset_depends_on_the_seed_where_the_split_does_not(tmp_path, tokenizer):
     tasks = [
         {"task_id": i, "text": f"T{i}", "code": f"c{i}", "test_list": [f"assert {i}"]}
