@@ -8,6 +8,7 @@ right or is not found, and nothing has to be deleted for safety.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -28,8 +29,8 @@ from dylora.data.tokenize import SetReport, SplitReport, TokenizedSet
 from dylora.data_config import DataConfig, SourceConfig
 from dylora.storage.manifest import hash_file
 
-CACHE_VERSION = 1  # of the layout, and of what rows become
-COMMIT = 40  # hex digits of a commit of the hub, at which a set never changes
+CACHE_VERSION = 2  # of the layout, and of what rows become
+COMMIT = re.compile(r"[0-9a-f]{40}")  # of the hub, at which a set never changes
 
 
 class LoadedSource(NamedTuple):
@@ -76,24 +77,27 @@ def cached_source(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(file, loaded)
-    except OSError as error:
-        raise ValueError(f"data.cache: {file} cannot be written: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"data.cache: {file} cannot be written: {why}") from error
     return loaded
 
 
 def _data_of(source: SourceConfig) -> list[str] | None:
     """Hashes of the data that a source reads; None where they are not known beforehand, or the rows
     are generated."""
+    if source.name.startswith("skill/"):
+        return None
+    on_hub = source.path is None or find_files(source.path) is None
+    if on_hub and not COMMIT.fullmatch(source.revision or ""):
+        return None
     hashes: list[str] = []
-    for path in (source.path, source.validation_path):
-        files = None if path is None else find_files(path)
-        if path is not None and files is None and len(source.revision or "") != COMMIT:
-            return None
-        for file in files or []:
+    for path in filter(None, (source.path, source.validation_path)):
+        for file in find_files(path) or []:
             parts = sorted(file.rglob("*")) if file.is_dir() else [file]
             for part in filter(Path.is_file, parts):
                 hashes += [str(part), hash_file(part)]
-    return hashes if hashes or source.path is not None else None
+    return hashes
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dylora.storage.manifest import (
     MANIFEST,
     NOTES,
@@ -192,7 +194,10 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _fill(temporary: Path, write_files: Callable[[Path], None]) -> None:
-    """Let `write_files` fill a folder that is whole and on the disk afterwards, or is not there."""
+    """Let `write_files` fill a folder that is whole and on the disk afterwards, or is not there.
+
+    Raises OSError where it cannot be written, for which safetensors has an error of its own.
+    """
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
@@ -201,8 +206,10 @@ def _fill(temporary: Path, write_files: Callable[[Path], None]) -> None:
         write_manifest(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full stays full otherwise
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{temporary} could not be written: {error}") from error
         raise
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from safetensors import SafetensorError
 
 from dylora.data import prepare
 from dylora.data.prepare import load_data
@@ -107,7 +108,10 @@ def test_only_what_cannot_change_is_kept(config, tokenizer, tmp_path, monkeypatc
         (SourceConfig(name="skill/sql", rows=4), 0),
         (SourceConfig(name="hub", path="a/b"), 0),
         (SourceConfig(name="hub", path="a/b", revision="main"), 0),
+        (SourceConfig(name="code_alpaca"), 0),
+        (SourceConfig(name="code_alpaca", revision="main"), 0),
         (SourceConfig(name="hub", path="a/b", revision="0" * 40), 1),
+        (SourceConfig(name="code_alpaca", revision="0" * 40), 2),
     ):
         wider = dataclasses.replace(config, sources=[source], max_length=512)
         load_data(wider, tokenizer, eval_subset=2)
@@ -117,4 +121,13 @@ def test_only_what_cannot_change_is_kept(config, tokenizer, tmp_path, monkeypatc
 def test_a_folder_that_cannot_be_written_is_one_clear_error(config, tokenizer, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match=r"data\.cache: .* cannot be written: "):
+        load_data(config, tokenizer)
+
+
+def test_a_full_disk_is_one_clear_error(config, tokenizer, monkeypatch):
+    def full(tensors, file):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("dylora.data.cache.save_file", full)
+    with pytest.raises(ValueError, match=r"data\.cache: .* cannot be written: .*No space left"):
         load_data(config, tokenizer)

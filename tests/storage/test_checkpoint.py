@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dylora import DyLoRA_MoE, ExpertMaturity, MoELoraConfig
@@ -74,6 +75,15 @@ def test_nothing_lies_beside_a_written_folder(tmp_path):
     write_folder(tmp_path / "new", write_text("one"))
     write_folder(tmp_path / "new", write_text("two"))
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_full_disk_is_an_os_error_also_where_safetensors_meets_it(tmp_path):
+    def write(folder):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match=r"could not be written: .*No space left"):
+        write_folder(tmp_path / "new", write)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_parents_are_made(tmp_path):
