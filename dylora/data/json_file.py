@@ -17,6 +17,23 @@ from dylora.storage.safe_io import distinct
 MAX_ARRAY = 256 << 20  # bytes of a .json file that is one array: it is read whole
 
 
+class Number(float):
+    """A number with a point or an exponent; its text is how the file writes it (1.50, 1e3)."""
+
+    written: str
+
+    def __new__(cls, written: str) -> "Number":
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+    def __str__(self) -> str:
+        return self.written
+
+
+_AS_WRITTEN: Any = {"object_pairs_hook": distinct, "parse_float": Number}
+
+
 def read_json_file(file: Path, columns: Columns) -> Iterator[Record]:
     """A .json file may be an array, or hold an object a line as a .jsonl file does."""
     is_array = False
@@ -51,7 +68,7 @@ def _line_values(file: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8-sig"), object_pairs_hook=distinct)
+                yield number, json.loads(line.decode("utf-8-sig"), **_AS_WRITTEN)
             except UnicodeDecodeError as error:
                 yield number, BadRecord(f"not UTF-8 at byte {error.start + 1}")
             except json.JSONDecodeError as error:
@@ -74,7 +91,7 @@ def _array_values(file: Path) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{file}:{line}: not UTF-8; the file cannot be read") from error
-    decoder = json.JSONDecoder(object_pairs_hook=distinct)
+    decoder = json.JSONDecoder(**_AS_WRITTEN)
     space = re.compile(r"\s*")
 
     def after_space(start: int) -> int:

@@ -106,7 +106,7 @@ def _file_records(
     for file in files:
         reader = _reader(file)
         if reader is None:
-            yield from read_saved_folder(file, columns, splits[0] if splits else None)
+            yield from read_saved_folder(file, columns, splits)
         else:
             yield from reader(file, columns)
 

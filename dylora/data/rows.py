@@ -4,6 +4,7 @@ Raises BadRecord, with the reason, for a record that is no row.
 """
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -170,7 +171,7 @@ def _chat_to_row(fields: dict[str, Any], *, column: str) -> Row:
     try:
         chat = json.dumps({"messages": turns, "tools": tools or None}, ensure_ascii=False)
         chat.encode()
-    except (UnicodeEncodeError, TypeError, ValueError):
+    except (UnicodeEncodeError, TypeError, ValueError, RecursionError):
         raise BadRecord("its messages hold what is no text and no JSON") from None
     before = "\n".join(turn["content"] for turn in turns[: answers[0]])
     after = [turn["content"] or shown(turn.get("tool_calls", "")) for turn in turns]
@@ -182,17 +183,19 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadRecord(f"message {index + 1} is of type {type(message).__name__}, not an object")
     turn = {key: value for key, value in message.items() if value is not None}
-    role = turn.pop("from", None) or turn.pop("role", None)
+    sender, role = turn.pop("from", None), turn.pop("role", None)
+    role = sender or role
     role = _ROLES.get(role, role) if isinstance(role, str) else role
     if role not in _ROLE_NAMES:
         known = nearest(str(role), [*_ROLES, *_ROLE_NAMES])
         raise BadRecord(f"message {index + 1} has the role {shown(role)}{known}")
-    content = turn.pop("value", None) if "value" in turn else turn.pop("content", "")
+    value, content = turn.pop("value", None), turn.pop("content", "")
+    content = content if value is None else value
     if isinstance(content, list):  # parts, as of messages with images
-        kinds = {part.get("type") if isinstance(part, dict) else None for part in content}
-        if kinds - {"text"}:
+        texts = [_text_part(part) for part in content]
+        if None in texts:
             raise BadRecord(f"message {index + 1} has parts that are no text")
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(filter(None, texts))
     if not isinstance(content, str):
         raise BadRecord(f"message {index + 1} is of type {type(content).__name__}, not text")
     if not content.strip() and not turn.get("tool_calls"):
@@ -200,10 +203,21 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     return {"role": role, "content": content.replace("\r\n", "\n"), **turn}
 
 
+def _text_part(part: Any) -> str | None:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        return None
+    text = part.get("text", "")
+    return text if isinstance(text, str) else None
+
+
 def _answer(fields: dict[str, Any], column: str) -> str:
-    """Text, or a number as it is written."""
+    """Text, or a number as it is written (`json_file.Number`)."""
     value = fields.get(column)
-    return str(value) if type(value) in (int, float) else _text(fields, column)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRecord(f"{column!r} is {value}, which is no number")
+    if type(value) is int or isinstance(value, float):
+        return str(value)
+    return _text(fields, column)
 
 
 def _text(fields: dict[str, Any], column: str) -> str:

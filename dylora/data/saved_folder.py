@@ -4,7 +4,7 @@ Whatever is packed, and would unfold before its size could be told, is refused: 
 nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +21,35 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 
 def is_saved(folder: Path) -> bool:
     """Whether save_to_disk has written this folder."""
-    return (folder / STATE).is_file() or (folder / SPLITS).is_file()
+    return (folder / STATE).is_file() or has_splits(folder)
 
 
-def read_saved_folder(folder: Path, columns: Columns, split: str | None) -> Iterator[Record]:
-    """split: of a folder with several; none: train. Raises ValueError for what cannot be read."""
-    if (folder / SPLITS).is_file():
-        names = read_json(folder / SPLITS).get("splits")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{folder / SPLITS}: splits is {shown(names)}, not a list of names")
-        wanted = split or "train"
-        if wanted not in names:
-            raise ValueError(f"{folder} has no split {wanted!r}{nearest(wanted, names)}")
-        folder = folder / wanted
-    elif split is not None:
-        raise ValueError(f"{folder} is one split, so hub_split {split!r} means nothing; remove it")
+def has_splits(folder: Path) -> bool:
+    """Whether it holds splits by name, and not one set alone."""
+    return (folder / SPLITS).is_file()
+
+
+def read_saved_folder(
+    folder: Path, columns: Columns, splits: Sequence[str] | None
+) -> Iterator[Record]:
+    """splits: of a folder with several, those that are wanted, as far as they are there; none:
+    train. Raises ValueError for what cannot be read."""
+    if not has_splits(folder):
+        yield from _read_split(folder, columns)
+        return
+    names = read_json(folder / SPLITS).get("splits")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{folder / SPLITS}: splits is {shown(names)}, not a list of names")
+    splits = ("train",) if splits is None else splits
+    if not set(splits) & set(names):
+        known = nearest(splits[0], names)
+        raise ValueError(f"{folder} has no split {' or '.join(map(repr, splits))}{known}")
+    for split in splits:
+        if split in names:
+            yield from _read_split(folder / split, columns)
+
+
+def _read_split(folder: Path, columns: Columns) -> Iterator[Record]:
     state = read_json(folder / STATE)
     files = state.get("_data_files")
     if not isinstance(files, list) or state.get("_indices_data_files"):

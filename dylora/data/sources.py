@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dylora.data.readers import find_files, read_records
 from dylora.data.record import BadRecord, Columns, Record, RowCounts
 from dylora.data.rows import Row, choose_reader, columns_to_row, mbpp_to_row, row_content
-from dylora.data.saved_folder import is_saved
+from dylora.data.saved_folder import has_splits
 from dylora.data.splits import (
     MBPP_PUBLISHED,
     content_hash,
@@ -166,8 +166,8 @@ def _columns_plan(source: SourceConfig, seed: int) -> _Plan:
         )
     files = find_files(source.path)
     if files is not None:
-        saved = any(map(is_saved, files))
-        _reject(source, "hub_config", *(() if saved else ("hub_split",)))
+        named = any(map(has_splits, files))
+        _reject(source, "hub_config", *(() if named else ("hub_split",)))
 
     def records(columns: Columns) -> Iterator[Record]:
         splits = None if source.hub_split is None else (source.hub_split,)
@@ -181,7 +181,11 @@ def _columns_plan(source: SourceConfig, seed: int) -> _Plan:
             streaming=source.stream_rows is not None,
         )
 
-    found = {key for record in islice(records(Columns()), LOOKED_AT) for key in record.fields}
+    first = list(islice(records(Columns()), LOOKED_AT))
+    found = {key for record in first for key in record.fields}
+    if not found and not any(getattr(source, name) for name in COLUMNS):
+        problems = [f"{record.location}: {record.problem}" for record in first]
+        _refuse_all(source.name, f"{len(first)} read, none as a row with columns", problems)
     reader = choose_reader(source, found)
     held_out = None
     if source.validation_path is not None:
@@ -270,16 +274,20 @@ class _Collection:
         if self.pending:
             self.chunks.append(Dataset.from_list(self.pending))
         if not self.chunks:
-            raise ValueError(
-                f"source {name!r} has no usable row: {self.read} read, {self.malformed} malformed, "
-                f"{self.empty} empty" + "".join(f"\n  {problem}" for problem in self.problems[:3])
-            )
+            counts = f"{self.read} read, {self.malformed} malformed, {self.empty} empty"
+            _refuse_all(name, counts, self.problems)
         return concatenate_datasets(self.chunks), self.counts
 
     @property
     def counts(self) -> RowCounts:
         lost = (self.empty, self.malformed, self.duplicates)
         return RowCounts(self.read, *lost, tuple(self.problems))
+
+
+def _refuse_all(name: str, counts: str, problems: list[str]) -> NoReturn:
+    """Raises ValueError for a source without a row."""
+    told = "".join(f"\n  {problem}" for problem in problems[:3])
+    raise ValueError(f"source {name!r} has no usable row: {counts}{told}")
 
 
 def _skill_records(skill: str, wanted: dict[str, int], seed: int) -> Iterator[Record]:

@@ -108,8 +108,28 @@ def test_a_split_of_a_saved_folder_is_named(tmp_path):
     assert read_source(source(folder, hub_split="test")).counts.read == 3
     with pytest.raises(ValueError, match="no split 'tets'; did you mean 'test'"):
         read_source(source(folder, hub_split="tets"))
-    with pytest.raises(ValueError, match="hub_split 'test' means nothing"):
+    with pytest.raises(ValueError, match="hub_split does not apply to it; leave it out"):
         read_source(source(saved(tmp_path / "one"), hub_split="test"))
+
+
+def test_every_split_of_a_saved_mbpp_is_read(tmp_path):
+    from datasets import Dataset, DatasetDict, concatenate_datasets
+
+    def tasks(ids):
+        more = {"text": "Add.", "code": "x", "test_list": ["assert x"]}
+        return Dataset.from_list([{"task_id": n, **more, "text": f"Add {n}."} for n in ids])
+
+    splits = {"train": tasks(range(601, 605)), "validation": tasks(range(511, 514))}
+    splits["test"] = tasks(range(11, 13))
+    DatasetDict(splits).save_to_disk(tmp_path / "sets")
+    concatenate_datasets(list(splits.values())).save_to_disk(tmp_path / "one")
+    for name in ("sets", "one"):
+        read = read_source(SourceConfig(name="mbpp", path=str(tmp_path / name)))
+        assert read.counts.read == len(read.rows) == 9
+        assert {name: len(rows) for name, rows in read.splits.items()} == {
+            "train": 4,
+            "validation": 3,
+        }
 
 
 def test_a_hub_set_is_asked_for_its_configuration_and_split(monkeypatch):
@@ -177,6 +197,7 @@ def test_numbers_are_text_in_answers_alone(tmp_path):
     rows = [
         {"question": "a", "answer": 4},
         {"question": "b", "answer": 0.5},
+        {"question": "e", "answer": float("nan")},
         {"question": "c", "answer": True},
         {"question": 5, "answer": "d"},
     ]
@@ -184,9 +205,34 @@ def test_numbers_are_text_in_answers_alone(tmp_path):
     read = read_source(source(tmp_path / "r.jsonl"))
     assert list(read.rows["output"]) == ["4", "0.5"]
     assert [p.partition(": ")[2] for p in read.counts.problems] == [
+        "'answer' is nan, which is no number",
         "'answer' is of type bool, not text",
         "'question' is of type int, not text",
     ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_number_is_taken_as_the_file_writes_it(kind, tmp_path):
+    written = ["1.50", "1e3", "-0.0", "0.10", "12", "1E-2", "0.1000000000000000055511151231257827"]
+    rows = [f'{{"question": "q{n}", "answer": {number}}}' for n, number in enumerate(written)]
+    text = "\n".join(rows) if kind == "jsonl" else f"[{', '.join(rows)}]"
+    (tmp_path / f"r.{kind}").write_text(text)
+    assert list(read_source(source(tmp_path / f"r.{kind}")).rows["output"]) == written
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('{"question": "a"}\n'.encode("utf-16"), r"r\.jsonl:1: not UTF-8 at byte 1"),
+        (b'{\n  "question": "a"\n}\n', r"r\.jsonl:1: not JSON: Expecting property name"),
+        (b"", "no usable row: 0 read"),
+        (b"[1]\n", r"r\.jsonl:1: of type list, not an object"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why_and_not_that_it_lacks_columns(content, why, tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=why):
+        read_source(source(tmp_path / "r.jsonl"))
 
 
 # Columns

@@ -292,12 +292,27 @@ def test_chats_that_cannot_be_used_are_told_with_file_and_line(tmp_path, chat_to
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts that are no"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": " "}]}, "message 2 is empty"),
         ({"messages": [3]}, "message 1 is of type int"),
+        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "parts that are no"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, "parts that"),
+        ({"messages": [{"role": "user", "content": 7}, TURNS[1]]}, "message 1 is of type int"),
     ]
     data = data_of(tmp_path, chat_tokens, [*good, *(row for row, _ in bad)], "chatml")
     problems = data.reports[0].counts.problems
     for number, (problem, (_, why)) in enumerate(zip(problems, bad, strict=True), 7):
         assert problem.startswith(f"{tmp_path / 'r.jsonl'}:{number}: ")
         assert why in problem
+
+
+def test_a_message_in_both_spellings_is_the_one_that_was_checked(tmp_path, chat_tokens):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"from": "gpt", "value": f"{n}"}]}
+        for n in range(6)
+    ]
+    plain = data_of(tmp_path, chat_tokens, rows, "chatml")
+    for row in rows:
+        row["messages"][1] |= {"content": 7, "role": ["bot"]}
+    both = data_of(tmp_path, chat_tokens, rows, "chatml")
+    assert all_of(both) == all_of(plain)
 
 
 def test_rows_that_the_template_refuses_are_counted_with_file_and_line(tmp_path, chat_tokens):
