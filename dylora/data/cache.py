@@ -47,10 +47,12 @@ def cached_source(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    subsets: tuple[int | float | None, int | None],
+    decides: tuple[int | float | None, ...],
     load: Callable[[], LoadedSource],
 ) -> LoadedSource:
     """What `load` gives, from the cache where it is there, else into it.
+
+    decides: what else decides which rows are taken.
 
     Kept are sets of files, and of the hub at a commit. Raises ValueError where the folder cannot be
     written.
@@ -62,7 +64,7 @@ def cached_source(
         "source": {key: value for key, value in asdict(source).items() if key != "weight"},
         "data": {key: getattr(config, key) for key in ("max_length", "over_long", "seed")},
         "train_on_inputs": config.train_on_inputs,
-        "subsets": subsets,
+        "subsets": decides,
         "template": template,
         "tokenizer": _tokenizer_hash(tokenizer),
         "versions": [CACHE_VERSION, *map(_version, ("dylora", "transformers", "tokenizers"))],

@@ -36,11 +36,13 @@ def load_data(
     *,
     training_subset: int | float | None = None,
     eval_subset: int | None = None,
+    needs_prompt: bool = False,
 ) -> PreparedData:
     """Reads, splits and tokenises every source; the same config gives the same data.
 
     `training_subset` and `eval_subset` take that many examples of each set (a float: that share of
-    its rows), drawn with the seed; a smaller subset is part of a larger one.
+    its rows), drawn with the seed; a smaller subset is part of a larger one. needs_prompt: refuse
+    rows, but no texts, with nothing before their first answer.
     Raises ValueError where a source cannot be used or a split of it ends up without an example.
     """
     if not config.sources:
@@ -54,8 +56,9 @@ def load_data(
         if source.stream_rows is not None:
             loaded = _load_stream(source, config, template, subsets)
         else:
-            load = partial(_load, source, config, template, subsets)
-            loaded = cached_source(source, config, tokenizer, template.text, subsets, load)
+            load = partial(_load, source, config, template, subsets, needs_prompt)
+            decides = (*subsets, needs_prompt)
+            loaded = cached_source(source, config, tokenizer, template.text, decides, load)
         data.train.append(loaded.train)
         data.validation.append(loaded.validation)
         data.reports.append(loaded.report)
@@ -76,10 +79,11 @@ def _load(
     config: DataConfig,
     template: Template,
     subsets: tuple[int | float | None, int | None],
+    needs_prompt: bool,
 ) -> LoadedSource:
     read = read_source(source, seed=config.seed, skill_validation_rows=subsets[1])
     train, validation = (
-        _tokenize(read, split, subset, source.name, template, config)
+        _tokenize(read, split, subset, source.name, template, config, needs_prompt)
         for split, subset in zip(("train", "validation"), subsets, strict=True)
     )
     splits = {"train": train.report, "validation": validation.report}
@@ -124,6 +128,7 @@ def _tokenize(
     name: str,
     template: Template,
     config: DataConfig,
+    needs_prompt: bool = False,
 ) -> TokenizedSplit:
     indices = read.splits[split]
     rows = len(indices)
@@ -140,6 +145,7 @@ def _tokenize(
         read.format,
         config=config,
         wanted=wanted,
+        needs_prompt=needs_prompt,
     )
     tokenized = tokenized._replace(report=tokenized.report._replace(rows=rows))
     if len(tokenized.examples) == 0:

@@ -7,7 +7,7 @@ ends it; of a plain text everything.
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class SplitReport(NamedTuple):
     dropped: int  # over-long, or with a prompt that leaves no room for an answer
     tokens: int  # of the examples, BOS and EOS included
     target_tokens: int  # those that are trained on
-    refused: int = 0  # by the template
+    refused: int = 0  # by the template, or without the prompt that is needed
     problems: tuple[str, ...] = ()  # `file:line: why` of the first that were dropped or refused
 
 
@@ -62,7 +62,7 @@ class SetReport(NamedTuple):
         parts += [
             f"{split} {report.kept} of {report.rows} ({report.truncated} truncated, "
             f"{report.dropped} dropped as over-long, "
-            + (f"{report.refused} refused by the template, " if report.refused else "")
+            + (f"{report.refused} refused, " if report.refused else "")
             + f"{report.target_tokens} target tokens)"
             for split, report in self.splits.items()
         ]
@@ -169,14 +169,17 @@ def tokenize_rows(
     *,
     config: DataConfig,
     wanted: int | None = None,
+    needs_prompt: bool = False,
 ) -> TokenizedSplit:
     """Fills `examples` from the rows (columns as in rows.Row), until there are `wanted` ones.
 
     config: its max_length, over_long and train_on_inputs are used.
+    needs_prompt: refuse a row, but no text, with nothing besides BOS before its first answer.
     """
     limit = len(rows) if wanted is None and format != "text" else wanted
     step = ENCODED_AT_ONCE if limit is None else min(max(limit, 1), ENCODED_AT_ONCE)
     filler = _Filler(examples, config, limit)
+    bos: Any = template.tokenizer.bos_token_id
     for start in range(0, len(rows), step):
         batch: dict[str, list[str]] = rows[start : start + step]
         chunk = [
@@ -185,7 +188,8 @@ def tokenize_rows(
         if format == "text":
             filler.add_texts(chunk, template)
         else:
-            filler.add_rows(chunk, encode_rows(chunk, format, template))
+            encoded = encode_rows(chunk, format, template)
+            filler.add_rows(chunk, _with_prompts(encoded, bos) if needs_prompt else encoded)
         if filler.is_full:
             break
     return filler.close(len(rows))
@@ -206,6 +210,15 @@ def encode_rows(
             answer = {"role": "assistant", "content": row.output}
             chats.append(Chat([*asked.messages, answer]))
     return template.examples(chats)
+
+
+def _with_prompts(encoded: list[Parts | BadRecord], bos: int | None) -> list[Parts | BadRecord]:
+    """The rows, those refused that have nothing but BOS before their first answer."""
+    problem = BadRecord("nothing comes before its first answer, and routing is by the prompt")
+    return [
+        problem if not isinstance(row, BadRecord) and row[0] in ([], [bos]) else row
+        for row in encoded
+    ]
 
 
 def _encode_completions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Parts]:

@@ -214,6 +214,7 @@ def load_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
         tokenizer,
         training_subset=config.train.subset,
         eval_subset=config.eval.eval_subset,
+        needs_prompt=config.moe.routes_prompts,
     )
     for examples in (*data.train, *data.validation):
         if config.moe.routes_prompts and examples[0]["labels"][0] >= 0:

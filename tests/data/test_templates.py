@@ -320,8 +320,29 @@ def test_rows_that_the_template_refuses_are_counted_with_file_and_line(tmp_path,
     rows += [{"messages": [*CALLS[:2]]}]
     data = data_of(tmp_path, chat_tokens, rows, "chatml")
     described = data.reports[0].describe()
-    assert "1 refused by the template" in described
+    assert "1 refused" in described
     assert f"{tmp_path / 'r.jsonl'}:9: the template chatml has no place for tool_calls" in described
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_a_row_that_begins_with_an_answer_is_refused_where_prompts_route(
+    template, tmp_path, chat_tokens
+):
+    begins = {"from": "gpt", "value": "Hello."}
+    rows = [
+        {"conversations": [{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": f"{n}"}]}
+        for n in range(8)
+    ]
+    rows[4]["conversations"].insert(0, begins)
+    data_of(tmp_path, chat_tokens, rows, template)
+    source = SourceConfig(name="own", path=str(tmp_path / "r.jsonl"), split="50/50")
+    config = DataConfig(sources=[source], template=template, cache=str(tmp_path / "cache"))
+    assert len(all_of(load_data(config, chat_tokens))) == 8
+    data = load_data(config, chat_tokens, needs_prompt=True)
+    assert [row["labels"][1] for row in all_of(data)] == [-100] * 7
+    described = data.reports[0].describe()
+    assert "1 refused" in described
+    assert f"{tmp_path / 'r.jsonl'}:5: nothing comes before its first answer" in described
 
 
 def test_train_on_inputs_trains_on_everything(tmp_path, chat_tokens):

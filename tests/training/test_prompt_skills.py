@@ -1,6 +1,7 @@
 """A joint run whose sources are routed by their prompts."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def test_every_source_trains_an_expert_of_its_own_beside_the_shared_one(joint):
     assert [row.skill for row in run.model.experts.table] == [None, "skill/lists", "skill/sql"]
     for _, parameter in run.model.named_expert_parameters():
         assert parameter.abs().sum() > 0
+
+
+def test_a_conversation_that_begins_with_an_answer_is_left_out_and_told(joint, tmp_path, capsys):
+    file = tmp_path / "chats.jsonl"
+    asked = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "It."}]
+    chats = [[{**asked[0], "value": f"What is {n}?"}, asked[1]] for n in range(60)]
+    chats[17].reverse()
+    file.write_text("".join(json.dumps({"conversations": chat}) + "\n" for chat in chats))
+    config = joint(rows=40)
+    chats_source = SourceConfig(name="chats", path=str(file), split="50/50")
+    sources = [config.data.sources[0], chats_source]
+    data = dataclasses.replace(config.data, sources=sources, template="plain")
+    train(dataclasses.replace(config, data=data))
+    assert f"{file}:18: nothing comes before its first answer" in capsys.readouterr().out
 
 
 @pytest.mark.slow
