@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dylora.cli.options import AnswerOptions, SpeakerOptions
-from dylora.fields import option
+from dylora.cli.options import AnswerOptions, SpeakerOptions, check_out
+from dylora.fields import option, shown
 
 if TYPE_CHECKING:
+    from dylora.data.record import Record
     from dylora.serving.answering import Row, Sampling
     from dylora.serving.engine import Speaker
+
+WINDOW = 16  # batches of answers that a kill loses, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +25,10 @@ class GenerateOptions(AnswerOptions, SpeakerOptions):
     prompt: str | None = None
     """The instruction, or the text itself."""
     prompts: str | None = option(None, metavar="FILE")
-    """Instead of it a file: .jsonl with prompt, with instruction and maybe input, or with messages;
-    else a prompt a line."""
+    """Instead of it a file: rows (.jsonl, .json, .csv, .tsv, .parquet) with prompt, with instruction
+    and maybe input, or with messages; else a prompt a line."""
     out: str | None = option(None, metavar="FILE")
-    """With --prompts: the .jsonl that gets a line for each, in their order."""
+    """With --prompts: the .jsonl that gets a line for each, in their order, as they are answered."""
     batch_size: int = option(8, least=1)
     """With --prompts: prompts that are answered together."""
     raw: bool = False
@@ -44,44 +47,76 @@ class GenerateOptions(AnswerOptions, SpeakerOptions):
 
 def run(options: GenerateOptions, overrides: list[str]) -> None:
     """Print what the mixture answers, or write it."""
-    asked = None if options.prompts is None else list(read_prompts(Path(options.prompts)))
+    asked = [{"prompt": options.prompt}]
+    if options.prompts is not None:
+        asked = list(read_prompts(Path(options.prompts), raw=options.raw))
     if options.out is not None and Path(options.out).exists():
         raise FileExistsError(f"{options.out} exists: give another --out, or remove it")
+    check_out(options.out)
     speaker = options.speaker()
-    sampling = options.sampling()
-    if asked is not None:
-        _answer_file(speaker, asked, sampling, options)
+    rows = _rows(speaker, asked, options.sampling(), raw=options.raw)
+    if options.out is not None:
+        _answer_file(speaker, asked, rows, Path(options.out), options.batch_size)
         return
-    (row,) = _rows(speaker, [{"prompt": options.prompt}], sampling, raw=options.raw)
-    speaker.answer([row])
-    print(row.text)
-    _tell_routing(speaker, row, show=options.show_routing)
+    speaker.answer(rows)
+    print(rows[0].text)
+    _tell_routing(speaker, rows[0], show=options.show_routing)
 
 
-def read_prompts(file: Path) -> Iterator[dict[str, Any]]:
-    """Each with prompt and maybe input, or with messages.
+def read_prompts(file: Path, *, raw: bool = False) -> Iterator[dict[str, Any]]:
+    """Each with prompt and maybe input, or with messages; raw: without a template for these.
 
-    Raises ValueError naming file and line.
+    Raises ValueError naming file and line, FileNotFoundError where there is no such file.
     """
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            yield {"prompt": line}
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: not valid JSON ({error})") from None
-        keys = found.keys() if isinstance(found, dict) else ()
-        if "instruction" in keys:
-            yield {"prompt": str(found["instruction"]), "input": str(found.get("input") or "")}
-        elif "messages" in keys:
-            yield {"messages": found["messages"]}
-        elif isinstance(found, dict) and isinstance(found.get("prompt"), str):
-            yield {"prompt": found["prompt"]}
+    from dylora.data.readers import READERS, read_records
+    from dylora.data.record import Columns
+    from dylora.data.text_file import read_text_file
+    from dylora.data.unpacked import plain_name
+    from dylora.storage.safe_io import open_regular
+
+    open_regular(file).close()  # no folder, and no set of the hub
+    ending = Path(plain_name(file)).suffix
+    has_rows = ending in READERS and READERS[ending] is not read_text_file
+    read = read_records(str(file), columns=None) if has_rows else read_text_file(file, Columns())
+    for record in read:
+        if record.problem:
+            raise ValueError(f"{record.location}: {record.problem}")
+        if has_rows:
+            yield _asked(record, raw=raw)
         else:
-            raise ValueError(f"{file}:{number}: has neither prompt, instruction nor messages")
+            lines = (line.rstrip("\r") for line in record.fields["text"].split("\n"))
+            yield from ({"prompt": line} for line in lines if line.strip())
+
+
+def _asked(record: "Record", *, raw: bool) -> dict[str, Any]:
+    """What a row asks. Raises ValueError naming file and line."""
+    from dylora.serving.engine import check_messages
+
+    fields = {key: value for key, value in record.fields.items() if value is not None}
+    try:
+        if "instruction" in fields:
+            asked = {"prompt": fields["instruction"], "input": fields.get("input", "")}
+        elif "messages" in fields:
+            check_messages(fields["messages"])
+            asked = {"messages": fields["messages"]}
+        elif "prompt" in fields:
+            asked = {"prompt": fields["prompt"]}
+        else:
+            raise ValueError("has neither prompt, instruction nor messages")
+        for key in asked.keys() - {"messages"}:
+            if not isinstance(asked[key], str):
+                what = "instruction" if "instruction" in fields and key == "prompt" else key
+                raise ValueError(f"{what} is {shown(asked[key])}, but must be a text")
+        if raw and ("messages" in asked or asked.get("input")):
+            what = "messages" if "messages" in asked else "input"
+            raise ValueError(f"has {what}, which only a template takes: leave out --raw")
+        try:
+            json.dumps(asked, ensure_ascii=False).encode()
+        except (TypeError, ValueError):
+            raise ValueError("holds what is no text and no JSON") from None
+    except ValueError as error:
+        raise ValueError(f"{record.location}: {error}") from None
+    return asked
 
 
 def _rows(
@@ -107,26 +142,32 @@ def _rows(
 
 
 def _answer_file(
-    speaker: "Speaker", asked: list[dict[str, Any]], sampling: "Sampling", options: GenerateOptions
+    speaker: "Speaker", asked: list[dict[str, Any]], rows: "list[Row]", out: Path, batch_size: int
 ) -> None:
-    """A line of JSON for each prompt, in their order; prompts of similar length share a batch."""
+    """A line of JSON for each prompt, in their order, written as they are answered.
+
+    Prompts of similar length share a batch, among the next WINDOW batches.
+    """
     from tqdm import tqdm
 
-    from dylora.storage.folders import write_file
-
-    assert options.out is not None
-    rows = _rows(speaker, asked, sampling, raw=options.raw)
-    order = sorted(rows, key=lambda row: len(row.prompt))
-    for begin in tqdm(range(0, len(order), options.batch_size), unit="batch", disable=None):
-        speaker.answer(order[begin : begin + options.batch_size])
-    told = [
-        {**one, "text": row.text, "finish_reason": row.finish}
-        for one, row in zip(asked, rows, strict=True)
-    ]
-    write_file(
-        Path(options.out), "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in told)
-    )
-    print(f"wrote {len(told)} answers to {options.out}")
+    size, written = WINDOW * batch_size, 0
+    with out.open("x", encoding="utf-8") as stream, tqdm(total=len(rows), disable=None) as bar:
+        try:
+            for begin in range(0, len(rows), size):
+                window = rows[begin : begin + size]
+                order = sorted(window, key=lambda row: len(row.prompt))
+                for first in range(0, len(order), batch_size):
+                    speaker.answer(batch := order[first : first + batch_size])
+                    bar.update(len(batch))
+                for one, row in zip(asked[begin:], window, strict=False):
+                    told = {**one, "text": row.text, "finish_reason": row.finish}
+                    stream.write(json.dumps(told, ensure_ascii=False) + "\n")
+                stream.flush()
+                written += len(window)
+        finally:
+            bar.close()
+            whole = "" if written == len(rows) else f" of {len(rows)}"
+            print(f"wrote {written}{whole} answers to {out}")
 
 
 def _tell_routing(speaker: "Speaker", row: "Row", *, show: bool) -> None:

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -163,6 +164,12 @@ class SpeakerOptions(RoutingOptions, BaseOptions, DeviceOptions, CheckpointOptio
             routing=self.routing(),
             template=self.template,
         )
+
+
+def check_out(out: str | None) -> None:
+    """Raises ValueError unless the file that a command will write can be in its folder."""
+    if out is not None and (not Path(out).parent.is_dir() or Path(out).is_dir()):
+        raise ValueError(f"--out is {out!r}, but must be a file in a folder that exists")
 
 
 def read_options(cls: type[T], tokens: Sequence[str]) -> tuple[T, list[str]]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dylora.cli.options import check_out
 from dylora.fields import option
 
 
@@ -23,6 +24,7 @@ def run(options: ReportOptions, overrides: list[str]) -> None:
     from dylora.evaluation.page.page import PAGE, write_page
 
     folders = [Path(folder) for folder in options.runs]
+    check_out(options.out)
     if options.prompt:
         add_prompts(folders, options.prompt)
     out = folders[0] / PAGE if len(folders) == 1 else Path("comparison.html")

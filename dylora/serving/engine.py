@@ -76,11 +76,7 @@ class Speaker:
         Raises ValueError for a role that is not known, for one that ends with an answer, and for
         what the template refuses.
         """
-        for message in messages:
-            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-                raise ValueError(f"a message needs a text and one of the roles {', '.join(ROLES)}")
-        if not messages or messages[-1].get("role") != "user":
-            raise ValueError("the last message must be of the role user")
+        check_messages(messages)
         chat = Chat([dict(message) for message in messages])
         with self._encoding:
             return self.template.prompts([chat])[0]
@@ -98,6 +94,17 @@ class Speaker:
     def answer(self, rows: Sequence[Row]) -> None:
         """Fill the rows, in one batch; see `dylora.serving.answering.answer`."""
         answer(self.model, self.tokenizer, rows, self.ends)
+
+
+def check_messages(messages: Any) -> None:
+    """Raises ValueError for what is no conversation that ends with what is to be answered."""
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        raise ValueError("messages must be a list of objects with role and content")
+    for message in messages:
+        if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+            raise ValueError(f"a message needs a text and one of the roles {', '.join(ROLES)}")
+    if not messages or messages[-1].get("role") != "user":
+        raise ValueError("the last message must be of the role user")
 
 
 class Busy(Exception):

@@ -86,3 +86,8 @@ def test_a_long_word_of_the_command_line_gives_a_short_error(capsys, where):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert len(err) <= 1010
+
+
+def test_a_report_without_a_folder_to_write_into_is_refused_before_prompts_are_answered(refusal):
+    said = refusal("report", "run", "--prompt", "x", "--out", "nowhere/page.html")
+    assert said == "--out is 'nowhere/page.html', but must be a file in a folder that exists"

@@ -1,5 +1,6 @@
 """`dylora chat` and `dylora generate`, as a person and a script use them."""
 
+import gzip
 import io
 import json
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dylora import SkillLibrary
 from dylora.cli.chat import experts_line, talk
+from dylora.cli.generate import read_prompts
 from dylora.cli.main import main
 from dylora.data.templates import load_template
 from dylora.serving.answering import Row, Sampling
@@ -190,8 +192,18 @@ def test_a_file_of_prompts_is_answered_line_by_line_in_its_order(folder, tmp_pat
     ("line", "told"),
     [
         ('{"question": "x"}', "p.jsonl:2: has neither prompt, instruction nor messages"),
-        ("{", "p.jsonl:2: not valid JSON"),
-        ('{"messages": []}', "prompt 2: the last message must be of the role user"),
+        ('{"instruction": null}', "p.jsonl:2: has neither prompt, instruction nor messages"),
+        ("{", "p.jsonl:2: not JSON"),
+        ('{"prompt": "x", "prompt": "y"}', "p.jsonl:2: not JSON: the key 'prompt' stands twice"),
+        ('["hi"]', "p.jsonl:2: of type list, not an object"),
+        ("null", "p.jsonl:2: of type NoneType, not an object"),
+        ('{"prompt": 3}', "p.jsonl:2: prompt is 3, but must be a text"),
+        ('{"instruction": ["x"]}', "p.jsonl:2: instruction is ['x'], but must be a text"),
+        ('{"instruction": "x", "input": 3}', "p.jsonl:2: input is 3, but must be a text"),
+        ('{"prompt": "\\ud800"}', "p.jsonl:2: holds what is no text and no JSON"),
+        ('{"messages": "hi"}', "p.jsonl:2: messages must be a list of objects"),
+        ('{"messages": ["hi"]}', "p.jsonl:2: messages must be a list of objects"),
+        ('{"messages": []}', "p.jsonl:2: the last message must be of the role user"),
         (json.dumps({"prompt": "word " * 200}), "prompt 2: the prompt has"),
     ],
 )
@@ -204,6 +216,74 @@ def test_a_prompt_that_cannot_be_answered_is_named_before_any_is(
     assert main(argv) == 2
     assert told in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("line", ['{"instruction": "x", "input": "y"}', '{"messages": []}'])
+def test_a_row_that_only_a_template_takes_is_refused_with_raw(tmp_path, line):
+    file = tmp_path / "p.jsonl"
+    file.write_text(line.replace("[]", json.dumps([user("x")])))
+    assert len(list(read_prompts(file))) == 1
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: has (input|messages), which only a template"):
+        list(read_prompts(file, raw=True))
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\x85", "\x0b", "\x0c"])
+def test_a_prompt_ends_at_a_line_feed_alone(tmp_path, inside):
+    (tmp_path / "p.txt").write_text(f"a{inside}b\nc\n", encoding="utf-8")
+    assert list(read_prompts(tmp_path / "p.txt")) == [{"prompt": f"a{inside}b"}, {"prompt": "c"}]
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\x85"])
+def test_a_row_may_hold_what_others_call_the_end_of_a_line(tmp_path, inside):
+    one = {"prompt": f"a{inside}b"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(one, ensure_ascii=False), encoding="utf-8")
+    assert list(read_prompts(tmp_path / "p.jsonl")) == [one]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "P.JSONL", "p.JSON", "p.jsonl.gz", "prompts"])
+def test_prompts_are_read_by_the_ending_of_their_file_without_its_byte_order_mark(tmp_path, name):
+    rows = "json" in name.lower()
+    data = b"\xef\xbb\xbf" + (b'{"prompt": "a"}\r\n\r\n' if rows else b"a\r\n\r\n")
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert list(read_prompts(tmp_path / name)) == [{"prompt": "a"}]
+
+
+def test_a_file_of_prompts_that_is_not_there_is_no_set_of_the_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["generate", "--checkpoint", "c", "--prompts", "user/name", "--out", "o"]
+    assert main(argv) == 2
+    assert capsys.readouterr().err == "error: user/name does not exist\n"
+
+
+def test_answers_without_a_folder_to_write_into_are_refused_before_a_checkpoint_loads(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a\n")
+    argv = ["generate", "--checkpoint", "c", "--prompts", "p.txt", "--out", "answers/o.jsonl"]
+    assert main(argv) == 2
+    told = "error: --out is 'answers/o.jsonl', but must be a file in a folder that exists\n"
+    assert capsys.readouterr().err == told
+
+
+def test_answers_before_an_interruption_are_kept(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("".join(f"prompt {number}\n" for number in range(40)))
+    answer, calls = Speaker.answer, []
+
+    def interrupted(self, rows):
+        calls.append(len(rows))
+        if len(calls) == 18:  # in the second window of 16 batches
+            raise KeyboardInterrupt
+        answer(self, rows)
+
+    monkeypatch.setattr(Speaker, "answer", interrupted)
+    out = tmp_path / "o.jsonl"
+    argv = ["generate", "--checkpoint", str(folder), "--prompts", str(tmp_path / "p.txt")]
+    argv += ["--out", str(out), "--batch_size", "2", "--max_new_tokens", "1"]
+    assert main(argv) == 130
+    assert capsys.readouterr().out == f"wrote 32 of 40 answers to {out}\n"
+    told = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    assert told == [f"prompt {number}" for number in range(32)]
 
 
 def test_generate_wants_one_prompt_or_one_file(capsys):
