@@ -112,8 +112,8 @@ class TrainConfig:
     seed: int = option(0, least=0, most=2**32 - 1)  # what numpy takes
     """Of the adapters' initial values and of dropout."""
     init_from: str | None = None
-    """Begin with the experts, routers and maturity of this checkpoint; what is not said of the
-    mixture and its base is as it is there."""
+    """Begin with the experts, routers and maturity of this checkpoint, a folder or user/name on the
+    hub; what is not said of the mixture and its base is as it is there."""
     train_experts: bool | None = None
     """With init_from. False: freeze all experts and train the routers alone; true: none is frozen;
     none: as the checkpoint has it."""

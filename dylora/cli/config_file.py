@@ -199,34 +199,42 @@ def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
 def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
     """The settings laid over those of the checkpoint in train.init_from, and its config.json.
 
-    From there come the mixture, and the base by name, revision and quantization. A run's folder
-    becomes that of its best checkpoint.
+    From there come the mixture, and the base by name, revision and quantization. A repository of
+    the hub becomes the folder that it is fetched to, a run's folder that of its best checkpoint.
     Raises FileNotFoundError or ValueError where that file does not say.
     """
     train = tree.get("train")
-    folder = train.get("init_from") if isinstance(train, dict) else None
-    if not isinstance(folder, str):
+    given = train.get("init_from") if isinstance(train, dict) else None
+    if not isinstance(given, str):
         return tree, None
-    if not (Path(folder) / "config.json").exists() and any(Path(folder).glob("checkpoint-*")):
-        from dylora.storage.checkpoint import Checkpoint  # it imports torch, which takes seconds
+    from dylora.storage.checkpoint import Checkpoint  # it imports torch, which takes seconds
+    from dylora.storage.hub import local_folder
+    from dylora.storage.schema import read_config
 
-        folder = str(Checkpoint.open(folder, partial(print, file=sys.stderr)).path)
-        tree = {**tree, "train": {**tree["train"], "init_from": folder}}
-    file = Path(folder) / "config.json"
+    try:
+        folder = local_folder(given)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"train.init_from: {error}") from None
+    if not (folder / "config.json").exists() and any(folder.glob("checkpoint-*")):
+        folder = Checkpoint.open(folder, partial(print, file=sys.stderr)).path
+    if folder != Path(given):
+        tree = {**tree, "train": {**tree["train"], "init_from": str(folder)}}
+    file = folder / "config.json"
     try:
         description = read_json(file)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist: train.init_from is {folder!r}") from None
+        raise FileNotFoundError(f"{file} does not exist: train.init_from is {given!r}") from None
     if not isinstance(description.get("moe"), dict):
-        raise ValueError(f"{file} describes no mixture: train.init_from is {folder!r}")
+        raise ValueError(f"{file} describes no mixture: train.init_from is {given!r}")
     name, own = description.get("base_model_name_or_path"), tree.get("model")
-    given = own.get("base") if isinstance(own, dict) else None
+    own_base = own.get("base") if isinstance(own, dict) else None
     base = {"base": name, "quantization": description.get("quantization")}
-    if given in (None, name):  # else the revision is of another base
+    if own_base in (None, name):  # else the revision is of another base
         base["revision"] = description.get("base_revision")
-    if given is None and isinstance(name, str):
+    if own_base is None and isinstance(name, str):
         require_followable(name, file)
-    under = {"moe": description["moe"], "model": {k: v for k, v in base.items() if v is not None}}
+    moe = read_config(file, description["moe"]).to_dict()
+    under = {"moe": moe, "model": {k: v for k, v in base.items() if v is not None}}
     for section, below in under.items():
         above = tree.get(section)
         if above is None or isinstance(above, dict):  # else its own error comes

@@ -16,12 +16,16 @@ class InfoOptions:
     estimate: bool = False
     """With --config: print the memory that the run will take instead, part by part."""
     checkpoint: str | None = option(None, metavar="DIR")
-    """Folder of a checkpoint, an export or a PEFT adapter."""
+    """Folder of a checkpoint, an export or a PEFT adapter; or a repository of the hub, user/name."""
+    checkpoint_revision: str | None = None
+    """Commit, tag or branch of a checkpoint on the hub."""
 
 
 def run(options: InfoOptions, overrides: list[str]) -> None:
     if (options.checkpoint is None) == (options.config is None):
         raise ValueError("info needs either --checkpoint DIR or --config FILE")
+    if options.config is not None and options.checkpoint_revision is not None:
+        raise ValueError("--checkpoint_revision is of a --checkpoint: leave it out with --config")
     if options.config is not None and options.estimate:
         from dylora.training.memory import estimate
 
@@ -38,4 +42,4 @@ def run(options: InfoOptions, overrides: list[str]) -> None:
     from dylora.evaluation.info import print_info
 
     assert options.checkpoint is not None
-    print_info(options.checkpoint)
+    print_info(options.checkpoint, options.checkpoint_revision)

@@ -1,6 +1,7 @@
 """`run.py learn`: one more skill for what a checkpoint has learned."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ COLUMNS = ("instruction_column", "input_column", "output_column")
 NOT_TAKEN = {
     "model": {"base", "revision", "device", "quantization"},
     "data": {"sources"},
-    "train": {"init_from", "train_experts", "seed"},
+    "train": {"init_from", "train_experts", "seed", "prompt_clusters", "parallel"},
 }
 
 
@@ -25,7 +26,10 @@ class LearnOptions:
     """Judge one more set of rows, and learn it with an expert of its own beside the others."""
 
     checkpoint: str = option(metavar="DIR")
-    """Folder of a checkpoint with router_scope prompt, or of a run; it is not changed."""
+    """Folder of a checkpoint with router_scope prompt, or of a run, or a repository of the hub,
+    user/name; it is not changed."""
+    checkpoint_revision: str | None = None
+    """Commit, tag or branch of a checkpoint on the hub."""
     source: str = option(metavar="FILE")
     """Files of rows as path of a source takes them, skill/NAME, code_alpaca or mbpp."""
     name: str | None = None
@@ -58,11 +62,13 @@ class LearnOptions:
 
 
 def run(options: LearnOptions, overrides: list[str]) -> None:
+    from dylora.storage.hub import local_folder
+
     stage = stage_of(options)
-    given = [f"train.init_from={options.checkpoint}", f"name={stage.name}"]
-    given += ["stages=" + json.dumps([asdict(stage)])]
+    folder = local_folder(options.checkpoint, options.checkpoint_revision)
+    given = [f"train.init_from={folder}", f"name={stage.name}", f"stages={_as_yaml(stage)}"]
     if options.config is None:
-        given = recorded_overrides(options.checkpoint) + given
+        given = recorded_overrides(folder) + given
     config = load_run_config(options.config, [*given, *overrides])
     if options.print_config:
         print(dump_run_config(config), end="")
@@ -88,7 +94,17 @@ def stage_of(options: LearnOptions) -> StageConfig:
     )
 
 
-def recorded_overrides(checkpoint: str) -> list[str]:
+def _as_yaml(stage: StageConfig) -> str:
+    """A list of this one stage, in one line: JSON is not YAML beyond U+FFFF."""
+    import yaml  # comes with transformers
+
+    text = yaml.safe_dump(
+        [asdict(stage)], default_flow_style=True, allow_unicode=True, width=math.inf
+    )
+    return text.strip()
+
+
+def recorded_overrides(checkpoint: Path) -> list[str]:
     """The settings with which a checkpoint was trained, as overrides of a config.
 
     Raises ValueError or FileNotFoundError for a folder that is no checkpoint.

@@ -282,6 +282,10 @@ def test_a_wrong_override_is_one_line_that_blames_the_command_line(
         ("export --checkpoint c --out o --expert first", "--expert is 'first', but must be all"),
         ("info", "info needs either --checkpoint DIR or --config FILE"),
         ("info --checkpoint c --config x.yaml", "info needs either"),
+        (
+            "info --config x.yaml --checkpoint_revision r",
+            "--checkpoint_revision is of a --checkpoint",
+        ),
         ("info --checkpoint c --train.seed 1", "command line: --train.seed changes a config"),
     ],
 )
@@ -506,7 +510,8 @@ def test_options_of_export_that_do_not_go_together_are_refused(refusal, options,
 def test_info_of_a_checkpoint_calls_its_module(fake_module):
     calls = fake_module("dylora.evaluation.info", "print_info")
     assert main(["info", "--checkpoint", "c"]) == 0
-    assert calls == [("c",)]
+    assert main(["info", "--checkpoint", "u/c", "--checkpoint_revision", "r"]) == 0
+    assert calls == [("c", None), ("u/c", "r")]
 
 
 # Errors inside commands

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from dylora import DyLoRA_MoE, export_peft, load_peft_experts
+from dylora.cli.config_file import load_run_config
 from dylora.cli.main import main
 from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.hub import RESUME_FILES
@@ -194,6 +195,27 @@ def test_one_expert_is_pushed_and_peft_and_import_take_it_by_name(hub, on_folder
     assert torch.allclose(found, logits(model), atol=1e-5)
     base = AutoModelForCausalLM.from_pretrained(model.base_name)
     assert len(load_peft_experts(base, ["somebody/zero", "somebody/one"]).experts) == 2
+
+
+def test_info_learn_and_a_run_begin_with_a_repository_at_its_revision(hub, on_folder, capsys):
+    prompted = {"router_scope": "prompt", "expert_dropout": 0.0}
+    first = on_folder(**prompted, num_experts=2, maturity=[1, 1]).push_to_hub("somebody/m")
+    first = first.rpartition("/")[2]
+    on_folder(**prompted).push_to_hub("somebody/m")
+    capsys.readouterr()
+    for revision, experts in (([], 3), (["--checkpoint_revision", first], 2)):
+        argv = ["--checkpoint", "somebody/m", *revision]
+        assert main(["info", *argv]) == 0
+        assert f"top 2 of {experts}" in capsys.readouterr().out
+        assert main(["learn", *argv, "--source", "skill/sql", "--print_config"]) == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config["moe"]["num_experts"] == experts
+        assert len(Checkpoint.open(Path(config["train"]["init_from"])).experts) == experts
+    config = load_run_config(None, ["train.init_from=somebody/m"])
+    assert config.moe.num_experts == 3
+    assert Path(config.train.init_from).is_dir()
+    with pytest.raises(FileNotFoundError, match=r"train\.init_from: .* the hub does not give it"):
+        load_run_config(None, ["train.init_from=somebody/else"])
 
 
 def test_a_merged_model_is_pushed_with_its_card(hub, on_folder, tmp_path):

@@ -176,7 +176,7 @@ def test_train_experts_needs_a_checkpoint_to_begin_with():
         (None, FileNotFoundError, "config.json does not exist: train.init_from is"),
         ("{", ValueError, "config.json: not valid JSON"),
         ('{"moe": 3}', ValueError, "config.json describes no mixture"),
-        ('{"moe": {"num_experts": 1}}', ValueError, "config.json: moe.num_experts is 1"),
+        ('{"moe": {"num_experts": 1}}', ValueError, "config.json: moe: num_experts is 1"),
     ],
 )
 def test_a_folder_that_does_not_say_is_named(content, error, message, beginning_with, tmp_path):
