@@ -17,6 +17,8 @@ _NAMES = {
     "train.lr_scheduler_type": "lr_scheduler",
     "train.save_steps": "save_every",
     "train.optim": "optimizer",
+    "eval.load_best_at_end": "load_best_model_at_end",
+    "moe.adapter_type": "adapter peft_type",
     "moe.r": "lora_r rank",
     "moe.lora_alpha": "alpha",
     "moe.lora_dropout": "dropout",
@@ -44,14 +46,12 @@ _INSTEAD = {
     "eval_strategy evaluation_strategy": "set eval.eval_steps; none evaluates at the end alone",
     "save_strategy": "set train.save_steps; without it a run saves at its end",
     "logging_strategy": "set log.logging_steps",
-    "load_best_model_at_end": "the best checkpoint is kept beside the last one",
     "warmup_ratio": "set train.warmup_steps, a number of steps",
-    "streaming": "sets are read whole, at 4 bytes a token: train.training_subset takes fewer rows",
+    "streaming": "set stream_rows, beside a validation_path, of an item of data.sources",
     "val_set_size": "set split (such as 95/5) or validation_path of each item of data.sources",
     "resume_from_checkpoint": "give --resume_from_checkpoint on the command line",
     "modules_to_save": "experts, routers and, with moe.bias, biases are what is trained",
-    "adapter peft_type": "experts are LoRA always; moe.use_dora and moe.use_rslora vary it",
-    "deepspeed fsdp": "training runs on one device",
+    "deepspeed fsdp": "set train.parallel to ddp or fsdp2, and start the run with torchrun",
 }
 WITHOUT = {name: text for names, text in _INSTEAD.items() for name in names.split()}
 """Names of elsewhere that have no key here, and what to do instead."""
