@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dylora.cli.config_file import COMMAND_LINE, load_run_config
+from dylora.cli.config_file import COMMAND_LINE, load_run_config, read_tree
+from dylora.config import MoELoraConfig
 from dylora.fields import option
-from dylora.run_config import Precision
+from dylora.run_config import Precision, RunConfig
+
+# Settings that --router_init arrow brings along.
+BY_PROTOTYPES = {"router_logits": "absolute", "gate_scale": "sum_to_one"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +41,7 @@ def run(options: ImportOptions, overrides: list[str]) -> None:
     for key in [word.partition("=")[0] for word in overrides]:
         if not key.startswith("moe."):
             raise ValueError(f"{COMMAND_LINE}: --{key} is no setting of the mixture (--moe.KEY)")
-    given = options.config is not None or overrides
-    moe = load_run_config(options.config, overrides).moe if given else None
+    moe = mixture_config(options, overrides) if options.config or overrides else None
     import torch
 
     from dylora.integrations.peft_import import load_peft_experts
@@ -62,3 +65,25 @@ def run(options: ImportOptions, overrides: list[str]) -> None:
     model.save_pretrained(options.out, options.overwrite)
     print(model.experts)
     print(model.size_message(Path(options.out)))
+
+
+def mixture_config(options: ImportOptions, overrides: list[str]) -> MoELoraConfig:
+    """What a user says of the mixture, for as many experts as there are adapters.
+
+    Raises ValueError for what does not fit them, or the routing by prototypes.
+    """
+    from dylora.storage.checkpoint import AdapterFolder
+
+    said = read_tree(RunConfig, options.config, overrides)[1].get("moe") or {}
+    if "num_experts" not in said:
+        count = sum(len(AdapterFolder.open(one).found.adapters) for one in options.adapters)
+        # One is refused as such, with what to do.
+        overrides = [f"moe.num_experts={count}", *overrides] if count > 1 else overrides
+    moe = load_run_config(options.config, overrides).moe
+    for name, value in BY_PROTOTYPES.items() if options.router_init == "arrow" else ():
+        if name in said and getattr(moe, name) != value:
+            raise ValueError(
+                f"moe.{name} is {getattr(moe, name)!r}, but --router_init arrow routes with "
+                f"{value!r}: leave it out"
+            )
+    return moe

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from dylora import DyLoRA_MoE, MoELoraConfig, load_peft_experts
 from dylora.cli.main import main
 from dylora.integrations.arrow import leading_direction, readers_of_router_input, set_prototypes
+from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.peft_format import read_stock_adapter
 from peft_folders import make_adapter
 
@@ -573,6 +575,11 @@ def test_the_command_makes_a_mixture(two, ids, tmp_path, capsys):
         (["--train.seed", "1"], "--train.seed is no setting of the mixture (--moe.KEY)"),
         (["--moe.top_k_expert", "1"], "did you mean moe.top_k_experts?"),
         (["--router_init", "arow"], "arow"),
+        (
+            ["--router_init", "arrow", "--moe.gate_scale", "keep_size"],
+            "moe.gate_scale is 'keep_size', but --router_init arrow routes with 'sum_to_one'",
+        ),
+        (["--moe.top_k_experts", "3"], "top_k_experts is 3, but must be from 1 to num_experts (2)"),
     ],
 )
 def test_the_command_refuses_in_one_line(more, message, two, tmp_path, capsys):
@@ -582,6 +589,21 @@ def test_the_command_refuses_in_one_line(more, message, two, tmp_path, capsys):
     shown = capsys.readouterr()
     assert (shown.err.count("\n"), message in shown.err) == (1, True), shown.err
     assert not (tmp_path / "o").exists()
+
+
+def test_the_command_checks_settings_against_as_many_experts_as_there_are_adapters(
+    two, tmp_path, capsys
+):
+    base, folders, _ = two
+    base.save_pretrained(tmp_path / "base")
+    again = [shutil.copytree(one, tmp_path / f"{one.name}{n}") for one in folders for n in "ab"]
+    argv = ["import", "--base", str(tmp_path / "base"), "--adapters", *map(str, folders)]
+    fixed = ["--moe.router_type", "fixed", "--moe.fixed_routing_weights", "0.25,0.75"]
+    assert main([*argv, "--out", str(tmp_path / "o"), *fixed]) == 0
+    assert Checkpoint.open(tmp_path / "o").config.fixed_routing_weights == [0.25, 0.75]
+    more = ["--adapters", *map(str, again), "--moe.top_k_experts", "5"]
+    assert main([*argv, *more, "--out", str(tmp_path / "p")]) == 0
+    assert Checkpoint.open(tmp_path / "p").config.top_k_experts == 5
 
 
 def test_the_command_does_not_replace_what_it_reads(two, tmp_path, capsys):
