@@ -1,14 +1,17 @@
 """`dylora init`: a config to begin with, for a base and a file of rows."""
 
-import json
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import yaml
+
 from dylora.fields import option
 
 LOOKED_AT = 100  # rows of the file, to see its columns
+MBPP_COLUMNS = ("task_id", "text", "code", "test_list")
 PAIRS = (  # of question and answer, as the sets of others call them
     ("instruction", "output"),
     ("instruction", "response"),
@@ -78,19 +81,28 @@ def run(options: InitOptions, overrides: list[str]) -> None:
         raise FileExistsError(f"{out} exists: give another --out, or remove it")
     if not data.is_file():
         raise FileNotFoundError(f"--data {data}: no such file")
-    columns, source = _columns_of(data), data.name.partition(".")[0]
+    columns, source = _columns_of(data), data.name.partition(".")[0] or "rows"
+    is_mbpp = set(MBPP_COLUMNS) <= set(columns)
+    if is_mbpp or source == "mbpp":  # that name is of these columns alone
+        source = "mbpp" if is_mbpp else "mbpp_rows"
     text = TEMPLATE.format(
         file=out,
-        name=json.dumps(out.stem),
-        base=json.dumps(options.base),
+        name=_quoted(out.stem),
+        base=_quoted(options.base),
         dtype="float32" if options.base == "tiny-code-llama" else "bfloat16",
-        source=json.dumps(source),
-        path=json.dumps(str(data)),
+        source=_quoted(source),
+        path=_quoted(str(data)),
         columns="\n".join(f"      {line}" for line in _column_lines(source, columns)),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     print(f"wrote {out}: see whether it fits with dylora train --config {out} --check")
+
+
+def _quoted(text: str) -> str:
+    """As YAML has it: JSON is not YAML beyond U+FFFF."""
+    dumped = yaml.safe_dump(text, default_style='"', allow_unicode=True, width=math.inf)
+    return str(dumped).rstrip("\n")
 
 
 def _columns_of(data: Path) -> list[str]:
@@ -110,6 +122,8 @@ def _column_lines(source: str, columns: list[str]) -> list[str]:
     from dylora.data.rows import choose_reader
     from dylora.run_config import SourceConfig
 
+    if source == "mbpp":
+        return ["# MBPP as its authors published it, with their split"]
     by_name = {column.lower(): column for column in columns}
     pair = next((pair for pair in PAIRS if by_name.keys() >= set(pair)), None)
     if pair is None:
@@ -117,16 +131,16 @@ def _column_lines(source: str, columns: list[str]) -> list[str]:
             found = choose_reader(SourceConfig(name=source), set(columns))
             told_by = ", ".join(found.columns.required or ())
             return [f"format: {found.format} # its rows have {told_by}"]
-        listed = ", ".join(json.dumps(column) for column in columns)
+        listed = ", ".join(_quoted(column) for column in columns)
         return [
             f"# its columns: {listed}",
             "instruction_column: # fill in",
             "output_column: # fill in",
         ]
     lines = [
-        f"instruction_column: {json.dumps(by_name[pair[0]])}",
-        f"output_column: {json.dumps(by_name[pair[1]])}",
+        f"instruction_column: {_quoted(by_name[pair[0]])}",
+        f"output_column: {_quoted(by_name[pair[1]])}",
     ]
     if "input" in by_name and "input" not in pair:
-        lines.insert(1, f"input_column: {json.dumps(by_name['input'])}")
+        lines.insert(1, f"input_column: {_quoted(by_name['input'])}")
     return lines

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dylora.cli.config_file import load_run_config
 from dylora.cli.train import train_stages
 from dylora.fields import option
@@ -96,8 +98,6 @@ def stage_of(options: LearnOptions) -> StageConfig:
 
 def _as_yaml(stage: StageConfig) -> str:
     """A list of this one stage, in one line: JSON is not YAML beyond U+FFFF."""
-    import yaml  # comes with transformers
-
     text = yaml.safe_dump(
         [asdict(stage)], default_flow_style=True, allow_unicode=True, width=math.inf
     )

@@ -1,6 +1,7 @@
 """What an installed dylora is: the wheel, its command, its configs, and other systems."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import yaml
 from dylora.cli import main as cli
 from dylora.cli.config_file import find_config, load_run_config
 from dylora.cli.main import main
+from dylora.data.sources import read_source
 from dylora.run_config import StageConfig
 from dylora.training.check import check
 
@@ -142,6 +144,28 @@ def test_init_lists_the_columns_that_it_does_not_know(tmp_path):
     config = load_run_config(file)
     assert (config.model.base, config.model.dtype) == ("google/gemma-3-270m", "bfloat16")
     assert config.data.sources[0].instruction_column is None
+
+
+MBPP = '{"task_id": %d, "text": "Add.", "code": "def f(): pass", "test_list": ["assert f"]}'
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_init_of_a_file_called_mbpp_writes_what_train_reads(tmp_path, published):
+    rows = [MBPP % n if published else json.dumps({"text": f"row {n}"}) for n in range(500, 650)]
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(rows))
+    out = tmp_path / "x.yaml"
+    assert main(["init", "--data", str(tmp_path / "mbpp.jsonl"), "--out", str(out)]) == 0
+    (source,) = load_run_config(out).data.sources
+    assert source.name == ("mbpp" if published else "mbpp_rows")
+    assert read_source(source).format == ("instruction" if published else "text")
+
+
+def test_init_writes_names_beyond_the_basic_plane(tmp_path):
+    data, out = tmp_path / "r\U0001f600 \u2028.jsonl", tmp_path / "x.yaml"
+    data.write_text('{"\U0001f600question": "1+1?", "question": "1", "answer": "2"}\n')
+    assert main(["init", "--data", str(data), "--out", str(out)]) == 0
+    (source,) = load_run_config(out).data.sources
+    assert (source.path, source.name) == (str(data), data.stem)
 
 
 def test_init_replaces_no_file(tmp_path, capsys):
