@@ -82,13 +82,23 @@ def custom_job_spec(
 
 def check_reachable(config: RunConfig) -> None:
     """Raises ValueError for files that only this machine has, and for more than one process."""
-    paths = [(f"the path of the source {one.name}", one.path) for one in config.data.sources]
-    paths += [("model.base", config.model.base), ("train.init_from", config.train.init_from)]
-    for what, given in paths:
+    from dylora.data.templates import NAMES  # it imports transformers, which takes seconds
+
+    sources, template = config.data.sources, config.data.template
+    on_hub = {f"the path of the source {one.name}": one.path for one in sources}
+    on_hub |= {"model.base": config.model.base, "train.init_from": config.train.init_from}
+    files = {
+        f"the validation_path of the source {one.name}": one.validation_path for one in sources
+    }
+    files |= {"data.template": None if template in NAMES else template}
+    files |= {
+        f"eval.benchmark_files.{key}": file for key, file in config.eval.benchmark_files.items()
+    }
+    for what, given in (on_hub | files).items():
         for path in given if isinstance(given, list) else [given]:
             if path is None or path.startswith("/gcs/"):
                 continue
-            if not HUB_NAME.fullmatch(path) or Path(path).exists():
+            if what in files or not HUB_NAME.fullmatch(path) or Path(path).exists():
                 raise ValueError(
                     f"{what} is {path}, which the job does not see: copy it into a bucket, and "
                     "give /gcs/BUCKET/…"

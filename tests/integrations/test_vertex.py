@@ -140,6 +140,17 @@ def test_without_the_library_the_error_names_the_extra_and_the_way_without_it(mo
         (["data.sources=[{name: mine, path: rows.jsonl}]"], {}, "give /gcs/BUCKET/"),
         (["data.sources=[{name: mine, path: /data/rows}]"], {}, "/data/rows, which the job"),
         (["model.base=./my_base"], {}, "model.base is ./my_base"),
+        (
+            ["data.sources=[{name: mine, path: o/n, validation_path: held.jsonl}]"],
+            {},
+            "the validation_path of the source mine is held.jsonl, which the job",
+        ),
+        (["data.template=mine.jinja"], {}, "data.template is mine.jinja, which the job"),
+        (
+            ["eval.benchmark_tasks=mbpp", "eval.benchmark_files.mbpp=mbpp.jsonl"],
+            {},
+            "eval.benchmark_files.mbpp is mbpp.jsonl, which the job",
+        ),
         ([], {"bucket": "mine/runs"}, "must be gs://BUCKET/FOLDER"),
         ([], {"spot": False}, "add --spot, or take a2-highgpu-1g"),
     ],
@@ -152,6 +163,9 @@ def test_what_a_job_could_not_do_is_refused(overrides, changes, says):
 def test_names_of_the_hub_and_files_in_a_bucket_are_taken():
     for path in ("owner/name", "/gcs/mine/rows.jsonl"):
         spec_of(f"data.sources=[{{name: mine, path: {path}}}]", f"model.base={path}")
+    held = "data.sources=[{name: mine, path: o/n, validation_path: /gcs/mine/held.jsonl}]"
+    spec_of(held, "data.template=/gcs/mine/t.jinja")
+    spec_of("data.template=chatml")
     vertex.check_reachable(RunConfig())
 
 
