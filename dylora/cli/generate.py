@@ -25,10 +25,10 @@ class GenerateOptions(AnswerOptions, SpeakerOptions):
     prompt: str | None = None
     """The instruction, or the text itself."""
     prompts: str | None = option(None, metavar="FILE")
-    """Instead of it a file: rows (.jsonl, .json, .csv, .tsv, .parquet) with prompt, with instruction
-    and maybe input, or with messages; else a prompt a line."""
+    """Instead of it a file: rows (.jsonl, .json, .csv, .tsv, .parquet) with prompt, with
+    instruction and maybe input, or with messages; else a prompt a line."""
     out: str | None = option(None, metavar="FILE")
-    """With --prompts: the .jsonl that gets a line for each, in their order, as they are answered."""
+    """With --prompts: the .jsonl that gets a line for each, in their order, as they come."""
     batch_size: int = option(8, least=1)
     """With --prompts: prompts that are answered together."""
     raw: bool = False
@@ -37,6 +37,7 @@ class GenerateOptions(AnswerOptions, SpeakerOptions):
     """Show which experts each token used."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.prompt is None) == (self.prompts is None):
             raise ValueError("give either --prompt TEXT or --prompts FILE")
         if (self.prompts is None) != (self.out is None):

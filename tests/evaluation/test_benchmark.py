@@ -9,6 +9,8 @@ import pytest
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.cli.main import main
 from dylora.evaluation.passk import sampling
+from dylora.evaluation.passk.benchmark import read_tasks
+from dylora.evaluation.passk.options import BenchmarkOptions
 from dylora.evaluation.passk.problem import Problem
 from dylora.evaluation.passk.published import published_lines, read_scores
 from dylora.evaluation.passk.sampling import read_samples
@@ -135,6 +137,11 @@ def test_a_killed_benchmark_goes_on_without_repeating_or_losing_a_sample(
 def test_what_cannot_be_is_one_line_and_exit_code_2(folder, tmp_path, capsys, more, message):
     assert command(folder, tmp_path, *more) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_split_of_suites_that_have_none_is_refused():
+    with pytest.raises(ValueError, match="--split is 'train', but must be test, or go with a task"):
+        read_tasks(BenchmarkOptions(tasks=("skills/sql", "humaneval"), split="train"))
 
 
 def test_a_folder_of_other_settings_is_refused(folder, tmp_path, capsys, by_heart):

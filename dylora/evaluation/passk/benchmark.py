@@ -37,6 +37,8 @@ def read_tasks(options: BenchmarkOptions) -> dict[str, Tasks]:
     """The suites that are asked for. Raises ValueError as `read_suite` does."""
     if options.shots and not any(map(takes_shots, options.tasks)):
         raise ValueError(f"--shots is {options.shots}, but must be 0, or go with a task mbpp")
+    if options.split != "test" and not any(map(takes_shots, options.tasks)):
+        raise ValueError(f"--split is {options.split!r}, but must be test, or go with a task mbpp")
     return {
         name: read_suite(
             name,

@@ -71,6 +71,8 @@ class BenchmarkOptions:
             raise ValueError(
                 "--samples above 1 needs a --temperature: greedy samples are all equal"
             )
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError("--top_p needs a --temperature: at 0 nothing is drawn")
 
     def sampling(self, default_tokens: int, batch_size: int) -> Sampling:
         """How the answers to a suite are drawn; default_tokens: its own bound."""
