@@ -57,9 +57,17 @@ class ExportOptions(BaseOptions, CheckpointOptions):
         """What is written."""
         return "mixture" if self.mixture else "merged" if self.merge else "experts"
 
+    @property
+    def loads_base(self) -> bool:
+        """Whether more is needed than the files of the experts."""
+        measures = self.text is not None or not isinstance(self.weights, list)
+        return self.merge or (self.mixture and measures)
+
     def __post_init__(self) -> None:
         expert, merge = self.expert, self.merge
         given = bool(self.weights or self.text)
+        of_base = [] if self.loads_base else ["base", "dtype", "quantization"]
+        unused = [name for name in of_base if getattr(self, name) != getattr(ExportOptions, name)]
         if expert is not None and expert != "all" and not expert.isdecimal():
             raise ValueError(f"--expert is {expert!r}, but must be all or an expert's number")
         refused = (
@@ -78,6 +86,12 @@ class ExportOptions(BaseOptions, CheckpointOptions):
             (self.dequantize and not merge, "--dequantize needs --merge"),
             (merge and self.base_name, "--base_name is a field of adapters, and --merge writes a "
              "model"),
+            (self.mixture and self.portable, "--portable is a form of single experts, and "
+             "--mixture writes one LoRA of all: leave it out"),
+            (self.text is None and self.text_tokens != ExportOptions.text_tokens, "--text_tokens "
+             "is of a --text FILE"),
+            (bool(unused), f"--{', --'.join(unused)}: these experts are written from their files, "
+             "without a base: leave it out"),
         )  # fmt: skip
         for wrong, text in refused:
             if wrong:
@@ -139,7 +153,8 @@ def _print_readers(folders: list[Path]) -> None:
 def _export_mixture(checkpoint: "Checkpoint", options: ExportOptions) -> Path:
     from dylora.integrations.peft_export import export_mixture
 
-    if options.text is None and isinstance(options.weights, list):  # files are enough
+    if not options.loads_base:
+        assert isinstance(options.weights, list)
         form = (options.weights, options.base_name, options.overwrite)
         return export_mixture(checkpoint, options.out, *form)
     model, tokenizer = _load(checkpoint, options)
