@@ -300,6 +300,8 @@ def _convert_union(value: Any, annotation: Any, key: str, parse: Parse | None) -
     if value is None and NoneType in parts:
         return None
     failure = _misfit(key, value, annotation)
+    if parse is not None and isinstance(value, str) and value.lstrip()[:1] == "[":
+        parts = sorted(parts, key=lambda part: get_origin(part) is not list)  # before a string
     for part in parts:
         try:
             return convert(value, part, key, parse)

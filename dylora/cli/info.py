@@ -16,7 +16,7 @@ class InfoOptions:
     estimate: bool = False
     """With --config: print the memory that the run will take instead, part by part."""
     checkpoint: str | None = option(None, metavar="DIR")
-    """Folder of a checkpoint, an export or a PEFT adapter; or a repository of the hub, user/name."""
+    """Folder of a checkpoint, an export or a PEFT adapter; or of the hub, user/name."""
     checkpoint_revision: str | None = None
     """Commit, tag or branch of a checkpoint on the hub."""
 

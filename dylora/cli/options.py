@@ -118,6 +118,10 @@ class AnswerOptions:
     seed: int | None = None
     """Of the draws; none: another one each time."""
 
+    def __post_init__(self) -> None:
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError("--top_p needs a --temperature: at 0 nothing is drawn")
+
     def sampling(self) -> "Sampling":
         """How tokens are drawn."""
         from dylora.serving.answering import Sampling
@@ -279,8 +283,12 @@ def _split(cls: type, tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]
             raise ValueError(f"{COMMAND_LINE}: {values[-1]} belongs to no option")
         if item is None:
             overrides.append(f"{written.removeprefix('--')}={values[0]}")
+        elif many:
+            own[item.name] = [*own.get(item.name, []), *values]
+        elif item.name in own and "," in _metavar(cls, item):
+            own[item.name] = f"{own[item.name]},{values[0]}"
         else:
-            own[item.name] = is_flag or (values if many else values[0])
+            own[item.name] = is_flag or values[0]
     return own, overrides
 
 

@@ -55,5 +55,7 @@ def train_stages(config: RunConfig, resume_from_checkpoint: str | None) -> None:
     from dylora.evaluation.stream_report import pass_rate_of, report_stream
     from dylora.training.curriculum import train_stream
 
+    if resume_from_checkpoint == "auto":
+        resume_from_checkpoint = "latest"  # of a stream without a stage: its beginning
     pass_rate = pass_rate_of(config.eval.skill_answers)
     report_stream(train_stream(config, resume_from_checkpoint, pass_rate=pass_rate))

@@ -23,7 +23,9 @@ from dylora.storage.tensors import read_headers, read_tensors
 def print_info(path: str, revision: str | None = None) -> None:
     """Print what a folder holds, and whether its files are as they were written.
 
-    revision: of a path that is user/name, a repository of the hub. Raises ValueError naming what is wrong, after all that can be known of the rest is printed;
+    revision: of a path that is user/name, a repository of the hub.
+
+    Raises ValueError naming what is wrong, after all that can be known of the rest is printed;
     FileNotFoundError where there is no such folder.
     """
     folder = local_folder(path, revision)

@@ -15,10 +15,12 @@ import yaml
 
 from dylora import DyLoRA_MoE, MoELoraConfig
 from dylora.cli import evaluate
+from dylora.cli.benchmark import BenchmarkCommand
 from dylora.cli.config_file import load_run_config, split_overrides
 from dylora.cli.export import ExportOptions
 from dylora.cli.generate import GenerateOptions
 from dylora.cli.hints import ELSEWHERE, WITHOUT, all_keys
+from dylora.cli.import_ import ImportOptions
 from dylora.cli.main import COMMANDS, main
 from dylora.cli.options import read_options
 from dylora.evaluation.loading import load_checkpoint
@@ -197,6 +199,10 @@ def test_a_file_that_is_not_there_or_not_a_text_is_named(config_file, refusal):
         ("warmup_ratio", "there is no such setting: set train.warmup_steps"),
         ("load_in_4bit", "there is no such setting: set model.quantization to bnb-4bit"),
         ("val_set_size", "there is no such setting: set split (such as"),
+        ("streaming", "there is no such setting: set stream_rows, beside a validation_path"),
+        ("fsdp", "there is no such setting: set train.parallel to ddp or fsdp2"),
+        ("peft_type", "it is moe.adapter_type here"),
+        ("load_best_model_at_end", "it is eval.load_best_at_end here"),
     ],
 )
 def test_a_name_of_transformers_peft_or_axolotl_is_translated(config_file, refusal, key, said):
@@ -293,6 +299,27 @@ def test_a_wrong_option_is_one_line(refusal, arguments, message):
     assert refusal(*arguments.split()).startswith(message)
 
 
+def test_values_of_a_repeated_option_are_all_taken():
+    words = ["--adapters", "a", "b", "--out", "o", "--adapters", "c", "d"]
+    assert read_options(ImportOptions, words)[0].adapters == ["a", "b", "c", "d"]
+
+
+def test_values_between_commas_of_a_repeated_option_are_all_taken():
+    words = "--config c --checkpoint c --tasks mbpp,skills/sql --tasks humaneval --k 1 --k 2"
+    files = "--task_files mbpp=a --task_files humaneval=b --samples 2 --temperature 1"
+    options = read_options(BenchmarkCommand, f"{words} {files}".split())[0]
+    assert options.tasks == ("mbpp", "skills/sql", "humaneval")
+    assert (options.k, options.files) == ((1, 2), {"mbpp": "a", "humaneval": "b"})
+
+
+@pytest.mark.parametrize(
+    "command", ["generate --prompt p", "chat", "benchmark --config c --tasks skills"]
+)
+def test_top_p_without_a_temperature_is_refused(refusal, command):
+    said = refusal(*command.split(), "--checkpoint", "c", "--top_p", "0.9")
+    assert said == "--top_p needs a --temperature: at 0 nothing is drawn"
+
+
 # Precedence and reading
 
 
@@ -318,6 +345,19 @@ def test_dashes_are_read_as_underscores_everywhere(config_file, capsys, fake_mod
 def test_a_list_on_the_command_line_has_commas_with_or_without_brackets(config_file, text):
     config = load_run_config(None, [f"moe.target_modules={text}"])
     assert config.moe.target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("[a.jsonl, b.jsonl]", ["a.jsonl", "b.jsonl"]),
+        ("a, b.jsonl", "a, b.jsonl"),
+        ("[ab]*.jsonl", "[ab]*.jsonl"),
+    ],
+)
+def test_a_path_on_the_command_line_is_a_list_in_brackets(config_file, text, path):
+    config = load_run_config(config_file(SOURCES), [f"data.sources.0.path={text}"])
+    assert config.data.sources[0].path == path
 
 
 @pytest.mark.parametrize("item", ["0", "mbpp", "[0]"])
@@ -412,6 +452,21 @@ def test_train_gets_the_config_where_to_resume_and_the_benchmark(config_file, mo
     assert reports == [run] * 2
 
 
+def test_a_stream_that_resumes_where_it_can_begins_or_goes_on(config_file, monkeypatch):
+    from dylora.evaluation import stream_report
+    from dylora.training import curriculum
+
+    resumed = []
+    monkeypatch.setattr(
+        curriculum, "train_stream", lambda _, resume, **more: resumed.append(resume)
+    )
+    monkeypatch.setattr(stream_report, "report_stream", lambda stream: None)
+    stages = "stages: [{name: sql, sources: [{name: skill/sql}]}]\nmoe: {router_scope: prompt}\n"
+    path = config_file(stages)
+    assert main(["train", "--config", path, "--resume_from_checkpoint", "auto"]) == 0
+    assert resumed == ["latest"]  # which begins a stream that has none
+
+
 def test_evaluate_gets_the_config_and_the_checkpoint(config_file, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluate, "evaluate_checkpoint", lambda *given: calls.append(given))
@@ -500,6 +555,13 @@ def test_export_gets_its_options():
         ("--dequantize", "--dequantize needs --merge"),
         ("--merge --expert 1 --base_name b", "--base_name is a field of adapters"),
         ("--mixture --weights 1,2 --text t --text_tokens 1", "--text_tokens is 1, but must be"),
+        ("--mixture --weights 1,2 --text_tokens 9", "--text_tokens is of a --text FILE"),
+        ("--mixture --weights 1,2 --portable", "--portable is a form of single experts"),
+        ("--base b", "--base: these experts are written from their files, without a base"),
+        (
+            "--mixture --weights 1,2 --dtype float16 --quantization none",
+            "--dtype, --quantization:",
+        ),
     ],
 )
 def test_options_of_export_that_do_not_go_together_are_refused(refusal, options, message):

@@ -223,7 +223,7 @@ def test_a_row_that_only_a_template_takes_is_refused_with_raw(tmp_path, line):
     file = tmp_path / "p.jsonl"
     file.write_text(line.replace("[]", json.dumps([user("x")])))
     assert len(list(read_prompts(file))) == 1
-    with pytest.raises(ValueError, match=r"p\.jsonl:1: has (input|messages), which only a template"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: has (input|messages), which only a temp"):
         list(read_prompts(file, raw=True))
 
 
