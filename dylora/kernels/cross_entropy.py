@@ -176,8 +176,7 @@ def chunked_token_losses(
     positions: Tensor,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of each position with the token that follows it, [B, S], 0 elsewhere; nats, where
-    the labels are: the head of a base that is spread over devices lies on another.
+    """Cross-entropy of each position with the token that follows it, [B, S], 0 elsewhere; nats.
 
     They are where the labels are: the head of a base that is spread over devices lies on another.
 

@@ -95,7 +95,7 @@ def prepare(
     if config.data.packing:
         require_packing(model)
     own = {"seed": config.train.seed, "settings": recorded_settings(config)}
-    model.training_record = {"data": data.provenance, **own, **(parts and parts.record or {})}
+    model.training_record = {"data": data.provenance, **own, **((parts and parts.record) or {})}
     if fresh and config.train.init_from is not None:
         init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
     if fresh and config.moe.routes_prompts and brought is None:  # a stage fills it by itself

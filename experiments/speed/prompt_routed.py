@@ -1,6 +1,6 @@
-"""What a shared expert with six small ones by the prompt costs against one LoRA of as many parameters.
+"""What a shared expert with six small ones by the prompt costs against a LoRA of equal parameters.
 
-Section `prompt_routed` of benchmark.py: the shapes of configs/methods/prompt_routing.yaml and lora.yaml.
+Section `prompt_routed` of benchmark.py: the ranks of prompt_routing.yaml and lora.yaml.
 """
 
 import argparse
@@ -74,7 +74,9 @@ def prompt_routed(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def rows_of(skill: int, words: int, draw: torch.Generator, length: int = 64) -> dict[str, list[int]]:
+def rows_of(
+    skill: int, words: int, draw: torch.Generator, length: int = 64
+) -> dict[str, list[int]]:
     """A row whose prompt has words of its skill alone."""
     width = words // (2 * SKILLS)
     prompt = torch.randint(skill * width, (skill + 1) * width, (PROMPT,), generator=draw).tolist()

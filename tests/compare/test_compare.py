@@ -188,9 +188,7 @@ def test_a_cell_is_chosen_by_the_loss_on_half_of_the_rows_and_reported_on_the_ot
     assert abs(chosen - reported) > 1e-4
 
 
-def test_rows_to_report_on_have_no_part_in_a_cell_that_routes_by_prompts(
-    write_board, tmp_path
-):
+def test_rows_to_report_on_have_no_part_in_a_cell_that_routes_by_prompts(write_board, tmp_path):
     def rows(first: int, only: int | None = None) -> str:
         """80 of two kinds; with `only` every second one asks for something else."""
         asked = ["Add {} and 3, please.", "Sort the letters of the word that stands here: {}"]

@@ -15,7 +15,7 @@ from dylora.cli.main import main
 from dylora.evaluation import report
 from dylora.evaluation.passk.generation import generate_in_batches, pad_left
 from dylora.evaluation.passk.skills import skill_problems
-from dylora.evaluation.report import SetRow, format_table, expert_shares
+from dylora.evaluation.report import SetRow, expert_shares, format_table
 from dylora.evaluation.report_text import describe_routing, format_share
 from dylora.tasks import generate_tasks
 

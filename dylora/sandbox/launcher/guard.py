@@ -65,8 +65,14 @@ class Guard:
             _LIBC.syscall(444, attributes, ctypes.c_size_t(size), 0), "landlock_create_ruleset"
         )
         os.set_inheritable(self.ruleset, False)
-        for path in (*LIBRARIES, *DEVICES):
+        for path in DEVICES:
             self._permit(path, READ_FILE | READ_DIR)
+        for path in map(os.path.realpath, LIBRARIES):
+            # Entry by entry, as a rule for the whole would hold for packages of a Python below it.
+            inside = os.listdir(path) if os.path.isdir(path) else [""]
+            for name in inside:
+                if not name.startswith("python"):
+                    self._permit(os.path.join(path, name).rstrip("/"), READ_FILE | READ_DIR)
         self._permit("/dev/null", READ_FILE | WRITE_FILE | TRUNCATE)
         self._permit(folder, READ_FILE | READ_DIR | WRITE_FILE | MAKE_REG | TRUNCATE)
         library = os.path.dirname(os.__file__)
