@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from dylora.storage.manifest import (
     MANIFEST,
     NOTES,
+    OPTIONAL,
     is_intact,
     is_run_checkpoint,
     listed_files,
@@ -66,6 +67,8 @@ def write_into_folder(folder: Path, write_files: Callable[[Path], None]) -> None
     fresh = folder / "_writing"  # transformers' Trainer uploads no name that begins so
     _fill(fresh, write_files)
     (folder / MANIFEST).unlink(missing_ok=True)
+    for name in OPTIONAL:  # of what was there before: listed no more, it would not verify
+        (folder / name).unlink(missing_ok=True)
     for path in sorted(fresh.iterdir(), key=lambda path: path.name == MANIFEST):
         old = folder / path.name
         if old.is_dir():

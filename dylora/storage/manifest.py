@@ -16,9 +16,10 @@ from dylora.storage.text_hashes import HASHES_FILE, MAX_HASHES
 MANIFEST = "manifest.json"
 RUN_STATE = "trainer_state.json"  # listed in the checkpoint of a run, and there alone
 _OF_RUNS = {"optimizer.pt", "scheduler.pt", "rng_state.pt", RUN_STATE}
+OPTIONAL = {"bias_shifts.safetensors", "skill_library.safetensors", HASHES_FILE}
 LOADED = {  # names of all files that a loader reads
-    *("config.json", "router.safetensors", "bias_shifts.safetensors"),
-    *("skill_library.safetensors", HASHES_FILE),
+    *OPTIONAL,
+    *("config.json", "router.safetensors"),
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     *_OF_RUNS,
 }

@@ -438,6 +438,16 @@ def test_what_others_write_into_a_folder_while_it_is_saved_stays(mixture, tmp_pa
     verify(folder)
 
 
+def test_a_mixture_that_is_saved_over_one_with_more_files_verifies(mixture, tmp_path):
+    model = mixture()
+    model.training_record["text_hashes"] = "0123456789ab"
+    model.base.save_pretrained(tmp_path)
+    assert (tmp_path / "text_hashes.bin").exists()
+    mixture().base.save_pretrained(tmp_path)
+    assert not (tmp_path / "text_hashes.bin").exists()
+    verify(tmp_path)
+
+
 def test_an_upload_that_runs_meanwhile_takes_nothing_half_written(mixture, tmp_path, monkeypatch):
     """By the patterns that transformers' Trainer gives to its uploads of its whole folder."""
     base, seen = mixture().base, set()
