@@ -126,6 +126,14 @@ def load_model(experts: ExpertManager, checkpoint: Checkpoint) -> None:
     Raises ValueError, naming file and tensor, where the folder does not fit the mixture.
     """
     folder, mixture = checkpoint.path, experts.mixture
+    followed = [checkpoint.description["sites"][0], mixture.site_names[0]]
+    one_leads = mixture.config.is_learned and mixture.config.router_scope != "site"
+    if one_leads and followed[0] != followed[1]:
+        raise ValueError(
+            f"{checkpoint.file}: its blocks follow the router at {followed[0]}, but {followed[1]} "
+            "runs before it and decides in what is built now: it answers and is exported as it is, "
+            "and cannot be trained further"
+        )
     try:
         experts.load_state_dict(checkpoint.experts)
     except ValueError as error:

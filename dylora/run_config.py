@@ -188,19 +188,29 @@ class RunConfig:
                 stage.settings(self.train)
             except FieldError as error:
                 raise error.under(f"stages[{index}]") from None
-        self._check_what_is_trained()
 
-    def _check_what_is_trained(self) -> None:
-        """Raises FieldError for a setting that none of the trained parameters would follow.
+    def check_acts(self) -> None:
+        """Raises FieldError for a setting that nothing would follow.
 
-        Of a run alone: files of mixtures may have them, and are read.
+        It is asked before a run begins. One that has begun goes on, and what it made is read.
         """
+        for index, stage in enumerate(self.stages):
+            try:
+                stage.settings(self.train).check_acts()
+            except FieldError as error:
+                raise error.under(f"stages[{index}]") from None
+        if not self.stages:
+            try:
+                self.train.check_acts()
+            except FieldError as error:
+                raise error.under("train") from None
         moe, plus = self.moe, self.train.optim == "lora_plus"
         rule = "another one with moe.adapter_type loha, whose matrices are no A and B"
         require(not plus or moe.adapter_type == "lora", "train.optim", "lora_plus", rule)
         rule = "another one with moe.freeze_A, which trains no A: learning_rate is of the B's then"
         require(not plus or not moe.freeze_A, "train.optim", "lora_plus", rule)
-        if moe.use_moe_routing and moe.router_type == "fixed":
+        # What a checkpoint brings of a router is as it was.
+        if moe.use_moe_routing and moe.router_type == "fixed" and self.train.init_from is None:
             rules = moe.by_default(OF_ROUTERS, "with router_type fixed, which has no router")
             for name, holds, rule in rules:
                 require(holds, f"moe.{name}", getattr(moe, name), rule)

@@ -129,6 +129,9 @@ class TrainConfig:
         alone = self.train_experts is None or self.init_from is not None
         require(alone, "train_experts", self.train_experts, "unset without init_from")
         self._check_optimizer()
+
+    def check_acts(self) -> None:
+        """Raises FieldError for a setting that the schedule would not follow."""
         schedule = self.lr_scheduler_type
         steps, kwargs = self.warmup_steps, self.lr_scheduler_kwargs
         rule = (

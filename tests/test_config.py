@@ -286,7 +286,7 @@ FOR_ROUTERS |= {"router_noise": 0.1, "gate_scale": "sum_to_one", "expert_dropout
 def test_a_run_of_fixed_weights_refuses_what_only_a_router_reads(name):
     moe = MoELoraConfig(router_type="fixed", **{name: FOR_ROUTERS[name]})  # as files may have it
     with pytest.raises(ValueError, match=rf"moe\.{name} is .*with router_type fixed, which has no"):
-        RunConfig(moe=moe)
+        RunConfig(moe=moe).check_acts()
 
 
 def test_what_only_a_trained_router_reads_changes_no_bit_of_fixed_weights(mixture, ids):

@@ -199,8 +199,8 @@ def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
 def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
     """The settings laid over those of the checkpoint in train.init_from, and its config.json.
 
-    From there come the mixture, and the base by name, revision and quantization. A repository of
-    the hub becomes the folder that it is fetched to, a run's folder that of its best checkpoint.
+    From there come the mixture, and the base by name, revision and quantization. A run's folder
+    becomes that of its best checkpoint; a repository of the hub stays a name.
     Raises FileNotFoundError or ValueError where that file does not say.
     """
     train = tree.get("train")
@@ -217,7 +217,7 @@ def _over_checkpoint(tree: dict[str, Any]) -> tuple[dict[str, Any], Path | None]
         raise FileNotFoundError(f"train.init_from: {error}") from None
     if not (folder / "config.json").exists() and any(folder.glob("checkpoint-*")):
         folder = Checkpoint.open(folder, partial(print, file=sys.stderr)).path
-    if folder != Path(given):
+    if Path(given).is_dir() and folder != Path(given):
         tree = {**tree, "train": {**tree["train"], "init_from": str(folder)}}
     file = folder / "config.json"
     try:

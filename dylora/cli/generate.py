@@ -169,6 +169,8 @@ def _answer_file(
             bar.close()
             whole = "" if written == len(rows) else f" of {len(rows)}"
             print(f"wrote {written}{whole} answers to {out}")
+            if not written:
+                out.unlink()  # so that it can be tried again
 
 
 def _tell_routing(speaker: "Speaker", row: "Row", *, show: bool) -> None:

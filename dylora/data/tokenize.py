@@ -189,7 +189,7 @@ def tokenize_rows(
             filler.add_texts(chunk, template)
         else:
             encoded = encode_rows(chunk, format, template)
-            filler.add_rows(chunk, _with_prompts(encoded, bos) if needs_prompt else encoded)
+            filler.add_rows(chunk, _with_prompts(chunk, encoded, bos) if needs_prompt else encoded)
         if filler.is_full:
             break
     return filler.close(len(rows))
@@ -212,12 +212,18 @@ def encode_rows(
     return template.examples(chats)
 
 
-def _with_prompts(encoded: list[Parts | BadRecord], bos: int | None) -> list[Parts | BadRecord]:
-    """The rows, those refused that have nothing but BOS before their first answer."""
+def _with_prompts(
+    rows: Sequence[Row], encoded: list[Parts | BadRecord], bos: int | None
+) -> list[Parts | BadRecord]:
+    """The rows, those refused that have nothing, or a template's heading alone, before their first
+    answer."""
     problem = BadRecord("nothing comes before its first answer, and routing is by the prompt")
     return [
-        problem if not isinstance(row, BadRecord) and row[0] in ([], [bos]) else row
-        for row in encoded
+        parts
+        if isinstance(parts, BadRecord) or (parts[0] not in ([], [bos]) and (asked or not row.chat))
+        else problem
+        for row, parts in zip(rows, encoded, strict=True)
+        for asked in (row.instruction.strip(),)
     ]
 
 

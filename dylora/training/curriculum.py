@@ -74,6 +74,8 @@ def train_stream(
             f"a stream is resumed as a whole: give latest instead of {resume_from_checkpoint}"
         )
     folder, fresh = run_folder(config), resume_from_checkpoint is None
+    if fresh:
+        config.check_acts()
     if fresh and (checkpoints(folder) or any(folder.glob("stage-*/checkpoint-*"))):
         raise FileExistsError(
             f"{folder} already holds a stream: give --resume_from_checkpoint latest, another "

@@ -19,9 +19,10 @@ FREE_SETTINGS = {
 }
 
 
-def init_from_checkpoint(model: DyLoRA_MoE, folder: Path, train_experts: bool | None) -> None:
+def init_from_checkpoint(model: DyLoRA_MoE, folder: str | Path, train_experts: bool | None) -> None:
     """Give a model the experts, routers and maturity of a checkpoint, for a run of its own.
 
+    folder: or user/name on the hub.
     Moments, schedule, counters, place in the data and the averages behind maturity begin afresh.
     Raises ValueError, naming the setting, where the checkpoint is of another form.
     """

@@ -81,6 +81,8 @@ def prepare(
     The random state is the caller's where it brings the model.
     """
     folder = check_run(config, fresh=fresh)
+    if fresh and (parts is None or parts.model is None):  # a stage is asked when its stream begins
+        config.check_acts()
     device = choose_device(config.model.device)
     config = fit_to_base(config)
     if parts is None:
@@ -97,7 +99,7 @@ def prepare(
     own = {"seed": config.train.seed, "settings": recorded_settings(config)}
     model.training_record = {"data": data.provenance, **own, **((parts and parts.record) or {})}
     if fresh and config.train.init_from is not None:
-        init_from_checkpoint(model, Path(config.train.init_from), config.train.train_experts)
+        init_from_checkpoint(model, config.train.init_from, config.train.train_experts)
     if fresh and config.moe.routes_prompts and brought is None:  # a stage fills it by itself
         fit_library(model, data, config.train.prompt_clusters, config.train.seed)
     freeze_routers(config, model)

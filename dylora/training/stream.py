@@ -67,7 +67,7 @@ def begin(config: RunConfig, pass_rate: PassRate | None, interruption: Interrupt
     tokenizer = load_tokenizer(config.model.base, config.model.revision)
     model = build_model(config, tokenizer, device)
     if config.train.init_from is not None:
-        init_from_checkpoint(model, Path(config.train.init_from), None)
+        init_from_checkpoint(model, config.train.init_from, None)
     stages = [
         known_stage(record, config, tokenizer) for record in records_of(model.training_record)
     ]

@@ -324,7 +324,7 @@ def test_rows_that_the_template_refuses_are_counted_with_file_and_line(tmp_path,
     assert f"{tmp_path / 'r.jsonl'}:9: the template chatml has no place for tool_calls" in described
 
 
-@pytest.mark.parametrize("template", ["alpaca", "plain"])
+@pytest.mark.parametrize("template", ["alpaca", "plain", "chatml"])
 def test_a_row_that_begins_with_an_answer_is_refused_where_prompts_route(
     template, tmp_path, chat_tokens
 ):

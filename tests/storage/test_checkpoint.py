@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dylora import DyLoRA_MoE, ExpertMaturity, MoELoraConfig
+from dylora.model_io import load_model
 from dylora.storage import manifest
+from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.folders import (
     checkpoints,
     latest_checkpoint,
@@ -63,6 +65,15 @@ def flip_bit(file, position, bit=0):
 
 
 # Writing
+
+
+def test_blocks_that_followed_another_router_are_not_trained_further(mixture, tmp_path):
+    mixture(router_scope="shared").save_pretrained(tmp_path / "saved")
+    checkpoint = Checkpoint.open(tmp_path / "saved")
+    checkpoint.description["sites"].reverse()  # as of a base that registers an MLP first
+    with pytest.raises(ValueError, match=r"its blocks follow the router at .*cannot be trained fu"):
+        load_model(mixture(router_scope="shared").experts, checkpoint)
+    load_model(mixture(router_scope="shared").experts, Checkpoint.open(tmp_path / "saved"))
 
 
 def test_a_written_folder_is_whole(tmp_path):

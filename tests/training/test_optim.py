@@ -270,4 +270,4 @@ def test_deterministic_holds_for_the_steps_of_a_run_and_no_longer(make_config, m
 )
 def test_lora_plus_is_refused_where_there_is_no_rate_of_an_A(make_config, moe, said):
     with pytest.raises(ValueError, match=rf"train\.optim is 'lora_plus', but must be .*{said}"):
-        make_config(moe=moe, optim="lora_plus")
+        prepare(make_config(moe=moe, optim="lora_plus"), fresh=True)

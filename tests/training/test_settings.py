@@ -159,15 +159,29 @@ def test_the_optimizer_knows_the_rate_of_the_experts(make_config):
 def test_a_warm_up_that_a_schedule_has_not_is_refused(kind):
     said = f"warmup_steps is 3, but must be 0 with lr_scheduler_type {kind}, .*constant_with_warmup"
     with pytest.raises(ValueError, match=said):
-        TrainConfig(lr_scheduler_type=kind, warmup_steps=3)
-    TrainConfig(lr_scheduler_type="constant_with_warmup", warmup_steps=3)
+        TrainConfig(lr_scheduler_type=kind, warmup_steps=3).check_acts()
+    TrainConfig(lr_scheduler_type="constant_with_warmup", warmup_steps=3).check_acts()
 
 
 @pytest.mark.parametrize("kind", ["constant", "constant_with_warmup"])
 def test_settings_that_a_schedule_does_not_take_are_refused(kind):
     said = rf"lr_scheduler_kwargs is \{{'power': 2.0\}}, but must be empty with .*type {kind}$"
     with pytest.raises(ValueError, match=said):
-        TrainConfig(lr_scheduler_type=kind, lr_scheduler_kwargs={"power": 2.0})
+        TrainConfig(lr_scheduler_type=kind, lr_scheduler_kwargs={"power": 2.0}).check_acts()
+
+
+def test_a_run_that_began_with_a_warm_up_that_its_schedule_has_not_goes_on(
+    make_config, monkeypatch
+):
+    config = make_config(lr_scheduler_type="constant", max_steps=2, save_steps=1)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, warmup_steps=2))
+    with pytest.raises(ValueError, match=r"train\.warmup_steps is 2, but must be 0 with"):
+        train(config)
+    with monkeypatch.context() as patch:  # as it was before this was asked
+        patch.setattr(type(config), "check_acts", lambda self: None)
+        begun = train(config)
+    shutil.rmtree(begun.folder / "checkpoint-2")
+    assert train(config, "latest").progress.step == 2
 
 
 @pytest.mark.parametrize("kind", get_args(Schedule))
@@ -176,12 +190,14 @@ def test_every_schedule_follows_the_warm_up_and_the_settings_that_are_not_refuse
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with contextlib.suppress(FieldError):
         config = TrainConfig(lr_scheduler_type=kind, warmup_steps=4)
+        config.check_acts()
         kwargs = {"warmup_stable_decay": {"num_decay_steps": 4}}.get(kind, {})
         kwargs |= {"min_lr": 0.1} if kind.endswith("with_min_lr") else {}
         config = dataclasses.replace(config, lr_scheduler_kwargs=kwargs)
         assert build_scheduler(optimizer, config, 20).get_last_lr()[0] < 0.5
     with contextlib.suppress(FieldError):
         config = TrainConfig(lr_scheduler_type=kind, lr_scheduler_kwargs={"no_such_setting": 1})
+        config.check_acts()
         with pytest.raises(ValueError, match="do not fit"):
             build_scheduler(optimizer, config, 20)
 

@@ -615,8 +615,8 @@ def test_what_a_stage_sets_beside_the_section_train_is_refused_before_it_comes(m
     with pytest.raises(
         ValueError, match=r"stages\[1\]\.warmup_steps is 2, but must be 0 with lr_s"
     ):
-        make_stream(stages=stages, warmup_steps=2)
-    make_stream(stages=[stage("y", lr_scheduler_type="constant", warmup_steps=0)])
+        train_stream(make_stream(stages=stages, warmup_steps=2))
+    make_stream(stages=[stage("y", lr_scheduler_type="constant", warmup_steps=0)]).check_acts()
 
 
 def test_a_stream_begins_with_one_expert(make_stream):

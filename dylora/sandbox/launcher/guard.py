@@ -68,11 +68,12 @@ class Guard:
         for path in DEVICES:
             self._permit(path, READ_FILE | READ_DIR)
         for path in map(os.path.realpath, LIBRARIES):
-            # Entry by entry, as a rule for the whole would hold for packages of a Python below it.
-            inside = os.listdir(path) if os.path.isdir(path) else [""]
-            for name in inside:
-                if not name.startswith("python"):
-                    self._permit(os.path.join(path, name).rstrip("/"), READ_FILE | READ_DIR)
+            inside = os.listdir(path) if os.path.isdir(path) else []
+            kept = [os.path.join(path, name) for name in inside if not name.startswith("python")]
+            # Entry by entry where a rule for the whole would hold for packages of a Python below.
+            for one in [path] if len(kept) == len(inside) else kept:
+                with contextlib.suppress(OSError):  # a link in a circle, say
+                    self._permit(one, READ_FILE | READ_DIR)
         self._permit("/dev/null", READ_FILE | WRITE_FILE | TRUNCATE)
         self._permit(folder, READ_FILE | READ_DIR | WRITE_FILE | MAKE_REG | TRUNCATE)
         library = os.path.dirname(os.__file__)
