@@ -59,7 +59,8 @@ class RoutedBlock:
         pass_ = self.state.begin_block(self.index)
         if pass_.enabled:
             x = args[0] if args else kwargs["hidden_states"]
-            if pass_.shape is None and x.ndim == 3:  # of this block alone, and those within it
+            # Of this block alone, and those within it; a compiled pass is to read no lengths.
+            if pass_.opened_by is not None and pass_.shape is None and x.ndim == 3:
                 pass_.shape = (x.shape[0], x.shape[1])
             if x.ndim == 2:  # tokens in one row, as shared experts of an MLP get them
                 x = self._by_sequence(x, pass_)

@@ -16,6 +16,7 @@ from typing import Any
 from dylora.fields import is_whole_number, shown
 
 MAX_JSON = 8 << 20  # bytes, read in 2 s at the worst; a row of the table of experts has 300
+_PART = 1 << 20  # bytes read at once
 MAX_RATIO, FREE_EXPANSION = 1000, 64 << 20
 MAX_DEPTH = 64  # of lists and mappings in one another
 _KINDS = {
@@ -55,10 +56,12 @@ def open_regular(file: Path, limit: int | None = None) -> BufferedReader:
 def read_bytes(file: Path, limit: int) -> bytes:
     """All of an ordinary file of at most `limit` bytes. Raises as `open_regular`."""
     with open_regular(file, limit) as stream:
-        content = stream.read(limit + 1)
+        content = bytearray()  # in parts, as `read` makes room for all that it may give
+        while part := stream.read(min(_PART, limit + 1 - len(content))):
+            content += part
     if len(content) > limit:  # it has grown, or lies about its size as those in /proc do
         raise ValueError(f"{file} has more than {limit:,} bytes")
-    return content
+    return bytes(content)
 
 
 def expansion_bound(file: Path) -> int:

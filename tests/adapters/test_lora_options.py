@@ -157,7 +157,7 @@ def test_a_mixture_mixes_what_each_expert_adds_at_every_projection(option, base_
         shift = 0 if stack.lora_bias is None else stack.lora_bias[place]
         expected = expected + gates[:, [expert]] * (x @ (merged - W_OD).T + shift)
     state = model.mixture.state
-    pass_ = state.begin_block()
+    pass_ = state.begin_block(0)
     adapter.block.begin(pass_, RouterOutput(gates, gates, None), x.dtype)
     ours = adapter.add_update(projection, (x,), x @ W_OD.T + bias)
     state.end_block(adapter.block.index)

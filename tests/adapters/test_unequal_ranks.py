@@ -69,7 +69,7 @@ def block_oracle(model, x, gates):
 def outputs_of(model, x, gates, mature=None, kept=None):
     """The same by the projections as they are, hooks included."""
     state = model.mixture.state
-    pass_ = state.begin_block()
+    pass_ = state.begin_block(0)
     pass_.kept = kept
     block = model.mixture.blocks[0]
     block.begin(pass_, RouterOutput(gates[None], gates[None], None, mature), x.dtype)

@@ -217,8 +217,9 @@ def test_a_benchmark_that_is_not_code_is_a_checker_and_a_row_of_the_table(
     rows = [{"id": f"c/{n}", "question": f"Capital {n}?", "answer": f"City {n}"} for n in (4, 5)]
     file = tmp_path / "capitals.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    more = ["--tasks", "capitals", "--task_files", f"capitals={file}"]
-    assert command(folder, tmp_path / "out", *more) == 0
+    files = ["--config", str(folder / "config.yaml"), "--checkpoint", str(folder / "checkpoint")]
+    asked = ["--tasks", "capitals", "--task_files", f"capitals={file}", "--max_new_tokens", "8"]
+    assert main(["benchmark", *files, *asked, "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["suites"]["capitals"]["checkpoint"]["outcomes"] == {"failed": 1, "passed": 1}
     assert results["sandbox"] == "nothing: no programs are run"
