@@ -82,6 +82,7 @@ def run(options: InitOptions, overrides: list[str]) -> None:
     if not data.is_file():
         raise FileNotFoundError(f"--data {data}: no such file")
     columns, source = _columns_of(data), data.name.partition(".")[0] or "rows"
+    source = "".join(letter if letter.isprintable() else "_" for letter in source)
     is_mbpp = set(MBPP_COLUMNS) <= set(columns)
     if is_mbpp or source == "mbpp":  # that name is of these columns alone
         source = "mbpp" if is_mbpp else "mbpp_rows"

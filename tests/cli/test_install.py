@@ -161,11 +161,11 @@ def test_init_of_a_file_called_mbpp_writes_what_train_reads(tmp_path, published)
 
 
 def test_init_writes_names_beyond_the_basic_plane(tmp_path):
-    data, out = tmp_path / "r\U0001f600 \u00e9.jsonl", tmp_path / "x.yaml"
+    data, out = tmp_path / "r\U0001f600 \u2028.jsonl", tmp_path / "x.yaml"
     data.write_text('{"\U0001f600question": "1+1?", "question": "1", "answer": "2"}\n')
     assert main(["init", "--data", str(data), "--out", str(out)]) == 0
     (source,) = load_run_config(out).data.sources
-    assert (source.path, source.name) == (str(data), data.stem)
+    assert (source.path, source.name) == (str(data), "r\U0001f600 _")
 
 
 def test_init_replaces_no_file(tmp_path, capsys):
