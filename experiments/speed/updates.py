@@ -73,7 +73,7 @@ def adapted(
         site.add(lora)
 
     def begin(module: nn.Module, args: Any) -> None:
-        pass_ = site.state.begin_block()
+        pass_ = site.state.begin_block(0)
         pass_.kept = None if torch.is_grad_enabled() else kept
         site.begin(pass_, RouterOutput(gates, gates, None, mature), args[0].dtype)
 
