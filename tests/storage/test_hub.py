@@ -25,6 +25,7 @@ from dylora.storage.checkpoint import Checkpoint
 from dylora.storage.hub import RESUME_FILES
 from dylora.storage.manifest import verify
 from dylora.storage.model_card import mixture_card
+from dylora.training.init_from import init_from_checkpoint
 from dylora.training.loop import train
 from hub import Hub
 
@@ -213,7 +214,10 @@ def test_info_learn_and_a_run_begin_with_a_repository_at_its_revision(hub, on_fo
         assert len(Checkpoint.open(Path(config["train"]["init_from"])).experts) == experts
     config = load_run_config(None, ["train.init_from=somebody/m"])
     assert config.moe.num_experts == 3
-    assert Path(config.train.init_from).is_dir()
+    assert config.train.init_from == "somebody/m"  # no path of this machine is recorded
+    model = on_folder(**prompted)
+    init_from_checkpoint(model, config.train.init_from, None)
+    assert model.training_record["earlier"] == []
     with pytest.raises(FileNotFoundError, match=r"train\.init_from: .* the hub does not give it"):
         load_run_config(None, ["train.init_from=somebody/else"])
 
