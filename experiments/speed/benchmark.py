@@ -91,9 +91,8 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 # A whole train step
 
 
-def steps(options: argparse.Namespace) -> dict[str, Any]:
-    """Forward and backward of a whole model, as multiples of the frozen base's."""
-    results = {}
+def step_cases(options: argparse.Namespace) -> list[tuple[str, Any, tuple[int, int], int, bool]]:
+    """Of each case its name, the base's configuration, rows and tokens, experts, whether mature."""
     rows = (2, options.tokens // 2)
     cases = [
         (f"hidden 512 x 8, T={options.tokens}, E=4", models.small(), rows, 4, False),
@@ -106,9 +105,13 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
             key += " mature, K=2" if mature else ""
             config = models.codegemma(options.layers, vocabulary=8192)
             cases.append((key, config, (1, options.wide_tokens), experts, mature))
-    for key, config, shape, experts, mature in cases:
-        if options.case not in key:
-            continue
+    return [case for case in cases if options.case in case[0]]
+
+
+def steps(options: argparse.Namespace) -> dict[str, Any]:
+    """Forward and backward of a whole model, as multiples of the frozen base's."""
+    results = {}
+    for key, config, shape, experts, mature in step_cases(options):
         base = models.build(config, options.device, options.dtype)
         ids = torch.randint(config.vocab_size, shape, device=options.device)
         ours = models.mixture(base, experts, mature=mature, use_dora=options.dora)
